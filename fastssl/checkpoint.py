@@ -1,0 +1,103 @@
+"""Checkpoints that appear whole or not at all, hold plain values and tensors only, and never load what does not fit."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shards.errors import UserError
+from shards.files import atomic_write
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{9})\.pt")
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimiser steps lies."""
+    return run / "checkpoints" / f"step-{step:09d}.pt"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    folder = run / "checkpoints"
+    return sorted(p for p in folder.glob("step-*.pt") if _NAME.fullmatch(p.name)) if folder.is_dir() else []
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a user means by a file, a run folder or its `checkpoints` folder: the newest one there."""
+    if path.is_file():
+        return path
+    found = list_checkpoints(path) or list_checkpoints(path.parent)
+    if not path.exists() or not found:
+        raise UserError(
+            f"There is no checkpoint at '{path}': give a .pt file, or the folder of a run that has saved one."
+        )
+    return found[-1]
+
+
+def save(path: Path, state: dict[str, Any], keep: int = 0) -> None:
+    """Write a checkpoint; afterwards only the newest `keep` of its folder remain (0 keeps all).
+
+    Raises:
+        UserError: the disk is full; older checkpoints stay as they were.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Serialised in memory first: torch turns a write error on the way into one of its own that hides the cause.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    view = buffer.getbuffer()
+    atomic_write(path, lambda file: file.write(view))
+    if keep:
+        for old in list_checkpoints(path.parent.parent)[:-keep]:
+            old.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, without running any code that it may hold (`weights_only`).
+
+    Raises:
+        UserError: the file is damaged, or no checkpoint of fastssl, or of a newer format.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"There is no checkpoint '{path}'.") from None
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"'{path}' is damaged or no checkpoint ({reason}): use an older one of the same run."
+        ) from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"'{path}' is no checkpoint of fastssl: it lacks the entry 'format'.")
+    if state["format"] != FORMAT:
+        raise UserError(
+            f"'{path}' has checkpoint format {state['format']}, this fastssl reads {FORMAT}: update fastssl."
+        )
+    return state
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Load weights that must match the module entirely.
+
+    Raises:
+        UserError: names the entries that are missing, unknown or of another shape, with both shapes.
+    """
+    own = module.state_dict()
+    problems = [f"{k} is missing" for k in own if k not in weights]
+    problems += [f"{k} is not in the model" for k in weights if k not in own]
+    problems += [
+        f"{k} is {tuple(weights[k].shape)} there and {tuple(own[k].shape)} here"
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(
+            f"The weights in '{where}' do not fit this model: {'; '.join(problems[:4])}{more}. Use the configuration that made them."
+        )
+    module.load_state_dict(weights)

@@ -1,0 +1,75 @@
+"""The `fastssl` command: finds the sub-command and only then imports what it needs, so that help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from fastssl import __version__
+
+# name: (module with run(argv), one line of help)
+COMMANDS = {
+    "demo": (
+        "fastssl.demo",
+        "See it work: draw a small data set, shard, preview, pretrain and evaluate it (5 minutes on a CPU)",
+    ),
+    "shard": (
+        "shards.command",
+        "Turn a folder of images into WebDataset shards, each image proven to decode",
+    ),
+    "preview": ("fastssl.preview", "Draw originals beside the views a recipe makes of them, as a PNG"),
+    "pretrain": ("fastssl.pretrain", "Pretrain a backbone on shards, without labels"),
+    "eval": ("fastssl.eval.command", "Test what a checkpoint has learned: eval knn"),
+    "bench": ("fastssl.bench", "Measure images per second: bench loader, bench step"),
+}
+
+
+def usage() -> str:
+    """The text of `fastssl --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"fastssl {__version__}: pretrain a vision backbone on your own unlabelled images.",
+            "",
+            "usage: fastssl COMMAND [options]     (fastssl COMMAND --help explains one)",
+            "",
+            *lines,
+            "",
+            "A first run:",
+            "  fastssl shard photos/ photo-shards/",
+            "  fastssl preview photo-shards/ --recipe moco_v3 --out views.png",
+            "  fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Exit code 0: done; 2: a mistake the user can mend, told in one sentence; 130: interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"fastssl {__version__}")
+        return 0
+
+    from shards.errors import UserError, nearest
+
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"There is no command '{argv[0]}'.{nearest(argv[0], COMMANDS)}")
+        return import_module(COMMANDS[argv[0]][0]).run(argv[1:]) or 0
+    except UserError as error:
+        print(f"fastssl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastssl: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `fastssl ... | head`
+        sys.stderr.close()
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

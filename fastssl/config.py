@@ -1,0 +1,182 @@
+"""A run's configuration: frozen sections put together, read from YAML and flags by one parser.
+
+YAML is just flags: the file is flattened to `--section.key value` and parsed by tyro, then the user's own flags are parsed with that
+result as their default. So a value means the same in both places, and there is one kind of error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastssl.eval.knn import KNNConfig
+from fastssl.methods import METHODS, get_method
+from fastssl.methods.moco_v3 import Config as MoCoV3Config
+from fastssl.models import ModelConfig
+from fastssl.optim import OptimConfig
+from fastssl.train import TrainConfig
+from pipelines.loader import DataConfig
+from pipelines.recipe import RECIPES, Recipe, get_recipe
+from shards.errors import UserError, nearest
+
+# Chosen by name before the rest is read, because they decide which other keys exist and what their defaults are.
+METHOD_NAME, PRESET = "method.name", "recipe.preset"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one pretraining run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    recipe: Recipe = field(default_factory=Recipe)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MoCoV3Config = field(default_factory=MoCoV3Config)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    knn: KNNConfig = field(default_factory=KNNConfig)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration and the name of its method."""
+
+    config: RunConfig
+    method_name: str
+
+    def tree(self) -> dict[str, Any]:
+        """The whole configuration as plain nested values, loadable again by `load`."""
+        tree = _plain(dataclasses.asdict(self.config))
+        tree["method"] = {"name": self.method_name, **tree["method"]}
+        return tree
+
+    def to_yaml(self) -> str:
+        """As `tree`, in YAML."""
+        return yaml.safe_dump(self.tree(), sort_keys=False, width=110)
+
+
+def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolved:
+    """Read a YAML file (None: all defaults) and flags that override it.
+
+    Raises:
+        UserError: the file is missing or no YAML, or a key, method or recipe is unknown; the nearest known name is given.
+        SystemExit: `--help`, or a value of the wrong type (tyro prints which).
+    """
+    tree = _read_yaml(Path(path)) if path is not None else {}
+    where = f"'{path}'" if path is not None else "the defaults"
+    named = dict(_leaves(tree))
+    tokens = list(overrides or [])
+    chosen = {key: _take_flag(tokens, key) or named.pop(key, None) for key in (METHOD_NAME, PRESET)}
+    method_name = chosen[METHOD_NAME] or next(iter(METHODS))
+    recipe = get_recipe(chosen[PRESET]) if chosen[PRESET] else Recipe()
+    start = RunConfig(recipe=recipe, method=get_method(method_name).Config())
+
+    known = dict(_leaves(_plain(dataclasses.asdict(start)))).keys()
+    for key in named:
+        if key not in known:
+            raise UserError(f"{where} has an unknown key '{key}'.{_suggest(key, known)}")
+    for token in tokens:
+        name = token.split("=", 1)[0].removeprefix("--").replace("-", "_")
+        if token.startswith("--") and name != "help" and name not in known:
+            raise UserError(f"There is no setting '{token.split('=', 1)[0]}'.{_suggest(name, known)}")
+    base = _parse(start, list(_flags(named)), prog=str(path))
+    return Resolved(_parse(base, tokens, prog="fastssl pretrain CONFIG"), method_name)
+
+
+def from_tree(tree: dict[str, Any]) -> Resolved:
+    """The configuration stored in a checkpoint (`Resolved.tree`)."""
+    tree = {section: dict(values) for section, values in tree.items()}
+    method_name = tree["method"].pop("name")
+    words = {section: {k: _word(v) for k, v in values.items()} for section, values in tree.items()}
+    start = RunConfig(method=get_method(method_name).Config())
+    return Resolved(_parse(start, list(_flags(dict(_leaves(words)))), prog="checkpoint"), method_name)
+
+
+def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:
+    import tyro
+
+    description = (
+        f"All settings, with the values of the file. Besides these: --{PRESET} NAME ({', '.join(RECIPES)}) and "
+        f"--{METHOD_NAME} NAME ({', '.join(METHODS)})."
+    )
+    return tyro.cli(
+        RunConfig,
+        prog=prog,
+        description=description,
+        default=default,
+        args=tokens,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        # BaseLoader leaves every scalar a string: `lr: 3e-4` and `name: no` mean what they say.
+        tree = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
+    except FileNotFoundError:
+        here = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+        raise UserError(
+            f"There is no configuration file '{path}'.{nearest(str(path), here) if here else ''}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' cannot be read as a configuration file: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"'{path}' must hold sections such as 'train:', but holds one value: {tree!r}")
+    return tree
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{'train': {'lr': 1}} -> ('train.lr', 1)."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _flags(named: dict[str, Any]) -> Iterator[str]:
+    for key, value in named.items():
+        yield f"--{key}"
+        yield from (map(_word, value) if isinstance(value, list) else (_word(value),))
+
+
+def _word(value: Any) -> Any:
+    """A scalar as tyro spells it; lists stay lists of words."""
+    if isinstance(value, (list, tuple)):
+        return [_word(v) for v in value]
+    text = str(value)
+    return {"true": "True", "false": "False", "null": "None"}.get(text, text)
+
+
+def _take_flag(tokens: list[str], name: str) -> str | None:
+    """Remove `--name value` or `--name=value` from the tokens and return the value."""
+    for i, token in enumerate(tokens):
+        if token == f"--{name}":
+            if i + 1 == len(tokens):
+                raise UserError(f"--{name} needs a value.")
+            value = tokens[i + 1]
+            del tokens[i : i + 2]
+            return value
+        if token.startswith(f"--{name}="):
+            del tokens[i]
+            return token.split("=", 1)[1]
+    return None
+
+
+def _suggest(key: str, known: Any) -> str:
+    """The nearest full key, or the one whose last part is meant where the section was forgotten."""
+    last = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    return f" Did you mean '{last[0]}'?" if len(last) == 1 else nearest(key, known)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, so that YAML and JSON hold plain values."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

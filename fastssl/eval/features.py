@@ -1,0 +1,81 @@
+"""Features of a whole shard set, and the two baselines any pretrained backbone must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.loader import eval_batches
+from pipelines.recipe import Recipe
+from shards.order import epoch_order
+from shards.read import ShardSet
+
+MAX_PIXEL_SIDE = 32  # raw pixels are compared at this side at most: 3,072 numbers an image
+
+
+def labelled_ids(shards: ShardSet, limit: int = 0) -> np.ndarray:
+    """Ids of the labelled samples, ascending, int64; at most `limit` of them (0: all), chosen by a fixed permutation."""
+    ids = np.flatnonzero(shards.labels >= 0)
+    if limit and len(ids) > limit:
+        ids = np.sort(ids[epoch_order(len(ids), seed=0, epoch=0)[:limit]])
+    return ids
+
+
+@torch.no_grad()
+def extract(
+    shards: ShardSet,
+    recipe: Recipe,
+    sample_ids: np.ndarray,
+    encode: Callable[[Tensor], Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 256,
+    threads: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Features of the evaluation views of some samples: float32 (N, D) on the CPU, not normalised.
+
+    `encode` maps normalised views (n, 3, S, S) on `device` to (n, D); it is called on one batch at a time.
+    """
+    parts, done = [], 0
+    for views in eval_batches(shards, recipe, sample_ids, batch=batch, threads=threads, device=device):
+        parts.append(encode(views.views[0]).float().cpu())
+        done += len(views.sample_ids)
+        if progress:
+            progress(done, len(sample_ids))
+    return torch.cat(parts)
+
+
+def backbone_encoder(
+    backbone: nn.Module, device: torch.device | str, bf16: bool
+) -> Callable[[Tensor], Tensor]:
+    """An `encode` for `extract`: the backbone in evaluation mode, under bf16 autocast if asked."""
+    kind = torch.device(device).type
+
+    def encode(views: Tensor) -> Tensor:
+        was_training = backbone.training
+        backbone.eval()
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
+            features = backbone(views)
+        backbone.train(was_training)
+        return features
+
+    return encode
+
+
+def pixel_encoder(recipe: Recipe) -> Callable[[Tensor], Tensor]:
+    """An `encode` that returns the view's pixels in [0, 1], area-averaged to at most 32 x 32: the raw-pixel baseline."""
+    side = min(recipe.size, MAX_PIXEL_SIDE)
+
+    def encode(views: Tensor) -> Tensor:
+        mean, std = (views.new_tensor(x)[:, None, None] for x in (recipe.mean, recipe.std))
+        pixels = views * std + mean
+        if side < recipe.size:
+            pixels = F.interpolate(pixels, (side, side), mode="area")
+        return pixels.flatten(1)
+
+    return encode

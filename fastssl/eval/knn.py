@@ -1,0 +1,108 @@
+"""k-nearest-neighbour classification on frozen features, weighted as in DINO (Caron et al. 2021, arXiv 2104.14294, appendix F.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shards.errors import UserError
+
+KS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+CHUNK = 1024  # queries at a time: 1,024 x 100,000 similarities are 400 MB
+
+
+@dataclass(frozen=True)
+class KNNConfig:
+    """kNN accuracy on labelled shards while pretraining goes on."""
+
+    every: int = 0
+    """Epochs between two tests; 0 means never. The last epoch is always tested when this is set."""
+    shards: str = ""
+    """Labelled shards that vote. Empty: the training shards, whose labels are used for this test only."""
+    test_shards: str = ""
+    """Labelled shards to classify. Empty: each sample of `shards` is classified by all the others (leave one out)."""
+    k: int = 20
+    """Neighbours that vote; clamped to the number there are."""
+    max_samples: int = 10_000
+    """Samples used of each shard set, chosen once and for all; 0 means all."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("k", 1), ("max_samples", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"knn.{name} is {getattr(self, name)}, but it must be at least {least}.")
+
+
+@dataclass(frozen=True)
+class KNNResult:
+    """Accuracies in [0, 1]: `accuracy[k]` over all queries, `per_class[k]` (num_classes,), nan where a class has no query."""
+
+    accuracy: dict[int, float]
+    per_class: dict[int, Tensor]
+
+
+def classify(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    *,
+    num_classes: int,
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
+    device: torch.device | str = "cpu",
+) -> KNNResult:
+    """Classify queries by the votes of their k most similar bank features, each weighted exp(cosine similarity / temperature).
+
+    Args:
+        bank: features (N, D); bank_labels: int64 (N,) in [0, num_classes).
+        queries: features (M, D) with query_labels (M,); None classifies each bank sample by all the others.
+        ks: numbers of neighbours; each is clamped to the number available, and clamped duplicates are reported once.
+
+    Returns:
+        KNNResult keyed by the clamped k. Equal votes go to the class with the lower index.
+
+    Raises:
+        UserError: fewer than two bank samples to leave one out, or an empty bank.
+    """
+    leave_one_out = queries is None
+    available = len(bank) - (1 if leave_one_out else 0)
+    if available < 1:
+        raise UserError(
+            f"kNN needs at least one neighbour, but the labelled shards hold {len(bank)} samples: add more."
+        )
+    if leave_one_out:
+        queries, query_labels = bank, bank_labels
+    assert queries is not None
+    assert query_labels is not None
+    ks = sorted({min(k, available) for k in ks})
+    bank = F.normalize(bank.to(device).float(), dim=1)
+    bank_labels = bank_labels.to(device)
+    predictions = {k: [] for k in ks}
+    for start in range(0, len(queries), CHUNK):
+        chunk = F.normalize(queries[start : start + CHUNK].to(device).float(), dim=1)
+        similarity = chunk @ bank.T
+        if leave_one_out:
+            rows = torch.arange(len(chunk), device=similarity.device)
+            similarity[rows, start + rows] = -torch.inf
+        top, index = similarity.topk(ks[-1], dim=1)
+        # Dividing by the largest weight changes no vote and keeps exp() within float32.
+        weight = torch.exp((top - top[:, :1]) / temperature)
+        labels = bank_labels[index]
+        for k in ks:
+            votes = weight.new_zeros(len(chunk), num_classes).scatter_add_(1, labels[:, :k], weight[:, :k])
+            predictions[k].append(votes.argmax(dim=1).cpu())
+    correct = {k: torch.cat(p) == query_labels.cpu() for k, p in predictions.items()}
+    return KNNResult(
+        {k: float(right.float().mean()) for k, right in correct.items()},
+        {k: _per_class(right, query_labels.cpu(), num_classes) for k, right in correct.items()},
+    )
+
+
+def _per_class(right: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    totals = torch.bincount(labels, minlength=num_classes).double()
+    return torch.bincount(labels[right], minlength=num_classes).double() / totals

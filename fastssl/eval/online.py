@@ -1,0 +1,58 @@
+"""kNN accuracy of the student while it is being trained, on labels that the training never sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.eval.features import backbone_encoder, extract, labelled_ids
+from fastssl.eval.knn import KNNConfig, classify
+from pipelines.recipe import Recipe
+from shards.errors import UserError
+from shards.read import ShardSet
+
+
+class OnlineKNN:
+    """Tests a backbone on the same labelled samples each time; made once at the start, so that a mistake shows at once."""
+
+    def __init__(self, cfg: KNNConfig, recipe: Recipe, training: ShardSet, device: torch.device, bf16: bool):
+        self._recipe, self._device, self._bf16, self._cfg = recipe, device, bf16, cfg
+        self._bank = ShardSet.open(cfg.shards) if cfg.shards else training
+        self._queries = ShardSet.open(cfg.test_shards) if cfg.test_shards else None
+        self._bank_ids = labelled_ids(self._bank, cfg.max_samples)
+        self._query_ids = labelled_ids(self._queries, cfg.max_samples) if self._queries else None
+        for name, shards, ids in (
+            ("shards", self._bank, self._bank_ids),
+            ("test_shards", self._queries, self._query_ids),
+        ):
+            if shards is not None and ids is not None and len(ids) < 2:
+                raise UserError(
+                    f"knn.{name}: '{shards.folder}' has {len(ids)} labelled samples and kNN needs at least 2: convert a folder "
+                    "whose sub-folders are classes, or set --knn.every 0."
+                )
+        if self._queries and self._queries.classes != self._bank.classes:
+            raise UserError(
+                f"'{self._bank.folder}' and '{self._queries.folder}' have different classes ({len(self._bank.classes)} and "
+                f"{len(self._queries.classes)}): kNN needs the same class folders in both."
+            )
+        self.k = min(cfg.k, len(self._bank_ids) - (0 if self._queries else 1))
+        self.what = (
+            f"{len(self._query_ids)} test samples"
+            if self._query_ids is not None
+            else f"leave one out of {len(self._bank_ids)}"
+        )
+
+    def test(self, backbone: nn.Module) -> float:
+        """Accuracy in [0, 1] of the backbone as it is now."""
+
+        def features(shards: ShardSet, ids) -> tuple[Tensor, Tensor]:
+            encode = backbone_encoder(backbone, self._device, self._bf16)
+            found = extract(shards, self._recipe, ids, encode, device=self._device)
+            return found, torch.from_numpy(shards.labels[ids])
+
+        bank = features(self._bank, self._bank_ids)
+        queries = features(self._queries, self._query_ids) if self._queries else (None, None)
+        result = classify(
+            *bank, *queries, num_classes=len(self._bank.classes), ks=(self.k,), device=self._device
+        )
+        return result.accuracy[self.k]

@@ -1,0 +1,132 @@
+"""What a run tells: means kept on the device, rates, a JSON line per log step, and a live line for people."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastssl.distributed import mean_over_ranks
+from shards.files import atomic_write
+
+
+class Meters:
+    """Running means of metrics since the last log step. Adding never waits for the device; reading does."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._count = 0
+        self._started_s = time.perf_counter()
+        self._wait_s = 0.0
+
+    def add(self, metrics: dict[str, torch.Tensor], wait_s: float) -> None:
+        """Count one step: detached scalars, and the seconds it waited for data."""
+        for name, value in metrics.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._count += 1
+        self._wait_s += wait_s
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to report the same means."""
+        return {"sums": {k: v.cpu() for k, v in self._sums.items()}, "count": self._count}
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """The reverse of `state`. Times start afresh."""
+        self._sums = {k: v.to(device) for k, v in state["sums"].items()}
+        self._count = state["count"]
+        self._started_s, self._wait_s = time.perf_counter(), 0.0
+
+    def read(self, images_per_step: int, steps_timed: int) -> dict[str, float]:
+        """Means over steps and ranks, images/s of the whole run and the share of time spent waiting for data; then reset."""
+        means = mean_over_ranks({k: v / max(1, self._count) for k, v in self._sums.items()})
+        values = {k: float(v) for k, v in means.items()}  # the one wait for the device
+        seconds = max(1e-9, time.perf_counter() - self._started_s)
+        values["images_per_s"] = images_per_step * steps_timed / seconds
+        values["data_wait"] = min(1.0, self._wait_s / seconds)
+        self._sums, self._count = {}, 0
+        self._started_s, self._wait_s = time.perf_counter(), 0.0
+        return values
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, appended; cut back to the checkpoint's step on resume."""
+
+    def __init__(self, path: Path, resume_step: int):
+        self._path = path
+        if path.exists():
+            # Lines after the checkpoint belong to steps that are about to be done again; the last may be half a line.
+            rows = [
+                row
+                for row in map(_parse, path.read_text().splitlines())
+                if row and row["step"] <= resume_step
+            ]
+            atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; it must hold `step`."""
+        with open(self._path, "a") as file:
+            file.write(
+                json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n"
+            )
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+class Screen:
+    """The run as people see it: a live bar in a terminal, a line now and then elsewhere; silent on other ranks than 0."""
+
+    QUIET_S = 20.0  # without a terminal: seconds between lines
+
+    def __init__(self, total_steps: int, done_steps: int, show: bool):
+        self.console = Console(quiet=not show, highlight=False)
+        self._live = show and self.console.is_terminal
+        self._total = total_steps
+        self._spoke_s = time.perf_counter()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("pretrain", total=total_steps, completed=done_steps, status="")
+
+    def __enter__(self) -> Screen:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def step(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, epoch: int, epochs: int, values: dict[str, float]) -> None:
+        """Show the newest values."""
+        status = (
+            f"loss {values['loss']:.3f}  ce/lnN {values['ce_norm']:.3f}  acc {values['acc']:.0%}  std {values['feature_std']:.2f}  "
+            f"{values['images_per_s']:,.0f} img/s  wait {values['data_wait']:.0%}"
+        )
+        self._bar.update(self._task, description=f"epoch {epoch + 1}/{epochs}", status=status)
+        if not self._live and time.perf_counter() - self._spoke_s >= self.QUIET_S:
+            self._spoke_s = time.perf_counter()
+            self.say(f"epoch {epoch + 1}/{epochs}  step {step}/{self._total}  {status}")
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self.console.print(text, markup=False, soft_wrap=True)

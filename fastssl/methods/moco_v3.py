@@ -1,0 +1,162 @@
+"""MoCo v3 (Chen, Xie, He: Training Self-Supervised Vision Transformers, arXiv 2104.02057)."""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.distributed import gather_keys, rank
+from fastssl.methods.parts import StepOutput, depends_on_batch, ema_update, feature_std, info_nce, mlp
+from fastssl.schedules import cosine_momentum
+from shards.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """MoCo v3's own settings; the defaults are the published ones for ViTs, ResNet-50 had temperature 1.0."""
+
+    dim: int = 256
+    """Length of the vectors that are compared."""
+    hidden_dim: int = 4096
+    """Width of the heads' hidden layers."""
+    temperature: float = 0.2
+    """Softmax temperature: 0.2 for ViTs, 1.0 for ResNets."""
+    momentum: float = 0.99
+    """Share of the teacher kept at each step, at the start of the run (0.996 for 1000 epochs)."""
+    momentum_cosine: bool = True
+    """Raise the teacher's momentum to 1 over the run by half a cosine; False keeps it constant."""
+    head: Literal["auto", "resnet", "vit"] = "auto"
+    """resnet: projector of 2 layers, predictor without a last BatchNorm; vit: projector of 3 layers,
+    predictor with one. auto takes vit for ViTs and for backbones without BatchNorm, resnet for the others."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "hidden_dim", "temperature"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"method.{name} is {getattr(self, name):g} but must be greater than 0.")
+        if not 0 <= self.momentum <= 1:
+            raise UserError(f"method.momentum is {self.momentum:g} but must lie between 0 and 1.")
+
+
+class MoCoV3(nn.Module):
+    """A student learns to tell which of the teacher's keys comes from another view of the same image.
+
+    `backbone` maps images (N, C, H, W) to features (N, backbone.num_features). The student is backbone,
+    projector and predictor; the teacher is an average over time of the student's backbone and projector, and
+    has no predictor.
+
+    One training step is: loss = method(views).loss; loss.backward(); optimizer.step();
+    method.update_teacher(method.teacher_momentum(progress after this step)). The paper's code averages at the
+    start of the next step instead, before the keys are computed. Both give the same sequence of keys, as its
+    first average finds teacher and student equal; this way forward changes no weight.
+    """
+
+    Config = Config
+
+    def __init__(self, backbone: nn.Module, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.backbone = backbone
+        self.projector, self.predictor = build_heads(backbone, cfg)
+        self.teacher_backbone = copy.deepcopy(backbone).requires_grad_(False)
+        self.teacher_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        # The teacher keeps no activations, so recomputing them would only cost time.
+        if getattr(self.teacher_backbone, "grad_checkpointing", False):
+            self.teacher_backbone.set_grad_checkpointing(False)  # pyright: ignore[reportCallIssue]
+        # Without batch statistics one forward of both views is exact and launches half as many kernels. With
+        # them it is not: the paper's statistics are per view.
+        self._join_views = not depends_on_batch(backbone)
+
+    def forward(self, views: list[Tensor]) -> StepOutput:
+        """Loss of two views of this rank's N images, each (N, C, H, W), against the keys of all ranks.
+
+        loss = 2 * temperature * (CE(q1, k2) + CE(q2, k1)), which is 4 * temperature * ln(number of keys) at
+        chance. Metrics: loss; ce, the mean of the two plain cross-entropies in nats; ce_norm, ce / ln(number
+        of keys), 1 at chance; acc, the share of queries that find their key, 0 to 1; feature_std of the first
+        view's backbone features (see `parts.feature_std`). May run under autocast: the loss is computed in
+        float32 outside of it. Raises UserError for other than two views, and in training for one image per
+        process.
+        """
+        if len(views) != 2:
+            raise UserError(
+                f"MoCo v3 compares 2 views of each image but the recipe makes {len(views)}: "
+                "choose one that makes 2."
+            )
+        if self.training and len(views[0]) < 2:
+            raise UserError(
+                "The batch holds 1 image per process, and BatchNorm needs 2 or more to train: "
+                "raise the batch size or start fewer processes."
+            )
+        # Keys come first, so that the teacher works before the student's activations fill the memory.
+        key1, key2 = self.keys(views)
+        features = self._features(self.backbone, views)
+        query1, query2 = (self.predictor(self.projector(feature)) for feature in features)
+        with torch.autocast(query1.device.type, enabled=False):
+            return self._output(query1, query2, key1, key2, features[0])
+
+    @torch.no_grad()
+    def keys(self, views: list[Tensor]) -> list[Tensor]:
+        """The teacher's keys of each view, (N, dim) each, without gradient and not yet normalised.
+
+        In training the teacher's BatchNorm uses the batch's statistics and keeps running ones of its own.
+        """
+        return [self.teacher_projector(feature) for feature in self._features(self.teacher_backbone, views)]
+
+    def update_teacher(self, momentum: float) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * student, over parameters; buffers are left alone.
+
+        Call it after optimizer.step(), with teacher_momentum of the progress after that step.
+        """
+        student = [*self.backbone.parameters(), *self.projector.parameters()]
+        teacher = [*self.teacher_backbone.parameters(), *self.teacher_projector.parameters()]
+        ema_update(teacher, student, momentum)
+
+    def teacher_momentum(self, progress: float) -> float:
+        """Momentum at `progress`, the share of the run done in [0, 1]; see `schedules.cosine_momentum`."""
+        return cosine_momentum(progress, self.cfg.momentum) if self.cfg.momentum_cosine else self.cfg.momentum
+
+    def _features(self, backbone: nn.Module, views: list[Tensor]) -> list[Tensor]:
+        if self._join_views:
+            return list(backbone(torch.cat(views)).chunk(2))
+        return [backbone(view) for view in views]
+
+    def _output(self, q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, features: Tensor) -> StepOutput:
+        """Loss and metrics from this rank's queries and keys, (N, dim) each, and features (N, D)."""
+        # One collective for both views: a row of the gathered tensor is [k1, k2] of one image.
+        all_k1, all_k2 = gather_keys(torch.cat([k1, k2], dim=1).float()).chunk(2, dim=1)
+        first_target = rank() * len(q1)
+        temperature = self.cfg.temperature
+        first = info_nce(q1, all_k2, temperature, first_target)
+        second = info_nce(q2, all_k1, temperature, first_target)
+        loss = 2 * temperature * (first.ce + second.ce)
+        ce = (first.ce + second.ce).detach() / 2
+        metrics = {
+            "loss": loss.detach(),
+            "ce": ce,
+            "ce_norm": ce / math.log(len(all_k1)) if len(all_k1) > 1 else ce,
+            "acc": (first.accuracy + second.accuracy) / 2,
+            "feature_std": feature_std(features.detach()),
+        }
+        return StepOutput(loss, metrics)
+
+
+def build_heads(backbone: nn.Module, cfg: Config) -> tuple[nn.Sequential, nn.Sequential]:
+    """(projector, predictor) of the kind cfg.head names, for a backbone of backbone.num_features features."""
+    num_features = backbone.num_features
+    assert isinstance(num_features, int)
+    kind = cfg.head
+    if kind == "auto":
+        kind = "vit" if not depends_on_batch(backbone) or _is_vit(backbone) else "resnet"
+    num_hidden = 2 if kind == "vit" else 1
+    projector = mlp([num_features, *[cfg.hidden_dim] * num_hidden, cfg.dim], last_norm="plain")
+    predictor = mlp([cfg.dim, cfg.hidden_dim, cfg.dim], last_norm="plain" if kind == "vit" else "none")
+    return projector, predictor
+
+
+def _is_vit(backbone: nn.Module) -> bool:
+    # timm takes 2 s to import, which a command's --help should not wait for.
+    from timm.models.vision_transformer import VisionTransformer
+
+    return isinstance(backbone, VisionTransformer)

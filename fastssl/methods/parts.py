@@ -1,0 +1,90 @@
+"""What methods share: heads, the contrastive cross-entropy, the teacher's average, the step's output."""
+
+# pyright: reportPrivateImportUsage=false
+# torch's multi-tensor operations (torch._foreach_*) have no public name; its own optimisers use them too.
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class StepOutput(NamedTuple):
+    """What a method's forward returns. A tuple, so that DistributedDataParallel finds the tensors in it."""
+
+    loss: Tensor
+    """Scalar, float32, with gradient."""
+    metrics: dict[str, Tensor]
+    """Scalars, detached, on the device: reading one waits for it, so do that on logging steps only."""
+
+
+def mlp(dims: Sequence[int], *, last_norm: Literal["none", "plain"]) -> nn.Sequential:
+    """Linear layers dims[0] -> dims[1] -> ... without bias, BatchNorm and ReLU between them.
+
+    `last_norm` "plain" ends with a BatchNorm that has no scale and shift (affine=False), "none" with the
+    linear layer. (N, dims[0]) -> (N, dims[-1]). PyTorch's default initialisation.
+    """
+    layers: list[nn.Module] = []
+    for i, (num_in, num_out) in enumerate(itertools.pairwise(dims)):
+        layers.append(nn.Linear(num_in, num_out, bias=False))
+        if i < len(dims) - 2:
+            layers += [nn.BatchNorm1d(num_out), nn.ReLU(inplace=True)]
+        elif last_norm == "plain":
+            layers.append(nn.BatchNorm1d(num_out, affine=False))
+    return nn.Sequential(*layers)
+
+
+class Contrast(NamedTuple):
+    """One direction of a contrastive loss."""
+
+    ce: Tensor
+    """Plain mean cross-entropy in nats, with gradient for the queries; ln(number of keys) at chance."""
+    accuracy: Tensor
+    """Share of queries whose own key is the most similar, 0 to 1; 1 / (number of keys) at chance."""
+
+
+def info_nce(queries: Tensor, keys: Tensor, temperature: float, first_target: int = 0) -> Contrast:
+    """Cross-entropy of telling each query's own key from all other keys (InfoNCE, arXiv 1807.03748).
+
+    queries (N, D), keys (M, D), any floating dtype and any lengths: both are normalised here, in float32. The
+    key of query n is row first_target + n. Queries are never each other's negatives.
+    """
+    queries = F.normalize(queries.float(), dim=1)
+    keys = F.normalize(keys.float(), dim=1)
+    logits = queries @ keys.T / temperature
+    targets = torch.arange(first_target, first_target + len(queries), device=logits.device)
+    with torch.no_grad():
+        accuracy = (logits.argmax(dim=1) == targets).float().mean()
+    return Contrast(F.cross_entropy(logits, targets), accuracy)
+
+
+@torch.no_grad()
+def feature_std(features: Tensor) -> Tensor:
+    """How spread out the features of a batch are, from 0 (all the same, collapsed) to 1 (healthy).
+
+    The standard deviation over the batch of each dimension of the L2-normalised features (N, D), averaged
+    over the dimensions and multiplied by sqrt(D) (SimSiam, arXiv 2011.10566). Zero-mean features without a
+    preferred direction give 1 and nothing gives more. Features after a ReLU have a mean, which keeps a
+    healthy value lower: sqrt(1 - 2 / pi) = 0.60 for the absolute values of normal ones.
+    """
+    features = F.normalize(features.float(), dim=1)
+    return features.std(dim=0, unbiased=False).mean() * math.sqrt(features.shape[1])
+
+
+@torch.no_grad()
+def ema_update(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
+    """teacher = momentum * teacher + (1 - momentum) * student, in place, as one multi-tensor operation."""
+    torch._foreach_lerp_(list(teacher), list(student), 1 - momentum)
+
+
+def depends_on_batch(module: nn.Module) -> bool:
+    """True when the module holds a layer with batch statistics (BatchNorm and its kin).
+
+    Such a module's output for an image depends on the batch it comes with, so two views may not share one
+    forward.
+    """
+    return any(name.endswith("running_var") for name, _ in module.named_buffers())

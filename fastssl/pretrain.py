@@ -1,0 +1,55 @@
+"""`fastssl pretrain CONFIG`: the command around `fastssl.train.pretrain`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+USAGE = """usage: fastssl pretrain CONFIG [--resume] [--section.key value ...]
+
+Pretrain a backbone on shards, without labels. CONFIG is a YAML file (see configs/); every key can be set again on the command line.
+  --resume     continue the run in train.out from its newest checkpoint (from the start where there is none)
+  --settings   list every setting with its value and meaning
+
+  fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/ --train.out runs/photos
+  torchrun --nproc-per-node 8 -m fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/"""
+
+
+def run(argv: list[str]) -> int:
+    """Run the command; returns the exit code, 128 + signal where one stopped the run."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    from shards.errors import UserError
+
+    if argv[0].startswith("-"):
+        raise UserError(f"Give the configuration file first: fastssl pretrain CONFIG {' '.join(argv)}")
+    path, rest = argv[0], [token for token in argv[1:] if token != "--resume"]
+    resume = "--resume" in argv
+    rest = ["--help" if token in ("--settings", "-h") else token for token in rest]
+
+    from fastssl import config, distributed
+
+    resolved = config.load(path, rest)
+    from fastssl.train import pretrain
+
+    warnings.showwarning = _show_warning
+    try:
+        summary = pretrain(resolved, resume=resume)
+    finally:
+        distributed.cleanup()
+    if summary.interrupted:
+        print(
+            f"Stopped after step {summary.steps}, saved as {summary.checkpoint}. Continue: the same command with --resume."
+        )
+        return 128 + summary.interrupted
+    print(
+        f"Done: {summary.steps} steps, {summary.seconds:,.0f} s, {summary.images_per_s:,.0f} images/s. Weights: {summary.checkpoint}"
+    )
+    print(f"Test them: fastssl eval knn {resolved.config.train.out} --shards LABELLED_SHARDS")
+    return 0
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """One line for people; the place in the source is for developers."""
+    print(f"fastssl: note: {message}", file=sys.stderr)

@@ -1,0 +1,382 @@
+"""The pretraining loop: set up, then step, teacher, log, save; readable from top to bottom."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastssl import checkpoint, distributed
+from fastssl.eval.online import OnlineKNN
+from fastssl.interrupt import StopRequest
+from fastssl.meters import Meters, MetricsLog, Screen
+from fastssl.methods import get_method
+from fastssl.models import architecture, build_backbone, check_architecture
+from fastssl.optim import build_optimizer, scaled_lr, set_lr
+from fastssl.schedules import lr_at, progress_at
+from pipelines.loader import Loader, open_loader
+from shards.errors import UserError
+from shards.files import atomic_write
+from shards.read import ShardSet
+
+if TYPE_CHECKING:
+    from fastssl.config import Resolved
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how large, where, and with which of the speed switches."""
+
+    out: str = "runs/pretrain"
+    """Folder of this run: configuration, metrics.jsonl, checkpoints."""
+    epochs: int = 100
+    """Passes over the shards."""
+    batch: int = 256
+    """Images per step over all processes."""
+    seed: int = 0
+    """Decides weights, order and augmentation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 computes under autocast (weights and loss stay float32); auto uses it where the hardware has it."""
+    channels_last: bool = True
+    """Keep convolutions' tensors in the layout that tensor cores and oneDNN want; no effect on ViTs."""
+    compile: bool = False
+    """torch.compile the backbones, block by block; falls back, with a warning, where there is no compiler."""
+    clip_grad: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    save_every: int = 1
+    """Epochs between two checkpoints; the last step is always saved."""
+    save_every_steps: int = 0
+    """Steps between two checkpoints within an epoch; 0 saves at ends of epochs only."""
+    keep: int = 2
+    """Newest checkpoints that are kept; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("epochs", 1),
+            ("batch", 2),
+            ("seed", 0),
+            ("log_every", 1),
+            ("save_every", 1),
+            ("clip_grad", 0),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"train.{name} is {getattr(self, name)}, but it must be at least {least}.")
+        for name in ("save_every_steps", "keep"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} is {getattr(self, name)}, but it must not be negative.")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished or interrupted run came to."""
+
+    steps: int
+    seconds: float
+    images_per_s: float
+    checkpoint: Path
+    interrupted: int = 0
+    """Number of the signal that stopped the run, 0 where it ran to its end."""
+
+
+def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
+    """Run, or continue, the pretraining that a configuration describes.
+
+    Order, draws, schedules and initial weights are functions of the configuration, and a checkpoint holds everything else, so a
+    resumed run on a CPU ends with the same bits as one that was never stopped.
+
+    Raises:
+        UserError: shards missing or too few, a batch that does not divide by the ranks, a run folder in use without `resume`, a
+            checkpoint of another architecture or data set, a non-finite loss, a full disk.
+    """
+    # ---------------------------------------------------------------------------------------------- set up
+    cfg, train = resolved.config, resolved.config.train
+    ranks = distributed.setup(None if train.device == "auto" else train.device)
+    device, run = ranks.device, Path(train.out)
+    if not cfg.data.shards:
+        raise UserError(
+            "No shards to train on: give --data.shards DIR, the folder that `fastssl shard` made."
+        )
+    shards = ShardSet.open(cfg.data.shards)
+    loader = open_loader(
+        shards,
+        cfg.recipe,
+        batch=train.batch,
+        seed=train.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        engine=cfg.data.engine,
+        threads=cfg.data.threads,
+        device=device,
+    )
+    found = checkpoint.list_checkpoints(run)
+    if found and not resume:
+        raise UserError(
+            f"'{run}' already holds a run ({found[-1].name}): add --resume to continue it, or choose another --train.out."
+        )
+    state = checkpoint.load(found[-1]) if found else None
+
+    torch.manual_seed(train.seed)
+    backbone = build_backbone(cfg.model, cfg.recipe.size)
+    shape = architecture(backbone, cfg.model)
+    method = get_method(resolved.method_name)(backbone, cfg.method)
+    if train.channels_last:
+        method = method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    method = method.to(device)
+    if state is not None:
+        _check_same_run(state, resolved, shards, shape, str(found[-1]))
+        checkpoint.load_weights(method, state["method"], str(found[-1]))
+    bf16 = use_bf16(train.precision, device)
+    if train.compile:
+        compile_blocks(method, device)
+    model = _distribute(method, ranks)
+    optimizer = build_optimizer(method.parameters(), cfg.optim)
+    meters, start = Meters(), 0
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        meters.restore(state["meters"], device)
+        torch.set_rng_state(state["rng"])
+        start = state["step"]
+    del state
+    online = OnlineKNN(cfg.knn, cfg.recipe, shards, device, bf16) if cfg.knn.every and ranks.is_main else None
+
+    steps, total = loader.steps_per_epoch, loader.steps_per_epoch * train.epochs
+    peak_lr = scaled_lr(cfg.optim, train.batch)
+    warmup = min(cfg.optim.warmup_epochs, train.epochs)
+    if warmup != cfg.optim.warmup_epochs:
+        warnings.warn(
+            f"The warm-up of {cfg.optim.warmup_epochs:g} epochs is longer than the run: all of it warms up.",
+            stacklevel=2,
+        )
+    screen = Screen(total, start, show=ranks.is_main)
+    log = _open_run_folder(run, resolved, start) if ranks.is_main else None
+    _greet(screen, resolved, loader, device, bf16, start, total)
+
+    def save(step: int) -> Path:
+        path = checkpoint.checkpoint_path(run, step)
+        if ranks.is_main:
+            state = {
+                "step": step,
+                "config": resolved.tree(),
+                "architecture": shape,
+                "shards": _fingerprint(shards),
+                "method": method.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "meters": meters.state(),
+                "rng": torch.get_rng_state(),
+            }
+            checkpoint.save(path, state, train.keep)
+        return path
+
+    # ---------------------------------------------------------------------------------------------- loop
+    began = time.perf_counter()
+    step, saved, timed = start, start, 0
+    stop = StopRequest()
+    with screen, stop:
+        for epoch in range(start // steps, train.epochs):
+            batches = loader.epoch(epoch, start_step=step - epoch * steps)
+            while step < (epoch + 1) * steps:
+                waiting = time.perf_counter()
+                batch = next(batches)
+                wait_s = time.perf_counter() - waiting
+
+                set_lr(
+                    optimizer,
+                    lr_at(
+                        step,
+                        base_lr=peak_lr,
+                        steps_per_epoch=steps,
+                        epochs=train.epochs,
+                        warmup_epochs=warmup,
+                    ),
+                )
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                    output = model(batch.views)
+                output.loss.backward()
+                if train.clip_grad:
+                    nn.utils.clip_grad_norm_(method.parameters(), train.clip_grad)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                step, timed = step + 1, timed + 1
+                method.update_teacher(
+                    method.teacher_momentum(progress_at(step, steps_per_epoch=steps, epochs=train.epochs))
+                )
+
+                meters.add(output.metrics, wait_s)
+                screen.step(step)
+                if step % train.log_every == 0 or step == total:
+                    values = meters.read(train.batch, timed)
+                    timed = 0
+                    if not torch.isfinite(torch.tensor(values["loss"])):
+                        raise UserError(
+                            f"The loss is {values['loss']} at step {step}: lower --optim.lr (now {cfg.optim.lr:g}) or set "
+                            f"--train.clip_grad. '{run}' keeps the checkpoints from before."
+                        )
+                    screen.log(step, epoch, train.epochs, values)
+                    if log:
+                        lr = optimizer.param_groups[0]["lr"]
+                        log.write({"step": step, "epoch": round(step / steps, 4), "lr": lr, **values})
+                stopping = (
+                    _any_rank(stop.signal, device) if ranks.world == 1 or step % train.log_every == 0 else 0
+                )
+                if stopping or (train.save_every_steps and step % train.save_every_steps == 0):
+                    save(step)
+                    saved = step
+                if stopping:
+                    batches.close()
+                    seconds = time.perf_counter() - began
+                    path = checkpoint.checkpoint_path(run, step)
+                    return _finish(path, step, seconds, (step - start) * train.batch, stopping)
+            batches.close()
+            last = epoch + 1 == train.epochs
+            if online and (last or (epoch + 1) % cfg.knn.every == 0):
+                accuracy = online.test(method.backbone)
+                screen.say(
+                    f"epoch {epoch + 1}/{train.epochs}  kNN accuracy {accuracy:.1%} (k = {online.k}, {online.what})"
+                )
+                if log:
+                    log.write({"step": step, "epoch": epoch + 1, "knn_accuracy": accuracy})
+            if saved != step and (last or (epoch + 1) % train.save_every == 0):
+                save(step)
+                saved = step
+    return _finish(
+        checkpoint.checkpoint_path(run, step),
+        step,
+        time.perf_counter() - began,
+        (step - start) * train.batch,
+        0,
+    )
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to compute in bf16: as asked, or, for auto, where the hardware multiplies it faster than float32."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def compile_blocks(method: nn.Module, device: torch.device) -> bool:
+    """Compile student and teacher backbones in place: per block where there are blocks, so that equal ones share one graph.
+
+    State dicts keep their keys. Returns False, with a warning, where a CPU has no C++ compiler.
+    """
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
+        warnings.warn(
+            "train.compile needs a C++ compiler on a CPU and there is none (Debian: g++): running uncompiled.",
+            stacklevel=2,
+        )
+        return False
+    for backbone in (method.get_submodule("backbone"), method.get_submodule("teacher_backbone")):
+        blocks = getattr(backbone, "blocks", None)
+        for part in blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else [backbone]:
+            part.compile()
+    return True
+
+
+def _distribute(method: nn.Module, ranks: distributed.Dist) -> nn.Module:
+    """The method under DDP where there is more than one process; BatchNorm then spans them, as the paper's does, on GPUs."""
+    if ranks.world == 1:
+        return method
+    on_gpu = ranks.device.type == "cuda"
+    if on_gpu:
+        # In place in the method itself, so that its state dict and teacher update see the converted layers.
+        for name, child in method.named_children():
+            setattr(method, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+    elif ranks.is_main and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in method.modules()):
+        warnings.warn(
+            "PyTorch has no SyncBatchNorm on CPUs: BatchNorm sees each process's share of the batch only.",
+            stacklevel=2,
+        )
+    return DistributedDataParallel(
+        method, device_ids=[ranks.local_rank] if on_gpu else None, broadcast_buffers=False
+    )
+
+
+def _fingerprint(shards: ShardSet) -> dict[str, Any]:
+    """What a data set must agree on for a run to continue on it."""
+    return {"num_samples": shards.num_samples, "options_sha256": shards.manifest.options_sha256}
+
+
+def _check_same_run(
+    state: dict[str, Any], resolved: Resolved, shards: ShardSet, shape: dict[str, Any], where: str
+) -> None:
+    """A checkpoint continues only the run it came from; settings that may change do so aloud."""
+    check_architecture(shape, state["architecture"], where)
+    if state["shards"] != _fingerprint(shards):
+        raise UserError(
+            f"'{where}' was trained on {state['shards']['num_samples']} samples of another conversion, '{shards.folder}' has "
+            f"{shards.num_samples}: give the same shards, or start anew with another --train.out."
+        )
+    before, now = state["config"], resolved.tree()
+    fixed = {("train", "batch"), ("train", "seed"), ("train", "epochs")}
+    free = {
+        ("train", k)
+        for k in ("out", "device", "log_every", "save_every", "save_every_steps", "keep", "compile")
+    }
+    for section, values in now.items():
+        for key, value in values.items():
+            old = before.get(section, {}).get(key)
+            if old == value or section in ("data", "knn") or (section, key) in free:
+                continue
+            if section in ("recipe", "method") or (section, key) in fixed:
+                raise UserError(
+                    f"'{where}' was made with {section}.{key} = {old} and this run has {value}: use the same to resume, or start anew "
+                    "with another --train.out."
+                )
+            warnings.warn(f"{section}.{key} was {old} until here and is {value} from now on.", stacklevel=3)
+
+
+def _open_run_folder(run: Path, resolved: Resolved, start: int) -> MetricsLog:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The run folder '{run}' cannot be made ({error.strerror}): choose another --train.out."
+        ) from error
+    atomic_write(run / "config.yaml", resolved.to_yaml().encode())
+    return MetricsLog(run / "metrics.jsonl", start)
+
+
+def _greet(
+    screen: Screen,
+    resolved: Resolved,
+    loader: Loader,
+    device: torch.device,
+    bf16: bool,
+    start: int,
+    total: int,
+) -> None:
+    cfg = resolved.config
+    screen.say(
+        f"{resolved.method_name} {cfg.model.backbone} on {loader.shards.num_samples:,} images at {cfg.recipe.size} px: batch "
+        f"{loader.batch} on {loader.world} x {device}, {'bf16' if bf16 else 'fp32'}, {cfg.train.epochs} epochs of "
+        f"{loader.steps_per_epoch} steps"
+    )
+    if start:
+        screen.say(f"resuming after step {start} of {total}")
+
+
+def _any_rank(signal: int, device: torch.device) -> int:
+    """The signal that any rank was sent: ranks must leave the loop at the same step. Waits for the device where there are several."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return signal
+    seen = torch.tensor(signal, device=device)
+    torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+    return int(seen)
+
+
+def _finish(path: Path, step: int, seconds: float, images: int, signal: int) -> Summary:
+    distributed.barrier()  # no rank leaves while another may still wait for it
+    return Summary(step, seconds, images / max(seconds, 1e-9), path, signal)

@@ -1,0 +1,176 @@
+"""MoCo v3's vision transformers on today's timm: 12 heads also for ViT-S, a fixed position table, a frozen or
+convolutional patch embedding (arXiv 2104.02057; conv stems: Xiao et al., arXiv
+2106.14881)."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from shards.errors import UserError
+
+
+@dataclass(frozen=True)
+class ViTShape:
+    """The size of one of MoCo v3's ViTs."""
+
+    dim: int
+    depth: int
+    num_heads: int
+    conv_stem: bool = False
+
+
+# 12 heads for ViT-S too, where timm and DeiT have 6. The conv stem stands in for one block, hence depth 11.
+MOCO_VITS = {
+    "moco_vit_small": ViTShape(dim=384, depth=12, num_heads=12),
+    "moco_vit_base": ViTShape(dim=768, depth=12, num_heads=12),
+    "moco_vit_conv_small": ViTShape(dim=384, depth=11, num_heads=12, conv_stem=True),
+    "moco_vit_conv_base": ViTShape(dim=768, depth=11, num_heads=12, conv_stem=True),
+}
+
+
+def check_patches(image_size: int, patch_size: int) -> None:
+    """Raise UserError when `patch_size` does not divide `image_size` (both in pixels)."""
+    if image_size % patch_size:
+        smaller = image_size // patch_size * patch_size
+        near = f"{smaller} or {smaller + patch_size}" if smaller else f"{patch_size}"
+        raise UserError(
+            f"The image size {image_size} is no multiple of the patch size {patch_size}: "
+            f"use images of {near} pixels, or another patch size."
+        )
+
+
+def build_moco_vit(
+    shape: ViTShape, *, image_size: int, patch_size: int, channels: int, drop_path: float
+) -> VisionTransformer:
+    """A ViT of `shape` with MoCo v3's initialisation: (N, C, H, W) -> its class token (N, shape.dim).
+
+    Raises UserError for an `image_size` that `patch_size` does not divide, and for a conv stem with a patch
+    size that is no power of two.
+    """
+    check_patches(image_size, patch_size)
+    vit = VisionTransformer(
+        img_size=image_size,
+        patch_size=patch_size,
+        in_chans=channels,
+        num_classes=0,
+        global_pool="token",
+        embed_dim=shape.dim,
+        depth=shape.depth,
+        num_heads=shape.num_heads,
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        drop_path_rate=drop_path,
+        weight_init="skip",
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),  # pyright: ignore[reportArgumentType]
+        embed_layer=ConvStem if shape.conv_stem else PatchEmbed,
+    )
+    init_moco_vit(vit)
+    return vit
+
+
+@torch.no_grad()
+def init_moco_vit(vit: VisionTransformer) -> None:
+    """MoCo v3's initial values: Xavier-uniform linears, zero biases, a tiny class token, the position table.
+
+    The bound of a uniform weight is sqrt(6 / (fan_in + fan_out)). Queries, keys and values count as three
+    matrices, so the fused qkv weight (3d, d) is drawn with d + d. A plain patch embedding is drawn like the
+    linear layer it is, with fan_in = channels * patch * patch. A conv stem keeps PyTorch's defaults.
+    """
+    for name, module in vit.named_modules():
+        if isinstance(module, nn.Linear):
+            num_out, num_in = module.weight.shape
+            if name.endswith("attn.qkv"):
+                num_out //= 3
+            _xavier_uniform(module, num_in, num_out)
+    patch = vit.patch_embed.proj
+    if isinstance(patch, nn.Conv2d):
+        _xavier_uniform(patch, patch.weight[0].numel(), patch.out_channels)
+    assert vit.cls_token is not None
+    nn.init.normal_(vit.cls_token, std=1e-6)
+    height, width = vit.patch_embed.grid_size
+    table = position_table(height, width, vit.embed_dim)
+    # A parameter, though never trained, so that it is in the state dict as in the published checkpoints.
+    vit.pos_embed = nn.Parameter(table, requires_grad=False)
+
+
+def _xavier_uniform(module: nn.Linear | nn.Conv2d, num_in: int, num_out: int) -> None:
+    bound = math.sqrt(6 / (num_in + num_out))
+    nn.init.uniform_(module.weight, -bound, bound)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def position_table(height: int, width: int, dim: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions, (1, 1 + height * width, dim) float32; the class token's row is zero.
+
+    With omega_i = 10000^(-i / (dim / 4)), the columns are [sin w, cos w, sin h, cos h] of omega times the
+    coordinate. As in MoCo v3, "w" changes slowly along the raster order of the patches and "h" fast, the
+    reverse of MAE's table: patch n has w = n // height and h = n % height. Weights trained with one table are
+    wrong with the other.
+    """
+    assert dim % 4 == 0
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    w, h = torch.meshgrid(
+        torch.arange(width, dtype=torch.float64), torch.arange(height, dtype=torch.float64), indexing="ij"
+    )
+    w_angles, h_angles = w.reshape(-1, 1) * omega, h.reshape(-1, 1) * omega
+    rows = torch.cat([w_angles.sin(), w_angles.cos(), h_angles.sin(), h_angles.cos()], dim=1)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), rows])[None].float()
+
+
+class ConvStem(nn.Module):
+    """Patch embedding by 3x3 stride-2 convolutions with BatchNorm and ReLU, then a 1x1 convolution.
+
+    (N, C, H, W) -> (N, patches, dim). A patch size of 16 takes four, with dim/8, dim/4, dim/2 and dim
+    channels; 2^n takes n. timm calls it with the arguments of its own PatchEmbed.
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        dynamic_img_pad: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        assert not dynamic_img_pad
+        num_steps = int(math.log2(patch_size))
+        if patch_size < 2 or 2**num_steps != patch_size:
+            raise UserError(
+                f"A conv stem halves the image again and again, so its patch size must be a power of two: "
+                f"{patch_size} is none, use {2 ** max(num_steps, 1)}."
+            )
+        self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        layers: list[nn.Module] = []
+        num_in = in_chans
+        for step in range(num_steps):
+            num_out = embed_dim // 2 ** (num_steps - 1 - step)
+            conv = nn.Conv2d(num_in, num_out, 3, stride=2, padding=1, bias=False, device=device, dtype=dtype)
+            layers += [conv, nn.BatchNorm2d(num_out, device=device, dtype=dtype), nn.ReLU(inplace=True)]
+            num_in = num_out
+        layers.append(nn.Conv2d(num_in, embed_dim, 1, bias=bias, device=device, dtype=dtype))
+        self.proj = nn.Sequential(*layers)
+
+    def feat_ratio(self) -> int:
+        """Pixels per patch side, which timm asks for."""
+        return self.patch_size[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if (height, width) != self.img_size:
+            raise UserError(
+                f"The model was built for images of {self.img_size} pixels but got {(height, width)}."
+            )
+        return self.proj(images).flatten(2).transpose(1, 2)

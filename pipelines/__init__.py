@@ -1,0 +1,1 @@
+"""Shards to augmented views: recipes, draws and the engines that apply them."""

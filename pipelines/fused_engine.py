@@ -1,0 +1,77 @@
+"""The default engine: decode once with libjpeg-turbo, crop each view with torchvision's SIMD resize, then our kernels.
+
+All three release the GIL, so plain threads use every core and no pixels travel between processes.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pipelines import cpu_kernels
+from pipelines.decode import decode_rgb
+from pipelines.noise import noise_table
+from pipelines.recipe import Recipe
+
+
+class FusedEngine:
+    """Turns one encoded image and its draws into normalised views; safe to call from many threads at once."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        std = np.array(recipe.std, dtype=np.float32)
+        self._scale = 1 / std
+        self._bias = -np.array(recipe.mean, dtype=np.float32) / std
+        self._local = threading.local()
+
+    def __call__(self, data: memoryview, draws: np.ndarray, out: np.ndarray) -> None:
+        """Decode `data` and write its views.
+
+        Args:
+            data: an encoded JPEG, PNG or WebP image.
+            draws: DRAW records (V,).
+            out: float32 (V, 3, S, S), written.
+
+        Raises:
+            RuntimeError: the image does not decode.
+        """
+        self.render(decode_rgb(data), draws, out)
+
+    def render(self, image: torch.Tensor, draws: np.ndarray, out: np.ndarray) -> None:
+        """Write the views of a decoded image, uint8 (3, H, W), to `out` float32 (V, 3, S, S)."""
+        size = self.recipe.size
+        for index, draw in enumerate(draws):
+            top, left = int(draw["top"]), int(draw["left"])
+            crop = image[:, top : top + int(draw["height"]), left : left + int(draw["width"])]
+            view = (
+                F.interpolate(crop[None], (size, size), mode="bilinear", antialias=True)[0]
+                .contiguous()
+                .numpy()
+            )
+            cpu_kernels.make_view(
+                view, draws, index, self._scale, self._bias, noise_table(), self._spare(), out[index]
+            )
+
+    def _spare(self) -> np.ndarray:
+        """Scratch planes of this thread, uint8 (2, S, S)."""
+        if not hasattr(self._local, "spare"):
+            self._local.spare = np.empty((2, self.recipe.size, self.recipe.size), dtype=np.uint8)
+        return self._local.spare
+
+
+class ReferenceEngine:
+    """The PIL and torchvision oracle behind the same call as `FusedEngine`; slow, for tests, `preview` and comparison."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def __call__(self, data: memoryview, draws: np.ndarray, out: np.ndarray) -> None:
+        """As `FusedEngine.__call__`."""
+        from pipelines import reference
+
+        image = reference.decode(data)
+        for view, draw in zip(out, draws, strict=True):
+            view[:] = reference.make_view(image, draw, self.recipe)

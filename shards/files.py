@@ -1,0 +1,71 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from shards.errors import UserError
+
+T = TypeVar("T")
+_UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], T]) -> T | None:
+    """Writes a file so that a crash at any moment leaves the old file or the whole new one.
+
+    `content` is the bytes, or a function that writes them to the open file; its result is returned. Written
+    beside the target, flushed to the disk, renamed over it, and the folder flushed too. Raises UserError when
+    the disk is full; the unfinished file is then removed.
+    """
+    path = Path(path)
+    # The process id keeps two writers apart; whatever a killed one leaves is removed by `remove_unfinished`.
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, "wb", buffering=1 << 20) as file:
+            if callable(content):
+                result = content(file)
+            else:
+                file.write(content)
+                result = None
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+        _flush_folder(path.parent)
+    except BaseException as fault:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+        if isinstance(fault, OSError) and fault.errno in _FULL:
+            free = shutil.disk_usage(path.parent).free
+            raise UserError(
+                f"the disk is full: '{path}' could not be written, {free:,} bytes are free. Make room there; "
+                "what is finished is kept, and the same command goes on from it."
+            ) from fault
+        raise
+    return result
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes left of `atomic_write` in `folder`; no writer may be at work there."""
+    for path in folder.iterdir():
+        if is_unfinished(path.name):
+            path.unlink(missing_ok=True)
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether `atomic_write` gives such a name to a file it is writing: `.shard-000012.tar.4711.tmp`."""
+    return _UNFINISHED.fullmatch(name) is not None
+
+
+def _flush_folder(folder: Path) -> None:
+    # A rename is only on the disk once its folder is.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,107 @@
+"""Random access to a finished shard folder, by sample id."""
+
+import mmap
+import os
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.errors import UserError
+from shards.layout import TABLE, Manifest, shard_name
+
+_COLUMNS = ["shard", "offset", "size", "ext", "width", "height", "label"]
+
+
+class ShardSet:
+    """The samples of one shard folder, memory-mapped; safe to use from threads, and cheap to pickle.
+
+    Columns, each (num_samples,): `labels` int64, -1 where there is none; `widths` and `heights` int32,
+    pixels; `sizes` int64, bytes; `exts` str. `classes` names the labels.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, table: pa.Table):
+        self.folder = folder
+        self.manifest = manifest
+        self.num_samples = manifest.num_samples
+        self.classes = manifest.classes
+        self.labels = table["label"].fill_null(-1).to_numpy().astype(np.int64)
+        self.widths = table["width"].to_numpy()
+        self.heights = table["height"].to_numpy()
+        self.exts = table["ext"].to_numpy().astype("<U4")
+        self.sizes = table["size"].to_numpy()
+        self._shard = table["shard"].to_numpy()
+        self._offset = table["offset"].to_numpy()
+        self._maps: dict[int, memoryview] = {}
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike) -> "ShardSet":
+        """Opens a shard folder; raises UserError when it is unfinished or a shard is missing or cut short."""
+        folder = Path(folder)
+        manifest = Manifest.load(folder)
+        for shard in manifest.shards:
+            _check_size(folder / shard.name, shard.bytes)
+        if not (folder / TABLE).is_file():
+            raise UserError(
+                f"'{folder / TABLE}' is missing; run the same `fastssl shard` command again to mend it."
+            )
+        table = pq.read_table(folder / TABLE, columns=_COLUMNS)
+        if table.num_rows != manifest.num_samples:
+            raise UserError(
+                f"'{folder / TABLE}' has {table.num_rows} samples, the manifest {manifest.num_samples}; the "
+                "files are of different conversions: convert to a new folder."
+            )
+        return cls(folder, manifest, table)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __reduce__(self):
+        return ShardSet.open, (self.folder,)
+
+    def read(self, sample_id: int) -> memoryview:
+        """The encoded image, read-only and without a copy; IndexError outside 0..num_samples-1."""
+        self._check_id(sample_id)
+        shard = int(self._shard[sample_id])
+        offset = int(self._offset[sample_id])
+        return self._map(shard)[offset : offset + int(self.sizes[sample_id])]
+
+    def name(self, sample_id: int) -> str:
+        """The image's path below the source folder, with forward slashes."""
+        self._check_id(sample_id)
+        return self._sources[sample_id].as_py()
+
+    @cached_property
+    def _sources(self) -> pa.ChunkedArray:
+        # Names are wanted for messages and reports only; at 10 million samples they would be most of the
+        # memory.
+        return pq.read_table(self.folder / TABLE, columns=["source"])["source"]
+
+    def _check_id(self, sample_id: int) -> None:
+        if not 0 <= sample_id < self.num_samples:
+            raise IndexError(f"sample {sample_id} is outside 0..{self.num_samples - 1} of '{self.folder}'")
+
+    def _map(self, shard: int) -> memoryview:
+        view = self._maps.get(shard)
+        if view is None:
+            with open(self.folder / shard_name(shard), "rb") as file:
+                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            # Two threads may both map it; the one that comes second uses the first one's.
+            view = self._maps.setdefault(shard, mapped)
+        return view
+
+
+def _check_size(path: Path, expected_bytes: int) -> None:
+    try:
+        found_bytes = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(
+            f"'{path}' is missing; run the same `fastssl shard` command again to make it."
+        ) from None
+    if found_bytes != expected_bytes:
+        raise UserError(
+            f"'{path}' has {found_bytes:,} bytes and should have {expected_bytes:,}; run the same "
+            "`fastssl shard` command again to mend it."
+        )

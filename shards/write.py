@@ -1,0 +1,114 @@
+"""One shard: a USTAR archive, the same bytes whenever the same samples are written, and its DALI index."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+from shards.files import atomic_write
+from shards.image import Stored
+from shards.layout import INDEX_VERSION, ShardFile
+
+BLOCK = 512
+RECORD = 20 * BLOCK  # tar pads its archives to this
+MAX_MEMBER_BYTES = 8 * 2**30 - 1  # eleven octal digits
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An image to write, with what the tar says about it. `label` is None where there is none."""
+
+    key: str
+    stored: Stored
+    source: str
+    label: int | None
+    class_name: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file in the tar: `offset` is of its first data byte."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[ShardFile, list[list[Member]]] | None:
+    """Writes the tar at `path`, atomically, and returns its facts and each sample's members, the image first.
+
+    Takes the samples one by one, so only one image is held. Without samples nothing is written and None
+    returned: readers refuse an empty shard.
+    """
+    samples = iter(samples)
+    first = next(samples, None)
+    if first is None:
+        return None
+    return atomic_write(path, lambda file: _write_tar(file, path.name, chain([first], samples)))
+
+
+def write_index(path: Path, samples: list[list[Member]]) -> None:
+    """Writes the index of DALI's webdataset reader (v1.2): for each member `<ext> <offset> <size> <name>`."""
+    lines = [f"{INDEX_VERSION} {len(samples)}"]
+    for members in samples:
+        lines.append(" ".join(f"{m.name.partition('.')[2]} {m.offset} {m.size} {m.name}" for m in members))
+    atomic_write(path, ("\n".join(lines) + "\n").encode("ascii"))
+
+
+def _write_tar(file: BinaryIO, name: str, samples: Iterator[Sample]) -> tuple[ShardFile, list[list[Member]]]:
+    digest = hashlib.sha256()
+    at = 0
+    listing = []
+
+    def put(data: bytes) -> None:
+        nonlocal at
+        file.write(data)
+        digest.update(data)
+        at += len(data)
+
+    for sample in samples:
+        members = []
+        for suffix, data in _files(sample):
+            member = f"{sample.key}.{suffix}"
+            put(_header(member, len(data)))
+            members.append(Member(member, at, len(data)))
+            put(data)
+            put(bytes(-len(data) % BLOCK))
+        listing.append(members)
+    put(bytes(2 * BLOCK + -(at + 2 * BLOCK) % RECORD))
+    return ShardFile(name, len(listing), at, digest.hexdigest()), listing
+
+
+def _files(sample: Sample) -> Iterator[tuple[str, bytes]]:
+    stored = sample.stored
+    yield stored.ext, stored.data
+    if sample.label is not None:
+        yield "cls", str(sample.label).encode("ascii")
+    facts = {
+        "height": stored.height,
+        "label": sample.class_name,
+        "source": sample.source,
+        "width": stored.width,
+    }
+    yield "json", json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _header(name: str, size: int) -> bytes:
+    """A USTAR header (POSIX.1-1988) of a regular file, mode 0644, without owner and time.
+
+    The same bytes as `tarfile` makes, in a third of the time: three of these are 5 % of decoding a small
+    image.
+    """
+    assert len(name) <= 100, name
+    assert size <= MAX_MEMBER_BYTES, size
+    head = (
+        name.encode("ascii").ljust(100, b"\0")
+        + b"0000644\0" + b"0000000\0" * 2  # mode, user, group
+        + b"%011o\0" % size + b"00000000000\0"  # size, time
+    )  # fmt: skip
+    tail = b"0" + bytes(100) + b"ustar\x0000" + bytes(64 + 16 + 155 + 12)
+    # The sum is taken with spaces in its own eight places.
+    return head + b"%06o\0 " % (sum(head) + sum(tail) + 8 * ord(" ")) + tail

@@ -1,0 +1,153 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms import RandomResizedCrop
+
+from pipelines.draws import DRAW, draw, eval_draws
+from pipelines.recipe import RECIPES, Recipe
+
+GOLDEN_BOX = [129, 155, 215, 219]
+GOLDEN_FLAGS = [1, 1, 0, 0, 0, 0]
+GOLDEN_ORDER = [2, 3, 0, 1]
+GOLDEN_FACTORS = [
+    0.7554620504379272,
+    1.098181128501892,
+    0.8867648243904114,
+    -0.05287990719079971,
+    1.9974000453948975,
+]
+GOLDEN_NOISE_SEED = 13453749098129160357
+N = 20_000
+MANY = RECIPES["satellite"]
+
+
+def draw_many(recipe: Recipe, width: int = 500, height: int = 375, count: int = N) -> np.ndarray:
+    return draw(recipe, 7, 3, np.arange(count), np.full(count, width), np.full(count, height))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.integers(0, 10**9), min_size=1, max_size=20),
+    st.integers(0, 2**31),
+    st.integers(0, 1000),
+    st.data(),
+)
+def test_a_sample_gets_the_same_draws_in_any_batch(ids, seed, epoch, data):
+    sizes = np.array(ids) % 300 + 1
+    whole = draw(MANY, seed, epoch, np.array(ids), sizes, sizes[::-1].copy())
+    some = data.draw(st.permutations(range(len(ids))))[: data.draw(st.integers(1, len(ids)))]
+    part = draw(MANY, seed, epoch, np.array(ids)[some], sizes[some], sizes[::-1][some])
+    assert (whole[:, some] == part).all()
+
+
+def test_seed_epoch_and_view_change_the_draws():
+    base = draw_many(MANY, count=50)
+    assert (base[0] != base[1]).any()
+    for seed, epoch in ((8, 3), (7, 4)):
+        assert (draw(MANY, seed, epoch, np.arange(50), np.full(50, 500), np.full(50, 375)) != base).any()
+
+
+def test_golden_draw_never_changes():
+    """Runs that were interrupted by an update must go on with the views they would have seen."""
+    one = draw(RECIPES["moco_v3"], 0, 0, np.array([5]), np.array([500]), np.array([375]))[0, 0]
+    box = [int(one[name]) for name in ("top", "left", "height", "width")]
+    flags = [int(one[name]) for name in ("jitter", "gray", "solarize", "hflip", "vflip", "turns")]
+    factors = [float(one[name]) for name in ("brightness", "contrast", "saturation", "hue", "sigma")]
+    assert box == GOLDEN_BOX
+    assert flags == GOLDEN_FLAGS
+    assert one["order"].tolist() == GOLDEN_ORDER
+    assert factors == pytest.approx(GOLDEN_FACTORS, rel=1e-6)
+    assert int(one["noise_seed"]) == GOLDEN_NOISE_SEED
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.floats(0.01, 1), st.floats(0.05, 1))
+def test_boxes_lie_inside_the_image(width, height, scale, ratio):
+    recipe = Recipe(crop_scale=(scale, 1.0), crop_ratio=(ratio, 1 / ratio))
+    boxes = draw_many(recipe, width, height, 64)
+    assert (boxes["width"] >= 1).all()
+    assert (boxes["height"] >= 1).all()
+    assert (boxes["left"] >= 0).all()
+    assert (boxes["top"] >= 0).all()
+    assert (boxes["left"] + boxes["width"] <= width).all()
+    assert (boxes["top"] + boxes["height"] <= height).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (96, 96), (1000, 120)])
+def test_boxes_are_distributed_as_torchvisions(width, height):
+    """Kolmogorov-Smirnov distance below the 0.1 % critical value, 1.95 sqrt(2 / n), for each of the box's four numbers."""
+    count = 6000
+    ours = draw(
+        Recipe(num_views=1, blur_p=(0.0,), solarize_p=(0.0,)),
+        1,
+        1,
+        np.arange(count),
+        np.full(count, width),
+        np.full(count, height),
+    )[0]
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
+    )
+    for column, name in enumerate(("top", "left", "height", "width")):
+        values = np.unique(np.concatenate([ours[name], theirs[:, column]]))
+        cdfs = [
+            np.searchsorted(np.sort(x), values, side="right") / count for x in (ours[name], theirs[:, column])
+        ]
+        assert np.abs(cdfs[0] - cdfs[1]).max() < 1.95 * np.sqrt(2 / count), name
+
+
+def test_fallback_takes_the_largest_centred_box():
+    """A 1000 x 10 image with crops of its whole area never fits a ratio in [1, 4/3]: the centre, 13 x 10, is taken."""
+    boxes = draw(
+        Recipe(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 4 / 3)),
+        0,
+        0,
+        np.arange(4),
+        np.full(4, 1000),
+        np.full(4, 10),
+    )
+    assert {tuple(int(box[n]) for n in ("top", "left", "height", "width")) for box in boxes.ravel()} == {
+        (0, 493, 10, 13)
+    }
+
+
+def test_rates_and_ranges():
+    draws = draw_many(MANY)
+    view1, view2 = draws
+    three_sigma = 3 * np.sqrt(0.25 / N)
+    for name, rate in (("jitter", 0.8), ("gray", 0.2), ("hflip", 0.5), ("vflip", 0.5)):
+        assert abs(draws[name].mean() - rate) < three_sigma, name
+    assert abs((view1["sigma"] > 0).mean() - 0.5) < three_sigma
+    assert abs((view2["sigma"] > 0).mean() - 0.1) < three_sigma
+    assert view1["solarize"].sum() == 0
+    assert abs(view2["solarize"].mean() - 0.2) < three_sigma
+    assert abs((draws["noise_std"] > 0).mean() - 0.5) < three_sigma
+    assert np.abs(np.bincount(draws["turns"].ravel(), minlength=4) / draws.size - 0.25).max() < three_sigma
+    for name, low, high in (
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.6, 1.4),
+        ("saturation", 0.8, 1.2),
+        ("hue", -0.05, 0.05),
+    ):
+        values = draws[name].astype(np.float64)
+        assert low - 1e-6 <= values.min() < low + 0.01 * (high - low)
+        assert high - 0.01 * (high - low) < values.max() <= high + 1e-6
+        assert abs(values.mean() - (low + high) / 2) < 4 * (high - low) / np.sqrt(12 * values.size)
+    orders, counts = np.unique(draws["order"].reshape(-1, 4), axis=0, return_counts=True)
+    assert len(orders) == 24
+    assert np.abs(counts / draws.size - 1 / 24).max() < three_sigma
+
+
+def test_evaluation_takes_the_centred_square():
+    got = eval_draws(Recipe(eval_crop=0.875), np.array([500, 256, 10]), np.array([375, 256, 300]))
+    assert got.shape == (1, 3)
+    assert got["height"][0].tolist() == [328, 224, 9]
+    assert (got["height"] == got["width"]).all()
+    assert got["top"][0].tolist() == [23, 16, 145]
+    assert got["left"][0].tolist() == [86, 16, 0]
+    changing = [name for name in DRAW.names if name not in ("top", "left", "height", "width")]
+    assert all(not got[name].any() for name in changing)

@@ -1,0 +1,104 @@
+"""The fused engine against the per-image reference, in 0..255 levels; the bounds are far inside what the design allows."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.draws import draw
+from pipelines.loader import make_engine
+from pipelines.recipe import RECIPES, Recipe
+from shards.errors import UserError
+from tests.pictures import colours, encoded, photo
+
+UNNORMALISED = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def both(
+    recipe: Recipe, data: bytes, size: tuple[int, int], sample: int, **fields
+) -> tuple[np.ndarray, np.ndarray]:
+    """The views of one image by both engines, in levels: float32 (V, 3, S, S) each."""
+    draws = draw(recipe, 0, 0, np.array([sample]), np.array([size[0]]), np.array([size[1]]))[:, 0].copy()
+    for name, value in fields.items():
+        draws[name] = value
+    views = []
+    for name in ("fused", "reference"):
+        out = np.empty((recipe.num_views, 3, recipe.size, recipe.size), dtype=np.float32)
+        make_engine(name, recipe)(memoryview(data), draws, out)
+        views.append(out * 255)
+    return views[0], views[1]
+
+
+@pytest.mark.parametrize("preset", RECIPES)
+@pytest.mark.parametrize(("width", "height"), [(160, 120), (90, 200), (33, 47), (224, 224)])
+def test_whole_recipes_stay_within_a_level_on_average(preset, width, height):
+    recipe = dataclasses.replace(RECIPES[preset], size=64, **UNNORMALISED)
+    data = encoded(photo(width, height), "JPEG", quality=90)
+    errors = [
+        np.abs(np.subtract(*both(recipe, data, (width, height), sample))).mean(axis=(1, 2, 3))
+        for sample in range(12)
+    ]
+    assert np.mean(errors) < 0.25
+    assert np.max(errors) < 1.0
+
+
+def test_crop_and_resize_differ_by_one_level_at_most():
+    """Both filter with the same triangle; torch's 8-bit weights round another way than Pillow's."""
+    recipe = Recipe(size=56, **UNNORMALISED)
+    still = {"jitter": 0, "gray": 0, "sigma": 0, "solarize": 0, "noise_std": 0}
+    for sample in range(20):
+        fused, reference = both(recipe, encoded(photo(200, 150, sample), "JPEG"), (200, 150), sample, **still)
+        assert np.abs(fused - reference).max() < 1.01
+        assert np.abs(fused - reference).mean() < 0.35
+
+
+def test_everything_after_the_crop_is_exact():
+    """At its own size a view is not resampled, so what remains are the kernels: equal up to float32 rounding."""
+    recipe = dataclasses.replace(RECIPES["satellite"], size=48, **UNNORMALISED)
+    whole = {"top": 0, "left": 0, "height": 48, "width": 48}
+    for sample in range(30):
+        image = colours(48, sample) if sample % 2 else photo(48, 48, sample)
+        fused, reference = both(recipe, encoded(image, "PNG"), (48, 48), sample, **whole)
+        np.testing.assert_allclose(fused, reference, atol=2e-4)
+
+
+def test_grey_files_become_three_equal_channels():
+    gray = photo(40, 40).convert("L")
+    recipe = Recipe(size=32, hue=0.0, **UNNORMALISED)
+    fused, reference = both(recipe, encoded(gray, "PNG"), (40, 40), 3, jitter=0)
+    assert (fused[:, 0] == fused[:, 1]).all()
+    assert np.abs(fused - reference).max() < 2.5
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_formats_decode_as_pil_does(kind):
+    recipe = Recipe(
+        size=48,
+        num_views=1,
+        blur_p=(0.0,),
+        solarize_p=(0.0,),
+        jitter_p=0,
+        gray_p=0,
+        hflip_p=0,
+        **UNNORMALISED,
+    )
+    whole = {"top": 0, "left": 0, "height": 48, "width": 48}
+    fused, reference = both(recipe, encoded(photo(48, 48), kind, quality=80), (48, 48), 0, **whole)
+    np.testing.assert_allclose(fused, reference, atol=2e-4)
+
+
+def test_normalisation_is_the_last_step():
+    white = encoded(Image.new("RGB", (8, 8), (255, 255, 255)), "PNG")
+    recipe = Recipe(size=8, num_views=1, blur_p=(0.0,), solarize_p=(0.0,), jitter_p=0)
+    out = np.empty((1, 3, 8, 8), dtype=np.float32)
+    make_engine("fused", recipe)(
+        memoryview(white), draw(recipe, 0, 0, np.array([0]), np.array([8]), np.array([8]))[:, 0].copy(), out
+    )
+    for channel in range(3):
+        assert out[0, channel] == pytest.approx((1 - recipe.mean[channel]) / recipe.std[channel], rel=1e-5)
+
+
+def test_unknown_engine_names_the_nearest():
+    with pytest.raises(UserError, match=r"no engine called 'fussed'. Did you mean 'fused'?"):
+        make_engine("fussed", Recipe())
