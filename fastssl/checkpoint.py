@@ -44,14 +44,19 @@ def save(path: Path, state: dict[str, Any], keep: int = 0) -> None:
     """Write a checkpoint; afterwards only the newest `keep` of its folder remain (0 keeps all).
 
     Raises:
-        UserError: the disk is full; older checkpoints stay as they were.
+        UserError: the disk is full, or the folder cannot be written; older checkpoints stay as they were.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Serialised in memory first: torch turns a write error on the way into one of its own that hides the cause.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     view = buffer.getbuffer()
-    atomic_write(path, lambda file: file.write(view))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda file: file.write(view))
+    except OSError as error:
+        raise UserError(
+            f"'{path}' cannot be written ({error.strerror}): mend that, then continue with --resume."
+        ) from error
     if keep:
         for old in list_checkpoints(path.parent.parent)[:-keep]:
             old.unlink(missing_ok=True)
@@ -70,7 +75,7 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"'{path}' is damaged or no checkpoint ({reason}): use an older one of the same run."
+            f"'{path}' is damaged or no checkpoint ({reason}): remove it, and the one before it is used."
         ) from error
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"'{path}' is no checkpoint of fastssl: it lacks the entry 'format'.")

@@ -47,7 +47,11 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit code 0: done; 2: a mistake the user can mend, told in one sentence; 130: interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv:
+        print(usage())
+        print("fastssl: give a command, such as `fastssl demo`.", file=sys.stderr)
+        return 2
+    if argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
     if argv[0] in ("-V", "--version"):

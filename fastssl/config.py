@@ -70,19 +70,23 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
     where = f"'{path}'" if path is not None else "the defaults"
     named = dict(_leaves(tree))
     tokens = list(overrides or [])
-    chosen = {key: _take_flag(tokens, key) or named.pop(key, None) for key in (METHOD_NAME, PRESET)}
+    sections = {field.name for field in dataclasses.fields(RunConfig)}
+    named = {k: v for k, v in named.items() if v != "" or k not in sections}  # `train:` with nothing below it
+    written = {key: named.pop(key, None) for key in (METHOD_NAME, PRESET)}
+    chosen = {key: _take_flag(tokens, key) or name for key, name in written.items()}
     method_name = chosen[METHOD_NAME] or next(iter(METHODS))
     recipe = get_recipe(chosen[PRESET]) if chosen[PRESET] else Recipe()
     start = RunConfig(recipe=recipe, method=get_method(method_name).Config())
 
     known = dict(_leaves(_plain(dataclasses.asdict(start)))).keys()
+    names = [*known, METHOD_NAME, PRESET]
     for key in named:
         if key not in known:
-            raise UserError(f"{where} has an unknown key '{key}'.{_suggest(key, known)}")
+            raise UserError(f"{where} has an unknown key '{key}'.{_suggest(key, names)}")
     for token in tokens:
         name = token.split("=", 1)[0].removeprefix("--").replace("-", "_")
         if token.startswith("--") and name != "help" and name not in known:
-            raise UserError(f"There is no setting '{token.split('=', 1)[0]}'.{_suggest(name, known)}")
+            raise UserError(f"There is no setting '{token.split('=', 1)[0]}'.{_suggest(name, names)}")
     base = _parse(start, list(_flags(named)), prog=str(path))
     return Resolved(_parse(base, tokens, prog="fastssl pretrain CONFIG"), method_name)
 
@@ -91,9 +95,8 @@ def from_tree(tree: dict[str, Any]) -> Resolved:
     """The configuration stored in a checkpoint (`Resolved.tree`)."""
     tree = {section: dict(values) for section, values in tree.items()}
     method_name = tree["method"].pop("name")
-    words = {section: {k: _word(v) for k, v in values.items()} for section, values in tree.items()}
     start = RunConfig(method=get_method(method_name).Config())
-    return Resolved(_parse(start, list(_flags(dict(_leaves(words)))), prog="checkpoint"), method_name)
+    return Resolved(_parse(start, list(_flags(dict(_leaves(tree)))), prog="checkpoint"), method_name)
 
 
 def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:
@@ -108,7 +111,7 @@ def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:
         prog=prog,
         description=description,
         default=default,
-        args=tokens,
+        args=_spell_booleans(tokens, default),
         config=(tyro.conf.FlagConversionOff,),
     )
 
@@ -143,15 +146,23 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _flags(named: dict[str, Any]) -> Iterator[str]:
     for key, value in named.items():
         yield f"--{key}"
-        yield from (map(_word, value) if isinstance(value, list) else (_word(value),))
+        yield from (map(str, value) if isinstance(value, list) else (str(value),))
 
 
-def _word(value: Any) -> Any:
-    """A scalar as tyro spells it; lists stay lists of words."""
-    if isinstance(value, (list, tuple)):
-        return [_word(v) for v in value]
-    text = str(value)
-    return {"true": "True", "false": "False", "null": "None"}.get(text, text)
+def _spell_booleans(tokens: list[str], default: RunConfig) -> list[str]:
+    """`true` and `false` as tyro spells them, where a switch is set; a folder called `true` keeps its name."""
+    switches = {f"--{key}" for key, value in _leaves(dataclasses.asdict(default)) if isinstance(value, bool)}
+    spelled, before = [], ""
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        flag = "--" + name.removeprefix("--").replace("-", "_")
+        if value.lower() in ("true", "false") and flag in switches:
+            token = name + equals + value.capitalize()
+        elif token.lower() in ("true", "false") and before in switches:
+            token = token.capitalize()
+        spelled.append(token)
+        before = flag
+    return spelled
 
 
 def _take_flag(tokens: list[str], name: str) -> str | None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastssl.distributed import mean_over_ranks
+from shards.errors import UserError
 from shards.files import atomic_write
 
 
@@ -55,10 +56,14 @@ class Meters:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, appended; cut back to the checkpoint's step on resume."""
+    """`metrics.jsonl`: one JSON object a line, appended; cut back to the checkpoint's step on resume.
+
+    `last` is the newest row that was there before, empty where there was none.
+    """
 
     def __init__(self, path: Path, resume_step: int):
         self._path = path
+        self.last: dict[str, Any] = {}
         if path.exists():
             # Lines after the checkpoint belong to steps that are about to be done again; the last may be half a line.
             rows = [
@@ -66,14 +71,19 @@ class MetricsLog:
                 for row in map(_parse, path.read_text().splitlines())
                 if row and row["step"] <= resume_step
             ]
+            self.last = rows[-1] if rows else {}
             atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; it must hold `step`."""
-        with open(self._path, "a") as file:
-            file.write(
-                json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n"
-            )
+        """Append one row; it must hold `step`. Numbers keep six significant digits. Raises UserError for a full disk."""
+        short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps(short) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"'{self._path}' cannot be written ({error.strerror}): make room or mend it, then continue with --resume."
+            ) from error
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -17,13 +17,14 @@ Pretrain a backbone on shards, without labels. CONFIG is a YAML file (see config
 
 def run(argv: list[str]) -> int:
     """Run the command; returns the exit code, 128 + signal where one stopped the run."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv and argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
     from shards.errors import UserError
 
-    if argv[0].startswith("-"):
-        raise UserError(f"Give the configuration file first: fastssl pretrain CONFIG {' '.join(argv)}")
+    if not argv or argv[0].startswith("-"):
+        given = " ".join(["fastssl pretrain CONFIG", *argv])
+        raise UserError(f"Give the configuration file first, as in `{given}`.")
     path, rest = argv[0], [token for token in argv[1:] if token != "--resume"]
     resume = "--resume" in argv
     rest = ["--help" if token in ("--settings", "-h") else token for token in rest]

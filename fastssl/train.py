@@ -7,7 +7,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -18,12 +18,13 @@ from fastssl.eval.online import OnlineKNN
 from fastssl.interrupt import StopRequest
 from fastssl.meters import Meters, MetricsLog, Screen
 from fastssl.methods import get_method
-from fastssl.models import architecture, build_backbone, check_architecture
+from fastssl.models import architecture, build_backbone
 from fastssl.optim import build_optimizer, scaled_lr, set_lr
+from fastssl.same_run import check_same_run, data_set_of
 from fastssl.schedules import lr_at, progress_at
 from pipelines.loader import Loader, open_loader
 from shards.errors import UserError
-from shards.files import atomic_write
+from shards.files import atomic_write, remove_unfinished
 from shards.read import ShardSet
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
         method = method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     method = method.to(device)
     if state is not None:
-        _check_same_run(state, resolved, shards, shape, str(found[-1]))
+        check_same_run(state, resolved, shards, shape, str(found[-1]))
         checkpoint.load_weights(method, state["method"], str(found[-1]))
     bf16 = use_bf16(train.precision, device)
     if train.compile:
@@ -143,7 +144,9 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
     optimizer = build_optimizer(method.parameters(), cfg.optim)
     meters, start = Meters(), 0
     if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        # Settings such as weight_decay are this run's; those in the checkpoint would silently undo a change of them.
+        own_groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own_groups})
         meters.restore(state["meters"], device)
         torch.set_rng_state(state["rng"])
         start = state["step"]
@@ -162,28 +165,32 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
     log = _open_run_folder(run, resolved, start) if ranks.is_main else None
     _greet(screen, resolved, loader, device, bf16, start, total)
 
-    def save(step: int) -> Path:
-        path = checkpoint.checkpoint_path(run, step)
+    def save(step: int) -> None:
+        # Every rank looks, at the same weights: all of them leave, or none. A checkpoint is worth having only if it can go on.
+        if not all(bool(p.isfinite().all()) for p in method.parameters()):
+            raise _diverged(f"The weights are no longer finite at step {step}", resolved)
         if ranks.is_main:
             state = {
                 "step": step,
                 "config": resolved.tree(),
                 "architecture": shape,
-                "shards": _fingerprint(shards),
+                "shards": data_set_of(shards),
                 "method": method.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "meters": meters.state(),
                 "rng": torch.get_rng_state(),
             }
-            checkpoint.save(path, state, train.keep)
-        return path
+            checkpoint.save(checkpoint.checkpoint_path(run, step), state, train.keep)
 
     # ---------------------------------------------------------------------------------------------- loop
     began = time.perf_counter()
     step, saved, timed = start, start, 0
+    first_epoch = start // steps
+    if online and log and start and start % steps == 0 and "knn_accuracy" not in log.last:
+        first_epoch -= 1  # it was saved and then stopped before its test: nothing is left of it but that
     stop = StopRequest()
     with screen, stop:
-        for epoch in range(start // steps, train.epochs):
+        for epoch in range(first_epoch, train.epochs):
             batches = loader.epoch(epoch, start_step=step - epoch * steps)
             while step < (epoch + 1) * steps:
                 waiting = time.perf_counter()
@@ -218,10 +225,7 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
                     values = meters.read(train.batch, timed)
                     timed = 0
                     if not torch.isfinite(torch.tensor(values["loss"])):
-                        raise UserError(
-                            f"The loss is {values['loss']} at step {step}: lower --optim.lr (now {cfg.optim.lr:g}) or set "
-                            f"--train.clip_grad. '{run}' keeps the checkpoints from before."
-                        )
+                        raise _diverged(f"The loss is {values['loss']} at step {step}", resolved)
                     screen.log(step, epoch, train.epochs, values)
                     if log:
                         lr = optimizer.param_groups[0]["lr"]
@@ -304,49 +308,24 @@ def _distribute(method: nn.Module, ranks: distributed.Dist) -> nn.Module:
     )
 
 
-def _fingerprint(shards: ShardSet) -> dict[str, Any]:
-    """What a data set must agree on for a run to continue on it."""
-    return {"num_samples": shards.num_samples, "options_sha256": shards.manifest.options_sha256}
-
-
-def _check_same_run(
-    state: dict[str, Any], resolved: Resolved, shards: ShardSet, shape: dict[str, Any], where: str
-) -> None:
-    """A checkpoint continues only the run it came from; settings that may change do so aloud."""
-    check_architecture(shape, state["architecture"], where)
-    if state["shards"] != _fingerprint(shards):
-        raise UserError(
-            f"'{where}' was trained on {state['shards']['num_samples']} samples of another conversion, '{shards.folder}' has "
-            f"{shards.num_samples}: give the same shards, or start anew with another --train.out."
-        )
-    before, now = state["config"], resolved.tree()
-    fixed = {("train", "batch"), ("train", "seed"), ("train", "epochs")}
-    free = {
-        ("train", k)
-        for k in ("out", "device", "log_every", "save_every", "save_every_steps", "keep", "compile")
-    }
-    for section, values in now.items():
-        for key, value in values.items():
-            old = before.get(section, {}).get(key)
-            if old == value or section in ("data", "knn") or (section, key) in free:
-                continue
-            if section in ("recipe", "method") or (section, key) in fixed:
-                raise UserError(
-                    f"'{where}' was made with {section}.{key} = {old} and this run has {value}: use the same to resume, or start anew "
-                    "with another --train.out."
-                )
-            warnings.warn(f"{section}.{key} was {old} until here and is {value} from now on.", stacklevel=3)
-
-
 def _open_run_folder(run: Path, resolved: Resolved, start: int) -> MetricsLog:
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for folder in (run, run / "checkpoints"):
+            remove_unfinished(folder)
+        atomic_write(run / "config.yaml", resolved.to_yaml().encode())
+        return MetricsLog(run / "metrics.jsonl", start)
     except OSError as error:
         raise UserError(
-            f"The run folder '{run}' cannot be made ({error.strerror}): choose another --train.out."
+            f"The run folder '{run}' cannot be written ({error.strerror}): choose another --train.out."
         ) from error
-    atomic_write(run / "config.yaml", resolved.to_yaml().encode())
-    return MetricsLog(run / "metrics.jsonl", start)
+
+
+def _diverged(what: str, resolved: Resolved) -> UserError:
+    return UserError(
+        f"{what}: lower --optim.lr (now {resolved.config.optim.lr:g}) or set --train.clip_grad. "
+        f"'{resolved.config.train.out}' keeps the checkpoints from before."
+    )
 
 
 def _greet(

@@ -71,7 +71,7 @@ def draw(
     """
     out = np.zeros((recipe.num_views, len(sample_ids)), dtype=DRAW)
     for view in range(recipe.num_views):
-        key = hash_key(seed, epoch, np.asarray(sample_ids, dtype=np.uint64), view)
+        key = np.asarray(hash_key(seed, epoch, np.asarray(sample_ids, dtype=np.uint64), view))
         _draw_view(recipe, view, key, np.asarray(widths), np.asarray(heights), out[view])
     return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -114,7 +114,7 @@ class Loader:
         self.steps_per_epoch = steps_per_epoch(shards.num_samples, batch)
         self._engine = engine
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of `epoch` from `start_step` on; a pure function of (seed, epoch, step)."""
         order = epoch_order(self.shards.num_samples, self.seed, epoch)
 
@@ -137,7 +137,7 @@ def eval_batches(
     batch: int = 256,
     threads: int = 0,
     device: torch.device | str = "cpu",
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield the fixed evaluation view of the given samples, in their order; the last batch may be smaller."""
 
     def ids_and_draws() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -157,7 +157,7 @@ def stream(
     shape: tuple[int, ...],
     threads: int,
     device: torch.device,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Make batches in threads, `PREFETCH` ahead and in order.
 
     Args:

@@ -54,7 +54,7 @@ def contact_sheet(
         caption = f"{original.width} x {original.height}" + (
             f"  {shards.classes[label]}" if label >= 0 else ""
         )
-        pen.text((GAP, y + cell + 1), caption, FAINT, font)
+        _caption(pen, (GAP, y + cell + 1), caption, cell)
         original.thumbnail((cell, cell), Image.Resampling.LANCZOS)
         sheet.paste(_fit(original, cell), (GAP, y))
         for e in range(epochs):
@@ -70,7 +70,7 @@ def contact_sheet(
             for v in range(recipe.num_views):
                 x = GAP + (1 + e * recipe.num_views + v) * (cell + GAP)
                 sheet.paste(_fit(_to_image(out[v], recipe), cell), (x, y))
-                pen.text((x, y + cell + 1), describe(draws[v, 0]), FAINT, font)
+                _caption(pen, (x, y + cell + 1), describe(draws[v, 0]), cell)
     atomic_write(path, lambda file: sheet.save(file, format="PNG"))
     return path
 
@@ -93,6 +93,13 @@ def describe(draw: np.void) -> str:
     if draw["noise_std"] > 0:
         names.append("noise")
     return " ".join(names)
+
+
+def _caption(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
+    """Text in the largest size that fits the width."""
+    fonts = (ImageFont.load_default(size) for size in (12, 11, 10, 9, 8))
+    font = next((font for font in fonts if pen.textlength(text, font) <= width), ImageFont.load_default(8))
+    pen.text(place, text, FAINT, font)
 
 
 def _to_image(view: np.ndarray, recipe: Recipe) -> Image.Image:

@@ -43,11 +43,15 @@ class EvalKNN:
 
 def run(argv: list[str]) -> int:
     """Run the command."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv and argv[0] in ("-h", "--help"):
         print(
             "usage: fastssl eval knn CHECKPOINT --shards LABELLED [options]     (fastssl eval knn --help explains them)"
         )
         return 0
+    if not argv:
+        raise UserError(
+            "Give the test and what to test: fastssl eval knn CHECKPOINT --shards LABELLED (fastssl eval --help)."
+        )
     if argv[0] not in TESTS:
         raise UserError(f"There is no test '{argv[0]}'.{nearest(argv[0], TESTS)}")
     args = tyro.cli(EvalKNN, prog="fastssl eval knn", args=argv[1:], config=(tyro.conf.FlagConversionOff,))
@@ -92,8 +96,8 @@ def knn_report(
     """kNN accuracies of a checkpoint and of its baselines, as plain values.
 
     Returns:
-        {"checkpoint", "step", "bank", "queries", "classes", "rows": [{"features", "accuracy": {k: share}, "per_class": {class: share
-        or None}}]}; `per_class` is at the k nearest to 20.
+        {"checkpoint", "step", "queries", "classes", "rows": [{"features", "accuracy": {k: share}, "per_class_k": k, "per_class":
+        {class: share or None}}]}; `per_class` is at the k nearest to 20.
 
     Raises:
         UserError: no checkpoint, no labels, or different classes in the two shard sets.
@@ -108,6 +112,8 @@ def knn_report(
     from fastssl.train import use_bf16
     from shards.read import ShardSet
 
+    if max_samples < 0:
+        raise UserError(f"max_samples is {max_samples}, but it must be at least 0 (all).")
     path = checkpoints.find_checkpoint(Path(checkpoint))
     state = checkpoints.load(path)
     cfg = from_tree(state["config"]).config

@@ -67,8 +67,12 @@ def classify(
         KNNResult keyed by the clamped k. Equal votes go to the class with the lower index.
 
     Raises:
-        UserError: fewer than two bank samples to leave one out, or an empty bank.
+        UserError: fewer than two bank samples to leave one out, or an empty bank, or no k of at least 1.
     """
+    if not ks or min(ks) < 1:
+        raise UserError(
+            f"kNN needs numbers of neighbours of at least 1, got {list(ks)}: give some, such as --ks 20."
+        )
     leave_one_out = queries is None
     available = len(bank) - (1 if leave_one_out else 0)
     if available < 1:

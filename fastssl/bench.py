@@ -1,0 +1,282 @@
+"""`fastssl bench loader` and `fastssl bench step`: the two sub-commands, and what their reports share."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from pipelines.recipe import Recipe
+    from shards.read import ShardSet
+
+SUBCOMMANDS = {"loader": "fastssl.bench_loader", "step": "fastssl.bench_step"}
+USAGE = """usage: fastssl bench loader SHARDS [options]     images per second from shards to views, beside other loaders
+       fastssl bench step CONFIG [options]       images per second of a training step, part by part
+
+`fastssl bench loader --help` and `fastssl bench step --help` explain the options."""
+
+# Distribution names: which DALI is installed depends on the CUDA version it was built for.
+_VERSIONS = {
+    "fastssl": ("fastssl-pretrain",),
+    "torch": ("torch",),
+    "torchvision": ("torchvision",),
+    "dali": ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110"),
+    "kornia": ("kornia",),
+    "numba": ("numba",),
+    "pillow": ("pillow",),
+}
+
+
+def run(argv: list[str]) -> int:
+    """Run the sub-command that `argv` begins with."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    from shards.errors import UserError, nearest
+
+    if argv[0] not in SUBCOMMANDS:
+        raise UserError(f"There is no 'fastssl bench {argv[0]}'.{nearest(argv[0], SUBCOMMANDS)}")
+    return import_module(SUBCOMMANDS[argv[0]]).run(argv[1:]) or 0
+
+
+@dataclass
+class Row:
+    """One line of a report: a rate, how sure it is, and what it is compared with; or why there is none."""
+
+    name: str
+    fidelity: str = ""
+    """exact, approximate, or empty where the row does only part of the work."""
+    rates: list[float] = field(default_factory=list)
+    """Images per second of each repeat; a source image counts once, however many views are made of it."""
+    cores: list[float] = field(default_factory=list)
+    """Seconds of CPU time of this process and its children per second, in each repeat."""
+    error: str = ""
+    """Why nothing was measured."""
+    ratio: float | None = None
+    """images_per_s over that of the row `ratio_to`."""
+    ratio_to: str = ""
+    note: str = ""
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Median of the repeats; None where nothing was measured."""
+        return statistics.median(self.rates) if self.rates else None
+
+    @property
+    def cpu_cores(self) -> float | None:
+        """Median of the repeats."""
+        return statistics.median(self.cores) if self.cores else None
+
+    @property
+    def core_ms(self) -> float | None:
+        """CPU time for one image, median of the repeats: other work on the machine changes it less than the rate."""
+        pairs = zip(self.cores, self.rates, strict=True)
+        return statistics.median(1000 * cores / rate for cores, rate in pairs) if self.cores else None
+
+    def add(self, rate: float, cores: float) -> None:
+        """Note one repeat."""
+        self.rates.append(rate)
+        self.cores.append(cores)
+
+    def fail(self, reason: str) -> None:
+        """Give up, with the reason; what was measured before does not count."""
+        self.rates.clear()
+        self.cores.clear()
+        self.error = reason
+
+    def compare(self, other: Row | None) -> None:
+        """Set the ratio to `other`, where both were measured."""
+        if other is not None and self.rates and other.rates:
+            self.ratio = statistics.median(self.rates) / statistics.median(other.rates)
+            self.ratio_to = other.name
+
+    def spread(self) -> str:
+        """Least and greatest repeat, for a table."""
+        return f"{brief(min(self.rates))}-{brief(max(self.rates))}" if self.rates else ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; `spread` is [least, greatest] of the repeats."""
+        return {
+            "name": self.name,
+            "images_per_s": self.images_per_s,
+            "spread": [min(self.rates), max(self.rates)] if self.rates else None,
+            "ratio": self.ratio,
+            "ratio_to": self.ratio_to or None,
+            "fidelity": self.fidelity or None,
+            "cpu_cores": self.cpu_cores,
+            "core_ms_per_image": self.core_ms,
+            "error": self.error or None,
+            "note": self.note or None,
+            **self.more,
+        }
+
+
+def brief(rate: float) -> str:
+    """A rate in at most six characters: 3.14, 31.4, 3,142, 31k."""
+    if rate >= 10_000:
+        return f"{rate / 1000:,.0f}k"
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all loaders of one report are given."""
+
+    shards: ShardSet
+    recipe: Recipe
+    sample_ids: np.ndarray
+    """The images used, int64 (N,)."""
+    batch: int
+    threads: int
+    """Threads, or worker processes of one thread each."""
+
+    def batches(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(epoch, sample ids (batch,)) without end, each epoch in another order; the same for every loader."""
+        from shards.order import epoch_order
+
+        for epoch in itertools.count():
+            ids = self.sample_ids[epoch_order(len(self.sample_ids), 0, epoch)]
+            for start in range(0, len(ids) - self.batch + 1, self.batch):
+                yield epoch, ids[start : start + self.batch]
+
+    def refuse_turns_and_noise(self, peer: str) -> None:
+        """Raise NotImplementedError where the recipe has them, for a peer without operations of the same meaning."""
+        if self.recipe.quarter_turns or self.recipe.noise_p:
+            raise NotImplementedError(
+                f"the recipe has quarter turns or noise, and {peer} no operations of the same meaning"
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """One row of the loader's report."""
+
+    name: str
+    fidelity: str
+    """exact: the same operations with Pillow's semantics, drawn per image; approximate: not quite; empty: part of the work."""
+    open: Callable[[Work], Generator[int]]
+    """Yields the number of source images of each batch, without end; closing it stops its workers."""
+    note: str = ""
+    workers: bool = False
+    """Batches come from worker processes in turn: rates are taken over whole rounds of one batch each."""
+
+
+class Stopwatch:
+    """Wall clock and CPU time (this process, its threads, and its children, running or ended) since its making."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), _cpu_s()
+
+    def wall_s(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._wall
+
+    def cores(self) -> float:
+        """CPU seconds per second since the start."""
+        return max(0.0, _cpu_s() - self._cpu) / self.wall_s()
+
+
+def _cpu_s() -> float:
+    times = os.times()
+    total = times.user + times.system + times.children_user + times.children_system
+    for child in multiprocessing.active_children():  # counted in `times` only once they have ended
+        try:
+            # After the name, which may hold spaces: state, then fields 4 on; 14 and 15 are user and system ticks.
+            fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # ended just now, or a system without /proc
+            continue
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that matter for speed; None for those not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name, distributions in _VERSIONS.items():
+        found[name] = next(filter(None, map(_version, distributions)), None)
+    return found
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """The processor, the cores this process may use, how busy they were in the last minute, and the GPU in use."""
+    from pipelines.loader import default_threads
+
+    info: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": default_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "gpu": None,
+    }
+    if device is not None and device.type == "cuda":
+        import torch
+
+        info["gpu"] = torch.cuda.get_device_name(device)
+    return info
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def write_report(
+    path: str,
+    kind: str,
+    machine: dict[str, Any],
+    settings: dict[str, Any],
+    rows: Sequence[Row],
+    **more: Any,
+) -> None:
+    """Write a report as JSON, whole or not at all; UserError where the folder is missing or cannot be written."""
+    from shards.errors import UserError
+    from shards.files import atomic_write
+
+    report = {
+        "kind": kind,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": machine,
+        "settings": settings,
+        "rows": [row.as_json() for row in rows],
+        **more,
+    }
+    try:
+        atomic_write(path, (json.dumps(report, indent=2) + "\n").encode())
+    except OSError as fault:
+        raise UserError(
+            f"The report '{path}' cannot be written ({fault.strerror}): choose another --json."
+        ) from fault
+
+
+def check_report_path(path: str) -> None:
+    """Raise UserError where `write_report` will not find its folder: before the minutes of measuring, not after."""
+    from shards.errors import UserError
+
+    if path and not Path(path).parent.is_dir():
+        raise UserError(f"There is no folder '{Path(path).parent}' for --json '{path}': make it first.")

@@ -1,0 +1,276 @@
+"""`fastssl bench loader`: images per second from encoded bytes to views, ours and others' on the same images."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from fastssl.bench import Row, Source, Stopwatch, Work, brief, check_report_path, machine, write_report
+from shards.errors import UserError, nearest
+
+WARM_UP_S = 1.0  # twice, each at least one round: the first includes compiling and starting workers
+
+
+@dataclass(frozen=True)
+class BenchLoader:
+    """Measure how fast images become views: ours step by step, and other loaders on the same images.
+
+    A source image counts once, however many views are made of it. All images in use are read once beforehand: a warm page cache.
+    """
+
+    shards: Annotated[str, tyro.conf.Positional]
+    """Folder of shards."""
+    recipe: str = "moco_v3"
+    """Name of a preset."""
+    size: int = 224
+    """Side of the views in pixels."""
+    batch: int = 64
+    """Images a batch."""
+    threads: int = 0
+    """Threads of ours, DALI and Kornia, and worker processes of the others; 0: one per core."""
+    repeats: int = 3
+    """Times each loader is measured."""
+    seconds: float = 4.0
+    """Least length of one measurement."""
+    images: int = 2048
+    """Images used, over and over; fewer where the shards hold fewer."""
+    peers: str = "all"
+    """Others to measure: all, none, or names with commas: moco-v3, torchvision-v2, dali, dali-decode, kornia."""
+    json: str = ""
+    """File for the results."""
+
+
+def run(argv: list[str]) -> int:
+    """Run the sub-command."""
+    args = tyro.cli(BenchLoader, prog="fastssl bench loader", args=argv)
+    from rich.console import Console
+
+    from fastssl.bench_peers import MOCO_V3, PEERS
+    from pipelines.loader import default_threads
+    from pipelines.recipe import get_recipe
+    from shards.order import epoch_order
+    from shards.read import ShardSet
+
+    check(args)
+    peers = choose(args.peers, PEERS)
+    check_report_path(args.json)
+    recipe = dataclasses.replace(get_recipe(args.recipe), size=args.size)
+    shards = ShardSet.open(args.shards)
+    sample_ids = epoch_order(shards.num_samples, 0, 0)[: args.images]
+    if len(sample_ids) < args.batch:
+        raise UserError(
+            f"{len(sample_ids)} images of '{args.shards}' are in use, fewer than one batch of {args.batch}: lower --batch to at "
+            f"most {len(sample_ids)}, or use more images."
+        )
+    work = Work(shards, recipe, sample_ids, args.batch, args.threads or default_threads())
+    for sample_id in sample_ids:
+        bytes(shards.read(int(sample_id)))
+    ours = [
+        Source("read", "", _read, "encoded bytes copied from the shards, no more"),
+        Source("decode", "", _decode, "our decoder in threads, no views"),
+        Source("fused", "exact", _engine("fused"), "what `fastssl pretrain` uses"),
+        Source(
+            "reference", "exact", _engine("reference"), "our oracle: PIL, one image at a time, in threads"
+        ),
+    ]
+    where = machine()
+    console = Console(highlight=False)
+    sources = [*ours, *peers]
+    rows = [Row(source.name, source.fidelity, note=source.note) for source in sources]
+    with console.status("") as status:
+        # In turns, so that other work on the machine falls on all of them alike.
+        for repeat in range(args.repeats):
+            for source, row in zip(sources, rows, strict=True):
+                status.update(f"measuring {source.name}, {repeat + 1} of {args.repeats}")
+                if not row.error:
+                    measure(source, work, args.seconds, row, is_peer=source in peers)
+    base = next((row for row in rows if row.name == MOCO_V3), None)
+    for row in rows:
+        if row.fidelity:
+            row.compare(base)
+    _show(console, rows, work, where, args)
+    if args.json:
+        settings = dataclasses.asdict(args) | {
+            "recipe": dataclasses.asdict(recipe) | {"preset": args.recipe},
+            "threads": work.threads,
+            "images": len(sample_ids),
+            "page_cache": "warm",
+        }
+        write_report(args.json, "loader", where, settings, rows)
+        console.print(f"[dim]Written to {args.json}[/]")
+    return 0
+
+
+def check(args: BenchLoader) -> None:
+    """UserError for a number out of range; not in __post_init__, where tyro would draw a box around it."""
+    for name, least in (("size", 1), ("batch", 1), ("threads", 0), ("repeats", 1), ("images", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} is {getattr(args, name)}, but it must be at least {least}.")
+    if args.seconds <= 0:
+        raise UserError(f"--seconds is {args.seconds:g}, but it must be above 0.")
+
+
+def choose(names: str, known: dict[str, Any]) -> list[Any]:
+    """The peers that `names` means: all, none, or names with commas. UserError for an unknown name."""
+    if names in ("all", "none"):
+        return list(known.values()) if names == "all" else []
+    chosen = dict.fromkeys(name.strip() for name in names.split(","))
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"There is no peer called '{name}'.{nearest(name, [*known, 'all', 'none'])}")
+    return [known[name] for name in chosen]
+
+
+def measure(source: Source, work: Work, seconds: float, row: Row, *, is_peer: bool) -> None:
+    """Add to `row` one rate of a loader, taken over at least `seconds` after it has warmed up.
+
+    A peer that cannot run leaves its reason in the row; a fault of ours is raised.
+    """
+    in_a_round = work.threads if source.workers else 1
+
+    def spend(least_s: float) -> tuple[float, float]:
+        watch, images = Stopwatch(), 0
+        while True:
+            images += sum(next(batches) for _ in range(in_a_round))
+            if watch.wall_s() >= least_s:
+                return images / watch.wall_s(), watch.cores()
+
+    try:
+        with contextlib.closing(source.open(work)) as batches:
+            for _ in range(2):
+                spend(min(WARM_UP_S, seconds))
+            row.add(*spend(seconds))
+    except Exception as fault:  # others' code fails in its own ways, and a loss must stay in the table
+        if not is_peer:
+            raise
+        row.fail(_reason(fault))
+
+
+def _reason(fault: Exception) -> str:
+    """A message in one line: both ends of a long one, as DALI says the cause first and DataLoader's workers say it last."""
+    kind = "not installed" if isinstance(fault, ImportError) else type(fault).__name__
+    text = " ".join(str(fault).split())
+    if len(text) > 320:
+        text = f"{text[:160]} ... {text[-160:]}"
+    return f"{kind}: {text}" if text else kind
+
+
+# ----------------------------------------------------------------------------------------------------------- ours
+
+
+def _read(work: Work) -> Generator[int]:
+    return _in_threads(work, lambda sample_id: bytes(work.shards.read(sample_id)))
+
+
+def _decode(work: Work) -> Generator[int]:
+    from pipelines.decode import decode_rgb
+
+    return _in_threads(work, lambda sample_id: decode_rgb(work.shards.read(sample_id)))
+
+
+def _in_threads(work: Work, function: Callable[[int], Any]) -> Generator[int]:
+    """Call `function` for every sample, two batches ahead, as the loader does with its views."""
+    size = max(1, work.batch // (work.threads * 4))
+    waiting: deque = deque()
+    pool = ThreadPoolExecutor(work.threads)
+
+    def part(ids: list[int]) -> None:
+        for sample_id in ids:
+            function(sample_id)
+
+    try:
+        for _, ids in work.batches():
+            parts = [ids[i : i + size].tolist() for i in range(0, len(ids), size)]
+            waiting.append([pool.submit(part, p) for p in parts])
+            if len(waiting) > 2:
+                for future in waiting.popleft():
+                    future.result()
+                yield work.batch
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _engine(name: str) -> Callable[[Work], Generator[int]]:
+    def batches(work: Work) -> Generator[int]:
+        import torch
+
+        from pipelines.draws import draw
+        from pipelines.loader import make_engine, stream
+
+        shards, recipe = work.shards, work.recipe
+        ids_and_draws = (
+            (ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]))
+            for epoch, ids in work.batches()
+        )
+        shape = (recipe.num_views, work.batch, 3, recipe.size, recipe.size)
+        engine = make_engine(name, recipe)
+        made = stream(shards, engine, ids_and_draws, shape, work.threads, torch.device("cpu"))
+        with contextlib.closing(made):  # pyright: ignore[reportArgumentType]
+            for batch in made:
+                yield len(batch.sample_ids)
+
+    return batches
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: BenchLoader) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from fastssl.bench_peers import MOCO_V3
+
+    recipe, ids = work.recipe, work.sample_ids.tolist()
+    width, height = (
+        statistics.median_low(side[ids].tolist()) for side in (work.shards.widths, work.shards.heights)
+    )
+    width, height = (
+        statistics.median_low(side[ids].tolist()) for side in (work.shards.widths, work.shards.heights)
+    )
+    title = f"{len(ids):,} images of {width} x {height}, {recipe.num_views} views of {recipe.size} px, recipe {args.recipe}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("loader", no_wrap=True)
+    for name in ("images/s", "spread", f"vs\n{MOCO_V3}", "cores", "core ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("fidelity", no_wrap=True)
+    notes = []
+    for row in rows:
+        notes.append(row.note)
+        name = f"{row.name} [dim]{len(notes)}[/]"
+        if row.images_per_s is None:
+            table.add_row(name, "failed", "", "", "", "", row.fidelity)
+            continue
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        table.add_row(
+            name,
+            brief(row.images_per_s),
+            row.spread(),
+            ratio,
+            f"{row.cpu_cores:.2f}",
+            f"{row.core_ms:.2f}",
+            row.fidelity or "[dim]part only[/]",
+        )
+    console.print(table)
+    for row in rows:
+        if row.error:
+            console.print(f"{row.name} could not be measured: {row.error}", style="yellow", markup=False)
+    load = where["load_average"]
+    busy = "" if load is None else f", load average {load:.1f} before"
+    console.print(
+        f"{where['cpu']}, {where['cores']} cores{busy}; {work.threads} threads or worker processes, batches of {work.batch}; median "
+        f"and spread of {args.repeats} turns of {args.seconds:g} s after warm-up, page cache warm. cores, core ms: CPU time per "
+        "second, per image.",
+        style="dim",
+        markup=False,
+    )
+    for number, note in enumerate(notes, 1):
+        console.print(f"{number} {note}.", style="dim", markup=False)

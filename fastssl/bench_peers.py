@@ -1,0 +1,232 @@
+"""Other ways from encoded images to views, written as their users write them, to be measured beside ours.
+
+Each generator yields the number of source images of every batch it has made; closing it stops its workers. What a peer computes
+differently is said in its note. Sources: the recipe is that of MoCo v3 (arXiv 2104.02057); DALI and Kornia as their documentation
+shows them.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as v1
+from torchvision.transforms import v2
+
+from fastssl.bench import Source, Work
+from fastssl.bench_dali import decoded_batches, view_batches
+from pipelines.decode import decode_rgb
+from pipelines.recipe import Recipe
+from shards.read import ShardSet
+
+# ------------------------------------------------------------------------------------------- PyTorch's DataLoader
+
+
+class Blur:
+    """Pillow's Gaussian blur with a standard deviation drawn per image."""
+
+    def __init__(self, sigma: tuple[float, float]):
+        self.sigma = sigma
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*self.sigma)))
+
+
+class Solarize:
+    """Pillow's inversion of all values from 128 on."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return ImageOps.solarize(image, threshold=128)
+
+
+class TurnAndNoise:
+    """Quarter turns and noise of a float image (3, S, S) in [0, 1], where the recipe has them."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if self.recipe.quarter_turns:
+            image = image.rot90(random.randrange(4), (1, 2))
+        if random.random() < self.recipe.noise_p:
+            image = (image + random.uniform(*self.recipe.noise_std) * torch.randn_like(image)).clamp(0, 1)
+        return image
+
+
+class PILViews(Dataset):
+    """Sample id -> views, as MoCo v3's own loader makes them: torchvision's transforms on PIL images."""
+
+    def __init__(self, shards: ShardSet, recipe: Recipe):
+        self.shards = shards
+        self.transforms = [self.transform(recipe, view) for view in range(recipe.num_views)]
+
+    @staticmethod
+    def transform(recipe: Recipe, view: int) -> v1.Compose:
+        """The chain of transforms of one view."""
+        jitter = v1.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+        return v1.Compose(
+            [
+                v1.RandomResizedCrop(recipe.size, scale=recipe.crop_scale, ratio=recipe.crop_ratio),
+                v1.RandomApply([jitter], p=recipe.jitter_p),
+                v1.RandomGrayscale(p=recipe.gray_p),
+                v1.RandomApply([Blur(recipe.blur_sigma)], p=recipe.per_view("blur_p", view)),
+                v1.RandomApply([Solarize()], p=recipe.per_view("solarize_p", view)),
+                v1.RandomHorizontalFlip(recipe.hflip_p),
+                v1.RandomVerticalFlip(recipe.vflip_p),
+                v1.ToTensor(),
+                TurnAndNoise(recipe),
+                v1.Normalize(recipe.mean, recipe.std),
+            ]
+        )
+
+    def __getitem__(self, sample_id: int) -> list[Tensor]:
+        image: Any = Image.open(io.BytesIO(self.shards.read(sample_id))).convert("RGB")
+        return [transform(image) for transform in self.transforms]
+
+
+class TensorViews(PILViews):
+    """The same with torchvision's v2 transforms on tensors."""
+
+    @staticmethod
+    def transform(recipe: Recipe, view: int) -> v2.Compose:  # type: ignore[override]
+        """The chain of transforms of one view."""
+        jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+        blur = v2.GaussianBlur(BLUR_TAPS, sigma=list(recipe.blur_sigma))
+        return v2.Compose(
+            [
+                v2.RandomResizedCrop(recipe.size, recipe.crop_scale, recipe.crop_ratio, antialias=True),
+                v2.RandomApply([jitter], p=recipe.jitter_p),
+                v2.RandomGrayscale(p=recipe.gray_p),
+                v2.RandomApply([blur], p=recipe.per_view("blur_p", view)),
+                v2.RandomSolarize(threshold=128, p=recipe.per_view("solarize_p", view)),
+                v2.RandomHorizontalFlip(recipe.hflip_p),
+                v2.RandomVerticalFlip(recipe.vflip_p),
+                v2.ToDtype(torch.float32, scale=True),
+                TurnAndNoise(recipe),
+                v2.Normalize(list(recipe.mean), list(recipe.std)),
+            ]
+        )
+
+    def __getitem__(self, sample_id: int) -> list[Tensor]:
+        image = decode_rgb(self.shards.read(sample_id))
+        return [transform(image) for transform in self.transforms]
+
+
+# Taps of a true Gaussian of sigma <= 2: three standard deviations to each side. The 23 that are often used do no better, slower.
+BLUR_TAPS = 13
+
+
+class _Batches:
+    """A batch sampler without end."""
+
+    def __init__(self, work: Work):
+        self.work = work
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (ids.tolist() for _, ids in self.work.batches())
+
+
+def _data_loader(views: type[PILViews]) -> Callable[[Work], Generator[int]]:
+    def batches(work: Work) -> Generator[int]:
+        # Spawned, because a fork of a process whose threads hold locks may hang. Each worker computes with one thread, as always.
+        loader = DataLoader(
+            views(work.shards, work.recipe),
+            batch_sampler=_Batches(work),  # pyright: ignore[reportArgumentType]
+            num_workers=work.threads,
+            multiprocessing_context="spawn",
+        )
+        for made in loader:
+            yield len(made[0])
+
+    return batches
+
+
+# --------------------------------------------------------------------------------------------------------- Kornia
+
+
+def _kornia_views(work: Work) -> Generator[int]:
+    import kornia.augmentation as K
+
+    recipe = work.recipe
+    work.refuse_turns_and_noise("Kornia")
+    side = round(recipe.size * 256 / 224)
+
+    def transform(view: int) -> nn.Sequential:
+        return nn.Sequential(
+            K.RandomResizedCrop((recipe.size, recipe.size), recipe.crop_scale, recipe.crop_ratio),
+            K.ColorJitter(
+                recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue, p=recipe.jitter_p
+            ),
+            K.RandomGrayscale(p=recipe.gray_p),
+            K.RandomGaussianBlur(
+                (BLUR_TAPS, BLUR_TAPS), recipe.blur_sigma, p=recipe.per_view("blur_p", view)
+            ),
+            # The defaults would also move the threshold and add a random constant.
+            K.RandomSolarize((0.5, 0.5), (0.0, 0.0), p=recipe.per_view("solarize_p", view)),
+            K.RandomHorizontalFlip(p=recipe.hflip_p),
+            K.RandomVerticalFlip(p=recipe.vflip_p),
+            K.Normalize(torch.tensor(recipe.mean), torch.tensor(recipe.std)),
+        )
+
+    def resized(sample_id: int) -> Tensor:
+        image = decode_rgb(work.shards.read(sample_id))
+        return F.interpolate(image[None], (side, side), mode="bilinear", antialias=True)[0]
+
+    transforms = [transform(view) for view in range(recipe.num_views)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(work.threads)
+    try:
+        with ThreadPoolExecutor(work.threads) as pool:
+            for _, ids in work.batches():
+                images = torch.stack(list(pool.map(resized, ids.tolist()))).float() / 255
+                with torch.no_grad():
+                    made = [transform(images) for transform in transforms]
+                yield len(made[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+MOCO_V3 = "moco-v3"
+PEERS: dict[str, Source] = {
+    source.name: source
+    for source in (
+        Source(
+            MOCO_V3,
+            "exact",
+            _data_loader(PILViews),
+            "torchvision's transforms on PIL images in DataLoader workers of one thread each, as in MoCo v3's published code",
+            workers=True,
+        ),
+        Source(
+            "torchvision-v2",
+            "approximate",
+            _data_loader(TensorViews),
+            f"v2 transforms on uint8 tensors in DataLoader workers of one thread each; a true Gaussian blur of {BLUR_TAPS} taps and "
+            "a floating-point hue, on average 1 to 2 grey levels from PIL's",
+            workers=True,
+        ),
+        Source(
+            "dali",
+            "approximate",
+            view_batches,
+            "DALI's CPU operators; color_twist is one matrix: jitter in a fixed order, contrast about a constant, a linear hue, some "
+            "10 grey levels from PIL's",
+        ),
+        Source("dali-decode", "", decoded_batches, "DALI's CPU decoder alone, no views"),
+        Source(
+            "kornia",
+            "approximate",
+            _kornia_views,
+            "Kornia's modules on images decoded and squeezed to one size in threads: crops without antialiasing, one order of jitter "
+            "a batch, a true Gaussian blur",
+        ),
+    )
+}

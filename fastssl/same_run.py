@@ -1,0 +1,49 @@
+"""Whether a checkpoint belongs to the run that wants to continue it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from fastssl.models import check_architecture
+from shards.errors import UserError
+from shards.read import ShardSet
+
+if TYPE_CHECKING:
+    from fastssl.config import Resolved
+
+
+def data_set_of(shards: ShardSet) -> dict[str, Any]:
+    """What a data set must agree on for a run to continue on it."""
+    return {"num_samples": shards.num_samples, "options_sha256": shards.manifest.options_sha256}
+
+
+def check_same_run(
+    state: dict[str, Any], resolved: Resolved, shards: ShardSet, shape: dict[str, Any], where: str
+) -> None:
+    """A checkpoint continues only the run it came from; settings that may change do so aloud."""
+    check_architecture(shape, state["architecture"], where)
+    if state["shards"] != data_set_of(shards):
+        raise UserError(
+            f"'{where}' was trained on {state['shards']['num_samples']} samples of another conversion, '{shards.folder}' has "
+            f"{shards.num_samples}: give the same shards, or start anew with another --train.out."
+        )
+    before, now = state["config"], resolved.tree()
+    fixed = {("train", "batch"), ("train", "seed"), ("train", "epochs")}
+    # What the optimiser holds, and for which weights.
+    fixed |= {("optim", "name"), ("model", "stop_grad_conv1")}
+    free = {
+        ("train", k)
+        for k in ("out", "device", "log_every", "save_every", "save_every_steps", "keep", "compile")
+    }
+    for section, values in now.items():
+        for key, value in values.items():
+            old = before.get(section, {}).get(key)
+            if old == value or section in ("data", "knn") or (section, key) in free:
+                continue
+            if section in ("recipe", "method") or (section, key) in fixed:
+                raise UserError(
+                    f"'{where}' was made with {section}.{key} = {old} and this run has {value}: use the same to resume, or start anew "
+                    "with another --train.out."
+                )
+            warnings.warn(f"{section}.{key} was {old} until here and is {value} from now on.", stacklevel=3)
