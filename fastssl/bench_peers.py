@@ -8,6 +8,7 @@ shows them.
 from __future__ import annotations
 
 import io
+import itertools
 import random
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -125,26 +126,38 @@ BLUR_TAPS = 13
 
 
 class _Batches:
-    """A batch sampler without end."""
+    """A batch sampler that goes on until `stopped` is set."""
 
     def __init__(self, work: Work):
         self.work = work
+        self.stopped = False
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (ids.tolist() for _, ids in self.work.batches())
+        return (
+            ids.tolist() for _, ids in itertools.takewhile(lambda _: not self.stopped, self.work.batches())
+        )
 
 
 def _data_loader(views: type[PILViews]) -> Callable[[Work], Generator[int]]:
     def batches(work: Work) -> Generator[int]:
+        sampler = _Batches(work)
         # Spawned, because a fork of a process whose threads hold locks may hang. Each worker computes with one thread, as always.
         loader = DataLoader(
             views(work.shards, work.recipe),
-            batch_sampler=_Batches(work),  # pyright: ignore[reportArgumentType]
+            batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
             num_workers=work.threads,
             multiprocessing_context="spawn",
         )
-        for made in loader:
-            yield len(made[0])
+        batches = iter(loader)
+        try:
+            for made in batches:
+                yield len(made[0])
+        except GeneratorExit:
+            # A worker told to end while it still sends a batch aborts: take the batches under way, and it ends idle.
+            sampler.stopped = True
+            for _ in batches:
+                pass
+            raise
 
     return batches
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "preview": ("fastssl.preview", "Draw originals beside the views a recipe makes of them, as a PNG"),
     "pretrain": ("fastssl.pretrain", "Pretrain a backbone on shards, without labels"),
     "eval": ("fastssl.eval.command", "Test what a checkpoint has learned: eval knn"),
+    "report": ("fastssl.report", "Draw the curves of runs as a PNG: loss, accuracy, collapse, speed"),
     "bench": ("fastssl.bench", "Measure images per second: bench loader, bench step"),
 }
 

@@ -167,8 +167,8 @@ def stream(
     Raises:
         UserError: a sample does not decode; the message names it.
     """
-    on_gpu = device.type == "cuda"
-    free: deque[_Buffer] = deque(_Buffer(shape, on_gpu) for _ in range(PREFETCH + 1))
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    free: deque[_Buffer] = deque(_Buffer(shape, copies) for _ in range(PREFETCH + 1))
     waiting: deque[tuple[_Buffer, np.ndarray, list[Future]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="views")
 
@@ -206,19 +206,31 @@ def stream(
 class _Buffer:
     """Memory for one batch, pinned where it is copied to a GPU."""
 
-    def __init__(self, shape: tuple[int, ...], pinned: bool):
-        self.tensor = torch.empty(shape, dtype=torch.float32, pin_memory=pinned)
+    def __init__(self, shape: tuple[int, ...], copies: torch.cuda.Stream | None):
+        self.tensor = torch.empty(shape, dtype=torch.float32, pin_memory=copies is not None)
         self.pixels = self.tensor.numpy()
-        self._copied: torch.cuda.Event | None = torch.cuda.Event() if pinned else None
+        self._copies = copies
+        self._copied = torch.cuda.Event() if copies is not None else None
 
     def views(self, count: int, device: torch.device) -> list[torch.Tensor]:
-        if self._copied is None:
+        """The first `count` samples of each view on the device.
+
+        The copy runs on a stream of its own, so it overlaps with the step that the GPU is still at; the current stream waits for it,
+        the host does not.
+        """
+        if self._copies is None or self._copied is None:
             return [view[:count] for view in self.tensor]
-        views = [view[:count].to(device, non_blocking=True) for view in self.tensor]
-        self._copied.record()
+        with torch.cuda.stream(self._copies):
+            views = [view[:count].to(device, non_blocking=True) for view in self.tensor]
+            self._copied.record()
+        compute = torch.cuda.current_stream(device)
+        compute.wait_event(self._copied)
+        for view in views:
+            view.record_stream(compute)  # its memory was taken on the other stream
         return views
 
     def wait_until_copied(self) -> None:
+        """Return when the memory may be overwritten."""
         if self._copied is not None:
             self._copied.synchronize()
 

@@ -1,0 +1,94 @@
+"""`fastssl report RUN [RUN ...] --out report.png`: the curves of one or more runs, drawn from their metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from shards.errors import UserError
+
+# metric: (title, what it says)
+PANELS = {
+    "ce_norm": ("cross-entropy / ln N", "1 is chance"),
+    "acc": ("contrastive accuracy", "share of queries that find their key"),
+    "feature_std": ("spread of the features", "a fall to 0 is collapse"),
+    "knn_accuracy": ("kNN accuracy", "labels that training never sees"),
+    "lr": ("learning rate", ""),
+    "images_per_s": ("images/s", ""),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw the curves of runs side by side, as a PNG: does it learn, does it collapse, how fast is it."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run folders (train.out)."""
+    out: str = "report.png"
+    """PNG file to write."""
+
+
+def run(argv: list[str]) -> int:
+    """Run the command."""
+    args = tyro.cli(Report, prog="fastssl report", args=argv)
+    if not args.runs:
+        raise UserError("Name at least one run folder: fastssl report RUN --out report.png")
+    print(draw(args.runs, Path(args.out)))
+    return 0
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; a half-written last line is left out. UserError where there are none."""
+    path = Path(run) / "metrics.jsonl"
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"'{run}' has no metrics.jsonl: give the folder of a run (its train.out).") from None
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    if not rows:
+        raise UserError(f"'{path}' is empty: the run has not logged a step yet.")
+    return rows
+
+
+def draw(runs: tuple[str, ...], out: Path) -> Path:
+    """Draw one panel per metric and one line per run against the epoch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from shards.files import atomic_write
+
+    logs = {name: read_metrics(name) for name in runs}
+    shown = [m for m in PANELS if any(m in row for rows in logs.values() for row in rows)]
+    columns = 3
+    lines = -(-len(shown) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 2.9 * lines), squeeze=False)
+    for axis, metric in zip(axes.flat, shown, strict=False):
+        title, hint = PANELS[metric]
+        for name, rows in logs.items():
+            points = [(row["epoch"], row[metric]) for row in rows if metric in row]
+            axis.plot(
+                *zip(*points, strict=True), marker="o" if len(points) < 40 else None, markersize=3, label=name
+            )
+        axis.set_title(f"{title}\n{hint}" if hint else title, fontsize=9)
+        axis.set_xlabel("epoch", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+    for axis in list(axes.flat)[len(shown) :]:
+        axis.set_axis_off()
+    if len(logs) > 1:
+        axes.flat[0].legend(fontsize=7)
+    figure.tight_layout()
+    atomic_write(out, lambda file: figure.savefig(file, format="png", dpi=110))
+    pyplot.close(figure)
+    return out
