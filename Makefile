@@ -17,10 +17,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# GPU tests and the benchmark ladder with the Python at hand, installing nothing; JSON goes to $(OUT).
+# GPU tests and the benchmark ladder with the Python at hand, installing nothing; JSON goes to $(OUT). Both run, whatever fails.
 gpu-check:
-	$(PYTHON) -m pytest -m gpu tests
-	$(PYTHON) -m tests.gpu_check --out $(OUT)
+	status=0; \
+	$(PYTHON) -m pytest -m gpu tests || status=1; \
+	$(PYTHON) -m tests.gpu_check --out $(OUT) || status=1; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) demo

@@ -21,7 +21,7 @@ COMMANDS = {
     "pretrain": ("fastssl.pretrain", "Pretrain a backbone on shards, without labels"),
     "eval": ("fastssl.eval.command", "Test what a checkpoint has learned: eval knn"),
     "report": ("fastssl.report", "Draw the curves of runs as a PNG: loss, accuracy, collapse, speed"),
-    "bench": ("fastssl.bench", "Measure images per second: bench loader, bench step"),
+    "bench": ("fastssl.bench.command", "Measure images per second: bench loader, bench step"),
 }
 
 
@@ -40,7 +40,7 @@ def usage() -> str:
             "A first run:",
             "  fastssl shard photos/ photo-shards/",
             "  fastssl preview photo-shards/ --recipe moco_v3 --out views.png",
-            "  fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/",
+            "  fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/ --train.batch 256",
         ]
     )
 

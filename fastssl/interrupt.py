@@ -1,10 +1,15 @@
-"""Ctrl-C and SIGTERM ask a run to stop after the step at hand; a second one stops it at once."""
+"""Ctrl-C and SIGTERM ask a run to stop after the step at hand (several processes: at the next log step); a later one at once."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
+
+# torchrun passes on a signal that the scheduler or the terminal has sent to its workers as well: that is one request, not two.
+GRACE_S = 1.0
 
 
 class StopRequest:
@@ -12,6 +17,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._noted_s = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -26,8 +32,11 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
+        if not self.signal:
+            self.signal, self._noted_s = number, time.monotonic()
+        elif time.monotonic() - self._noted_s > GRACE_S:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         while self._before:

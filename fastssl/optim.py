@@ -38,11 +38,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "trust_coefficient"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # `not`, so that nan is refused too
                 raise UserError(f"optim.{name} is {getattr(self, name):g} but must be greater than 0.")
         for name in ("weight_decay", "warmup_epochs"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise UserError(f"optim.{name} is {getattr(self, name):g} but must be 0 or more.")
+        for name in ("momentum", "betas"):
+            value = getattr(self, name)
+            if not all(0 <= x < 1 for x in (value if isinstance(value, tuple) else (value,))):
+                raise UserError(f"optim.{name} is {value} but must be at least 0 and less than 1.")
 
 
 def scaled_lr(cfg: OptimConfig, batch: int) -> float:
@@ -78,6 +82,18 @@ def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimConfig) -> tor
     if cfg.name == "adamw":
         return torch.optim.AdamW(trained, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, **how)
     return torch.optim.SGD(trained, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, **how)
+
+
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give restored state the strides of its parameters: fused kernels refuse tensors of different memory formats."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if (
+                torch.is_tensor(value)
+                and value.shape == parameter.shape
+                and value.stride() != parameter.stride()
+            ):
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 class LARS(torch.optim.Optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 
@@ -11,7 +12,7 @@ Pretrain a backbone on shards, without labels. CONFIG is a YAML file (see config
   --resume     continue the run in train.out from its newest checkpoint (from the start where there is none)
   --settings   list every setting with its value and meaning
 
-  fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/ --train.out runs/photos
+  fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/ --train.batch 256
   torchrun --nproc-per-node 8 -m fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/"""
 
 
@@ -32,11 +33,18 @@ def run(argv: list[str]) -> int:
     from fastssl import config, distributed
 
     resolved = config.load(path, rest)
+    import torch
+
     from fastssl.train import pretrain
 
     warnings.showwarning = _show_warning
     try:
         summary = pretrain(resolved, resume=resume)
+    except torch.OutOfMemoryError as fault:
+        raise UserError(
+            f"A batch of {resolved.config.train.batch} over all processes does not fit in the GPU's memory: lower --train.batch, "
+            "start more processes with torchrun, or set --model.grad_checkpointing True."
+        ) from fault
     finally:
         distributed.cleanup()
     if summary.interrupted:
@@ -52,5 +60,6 @@ def run(argv: list[str]) -> int:
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    """One line for people; the place in the source is for developers."""
-    print(f"fastssl: note: {message}", file=sys.stderr)
+    """One line for people, from one process; the place in the source is for developers."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fastssl: note: {message}", file=sys.stderr)

@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from shards.errors import UserError
+from shards.files import check_output
+
 
 @dataclass(frozen=True)
 class Preview:
@@ -34,6 +37,10 @@ class Preview:
 def run(argv: list[str]) -> int:
     """Run the command."""
     args = tyro.cli(Preview, prog="fastssl preview", args=argv)
+    check_output(args.out, "--out")
+    for name, least in (("rows", 1), ("epochs", 1), ("size", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} is {getattr(args, name)}, but it must be at least {least}.")
     import dataclasses
 
     from pipelines.preview import contact_sheet

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from shards.errors import UserError
+from shards.files import atomic_write, check_output
 
 # metric: (title, what it says)
 PANELS = {
@@ -37,6 +38,7 @@ def run(argv: list[str]) -> int:
     args = tyro.cli(Report, prog="fastssl report", args=argv)
     if not args.runs:
         raise UserError("Name at least one run folder: fastssl report RUN --out report.png")
+    check_output(args.out, "--out")
     print(draw(args.runs, Path(args.out)))
     return 0
 
@@ -65,8 +67,6 @@ def draw(runs: tuple[str, ...], out: Path) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-
-    from shards.files import atomic_write
 
     logs = {name: read_metrics(name) for name in runs}
     shown = [m for m in PANELS if any(m in row for rows in logs.values() for row in rows)]

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 import warnings
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import checkpoint, distributed
+from fastssl.build import build_method, compile_blocks, prepare_backend, spread, use_bf16
 from fastssl.eval.online import OnlineKNN
 from fastssl.interrupt import StopRequest
 from fastssl.meters import Meters, MetricsLog, Screen
-from fastssl.methods import get_method
-from fastssl.models import architecture, build_backbone
-from fastssl.optim import build_optimizer, scaled_lr, set_lr
+from fastssl.optim import build_optimizer, match_layout, scaled_lr, set_lr
 from fastssl.same_run import check_same_run, data_set_of
 from fastssl.schedules import lr_at, progress_at
 from pipelines.loader import Loader, open_loader
 from shards.errors import UserError
 from shards.files import atomic_write, remove_unfinished
+from shards.hashing import hash_key
 from shards.read import ShardSet
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
     """
     # ---------------------------------------------------------------------------------------------- set up
     cfg, train = resolved.config, resolved.config.train
-    ranks = distributed.setup(None if train.device == "auto" else train.device)
+    ranks = distributed.setup(None if train.device == "auto" else train.device, timeout_s=1800)
     device, run = ranks.device, Path(train.out)
     if not cfg.data.shards:
         raise UserError(
@@ -127,31 +126,35 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
         )
     state = checkpoint.load(found[-1]) if found else None
 
-    torch.manual_seed(train.seed)
-    backbone = build_backbone(cfg.model, cfg.recipe.size)
-    shape = architecture(backbone, cfg.model)
-    method = get_method(resolved.method_name)(backbone, cfg.method)
-    if train.channels_last:
-        method = method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    method = method.to(device)
+    prepare_backend(device)
+    method, shape = build_method(resolved, device)
     if state is not None:
         check_same_run(state, resolved, shards, shape, str(found[-1]))
         checkpoint.load_weights(method, state["method"], str(found[-1]))
     bf16 = use_bf16(train.precision, device)
     if train.compile:
         compile_blocks(method, device)
-    model = _distribute(method, ranks)
+    model = spread(method, ranks)
     optimizer = build_optimizer(method.parameters(), cfg.optim)
     meters, start = Meters(), 0
     if state is not None:
         # Settings such as weight_decay are this run's; those in the checkpoint would silently undo a change of them.
         own_groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own_groups})
+        match_layout(optimizer)
         meters.restore(state["meters"], device)
         torch.set_rng_state(state["rng"])
         start = state["step"]
     del state
-    online = OnlineKNN(cfg.knn, cfg.recipe, shards, device, bf16) if cfg.knn.every and ranks.is_main else None
+    if cfg.knn.every and ranks.world > 1 and not cfg.knn.max_samples and ranks.is_main:
+        warnings.warn(
+            "knn.max_samples is 0 (all): every process waits while the first one tests.", stacklevel=2
+        )
+    online = (
+        OnlineKNN(cfg.knn, cfg.recipe, shards, device, bf16, cfg.data.threads)
+        if cfg.knn.every and ranks.is_main
+        else None
+    )
 
     steps, total = loader.steps_per_epoch, loader.steps_per_epoch * train.epochs
     peak_lr = scaled_lr(cfg.optim, train.batch)
@@ -189,9 +192,10 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
     if online and log and start and start % steps == 0 and "knn_accuracy" not in log.last:
         first_epoch -= 1  # it was saved and then stopped before its test: nothing is left of it but that
     stop = StopRequest()
-    with screen, stop:
+    # One stream for the whole run: the next epoch's first batches are made while this one's last are trained on.
+    batches = loader.steps(start, total)
+    with screen, stop, closing(batches):
         for epoch in range(first_epoch, train.epochs):
-            batches = loader.epoch(epoch, start_step=step - epoch * steps)
             while step < (epoch + 1) * steps:
                 waiting = time.perf_counter()
                 batch = next(batches)
@@ -207,6 +211,9 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
                         warmup_epochs=warmup,
                     ),
                 )
+                if cfg.model.drop_path:
+                    # The blocks to skip are a function of the step as well, another on each rank, and so need no saving.
+                    torch.manual_seed(int(hash_key(train.seed, step, ranks.rank)) >> 1)
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                     output = model(batch.views)
                 output.loss.backward()
@@ -237,11 +244,9 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
                     save(step)
                     saved = step
                 if stopping:
-                    batches.close()
                     seconds = time.perf_counter() - began
                     path = checkpoint.checkpoint_path(run, step)
                     return _finish(path, step, seconds, (step - start) * train.batch, stopping)
-            batches.close()
             last = epoch + 1 == train.epochs
             if online and (last or (epoch + 1) % cfg.knn.every == 0):
                 accuracy = online.test(method.backbone)
@@ -259,52 +264,6 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
         time.perf_counter() - began,
         (step - start) * train.batch,
         0,
-    )
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bf16: as asked, or, for auto, where the hardware multiplies it faster than float32."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def compile_blocks(method: nn.Module, device: torch.device) -> bool:
-    """Compile student and teacher backbones in place: per block where there are blocks, so that equal ones share one graph.
-
-    State dicts keep their keys. Returns False, with a warning, where a CPU has no C++ compiler.
-    """
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
-        warnings.warn(
-            "train.compile needs a C++ compiler on a CPU and there is none (Debian: g++): running uncompiled.",
-            stacklevel=2,
-        )
-        return False
-    for backbone in (method.get_submodule("backbone"), method.get_submodule("teacher_backbone")):
-        blocks = getattr(backbone, "blocks", None)
-        for part in blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else [backbone]:
-            part.compile()
-    return True
-
-
-def _distribute(method: nn.Module, ranks: distributed.Dist) -> nn.Module:
-    """The method under DDP where there is more than one process; BatchNorm then spans them, as the paper's does, on GPUs."""
-    if ranks.world == 1:
-        return method
-    on_gpu = ranks.device.type == "cuda"
-    if on_gpu:
-        # In place in the method itself, so that its state dict and teacher update see the converted layers.
-        for name, child in method.named_children():
-            setattr(method, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
-    elif ranks.is_main and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in method.modules()):
-        warnings.warn(
-            "PyTorch has no SyncBatchNorm on CPUs: BatchNorm sees each process's share of the batch only.",
-            stacklevel=2,
-        )
-    return DistributedDataParallel(
-        method, device_ids=[ranks.local_rank] if on_gpu else None, broadcast_buffers=False
     )
 
 

@@ -43,14 +43,16 @@ class FusedEngine:
     def render(self, image: torch.Tensor, draws: np.ndarray, out: np.ndarray) -> None:
         """Write the views of a decoded image, uint8 (3, H, W), to `out` float32 (V, 3, S, S)."""
         size = self.recipe.size
+        pixels = image.permute(1, 2, 0).numpy()  # as the decoder laid them: (H, W, 3)
         for index, draw in enumerate(draws):
             top, left = int(draw["top"]), int(draw["left"])
-            crop = image[:, top : top + int(draw["height"]), left : left + int(draw["width"])]
-            view = (
-                F.interpolate(crop[None], (size, size), mode="bilinear", antialias=True)[0]
-                .contiguous()
-                .numpy()
+            # Copied by numpy, which stays in this thread: torch would start a team of threads for it in every loader thread.
+            crop = np.ascontiguousarray(
+                pixels[top : top + int(draw["height"]), left : left + int(draw["width"])]
             )
+            crop = torch.from_numpy(crop).permute(2, 0, 1)
+            view = F.interpolate(crop[None], (size, size), mode="bilinear", antialias=True)[0]
+            view = view.contiguous().numpy()
             cpu_kernels.make_view(
                 view, draws, index, self._scale, self._bias, noise_table(), self._spare(), out[index]
             )

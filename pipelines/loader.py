@@ -48,6 +48,10 @@ class DataConfig:
     threads: int = 0
     """Threads that decode and augment; 0 means one per core that this process may use, divided among the ranks here."""
 
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise UserError(f"data.threads is {self.threads}, but it must be 0 (one per core) or more.")
+
 
 def open_loader(
     shards: ShardSet,
@@ -116,11 +120,19 @@ class Loader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of `epoch` from `start_step` on; a pure function of (seed, epoch, step)."""
-        order = epoch_order(self.shards.num_samples, self.seed, epoch)
+        first = epoch * self.steps_per_epoch
+        return self.steps(first + start_step, first + self.steps_per_epoch)
+
+    def steps(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        """Yield the batches of the global steps start .. stop - 1, on from one epoch to the next without a pause."""
 
         def ids_and_draws() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for step in range(start_step, self.steps_per_epoch):
-                ids = order[rank_positions(step, self.batch, self.rank, self.world)]
+            order, ordered = np.empty(0, dtype=np.int64), -1
+            for step in range(start, stop):
+                epoch, within = divmod(step, self.steps_per_epoch)
+                if epoch != ordered:
+                    order, ordered = epoch_order(self.shards.num_samples, self.seed, epoch), epoch
+                ids = order[rank_positions(within, self.batch, self.rank, self.world)]
                 widths, heights = self.shards.widths[ids], self.shards.heights[ids]
                 yield ids, draw(self.recipe, self.seed, epoch, ids, widths, heights)
 
@@ -196,9 +208,9 @@ def stream(
             buffer, ids, futures = waiting.popleft()
             for future in futures:
                 future.result()
+            start_next()  # into the buffer that neither this batch nor the waiting one holds
             yield Batch(buffer.views(len(ids), device), ids, shards.labels[ids])
             free.append(buffer)
-            start_next()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -4,8 +4,11 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(ValueError):
-    """A mistake the user can mend; the command line prints one line, no traceback, exit code 2."""
+class UserError(Exception):
+    """A mistake the user can mend; the command line prints one line, no traceback, exit code 2.
+
+    No ValueError: the parser of the settings would catch that and print a box of its own.
+    """
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -48,6 +49,27 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], 
             ) from fault
         raise
     return result
+
+
+def check_output(path: str | os.PathLike, flag: str) -> None:
+    """Makes sure that `atomic_write` will be able to write `path`: called before the work, not after it.
+
+    Raises UserError, naming the `flag` that gave the path, where it is a folder, or where its own folder is missing or
+    not writable. What stands at `path` is left as it is.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{flag} '{path}' is a folder: name a file.")
+    if not path.parent.is_dir():
+        raise UserError(f"There is no folder '{path.parent}' for {flag} '{path}': make it first.")
+    try:
+        # A trial, because the mode bits say nothing of read-only and remote file systems. It leaves no file.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as fault:
+        raise UserError(
+            f"{flag} '{path}' cannot be written ({fault.strerror}): choose another folder."
+        ) from fault
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -2,8 +2,10 @@
 
 import mmap
 import os
+import sys
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,14 +14,16 @@ import pyarrow.parquet as pq
 from shards.errors import UserError
 from shards.layout import TABLE, Manifest, shard_name
 
-_COLUMNS = ["shard", "offset", "size", "ext", "width", "height", "label"]
+# Python 3.13 can map a file without keeping it open.
+_MAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+_COLUMNS = ["shard", "offset", "size", "width", "height", "label"]
 
 
 class ShardSet:
     """The samples of one shard folder, memory-mapped; safe to use from threads, and cheap to pickle.
 
     Columns, each (num_samples,): `labels` int64, -1 where there is none; `widths` and `heights` int32,
-    pixels; `sizes` int64, bytes; `exts` str. `classes` names the labels.
+    pixels; `sizes` int64, bytes. `classes` names the labels.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, table: pa.Table):
@@ -30,7 +34,6 @@ class ShardSet:
         self.labels = table["label"].fill_null(-1).to_numpy().astype(np.int64)
         self.widths = table["width"].to_numpy()
         self.heights = table["height"].to_numpy()
-        self.exts = table["ext"].to_numpy().astype("<U4")
         self.sizes = table["size"].to_numpy()
         self._shard = table["shard"].to_numpy()
         self._offset = table["offset"].to_numpy()
@@ -41,6 +44,7 @@ class ShardSet:
         """Opens a shard folder; raises UserError when it is unfinished or a shard is missing or cut short."""
         folder = Path(folder)
         manifest = Manifest.load(folder)
+        _allow_open_files(folder, len(manifest.shards))
         for shard in manifest.shards:
             _check_size(folder / shard.name, shard.bytes)
         if not (folder / TABLE).is_file():
@@ -87,10 +91,29 @@ class ShardSet:
         view = self._maps.get(shard)
         if view is None:
             with open(self.folder / shard_name(shard), "rb") as file:
-                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **_MAP_OPTIONS))
             # Two threads may both map it; the one that comes second uses the first one's.
             view = self._maps.setdefault(shard, mapped)
         return view
+
+
+def _allow_open_files(folder: Path, needed: int) -> None:
+    """Raise this process's limit of open files where the shards need more: a map keeps its file open (before Python 3.13)."""
+    if _MAP_OPTIONS or sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or needed <= soft // 2:
+        return
+    wanted = needed + soft
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if needed > allowed - 256:
+        raise UserError(
+            f"'{folder}' has {needed:,} shards and this system allows {hard:,} open files: raise the limit (ulimit -Hn), or "
+            "convert with more --samples-per-shard."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def _check_size(path: Path, expected_bytes: int) -> None:

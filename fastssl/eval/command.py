@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from shards.errors import UserError, nearest
+from shards.files import atomic_write, check_output
 
 TESTS = ("knn",)
 
@@ -55,6 +56,8 @@ def run(argv: list[str]) -> int:
     if argv[0] not in TESTS:
         raise UserError(f"There is no test '{argv[0]}'.{nearest(argv[0], TESTS)}")
     args = tyro.cli(EvalKNN, prog="fastssl eval knn", args=argv[1:], config=(tyro.conf.FlagConversionOff,))
+    if args.json:
+        check_output(args.json, "--json")
     from rich.console import Console
     from rich.progress import Progress
 
@@ -76,8 +79,6 @@ def run(argv: list[str]) -> int:
         )
     print_report(report, Console(highlight=False))
     if args.json:
-        from shards.files import atomic_write
-
         atomic_write(args.json, (json.dumps(report, indent=1) + "\n").encode())
     return 0
 
@@ -100,24 +101,24 @@ def knn_report(
         {class: share or None}}]}; `per_class` is at the k nearest to 20.
 
     Raises:
-        UserError: no checkpoint, no labels, or different classes in the two shard sets.
+        UserError: no such device, no checkpoint, no labels, or different classes in the two shard sets.
     """
     import torch
 
     from fastssl import checkpoint as checkpoints
+    from fastssl.build import choose_device, use_bf16
     from fastssl.config import from_tree
     from fastssl.eval.features import backbone_encoder, extract, labelled_ids, pixel_encoder
     from fastssl.eval.knn import classify
     from fastssl.models import architecture, build_backbone, check_architecture
-    from fastssl.train import use_bf16
     from shards.read import ShardSet
 
     if max_samples < 0:
         raise UserError(f"max_samples is {max_samples}, but it must be at least 0 (all).")
+    place = choose_device(device)
     path = checkpoints.find_checkpoint(Path(checkpoint))
     state = checkpoints.load(path)
     cfg = from_tree(state["config"]).config
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     bf16 = use_bf16(cfg.train.precision, place)
 
     torch.manual_seed(cfg.train.seed)

@@ -41,13 +41,17 @@ def extract(
 
     `encode` maps normalised views (n, 3, S, S) on `device` to (n, D); it is called on one batch at a time.
     """
-    parts, done = [], 0
+    found, done = None, 0
     for views in eval_batches(shards, recipe, sample_ids, batch=batch, threads=threads, device=device):
-        parts.append(encode(views.views[0]).float().cpu())
-        done += len(views.sample_ids)
+        features = encode(views.views[0]).float().cpu()
+        if found is None:  # filled piece by piece: joining parts would need the memory twice
+            found = features.new_empty(len(sample_ids), features.shape[1])
+        found[done : done + len(features)] = features
+        done += len(features)
         if progress:
             progress(done, len(sample_ids))
-    return torch.cat(parts)
+    assert found is not None, "callers refuse shards without labelled samples"
+    return found
 
 
 def backbone_encoder(

@@ -13,7 +13,8 @@ from shards.errors import UserError
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-CHUNK = 1024  # queries at a time: 1,024 x 100,000 similarities are 400 MB
+CHUNK = 1024  # queries at a time, or fewer
+MAX_SIMILARITIES = 2**28  # at a time: 1 GiB of float32
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ def classify(
     bank = F.normalize(bank.to(device).float(), dim=1)
     bank_labels = bank_labels.to(device)
     predictions = {k: [] for k in ks}
-    for start in range(0, len(queries), CHUNK):
-        chunk = F.normalize(queries[start : start + CHUNK].to(device).float(), dim=1)
+    size = max(1, min(CHUNK, MAX_SIMILARITIES // len(bank)))
+    for start in range(0, len(queries), size):
+        chunk = F.normalize(queries[start : start + size].to(device).float(), dim=1)
         similarity = chunk @ bank.T
         if leave_one_out:
             rows = torch.arange(len(chunk), device=similarity.device)

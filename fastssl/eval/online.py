@@ -15,8 +15,16 @@ from shards.read import ShardSet
 class OnlineKNN:
     """Tests a backbone on the same labelled samples each time; made once at the start, so that a mistake shows at once."""
 
-    def __init__(self, cfg: KNNConfig, recipe: Recipe, training: ShardSet, device: torch.device, bf16: bool):
-        self._recipe, self._device, self._bf16, self._cfg = recipe, device, bf16, cfg
+    def __init__(
+        self,
+        cfg: KNNConfig,
+        recipe: Recipe,
+        training: ShardSet,
+        device: torch.device,
+        bf16: bool,
+        threads: int = 0,
+    ):
+        self._recipe, self._device, self._bf16, self._threads = recipe, device, bf16, threads
         self._bank = ShardSet.open(cfg.shards) if cfg.shards else training
         self._queries = ShardSet.open(cfg.test_shards) if cfg.test_shards else None
         self._bank_ids = labelled_ids(self._bank, cfg.max_samples)
@@ -47,7 +55,7 @@ class OnlineKNN:
 
         def features(shards: ShardSet, ids) -> tuple[Tensor, Tensor]:
             encode = backbone_encoder(backbone, self._device, self._bf16)
-            found = extract(shards, self._recipe, ids, encode, device=self._device)
+            found = extract(shards, self._recipe, ids, encode, device=self._device, threads=self._threads)
             return found, torch.from_numpy(shards.labels[ids])
 
         bank = features(self._bank, self._bank_ids)

@@ -65,6 +65,10 @@ class MoCoV3(nn.Module):
         # The teacher keeps no activations, so recomputing them would only cost time.
         if getattr(self.teacher_backbone, "grad_checkpointing", False):
             self.teacher_backbone.set_grad_checkpointing(False)  # pyright: ignore[reportCallIssue]
+        # Stochastic depth is the student's regulariser: a teacher that skips blocks gives noisy keys.
+        for module in self.teacher_backbone.modules():
+            if isinstance(getattr(module, "drop_prob", None), float):
+                module.drop_prob = 0.0  # pyright: ignore[reportArgumentType]
         # Without batch statistics one forward of both views is exact and launches half as many kernels. With
         # them it is not: the paper's statistics are per view.
         self._join_views = not depends_on_batch(backbone)

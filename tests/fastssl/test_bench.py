@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl import bench, bench_loader, bench_parts, bench_peers, bench_step, config
-from fastssl.bench import Row, Source, Work
+from fastssl import config
+from fastssl.bench import command, loader, parts, peers, report, step
+from fastssl.bench.report import Row
+from fastssl.bench.work import Source, Work
 from fastssl.methods.parts import ema_update
 from pipelines.recipe import Recipe, get_recipe
 from shards.convert import convert
@@ -53,7 +56,7 @@ def config_file(tmp_path: Path) -> str:
 
 def loader_report(shard_folder: Path, tmp_path: Path, *flags: str) -> dict:
     path = tmp_path / "loader.json"
-    assert bench.run(["loader", str(shard_folder), *TINY, *flags, "--json", str(path)]) == 0
+    assert command.run(["loader", str(shard_folder), *TINY, *flags, "--json", str(path)]) == 0
     return json.loads(path.read_text())
 
 
@@ -91,7 +94,7 @@ def test_all_peers_run_on_the_same_images(shard_folder, tmp_path):
     pytest.importorskip("nvidia.dali")
     pytest.importorskip("kornia")
     rows = {row["name"]: row for row in loader_report(shard_folder, tmp_path)["rows"]}
-    assert set(rows) == {"read", "decode", "fused", "reference", *bench_peers.PEERS}
+    assert set(rows) == {"read", "decode", "fused", "reference", *peers.PEERS}
     for row in rows.values():
         check_row(row)
     base = rows["moco-v3"]["images_per_s"]
@@ -132,11 +135,11 @@ def test_a_peer_that_fails_is_listed_and_a_fault_of_ours_is_raised():
     work = SimpleNamespace(threads=1)
     row = Row("x")
     row.add(5.0, 1.0)
-    bench_loader.measure(Source("x", "exact", broken), work, 0.01, row, is_peer=True)
+    loader.measure(Source("x", "exact", broken), work, 0.01, row, is_peer=True)
     assert row.error == "ArithmeticError: the first line the reason"
     assert row.rates == []
     with pytest.raises(ArithmeticError):
-        bench_loader.measure(Source("x", "exact", broken), work, 0.01, Row("x"), is_peer=False)
+        loader.measure(Source("x", "exact", broken), work, 0.01, Row("x"), is_peer=False)
 
 
 def test_peers_without_the_operation_refuse_the_recipe(shard_folder, tmp_path):
@@ -148,7 +151,7 @@ def test_peers_without_the_operation_refuse_the_recipe(shard_folder, tmp_path):
 @pytest.mark.parametrize(
     "recipe", [get_recipe("moco_v3"), get_recipe("satellite")], ids=["moco_v3", "satellite"]
 )
-@pytest.mark.parametrize("views", [bench_peers.PILViews, bench_peers.TensorViews])
+@pytest.mark.parametrize("views", [peers.PILViews, peers.TensorViews])
 def test_data_sets_of_peers_make_normalised_views(shard_folder, recipe, views):
     small = Recipe(**{**vars(recipe), "size": 20})
     made = views(ShardSet.open(shard_folder), small)[3]
@@ -160,6 +163,13 @@ def test_data_sets_of_peers_make_normalised_views(shard_folder, recipe, views):
         assert pixels.min() >= -1e-5
         assert pixels.max() <= 1 + 1e-5
         assert pixels.std() > 0.01
+
+
+@pytest.mark.parametrize("views", [peers.PILViews, peers.TensorViews])
+def test_data_sets_of_peers_reach_worker_processes(shard_folder, views):
+    made = views(ShardSet.open(shard_folder), Recipe(size=20))
+    again = pickle.loads(pickle.dumps(made))
+    assert [view.shape for view in again[3]] == [(3, 20, 20)] * 2
 
 
 def test_every_epoch_has_the_same_images_in_another_order():
@@ -184,14 +194,14 @@ def test_every_epoch_has_the_same_images_in_another_order():
 )
 def test_loader_names_mistakes(shard_folder, flags, words):
     with pytest.raises(UserError, match=words):
-        bench.run(["loader", str(shard_folder), *flags])
+        command.run(["loader", str(shard_folder), *flags])
 
 
 def test_unknown_subcommand_and_help(capsys):
     with pytest.raises(UserError, match="Did you mean 'loader'"):
-        bench.run(["loadr"])
-    assert bench.run(["--help"]) == 0
-    assert bench.run(["step", "--help"]) == 0
+        command.run(["loadr"])
+    assert command.run(["--help"]) == 0
+    assert command.run(["step", "--help"]) == 0
     assert "bench step CONFIG" in capsys.readouterr().out
 
 
@@ -201,7 +211,8 @@ def test_unknown_subcommand_and_help(capsys):
 def test_step_report(shard_folder, tmp_path, config_file, capsys):
     path = tmp_path / "step.json"
     assert (
-        bench.run(["step", config_file, *STEP, "--data.shards", str(shard_folder), "--json", str(path)]) == 0
+        command.run(["step", config_file, *STEP, "--data.shards", str(shard_folder), "--json", str(path)])
+        == 0
     )
     report = json.loads(path.read_text())
     rows = {row["name"]: row for row in report["rows"]}
@@ -233,7 +244,7 @@ def test_step_report(shard_folder, tmp_path, config_file, capsys):
 
 
 def test_step_needs_no_shards(config_file, capsys):
-    assert bench.run(["step", config_file, *STEP]) == 0
+    assert command.run(["step", config_file, *STEP]) == 0
     assert "Give --data.shards to learn" in " ".join(capsys.readouterr().out.split())
 
 
@@ -249,28 +260,28 @@ def test_step_needs_no_shards(config_file, capsys):
 )
 def test_step_names_mistakes(config_file, argv, words):
     with pytest.raises(UserError, match=words):
-        bench.run(["step", *(config_file if token == "CONFIG" else token for token in argv)])
+        command.run(["step", *(config_file if token == "CONFIG" else token for token in argv)])
 
 
 def test_step_refuses_several_processes(config_file, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):
-        bench.run(["step", config_file])
+        command.run(["step", config_file])
 
 
 def fake(device: str, **rates: float) -> tuple:
     """(trainee, rows) with these rates and an update that takes a tenth of the step."""
     rows = {name.replace("_", " "): Row(name, rates=[rate]) for name, rate in rates.items()}
-    rows[bench_parts.FULL].more = {"ms_median": 10.0}
-    rows[bench_parts.UPDATE] = Row(bench_parts.UPDATE, more={"ms_median": 1.0})
-    trainee = bench_parts.Trainee(make_method(Plain()), None, torch.device(device), True, True, 1)  # type: ignore[arg-type]
+    rows[parts.FULL].more = {"ms_median": 10.0}
+    rows[parts.UPDATE] = Row(parts.UPDATE, more={"ms_median": 1.0})
+    trainee = parts.Trainee(make_method(Plain()), None, torch.device(device), True, True, 1)  # type: ignore[arg-type]
     return trainee, rows
 
 
 def test_conclusion_names_the_slower_side_and_a_switch(config_file):
     trainee, rows = fake("cuda", full_step=3000.0, loader=1000.0, end_to_end=900.0)
     resolved = config.load(config_file, ["--data.engine", "reference"])
-    assert bench_step.conclusion(resolved, trainee, rows) == (
+    assert step.conclusion(resolved, trainee, rows) == (
         "The loader is the bottleneck (1,000 images/s, the step makes 3,000); together 900, 90% of what these two allow. "
         "Try --data.engine fused."
     )
@@ -278,34 +289,34 @@ def test_conclusion_names_the_slower_side_and_a_switch(config_file):
     resolved = config.load(config_file, ["--train.compile", "True"])
     # Sharing the cores, 1 ms and 1/3 ms an image allow 750 images/s.
     assert "The step is the bottleneck (1,000 images/s, the loader makes 3,000); together 375, 50% of" in (
-        bench_step.conclusion(resolved, trainee, rows)
+        step.conclusion(resolved, trainee, rows)
     )
-    assert "--train.compile True" in bench_step.step_advice(
+    assert "--train.compile True" in step.step_advice(
         config.load(config_file), fake("cuda", full_step=1.0)[0], rows
     )
 
 
 def test_mfu_counts_eight_forwards():
     # 1000 images/s x 8 x 12.3625 GFLOP = 98.9 TFLOP/s, a tenth of 989.
-    assert bench_parts.utilisation(1000, 12_362_500_000, "NVIDIA H100 80GB HBM3") == pytest.approx(0.1)
-    assert bench_parts.utilisation(1000, 12_362_500_000, "another GPU") is None
-    assert bench_parts.utilisation(1000, 12_362_500_000, None) is None
+    assert parts.utilisation(1000, 12_362_500_000, "NVIDIA H100 80GB HBM3") == pytest.approx(0.1)
+    assert parts.utilisation(1000, 12_362_500_000, "another GPU") is None
+    assert parts.utilisation(1000, 12_362_500_000, None) is None
 
 
 def test_forward_flops_of_linear_layers():
     # Backbone 48 -> 6, projector 6 -> 7 -> 7 -> 5, predictor 5 -> 7 -> 5; a multiply-add is two operations.
     method = make_method(Plain())
     expected = 2 * (48 * 6 + 6 * 7 + 7 * 7 + 7 * 5 + 5 * 7 + 7 * 5)
-    assert bench_parts.forward_flops(method, torch.randn(2, 3, 4, 4)) == expected
+    assert parts.forward_flops(method, torch.randn(2, 3, 4, 4)) == expected
 
 
 def test_ema_loop_does_what_ours_does():
-    pairs = bench_parts.ema_pairs(make_method(Plain()))
+    pairs = parts.ema_pairs(make_method(Plain()))
     for _, student in pairs:
         student.data += torch.randn_like(student)
     copies = [teacher.detach().clone() for teacher, _ in pairs]
     ema_update(copies, [student for _, student in pairs], 0.9)
-    bench_parts.ema_loop(pairs, 0.9)
+    parts.ema_loop(pairs, 0.9)
     for (teacher, _), copy in zip(pairs, copies, strict=True):
         torch.testing.assert_close(teacher.detach(), copy)
 
@@ -333,11 +344,11 @@ def test_row_has_the_median_and_the_ratio():
     ("rate", "text"), [(3.14159, "3.14"), (31.4159, "31.4"), (3141.59, "3,142"), (31415.9, "31k")]
 )
 def test_brief(rate, text):
-    assert bench.brief(rate) == text
+    assert report.brief(rate) == text
 
 
 def test_stopwatch_counts_this_process():
-    watch = bench.Stopwatch()
+    watch = report.Stopwatch()
     while watch.wall_s() < 0.1:
         math.sqrt(2)
     assert 0 < watch.cores() < 64
@@ -345,4 +356,4 @@ def test_stopwatch_counts_this_process():
 
 def test_failed_write_is_told(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
-        bench.write_report(str(tmp_path), "loader", {}, {}, [])
+        report.write_report(str(tmp_path), "loader", {}, {}, [])

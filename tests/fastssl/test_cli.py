@@ -101,7 +101,10 @@ def test_without_a_command_it_shows_them_all_and_fails(capsys: pytest.CaptureFix
 
 def test_unknown_commands(told) -> None:
     assert told("pretrian") == "There is no command 'pretrian'. Did you mean 'pretrain'?"
-    assert told("xyz") == "There is no command 'xyz'. Known: bench, demo, eval, pretrain, preview, shard."
+    assert (
+        told("xyz")
+        == "There is no command 'xyz'. Known: bench, demo, eval, pretrain, preview, report, shard."
+    )
 
 
 def test_a_mistake_in_a_real_process(tmp_path: Path) -> None:
@@ -209,7 +212,7 @@ def test_settings_that_cannot_be(changes: dict, expected: str, told, config) -> 
 
 def test_a_batch_that_does_not_divide_among_ranks(told, config, monkeypatch: pytest.MonkeyPatch) -> None:
     four = train.distributed.Dist(rank=0, world=4, local_rank=0, device=torch.device("cpu"))
-    monkeypatch.setattr(train.distributed, "setup", lambda device: four)
+    monkeypatch.setattr(train.distributed, "setup", lambda device, **options: four)
     sentence = told("pretrain", config({"train": {"batch": 10}}))
     assert (
         sentence == "the global batch size 10 does not divide among 4 ranks; use a multiple, such as 8 or 12."
@@ -263,6 +266,29 @@ def test_preview_names_unknown_recipes(told, shards: Path) -> None:
         told("preview", shards, "--recipe", "satelite")
         == "There is no recipe called 'satelite'. Did you mean 'satellite'?"
     )
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "least"), [("--rows", 0, 1), ("--epochs", 0, 1), ("--size", -1, 0), ("--rows", -3, 1)]
+)
+def test_preview_names_impossible_numbers(flag: str, value: int, least: int, told, shards: Path) -> None:
+    assert told("preview", shards, flag, value) == f"{flag} is {value}, but it must be at least {least}."
+
+
+def test_outputs_are_checked_before_the_work(told, tmp_path: Path) -> None:
+    out = tmp_path / "none" / "out"
+    # Neither shards nor checkpoint exist either: the output is looked at first.
+    for flag, argv in (
+        ("--out", ("preview", "no-shards")),
+        ("--out", ("report", "no-run")),
+        ("--json", ("eval", "knn", "no-run", "--shards", "no-shards")),
+        ("--json", ("bench", "loader", "no-shards")),
+        ("--json", ("bench", "step", "no-file.yaml")),
+    ):
+        assert (
+            told(*argv, flag, out) == f"There is no folder '{out.parent}' for {flag} '{out}': make it first."
+        )
+    assert told("preview", "no-shards", "--out", tmp_path) == f"--out '{tmp_path}' is a folder: name a file."
 
 
 def test_a_report_is_valid_json(finished: Path, shards: Path, tmp_path: Path) -> None:

@@ -201,9 +201,6 @@ def test_a_mistake_in_a_flag_is_named(flags: list, message: str, tmp_path: Path)
         ("train: {compile: yes}", [], ("--train.compile", "yes", "True", "False")),
         ("train: {device: gpu}", [], ("--train.device", "gpu", "cuda")),
         ("recipe: {crop_scale: [0.1]}", [], ("--recipe.crop-scale",)),
-        ("recipe: {crop_scale: [0.9, 0.1]}", [], ("recipe.crop_scale", "least <= most")),
-        ("train: {epochs: 0}", [], ("train.epochs is 0", "at least 1")),
-        ("", ["--optim.lr", "-1"], ("optim.lr is -1", "greater than 0")),
         ("", ["stray"], ("stray",)),
     ],
 )
@@ -217,6 +214,24 @@ def test_a_wrong_value_ends_with_exit_code_2_and_its_name(
     assert out == ""
     told = " ".join(err.replace("│", " ").split())
     assert all(word in told for word in words), told
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("recipe: {crop_scale: [0.9, 0.1]}", [], r"recipe\.crop_scale is \(0\.9, 0\.1\), .*least <= most"),
+        ("train: {epochs: 0}", [], r"train\.epochs is 0, but it must be at least 1"),
+        ("", ["--optim.lr", "-1"], r"optim\.lr is -1 .*greater than 0"),
+        ("", ["--optim.lr", "nan"], r"optim\.lr is nan .*greater than 0"),
+        ("", ["--optim.betas", "0.9", "1.0"], r"optim\.betas is \(0\.9, 1\.0\) .*less than 1"),
+        ("", ["--data.threads", "-1"], r"data\.threads is -1"),
+    ],
+)
+def test_a_value_out_of_range_is_told_in_one_sentence(
+    text: str, flags: list, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, text, *flags)
 
 
 def test_a_missing_file_names_a_near_one(tmp_path: Path) -> None:

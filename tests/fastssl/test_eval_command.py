@@ -150,6 +150,14 @@ def test_what_the_command_refuses(argv: list, message: str, capsys: pytest.Captu
     assert message in capsys.readouterr().err
 
 
+def test_a_gpu_that_is_not_there_is_told(
+    finished: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["eval", "knn", str(finished), "--shards", str(shards), "--device", "cuda"]) == 2
+    assert "cuda, but PyTorch finds no CUDA device" in capsys.readouterr().err
+
+
 def test_impossible_limits_are_refused(finished: Path, shards: Path) -> None:
     with pytest.raises(UserError, match="max_samples is -1"):
         knn_report(finished, shards, max_samples=-1)

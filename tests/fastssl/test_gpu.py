@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl import bench, config
+from fastssl import config
+from fastssl.bench import command
 from fastssl.methods import get_method
 from fastssl.models import build_backbone
 from fastssl.train import pretrain
@@ -121,7 +122,7 @@ def test_bench_step_on_a_gpu(shard_folder, tmp_path):
     (tmp_path / "run.yaml").write_text("train:\n  precision: bf16\n")
     path = tmp_path / "step.json"
     flags = ["--data.shards", str(shard_folder), "--steps", "2", "--repeats", "1", "--json", str(path)]
-    assert bench.run(["step", str(tmp_path / "run.yaml"), *SMALL, *flags]) == 0
+    assert command.run(["step", str(tmp_path / "run.yaml"), *SMALL, *flags]) == 0
     report = json.loads(path.read_text())
     assert report["machine"]["gpu"] == torch.cuda.get_device_name()
     assert report["peak_memory_bytes"] > 0

@@ -62,6 +62,23 @@ def test_equal_to_the_slow_reference(
     assert 0.3 < result.accuracy[5] < 1  # neither trivial nor hopeless
 
 
+def test_chunks_are_bounded_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, labels = _clouds(50, seed=1)
+    whole = classify(bank, labels, num_classes=4, ks=(1, 5, 20))
+    for bound, rows in ((50 * 7 + 49, 7), (50, 1), (3, 1)):
+        monkeypatch.setattr(knn, "MAX_SIMILARITIES", bound)
+        seen = []
+        normalize = knn.F.normalize
+        with monkeypatch.context() as patch:
+            patch.setattr(knn.F, "normalize", lambda x, dim: (seen.append(len(x)), normalize(x, dim=dim))[1])  # noqa: B023
+            chunked = classify(bank, labels, num_classes=4, ks=(1, 5, 20))
+        assert seen[0] == 50  # the bank
+        assert max(seen[1:]) == rows
+        assert sum(seen[1:]) == 50
+        assert chunked.accuracy == whole.accuracy
+        assert all(torch.equal(chunked.per_class[k], whole.per_class[k]) for k in (1, 5, 20))
+
+
 def test_golden_votes() -> None:
     """At angles 0, 10 and 12 degrees from the query: exp(1/0.07) against exp(cos 10/0.07) + exp(cos 12/0.07).
 

@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from fastssl.report import PANELS, draw, read_metrics
+from fastssl.report import PANELS, draw, read_metrics, run
 from shards.errors import UserError
 
 
@@ -40,3 +40,8 @@ def test_no_run_and_no_rows_are_clear_errors(tmp_path):
         read_metrics(tmp_path)
     with pytest.raises(UserError, match="is empty"):
         read_metrics(write(tmp_path / "a", []))
+
+
+def test_a_missing_folder_is_told_before_drawing(tmp_path):
+    with pytest.raises(UserError, match=r"no folder '.*/none' for --out '.*/none/r\.png': make it first"):
+        run([str(tmp_path / "no-run"), "--out", str(tmp_path / "none" / "r.png")])

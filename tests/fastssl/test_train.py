@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl import checkpoint, train
+from fastssl import build, checkpoint
+from fastssl.build import compile_blocks, use_bf16
 from fastssl.config import load
 from fastssl.distributed import Dist, cleanup
 from fastssl.interrupt import StopRequest
@@ -18,7 +19,7 @@ from fastssl.meters import Screen
 from fastssl.methods import MoCoV3
 from fastssl.models import build_backbone
 from fastssl.schedules import lr_at
-from fastssl.train import TrainConfig, compile_blocks, pretrain, use_bf16
+from fastssl.train import TrainConfig, pretrain
 from pipelines.loader import Loader
 from shards.errors import UserError
 from shards.order import epoch_order
@@ -203,17 +204,16 @@ def test_compiled_backbones_train_alike(shards: Path, tmp_path: Path) -> None:
 def test_without_a_compiler_the_run_goes_on_uncompiled(
     shards: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
-    with pytest.warns(
-        UserWarning, match=r"needs a C\+\+ compiler on a CPU and there is none.*running uncompiled"
-    ):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.warns(UserWarning, match=r"needs a C\+\+ compiler and there is none.*running uncompiled"):
         pretrain(resolve(shards, tmp_path / "run", {"train": {"compile": True}}))
     assert differences(_weights(tmp_path / "run"), _weights(finished)) == []
 
 
 def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks where there are blocks, else the backbone; student and teacher; and the heads never."""
-    monkeypatch.setattr(train.shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
     asked: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: asked.append(self))
     vit = MoCoV3(
@@ -298,10 +298,12 @@ def test_a_stop_request_ends_the_run_after_its_step(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_second_interrupt_is_not_held_back() -> None:
+def test_an_echo_is_ignored_and_a_later_interrupt_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
+        monkeypatch.setattr("fastssl.interrupt.GRACE_S", -1.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -330,25 +332,25 @@ def _train_rank(here: Dist, port: int, shards: str, out: str) -> dict:
     os.environ["MASTER_PORT"] = str(port)
     made: list[MoCoV3] = []
     ids: list[list[int]] = []
-    get_method, epoch_of = train.get_method, Loader.epoch
+    get_method, steps_of = build.get_method, Loader.steps
 
     class Kept(MoCoV3):
         def __init__(self, *args) -> None:
             super().__init__(*args)
             made.append(self)
 
-    def seen(self: Loader, epoch: int, start_step: int = 0):
-        for batch in epoch_of(self, epoch, start_step):
+    def seen(self: Loader, start: int, stop: int):
+        for batch in steps_of(self, start, stop):
             ids.append(batch.sample_ids.tolist())
             yield batch
 
-    train.get_method = lambda name: Kept
-    Loader.epoch = seen
+    build.get_method = lambda name: Kept
+    Loader.steps = seen
     try:
         changes = {"optim": {"warmup_epochs": 0}, "train": {"epochs": 2}}
         summary = pretrain(resolve(shards, Path(out) / f"of rank {here.rank}", changes))
     finally:
-        train.get_method, Loader.epoch = get_method, epoch_of
+        build.get_method, Loader.steps = get_method, steps_of
     return {
         "ids": ids,
         "steps": summary.steps,

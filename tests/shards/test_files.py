@@ -1,11 +1,12 @@
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from shards.errors import UserError, nearest
-from shards.files import atomic_write, remove_unfinished
+from shards.files import atomic_write, check_output, remove_unfinished
 
 
 def test_bytes_and_functions_are_written(tmp_path: Path):
@@ -55,6 +56,37 @@ def test_a_write_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), rename(a, b)))
     atomic_write(tmp_path / "a", b"one")
     assert calls == ["flush", "rename", "flush"]
+
+
+def test_an_output_is_checked_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "old").write_bytes(b"old")
+    for name in ("old", "new"):
+        check_output(tmp_path / name, "--json")
+    monkeypatch.chdir(tmp_path)
+    check_output("new", "--json")
+    assert os.listdir(tmp_path) == ["old"]
+    assert (tmp_path / "old").read_bytes() == b"old"
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_bytes(b"")
+    for folder in ("missing", "file"):
+        with pytest.raises(
+            UserError, match=rf"no folder '.*/{folder}' for --out '.*/{folder}/a': make it first"
+        ):
+            check_output(tmp_path / folder / "a", "--out")
+    for path in (tmp_path, ""):
+        with pytest.raises(UserError, match=r"--out '.*' is a folder: name a file"):
+            check_output(path, "--out")
+
+    def refuse(**_):  # mode bits do not stop root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(
+        UserError, match=r"--out '.*/a' cannot be written \(Permission denied\): choose another folder"
+    ):
+        check_output(tmp_path / "a", "--out")
 
 
 def test_what_killed_writers_left_is_removed(tmp_path: Path):

@@ -31,7 +31,6 @@ def test_columns_are_those_of_the_table(folder: Path):
     assert -1 in opened.labels
     assert opened.widths.tolist() == table["width"].to_pylist()
     assert opened.heights.tolist() == table["height"].to_pylist()
-    assert opened.exts.tolist() == table["ext"].to_pylist()
     assert opened.classes == ["ant", "bee", "cat"]
     assert [opened.name(i) for i in range(15)] == table["source"].to_pylist()
 

@@ -13,8 +13,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastssl.bench import Row, Source, Stopwatch, Work, brief, check_report_path, machine, write_report
+from fastssl.bench.report import Row, Stopwatch, brief, machine, write_report
+from fastssl.bench.work import Source, Work
 from shards.errors import UserError, nearest
+from shards.files import check_output
 
 WARM_UP_S = 1.0  # twice, each at least one round: the first includes compiling and starting workers
 
@@ -51,17 +53,18 @@ class BenchLoader:
 def run(argv: list[str]) -> int:
     """Run the sub-command."""
     args = tyro.cli(BenchLoader, prog="fastssl bench loader", args=argv)
+    if args.json:
+        check_output(args.json, "--json")
+    check(args)
     from rich.console import Console
 
-    from fastssl.bench_peers import MOCO_V3, PEERS
+    from fastssl.bench.peers import MOCO_V3, PEERS
     from pipelines.loader import default_threads
     from pipelines.recipe import get_recipe
     from shards.order import epoch_order
     from shards.read import ShardSet
 
-    check(args)
     peers = choose(args.peers, PEERS)
-    check_report_path(args.json)
     recipe = dataclasses.replace(get_recipe(args.recipe), size=args.size)
     shards = ShardSet.open(args.shards)
     sample_ids = epoch_order(shards.num_samples, 0, 0)[: args.images]
@@ -110,7 +113,7 @@ def run(argv: list[str]) -> int:
 
 
 def check(args: BenchLoader) -> None:
-    """UserError for a number out of range; not in __post_init__, where tyro would draw a box around it."""
+    """UserError for a number out of range."""
     for name, least in (("size", 1), ("batch", 1), ("threads", 0), ("repeats", 1), ("images", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}, but it must be at least {least}.")
@@ -227,12 +230,9 @@ def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: Ben
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from fastssl.bench_peers import MOCO_V3
+    from fastssl.bench.peers import MOCO_V3
 
     recipe, ids = work.recipe, work.sample_ids.tolist()
-    width, height = (
-        statistics.median_low(side[ids].tolist()) for side in (work.shards.widths, work.shards.heights)
-    )
     width, height = (
         statistics.median_low(side[ids].tolist()) for side in (work.shards.widths, work.shards.heights)
     )

@@ -1,33 +1,22 @@
-"""`fastssl bench loader` and `fastssl bench step`: the two sub-commands, and what their reports share."""
+"""What the reports of `fastssl bench` share: rows, the clock, the machine, and the JSON file."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-
-    from pipelines.recipe import Recipe
-    from shards.read import ShardSet
-
-SUBCOMMANDS = {"loader": "fastssl.bench_loader", "step": "fastssl.bench_step"}
-USAGE = """usage: fastssl bench loader SHARDS [options]     images per second from shards to views, beside other loaders
-       fastssl bench step CONFIG [options]       images per second of a training step, part by part
-
-`fastssl bench loader --help` and `fastssl bench step --help` explain the options."""
 
 # Distribution names: which DALI is installed depends on the CUDA version it was built for.
 _VERSIONS = {
@@ -39,18 +28,6 @@ _VERSIONS = {
     "numba": ("numba",),
     "pillow": ("pillow",),
 }
-
-
-def run(argv: list[str]) -> int:
-    """Run the sub-command that `argv` begins with."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    from shards.errors import UserError, nearest
-
-    if argv[0] not in SUBCOMMANDS:
-        raise UserError(f"There is no 'fastssl bench {argv[0]}'.{nearest(argv[0], SUBCOMMANDS)}")
-    return import_module(SUBCOMMANDS[argv[0]]).run(argv[1:]) or 0
 
 
 @dataclass
@@ -131,49 +108,6 @@ def brief(rate: float) -> str:
     if rate >= 10_000:
         return f"{rate / 1000:,.0f}k"
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-@dataclass(frozen=True)
-class Work:
-    """What all loaders of one report are given."""
-
-    shards: ShardSet
-    recipe: Recipe
-    sample_ids: np.ndarray
-    """The images used, int64 (N,)."""
-    batch: int
-    threads: int
-    """Threads, or worker processes of one thread each."""
-
-    def batches(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, sample ids (batch,)) without end, each epoch in another order; the same for every loader."""
-        from shards.order import epoch_order
-
-        for epoch in itertools.count():
-            ids = self.sample_ids[epoch_order(len(self.sample_ids), 0, epoch)]
-            for start in range(0, len(ids) - self.batch + 1, self.batch):
-                yield epoch, ids[start : start + self.batch]
-
-    def refuse_turns_and_noise(self, peer: str) -> None:
-        """Raise NotImplementedError where the recipe has them, for a peer without operations of the same meaning."""
-        if self.recipe.quarter_turns or self.recipe.noise_p:
-            raise NotImplementedError(
-                f"the recipe has quarter turns or noise, and {peer} no operations of the same meaning"
-            )
-
-
-@dataclass(frozen=True)
-class Source:
-    """One row of the loader's report."""
-
-    name: str
-    fidelity: str
-    """exact: the same operations with Pillow's semantics, drawn per image; approximate: not quite; empty: part of the work."""
-    open: Callable[[Work], Generator[int]]
-    """Yields the number of source images of each batch, without end; closing it stops its workers."""
-    note: str = ""
-    workers: bool = False
-    """Batches come from worker processes in turn: rates are taken over whole rounds of one batch each."""
 
 
 class Stopwatch:
@@ -272,11 +206,3 @@ def write_report(
         raise UserError(
             f"The report '{path}' cannot be written ({fault.strerror}): choose another --json."
         ) from fault
-
-
-def check_report_path(path: str) -> None:
-    """Raise UserError where `write_report` will not find its folder: before the minutes of measuring, not after."""
-    from shards.errors import UserError
-
-    if path and not Path(path).parent.is_dir():
-        raise UserError(f"There is no folder '{Path(path).parent}' for --json '{path}': make it first.")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from fastssl.bench import Work
+    from fastssl.bench.work import Work
 
 
 def decoded_batches(work: Work) -> Generator[int]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from typing import TYPE_CHECKING, Any
 
-from fastssl.bench import Row, brief, check_report_path, machine, write_report
+from fastssl.bench.report import Row, brief, machine, write_report
 from shards.errors import UserError
+from shards.files import check_output
 
 if TYPE_CHECKING:
-    from fastssl.bench_parts import Trainee
+    from fastssl.bench.parts import Trainee
     from fastssl.config import Resolved
 
 USAGE = """usage: fastssl bench step CONFIG [--steps 20] [--repeats 3] [--json FILE] [--section.key value ...]
@@ -38,7 +38,8 @@ def run(argv: list[str]) -> int:
     for name in ("steps", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}, but it must be at least 1.")
-    check_report_path(args.json)
+    if args.json:
+        check_output(args.json, "--json")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("bench step measures one process: start it without torchrun.")
 
@@ -53,11 +54,11 @@ def report(resolved: Resolved, steps: int, repeats: int, json_path: str) -> None
     import torch
     from rich.console import Console
 
-    from fastssl import distributed
-    from fastssl.bench_parts import FULL, PLAIN, Clock, build, measure, plain_row, utilisation
+    from fastssl.bench.parts import FULL, PLAIN, Clock, build, measure, plain_row, utilisation
+    from fastssl.build import choose_device
 
     train = resolved.config.train
-    device = distributed.setup(None if train.device == "auto" else train.device).device
+    device = choose_device(train.device)
     where = machine(device)
     console = Console(highlight=False)
     clock = Clock(device, train.batch, steps, repeats, console)
@@ -103,7 +104,7 @@ def report(resolved: Resolved, steps: int, repeats: int, json_path: str) -> None
 
 def conclusion(resolved: Resolved, trainee: Trainee, rows: dict[str, Row]) -> str:
     """One sentence: what bounds the run, by how much, and the switch to try."""
-    from fastssl.bench_parts import END_TO_END, FULL, LOADER
+    from fastssl.bench.parts import END_TO_END, FULL, LOADER
 
     step, loader, whole = (
         rows[name].images_per_s if name in rows else None for name in (FULL, LOADER, END_TO_END)
@@ -139,15 +140,14 @@ def loader_advice(resolved: Resolved) -> str:
 
 def step_advice(resolved: Resolved, trainee: Trainee, rows: dict[str, Row]) -> str:
     """The switch that makes the step of this run faster."""
-    from fastssl.bench_parts import FULL, UPDATE
+    from fastssl.bench.parts import FULL, UPDATE
+    from fastssl.build import has_compiler, use_bf16
     from fastssl.methods.parts import depends_on_batch
-    from fastssl.train import use_bf16
 
     train, model = resolved.config.train, resolved.config.model
     if not trainee.bf16 and use_bf16("auto", trainee.device):
         return "try --train.precision bf16"
-    # Without a C++ compiler, a CPU runs uncompiled: see `train.compile_blocks`.
-    if not train.compile and (trainee.device.type == "cuda" or shutil.which("g++")):
+    if not train.compile and has_compiler(trainee.device):
         return "try --train.compile True"
     if not train.channels_last and depends_on_batch(trainee.method.backbone):
         return "try --train.channels_last True"

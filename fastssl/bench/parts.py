@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import statistics
 import time
@@ -16,12 +17,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastssl.bench import Row, Stopwatch
+from fastssl.bench.report import Row, Stopwatch
+from fastssl.build import build_method, compile_blocks, prepare_backend, use_bf16
 from fastssl.config import Resolved
-from fastssl.methods import MoCoV3, get_method
-from fastssl.models import build_backbone
+from fastssl.methods import MoCoV3
 from fastssl.optim import build_optimizer, set_lr
-from fastssl.train import compile_blocks, use_bf16
 from pipelines.loader import open_loader
 from shards.read import ShardSet
 
@@ -57,22 +57,13 @@ class Trainee:
 def build(resolved: Resolved, device: torch.device) -> Trainee:
     """Method and optimiser as `fastssl.train.pretrain` sets them up."""
     train = resolved.config.train
-    method = fresh_method(resolved)
-    if train.channels_last:
-        method = method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    method = method.to(device)
+    prepare_backend(device)
+    method, _ = build_method(resolved, device)
     flops = forward_flops(method, views(resolved, device, 2)[0])
     compiled = compile_blocks(method, device) if train.compile else False
     optimizer = build_optimizer(method.parameters(), resolved.config.optim)
     set_lr(optimizer, 0.0)  # the same work, and the weights stay where they are
     return Trainee(method, optimizer, device, use_bf16(train.precision, device), compiled, flops)
-
-
-def fresh_method(resolved: Resolved) -> MoCoV3:
-    """The method with the initial weights of the run."""
-    cfg = resolved.config
-    torch.manual_seed(cfg.train.seed)
-    return get_method(resolved.method_name)(build_backbone(cfg.model, cfg.recipe.size), cfg.method)
 
 
 def views(resolved: Resolved, device: torch.device, batch: int) -> list[Tensor]:
@@ -229,6 +220,11 @@ def ema_loop(pairs: list[tuple[Tensor, Tensor]], momentum: float) -> None:
         teacher.data = teacher.data * momentum + student.data * (1 - momentum)
 
 
+def _in_nchw(resolved: Resolved) -> Resolved:
+    train = dataclasses.replace(resolved.config.train, channels_last=False)
+    return dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, train=train))
+
+
 def plain_row(resolved: Resolved, clock: Clock) -> Row:
     """The same model and optimiser in a plain eager step, in MoCo v3's manner, or why it did not run.
 
@@ -241,7 +237,7 @@ def plain_row(resolved: Resolved, clock: Clock) -> Row:
         f"{'fp16 autocast and GradScaler' if device.type == 'cuda' else 'float32'}, EMA as a Python loop, two .item() a step"
     )
     try:
-        method = fresh_method(resolved).to(device)
+        method, _ = build_method(_in_nchw(resolved), device)
         optimizer = build_optimizer(method.parameters(), resolved.config.optim)
         set_lr(optimizer, 0.0)
         scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from fastssl.bench import Source, Work
-from fastssl.bench_dali import decoded_batches, view_batches
+from fastssl.bench.dali import decoded_batches, view_batches
+from fastssl.bench.work import Source, Work
 from pipelines.decode import decode_rgb
 from pipelines.recipe import Recipe
 from shards.read import ShardSet

@@ -1,0 +1,1 @@
+"""`fastssl bench`: images per second of loaders and of training steps, beside their peers."""

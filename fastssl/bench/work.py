@@ -1,0 +1,57 @@
+"""What every loader of a report is given, and how a loader is described."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shards.order import epoch_order
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pipelines.recipe import Recipe
+    from shards.read import ShardSet
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all loaders of one report are given."""
+
+    shards: ShardSet
+    recipe: Recipe
+    sample_ids: np.ndarray
+    """The images used, int64 (N,)."""
+    batch: int
+    threads: int
+    """Threads, or worker processes of one thread each."""
+
+    def batches(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(epoch, sample ids (batch,)) without end, each epoch in another order; the same for every loader."""
+        for epoch in itertools.count():
+            ids = self.sample_ids[epoch_order(len(self.sample_ids), 0, epoch)]
+            for start in range(0, len(ids) - self.batch + 1, self.batch):
+                yield epoch, ids[start : start + self.batch]
+
+    def refuse_turns_and_noise(self, peer: str) -> None:
+        """Raise NotImplementedError where the recipe has them, for a peer without operations of the same meaning."""
+        if self.recipe.quarter_turns or self.recipe.noise_p:
+            raise NotImplementedError(
+                f"the recipe has quarter turns or noise, and {peer} no operations of the same meaning"
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """One row of the loader's report."""
+
+    name: str
+    fidelity: str
+    """exact: the same operations with Pillow's semantics, drawn per image; approximate: not quite; empty: part of the work."""
+    open: Callable[[Work], Generator[int]]
+    """Yields the number of source images of each batch, without end; closing it stops its workers."""
+    note: str = ""
+    workers: bool = False
+    """Batches come from worker processes in turn: rates are taken over whole rounds of one batch each."""
