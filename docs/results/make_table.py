@@ -19,7 +19,7 @@ def table(report: dict) -> str:
         ratio = f"{row['ratio']:.2f}" if row.get("ratio") else ""
         core_ms = 1000 * row["cpu_cores"] / row["images_per_s"]
         lines.append(
-            f"| {row['name']} | {row['images_per_s']:,.0f} | {low:,.0f} to {high:,.0f} | {ratio} | {core_ms:.2f} | {row['fidelity']} |"
+            f"| {row['name']} | {row['images_per_s']:,.0f} | {low:,.0f} to {high:,.0f} | {ratio} | {core_ms:.2f} | {row['fidelity'] or 'part only'} |"
         )
     return "\n".join(lines)
 
