@@ -15,7 +15,7 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # GPU tests and the benchmark ladder with the Python at hand, installing nothing; JSON goes to $(OUT). Both run, whatever fails.
 gpu-check:

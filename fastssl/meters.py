@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,13 @@ class Meters:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._count += 1
         self._wait_s += wait_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done inside, a test or a save, out of images/s and of the share of waiting."""
+        began_s = time.perf_counter()
+        yield
+        self._started_s += time.perf_counter() - began_s
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to report the same means."""

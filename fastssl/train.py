@@ -183,7 +183,8 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
                 "meters": meters.state(),
                 "rng": torch.get_rng_state(),
             }
-            checkpoint.save(checkpoint.checkpoint_path(run, step), state, train.keep)
+            with meters.paused():
+                checkpoint.save(checkpoint.checkpoint_path(run, step), state, train.keep)
 
     # ---------------------------------------------------------------------------------------------- loop
     began = time.perf_counter()
@@ -249,7 +250,8 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
                     return _finish(path, step, seconds, (step - start) * train.batch, stopping)
             last = epoch + 1 == train.epochs
             if online and (last or (epoch + 1) % cfg.knn.every == 0):
-                accuracy = online.test(method.backbone)
+                with meters.paused():
+                    accuracy = online.test(method.backbone)
                 screen.say(
                     f"epoch {epoch + 1}/{train.epochs}  kNN accuracy {accuracy:.1%} (k = {online.k}, {online.what})"
                 )

@@ -114,3 +114,18 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
         screen.step(1)
         screen.log(1, 0, 4, VALUES)
     assert capsys.readouterr().out == ""
+
+
+def test_pauses_count_neither_as_work_nor_as_waiting(monkeypatch):
+    """Ten steps of 8 images in 2 s, with 5 s of testing between them: 40 images/s, and half of the 2 s was waiting."""
+    now = [100.0]
+    monkeypatch.setattr("fastssl.meters.time.perf_counter", lambda: now[0])
+    meters = Meters()
+    for _ in range(10):
+        meters.add({"loss": torch.tensor(1.0)}, wait_s=0.1)
+        now[0] += 0.2
+    with meters.paused():
+        now[0] += 5.0
+    values = meters.read(images_per_step=8, steps_timed=10)
+    assert values["images_per_s"] == pytest.approx(40)
+    assert values["data_wait"] == pytest.approx(0.5)
