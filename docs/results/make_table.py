@@ -18,9 +18,15 @@ def table(report: dict) -> str:
         low, high = row["spread"]
         ratio = f"{row['ratio']:.2f}" if row.get("ratio") else ""
         core_ms = 1000 * row["cpu_cores"] / row["images_per_s"]
-        lines.append(
-            f"| {row['name']} | {row['images_per_s']:,.0f} | {low:,.0f} to {high:,.0f} | {ratio} | {core_ms:.2f} | {row['fidelity'] or 'part only'} |"
-        )
+        cells = [
+            row["name"],
+            f"{row['images_per_s']:,.0f}",
+            f"{low:,.0f} to {high:,.0f}",
+            ratio,
+            f"{core_ms:.2f}",
+            row["fidelity"] or "part only",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
