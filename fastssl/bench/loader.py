@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastssl.bench.report import Row, Stopwatch, brief, machine, write_report
+from fastssl.bench.report import Row, Stopwatch, brief, busy, machine, tell_failures, write_report
 from fastssl.bench.work import Source, Work
 from shards.errors import UserError, nearest
 from shards.files import check_output
@@ -260,15 +260,11 @@ def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: Ben
             row.fidelity or "[dim]part only[/]",
         )
     console.print(table)
-    for row in rows:
-        if row.error:
-            console.print(f"{row.name} could not be measured: {row.error}", style="yellow", markup=False)
-    load = where["load_average"]
-    busy = "" if load is None else f", load average {load:.1f} before"
+    tell_failures(console, rows)
     console.print(
-        f"{where['cpu']}, {where['cores']} cores{busy}; {work.threads} threads or worker processes, batches of {work.batch}; median "
-        f"and spread of {args.repeats} turns of {args.seconds:g} s after warm-up, page cache warm. cores, core ms: CPU time per "
-        "second, per image.",
+        f"{where['cpu']}, {where['cores']} cores{busy(where)}; {work.threads} threads or worker processes, "
+        f"batches of {work.batch}; median and spread of {args.repeats} turns of {args.seconds:g} s after "
+        "warm-up, page cache warm. cores, core ms: CPU time per second, per image.",
         style="dim",
         markup=False,
     )

@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -177,6 +177,19 @@ def _cpu_model() -> str:
         lines = []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def tell_failures(console: Any, rows: Iterable[Row]) -> None:
+    """Say of each row without a figure why it has none."""
+    for row in rows:
+        if row.error:
+            console.print(f"{row.name} could not be measured: {row.error}", style="yellow", markup=False)
+
+
+def busy(where: dict[str, Any]) -> str:
+    """The load that a report's machine was under before, for its closing line; empty where the system does not tell."""
+    load = where["load_average"]
+    return "" if load is None else f", load average {load:.1f} before"
 
 
 def write_report(

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from fastssl.bench.report import Row, brief, machine, write_report
+from fastssl.bench.report import Row, brief, busy, machine, tell_failures, write_report
 from shards.errors import UserError
 from shards.files import check_output
 
@@ -190,14 +190,10 @@ def _show(
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         table.add_row(row.name, brief(row.images_per_s), row.spread(), *times, ratio)
     console.print(table)
-    for row in rows.values():
-        if row.error:
-            console.print(f"{row.name} could not be measured: {row.error}", style="yellow", markup=False)
-    load = where["load_average"]
-    busy = "" if load is None else f", load average {load:.1f} before"
+    tell_failures(console, rows.values())
     console.print(
-        f"{where['gpu'] or where['cpu']}, {where['cores']} cores{busy}; median and spread of {repeats} x {steps} steps after warm-up. "
-        "ratio: of the full step to the plain eager one, both on synthetic views; of EMA to the loop.",
+        f"{where['gpu'] or where['cpu']}, {where['cores']} cores{busy(where)}; median and spread of {repeats} x {steps} steps after "
+        "warm-up. ratio: of the full step to the plain eager one, both on synthetic views; of EMA to the loop.",
         style="dim",
         markup=False,
     )

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,15 +15,6 @@ from fastssl.methods.parts import depends_on_batch, feature_std, info_nce
 from fastssl.models import ModelConfig, build_backbone
 from shards.errors import UserError
 from tests.fastssl.tiny import SMALL, Normed, Plain, make_method, make_views
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
 
 # Heads
 

@@ -1,7 +1,6 @@
 """MoCo v3's teacher, the order of a step, and two processes against one."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,15 +14,6 @@ from fastssl.methods.parts import ema_update
 from fastssl.models import ModelConfig, build_backbone
 from tests.fastssl.tiny import SMALL, Normed, Plain, make_method, make_views
 from tests.gloo import run_ranks
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
 
 # Teacher
 

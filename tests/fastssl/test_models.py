@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Literal
 
 import pytest
@@ -17,14 +16,6 @@ from torch import Tensor, nn
 from fastssl.models import ModelConfig, architecture, build_backbone, check_architecture
 from fastssl.vit import MOCO_VITS, position_table
 from shards.errors import UserError
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")
