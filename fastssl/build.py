@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import warnings
@@ -105,9 +106,11 @@ def spread(method: nn.Module, ranks: distributed.Dist) -> nn.Module:
             "PyTorch has no SyncBatchNorm on CPUs: BatchNorm sees each process's share of the batch only.",
             stacklevel=2,
         )
-    return DistributedDataParallel(
-        method, device_ids=[ranks.local_rank] if on_gpu else None, broadcast_buffers=False
-    )
+    # Each process keeps its own BatchNorm buffers (equal ones under SyncBatchNorm); torch 2.14 renamed the switch.
+    known = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {switch: False, "device_ids": [ranks.local_rank] if on_gpu else None}
+    return DistributedDataParallel(method, **options)
 
 
 def convert_batch_norm(method: nn.Module) -> None:

@@ -47,6 +47,8 @@ def run(argv: list[str]) -> int:
         ) from fault
     finally:
         distributed.cleanup()
+    if not is_main_process():
+        return 128 + summary.interrupted if summary.interrupted else 0
     if summary.interrupted:
         print(
             f"Stopped after step {summary.steps}, saved as {summary.checkpoint}. Continue: the same command with --resume."
@@ -59,7 +61,12 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def is_main_process() -> bool:
+    """Whether this is the process of a run that speaks; by torchrun's environment, so before and after the process group too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """One line for people, from one process; the place in the source is for developers."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         print(f"fastssl: note: {message}", file=sys.stderr)
