@@ -73,10 +73,7 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"There is no checkpoint '{path}'.") from None
     except Exception as error:  # torch raises many kinds for a damaged file
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"'{path}' is damaged or no checkpoint ({reason}): remove it, and the one before it is used."
-        ) from error
+        raise UserError(_unreadable(path)) from error
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"'{path}' is no checkpoint of fastssl: it lacks the entry 'format'.")
     if state["format"] != FORMAT:
@@ -84,6 +81,15 @@ def load(path: Path) -> dict[str, Any]:
             f"'{path}' has checkpoint format {state['format']}, this fastssl reads {FORMAT}: update fastssl."
         )
     return state
+
+
+def _unreadable(path: Path) -> str:
+    if not _NAME.fullmatch(path.name):
+        return f"'{path}' is no checkpoint: give a .pt file that fastssl saved, or the folder of a run."
+    older = [p for p in list_checkpoints(path.parent.parent) if p.name < path.name]
+    if older:
+        return f"The checkpoint '{path}' is damaged: remove it, and the one before it, '{older[-1].name}', is used."
+    return f"The checkpoint '{path}' is damaged and the oldest of its run: remove it, and --resume starts from the beginning."
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:

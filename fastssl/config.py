@@ -121,14 +121,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         # BaseLoader leaves every scalar a string: `lr: 3e-4` and `name: no` mean what they say.
         tree = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
     except FileNotFoundError:
-        here = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
-        raise UserError(
-            f"There is no configuration file '{path}'.{nearest(str(path), here) if here else ''}"
-        ) from None
+        here = [p.name for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+        there = f" '{path.parent}' holds {', '.join(here)}." if here else ""
+        raise UserError(f"There is no configuration file '{path}'.{there}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' cannot be read as a configuration file: {error}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise UserError(f"'{path}'{line} is not valid YAML: {problem}.") from error
     if not isinstance(tree, dict):
         raise UserError(f"'{path}' must hold sections such as 'train:', but holds one value: {tree!r}")
     return tree
@@ -183,7 +185,11 @@ def _take_flag(tokens: list[str], name: str) -> str | None:
 def _suggest(key: str, known: Any) -> str:
     """The nearest full key, or the one whose last part is meant where the section was forgotten."""
     last = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    return f" Did you mean '{last[0]}'?" if len(last) == 1 else nearest(key, known)
+    if len(last) == 1:
+        return f" Did you mean '{last[0]}'?"
+    hint = nearest(key, known)
+    # Sixty names are no help in a sentence.
+    return hint if "Did you mean" in hint else " `fastssl pretrain CONFIG --settings` lists them all."
 
 
 def _plain(value: Any) -> Any:

@@ -103,6 +103,9 @@ def _parse(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and "step" in row else None
 
 
+WIDE = 120  # columns from which all values fit beside the bar
+
+
 class Screen:
     """The run as people see it: a live bar in a terminal, a line now and then elsewhere; silent on other ranks than 0."""
 
@@ -112,10 +115,10 @@ class Screen:
         self.console = Console(quiet=not show, highlight=False)
         self._live = show and self.console.is_terminal
         self._total = total_steps
-        self._spoke_s = time.perf_counter()
+        self._spoke_s = -self.QUIET_S  # the first line comes at once
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if self.console.width >= WIDE else 8),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[status]}"),
@@ -137,10 +140,16 @@ class Screen:
 
     def log(self, step: int, epoch: int, epochs: int, values: dict[str, float]) -> None:
         """Show the newest values."""
-        status = (
-            f"loss {values['loss']:.3f}  ce/lnN {values['ce_norm']:.3f}  acc {values['acc']:.0%}  std {values['feature_std']:.2f}  "
-            f"{values['images_per_s']:,.0f} img/s  wait {values['data_wait']:.0%}"
-        )
+        shown = [
+            f"loss {values['loss']:.3f}",
+            f"acc {values['acc']:.0%}",
+            f"{values['images_per_s']:,.0f} img/s",
+        ]
+        if self.console.width >= WIDE or not self._live:
+            shown[1:1] = [f"ce/lnN {values['ce_norm']:.3f}"]
+            shown[3:3] = [f"std {values['feature_std']:.2f}"]
+            shown.append(f"wait {values['data_wait']:.0%}")
+        status = "  ".join(shown)
         self._bar.update(self._task, description=f"epoch {epoch + 1}/{epochs}", status=status)
         if not self._live and time.perf_counter() - self._spoke_s >= self.QUIET_S:
             self._spoke_s = time.perf_counter()

@@ -54,6 +54,9 @@ def run(argv: list[str]) -> int:
             f"Stopped after step {summary.steps}, saved as {summary.checkpoint}. Continue: the same command with --resume."
         )
         return 128 + summary.interrupted
+    if summary.images_per_s == 0:
+        print(f"This run is already complete ({summary.steps} steps). Weights: {summary.checkpoint}")
+        return 0
     print(
         f"Done: {summary.steps} steps, {summary.seconds:,.0f} s, {summary.images_per_s:,.0f} images/s. Weights: {summary.checkpoint}"
     )

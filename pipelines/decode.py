@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from functools import cache
 
 import numpy as np
@@ -40,10 +39,6 @@ def decode_rgb(data: memoryview) -> torch.Tensor:
 
 
 def _decode_with_pillow(data: memoryview) -> torch.Tensor:
-    from PIL import Image
+    from pipelines import reference
 
-    try:
-        pixels = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # the kinds Pillow's decoders raise
-        raise RuntimeError(str(error)) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(np.array(reference.decode(data))).permute(2, 0, 1)

@@ -190,7 +190,7 @@ def stream(
                 # Strided over views in `draws`, contiguous for the compiled kernel.
                 engine(shards.read(int(ids[i])), np.ascontiguousarray(draws[:, i]), buffer.pixels[:, i])
             except (RuntimeError, OSError) as fault:
-                raise UserError(_bad_sample(shards, int(ids[i]), fault)) from fault
+                raise UserError(bad_sample(shards, int(ids[i]))) from fault
 
     def start_next() -> None:
         for ids, draws in ids_and_draws:
@@ -247,8 +247,9 @@ class _Buffer:
             self._copied.synchronize()
 
 
-def _bad_sample(shards: ShardSet, sample_id: int, fault: Exception) -> str:
+def bad_sample(shards: ShardSet, sample_id: int) -> str:
+    """The message about a sample that no longer decodes: which it is, where it lies, how to mend it."""
     return (
-        f"sample {sample_id} of '{shards.folder}' (made from '{shards.name(sample_id)}') does not decode: {fault} It did when it "
-        "was converted, so the shard was changed since: convert again."
+        f"sample {sample_id} of '{shards.folder}' (made from '{shards.name(sample_id)}') does not decode, but did when it was "
+        f"converted: delete '{shards.shard_path(sample_id)}' and run the same `fastssl shard` command again, which makes it anew."
     )

@@ -9,8 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipelines import reference
 from pipelines.draws import draw
-from pipelines.loader import make_engine
+from pipelines.loader import bad_sample, make_engine
 from pipelines.recipe import Recipe
+from shards.errors import UserError
 from shards.files import atomic_write
 from shards.order import epoch_order
 from shards.read import ShardSet
@@ -49,7 +50,10 @@ def contact_sheet(
     out = np.empty((recipe.num_views, 3, recipe.size, recipe.size), dtype=np.float32)
     for row, sample_id in enumerate(int(i) for i in ids):
         y = HEAD + row * (cell + FOOT + GAP)
-        original = reference.decode(shards.read(sample_id))
+        try:
+            original = reference.decode(shards.read(sample_id))
+        except RuntimeError as fault:
+            raise UserError(bad_sample(shards, sample_id)) from fault
         label = shards.labels[sample_id]
         caption = f"{original.width} x {original.height}" + (
             f"  {shards.classes[label]}" if label >= 0 else ""

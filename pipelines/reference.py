@@ -13,8 +13,11 @@ from pipelines.recipe import Recipe
 
 
 def decode(data: bytes | memoryview) -> Image.Image:
-    """The encoded image as 8-bit RGB; greyscale is repeated in three channels."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    """The encoded image as 8-bit RGB; greyscale is repeated in three channels. RuntimeError where it does not decode."""
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # the kinds Pillow's decoders raise
+        raise RuntimeError(str(error)) from error
 
 
 def render(image: Image.Image, draw: np.void, size: int) -> Image.Image:

@@ -72,6 +72,11 @@ class ShardSet:
         offset = int(self._offset[sample_id])
         return self._map(shard)[offset : offset + int(self.sizes[sample_id])]
 
+    def shard_path(self, sample_id: int) -> Path:
+        """The tar that holds the image."""
+        self._check_id(sample_id)
+        return self.folder / shard_name(int(self._shard[sample_id]))
+
     def name(self, sample_id: int) -> str:
         """The image's path below the source folder, with forward slashes."""
         self._check_id(sample_id)

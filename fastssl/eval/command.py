@@ -193,7 +193,7 @@ def print_report(report: dict[str, Any], console: Any) -> None:
     by_class = Table(title=f"By class, k = {report['rows'][0]['per_class_k']}", title_justify="left")
     by_class.add_column("class")
     for row in report["rows"]:
-        by_class.add_column(row["features"], justify="right")
+        by_class.add_column(row["features"].split(", ")[-1], justify="right")
     for name in shown:
         shares = (row["per_class"][name] for row in report["rows"])
         by_class.add_row(name, *("-" if share is None else f"{share:.1%}" for share in shares))

@@ -65,7 +65,7 @@ class Touch:
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     torch.save({"format": 1, "x": Touch(tmp_path / "ran")}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match=r"evil\.pt' is damaged or no checkpoint"):
+    with pytest.raises(UserError, match=r"evil\.pt' is no checkpoint: give a \.pt file"):
         load(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
 
@@ -76,8 +76,16 @@ def test_a_damaged_checkpoint_is_named(kept: float, tmp_path: Path) -> None:
     save(path, STATE)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)])
-    with pytest.raises(UserError, match=r"step-000000001.pt' is damaged or no checkpoint .*: remove it"):
+    with pytest.raises(
+        UserError, match=r"step-000000001\.pt' is damaged and the oldest .* starts from the beginning"
+    ):
         load(path)
+    later = checkpoint_path(tmp_path, 2)
+    later.write_bytes(path.read_bytes())
+    with pytest.raises(
+        UserError, match=r"step-000000002\.pt' is damaged: remove it, .* 'step-000000001\.pt', is used"
+    ):
+        load(later)
 
 
 def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:

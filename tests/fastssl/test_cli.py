@@ -182,7 +182,10 @@ def test_a_shard_whose_bytes_changed_since(told, config, shards: Path, tmp_path:
         path.write_bytes(path.read_bytes().replace(b"IDAT", b"NOPE"))
     sentence = told("pretrain", config({"knn": {"every": 0}}, data=broken))
     assert "does not decode" in sentence
-    assert "the shard was changed since: convert again" in sentence
+    assert "delete '" in sentence
+    assert "shard-00000" in sentence
+    assert sentence.endswith("run the same `fastssl shard` command again, which makes it anew.")
+    assert told("preview", broken, "--out", tmp_path / "views.png") != ""
 
 
 # ---------------------------------------------------------------- settings
@@ -241,7 +244,7 @@ def test_eval_needs_labels(told, finished: Path, unlabelled_shards: Path) -> Non
 
 def test_eval_needs_a_checkpoint(told, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "photo.pt").write_bytes(b"\x89PNG")
-    assert "photo.pt' is damaged or no checkpoint" in told(
+    assert "photo.pt' is no checkpoint: give a .pt file" in told(
         "eval", "knn", tmp_path / "photo.pt", "--shards", shards
     )
     assert f"There is no checkpoint at '{tmp_path / 'none'}'" in told(

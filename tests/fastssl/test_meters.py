@@ -105,7 +105,7 @@ def test_without_a_terminal_a_line_now_and_then(
             screen.log(step, 0, 4, VALUES)
     lines = capsys.readouterr().out.splitlines()
     tail = "loss 1.500  ce/lnN 0.500  acc 25%  std 0.60  1,234 img/s  wait 2%"
-    assert lines == [f"epoch 1/4  step {step}/100  {tail}" for step in (3, 5)]
+    assert lines == [f"epoch 1/4  step {step}/100  {tail}" for step in (1, 4)]
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:

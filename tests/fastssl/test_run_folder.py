@@ -100,8 +100,11 @@ def test_a_damaged_checkpoint_and_the_way_out(stopped: Path, told, config, finis
     last = checkpoint.checkpoint_path(stopped, 2 * SAVE_STEPS)
     last.write_bytes(last.read_bytes()[:5000])
     sentence = told("pretrain", config(), "--resume")
-    assert sentence.startswith(f"'{last}' is damaged or no checkpoint (")
-    assert sentence.endswith("): remove it, and the one before it is used.")
+    before = checkpoint.checkpoint_path(stopped, SAVE_STEPS).name
+    assert (
+        sentence
+        == f"The checkpoint '{last}' is damaged: remove it, and the one before it, '{before}', is used."
+    )
     last.unlink()
     assert main(["pretrain", str(config()), "--resume"]) == 0
     assert torch.equal(newest(stopped)["rng"], newest(finished)["rng"])
