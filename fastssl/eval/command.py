@@ -108,7 +108,14 @@ def knn_report(
     from fastssl import checkpoint as checkpoints
     from fastssl.build import choose_device, use_bf16
     from fastssl.config import from_tree
-    from fastssl.eval.features import backbone_encoder, extract, labelled_ids, pixel_encoder
+    from fastssl.eval.features import (
+        backbone_encoder,
+        check_labels,
+        check_same_classes,
+        extract,
+        labelled_ids,
+        pixel_encoder,
+    )
     from fastssl.eval.knn import classify
     from fastssl.models import architecture, build_backbone, check_architecture
     from shards.read import ShardSet
@@ -135,17 +142,9 @@ def knn_report(
     sets = [ShardSet.open(bank)] + ([ShardSet.open(test)] if test else [])
     ids = [labelled_ids(shards, max_samples) for shards in sets]
     for shards, found in zip(sets, ids, strict=True):
-        if len(found) < 2:
-            raise UserError(
-                f"'{shards.folder}' has {len(found)} labelled samples and kNN needs at least 2: convert a folder whose sub-folders "
-                "are classes."
-            )
+        check_labels(shards, found)
+    check_same_classes(sets[0], sets[-1])
     classes = sets[0].classes
-    if sets[-1].classes != classes:
-        raise UserError(
-            f"'{bank}' and '{test}' have different classes ({len(classes)} and {len(sets[-1].classes)}): kNN needs the same class "
-            "folders in both."
-        )
     labels = [torch.from_numpy(shards.labels[found]) for shards, found in zip(sets, ids, strict=True)]
 
     encoders = {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipelines.loader import eval_batches
 from pipelines.recipe import Recipe
+from shards.errors import UserError
 from shards.order import epoch_order
 from shards.read import ShardSet
 
@@ -23,6 +24,24 @@ def labelled_ids(shards: ShardSet, limit: int = 0) -> np.ndarray:
     if limit and len(ids) > limit:
         ids = np.sort(ids[epoch_order(len(ids), seed=0, epoch=0)[:limit]])
     return ids
+
+
+def check_labels(shards: ShardSet, ids: np.ndarray, *, where: str = "", otherwise: str = "") -> None:
+    """Raise UserError unless kNN has two labelled samples; `where` begins the message, `otherwise` ends it with another way out."""
+    if len(ids) < 2:
+        raise UserError(
+            f"{where}'{shards.folder}' has {len(ids)} labelled samples and kNN needs at least 2: convert a folder "
+            f"whose sub-folders are classes{otherwise}."
+        )
+
+
+def check_same_classes(bank: ShardSet, queries: ShardSet) -> None:
+    """Raise UserError unless a label means the same class in both sets."""
+    if queries.classes != bank.classes:
+        raise UserError(
+            f"'{bank.folder}' and '{queries.folder}' have different classes ({len(bank.classes)} and "
+            f"{len(queries.classes)}): kNN needs the same class folders in both."
+        )
 
 
 @torch.no_grad()

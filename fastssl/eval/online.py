@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastssl.eval.features import backbone_encoder, extract, labelled_ids
+from fastssl.eval.features import backbone_encoder, check_labels, check_same_classes, extract, labelled_ids
 from fastssl.eval.knn import KNNConfig, classify
 from pipelines.recipe import Recipe
-from shards.errors import UserError
 from shards.read import ShardSet
 
 
@@ -33,16 +32,10 @@ class OnlineKNN:
             ("shards", self._bank, self._bank_ids),
             ("test_shards", self._queries, self._query_ids),
         ):
-            if shards is not None and ids is not None and len(ids) < 2:
-                raise UserError(
-                    f"knn.{name}: '{shards.folder}' has {len(ids)} labelled samples and kNN needs at least 2: convert a folder "
-                    "whose sub-folders are classes, or set --knn.every 0."
-                )
-        if self._queries and self._queries.classes != self._bank.classes:
-            raise UserError(
-                f"'{self._bank.folder}' and '{self._queries.folder}' have different classes ({len(self._bank.classes)} and "
-                f"{len(self._queries.classes)}): kNN needs the same class folders in both."
-            )
+            if shards is not None and ids is not None:
+                check_labels(shards, ids, where=f"knn.{name}: ", otherwise=", or set --knn.every 0")
+        if self._queries:
+            check_same_classes(self._bank, self._queries)
         self.k = min(cfg.k, len(self._bank_ids) - (0 if self._queries else 1))
         self.what = (
             f"{len(self._query_ids)} test samples"
