@@ -39,8 +39,6 @@ def build(cfg: ModelConfig, image_size: int) -> nn.Module:
         _shrink_stem(backbone, cfg)
     if cfg.stop_grad_conv1:
         _freeze_patch_embedding(backbone)
-    if cfg.grad_checkpointing:
-        _checkpoint_activations(backbone, cfg.backbone)
     return backbone
 
 
@@ -109,13 +107,3 @@ def _shrink_stem(backbone: nn.Module, cfg: ModelConfig) -> None:
 def _freeze_patch_embedding(backbone: nn.Module) -> None:
     if isinstance(backbone, VisionTransformer) and isinstance(backbone.patch_embed, PatchEmbed):
         backbone.patch_embed.proj.requires_grad_(False)
-
-
-def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
-    refusal = f"{name} cannot recompute its activations: set model.grad_checkpointing to False."
-    if not hasattr(backbone, "set_grad_checkpointing"):
-        raise UserError(refusal)
-    try:
-        backbone.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
-    except AssertionError as error:  # timm's way to say that a model has none
-        raise UserError(refusal) from error

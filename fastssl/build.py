@@ -13,20 +13,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import distributed
-from fastssl.methods import MoCoV3, get_method
+from fastssl.methods import Method, MoCoV3, get_method
 from fastssl.methods.parts import depends_on_batch
 from fastssl.models import architecture, build_backbone
+from fastssl.recompute import checkpoint_blocks, frozen_statistics
+from fastssl.step import Door
 from shards.errors import UserError
 
 if TYPE_CHECKING:
     from fastssl.config import Resolved
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called auto (a GPU where there is one), cpu or cuda; UserError where cuda is asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("The device is set to cuda, but PyTorch finds no CUDA device: use cpu or auto.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def prepare_backend(device: torch.device) -> None:
@@ -34,13 +29,22 @@ def prepare_backend(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = device.type == "cuda"
 
 
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bf16: as asked, or, for auto, where the hardware multiplies it faster than float32."""
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What autocast computes in: as asked, or, for auto, what the hardware multiplies fast.
+
+    auto takes bf16 where the hardware has it, fp16 on GPUs that have only that (before Ampere), and float32 on other CPUs.
+    """
     if precision != "auto":
-        return precision == "bf16"
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether `compute_dtype` is bf16."""
+    return compute_dtype(precision, device) == torch.bfloat16
 
 
 def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict[str, Any]]:
@@ -56,13 +60,16 @@ def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict
         )
     torch.manual_seed(cfg.train.seed)
     backbone = build_backbone(cfg.model, cfg.recipe.size)
-    if cfg.model.grad_checkpointing and depends_on_batch(backbone):
-        warnings.warn(
-            "model.grad_checkpointing runs BatchNorm's forward twice a step, so its running statistics follow faster than usual.",
-            stacklevel=2,
-        )
     shape = architecture(backbone, cfg.model)
+    if cfg.method.queue % cfg.train.batch:
+        near = max(1, round(cfg.method.queue / cfg.train.batch)) * cfg.train.batch
+        raise UserError(
+            f"method.queue is {cfg.method.queue} and train.batch is {cfg.train.batch}, but whole batches must fill the queue: "
+            f"set --method.queue {near}."
+        )
     method = get_method(resolved.method_name)(backbone, cfg.method)
+    # The teacher keeps no activations: it has nothing to compute again.
+    checkpoint_blocks(backbone, cfg.train.checkpointing, cfg.model.backbone)
     if cfg.train.channels_last:
         method = method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return method.to(device), shape
@@ -75,7 +82,7 @@ def has_compiler(device: torch.device) -> bool:
     return bool(os.environ.get("CXX" if on_cpu else "CC")) or any(shutil.which(name) for name in names)
 
 
-def compile_blocks(method: nn.Module, device: torch.device) -> bool:
+def compile_blocks(method: Method, device: torch.device) -> bool:
     """Compile student and teacher backbones in place: per block where there are blocks, so that equal ones share one graph.
 
     State dicts keep their keys. Returns False, with a warning, where there is no compiler.
@@ -87,17 +94,17 @@ def compile_blocks(method: nn.Module, device: torch.device) -> bool:
             stacklevel=2,
         )
         return False
-    for backbone in (method.get_submodule("backbone"), method.get_submodule("teacher_backbone")):
+    for backbone in method.backbones():
         blocks = getattr(backbone, "blocks", None)
         for part in blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else [backbone]:
             part.compile()
     return True
 
 
-def spread(method: nn.Module, ranks: distributed.Dist) -> nn.Module:
-    """The method under DDP where there is more than one process; on GPUs BatchNorm then spans them, as the paper's does."""
+def spread(method: Method, ranks: distributed.Dist) -> nn.Module:
+    """The method's `Door`, under DDP where there is more than one process; on GPUs BatchNorm then spans them, as the paper's does."""
     if ranks.world == 1:
-        return method
+        return Door(method)
     on_gpu = ranks.device.type == "cuda"
     if on_gpu:
         convert_batch_norm(method)
@@ -110,7 +117,33 @@ def spread(method: nn.Module, ranks: distributed.Dist) -> nn.Module:
     known = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {switch: False, "device_ids": [ranks.local_rank] if on_gpu else None}
-    return DistributedDataParallel(method, **options)
+    return DistributedDataParallel(Door(method), **options)
+
+
+def freeze_unused(method: Method, view_shape: tuple[int, ...], ranks: distributed.Dist) -> list[str]:
+    """Freeze, aloud, what is trainable but takes no part in the loss, for which DDP would wait in vain; returns the names.
+
+    Tries a step on two random images (C, H, W). Call it on every rank, before `spread` and after the optimiser is built, whose
+    state then has the same layout with any number of ranks. Nothing to do, and nothing tried, at world 1.
+    """
+    if ranks.world == 1:
+        return []
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.rand(2, *view_shape, generator=generator).to(ranks.device) for _ in range(2)]
+    with frozen_statistics(method):
+        method(views).loss.backward()
+    unused = {name: p for name, p in method.named_parameters() if p.requires_grad and p.grad is None}
+    for parameter in method.parameters():
+        parameter.grad = None
+    for parameter in unused.values():
+        parameter.requires_grad_(False)
+    if unused and ranks.is_main:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        warnings.warn(
+            f"These weights take no part in the loss and stay as they are: {', '.join(list(unused)[:3])}{more}.",
+            stacklevel=2,
+        )
+    return list(unused)
 
 
 def convert_batch_norm(method: nn.Module) -> None:

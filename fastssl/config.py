@@ -19,13 +19,17 @@ from fastssl.methods import METHODS, get_method
 from fastssl.methods.moco_v3 import Config as MoCoV3Config
 from fastssl.models import ModelConfig
 from fastssl.optim import OptimConfig
-from fastssl.train import TrainConfig
+from fastssl.train_config import TrainConfig
 from pipelines.loader import DataConfig
 from pipelines.recipe import RECIPES, Recipe, get_recipe
 from shards.errors import UserError, nearest
 
 # Chosen by name before the rest is read, because they decide which other keys exist and what their defaults are.
 METHOD_NAME, PRESET = "method.name", "recipe.preset"
+# Settings by their former names, which older files and checkpoints hold: the name of now, and the values.
+RENAMED = {
+    "model.grad_checkpointing": ("train.checkpointing", {"true": "blocks", "false": "none"}),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
     sections = {field.name for field in dataclasses.fields(RunConfig)}
     named = {k: v for k, v in named.items() if v != "" or k not in sections}  # `train:` with nothing below it
     written = {key: named.pop(key, None) for key in (METHOD_NAME, PRESET)}
+    named = _of_now(named)
     chosen = {key: _take_flag(tokens, key) or name for key, name in written.items()}
     method_name = chosen[METHOD_NAME] or next(iter(METHODS))
     recipe = get_recipe(chosen[PRESET]) if chosen[PRESET] else Recipe()
@@ -96,7 +101,17 @@ def from_tree(tree: dict[str, Any]) -> Resolved:
     tree = {section: dict(values) for section, values in tree.items()}
     method_name = tree["method"].pop("name")
     start = RunConfig(method=get_method(method_name).Config())
-    return Resolved(_parse(start, list(_flags(dict(_leaves(tree)))), prog="checkpoint"), method_name)
+    return Resolved(_parse(start, list(_flags(_of_now(dict(_leaves(tree))))), prog="checkpoint"), method_name)
+
+
+def _of_now(named: dict[str, Any]) -> dict[str, Any]:
+    """Settings under their names of now; one that is there under both keeps the value of the new name."""
+    moved = {}
+    for old, (new, values) in RENAMED.items():
+        if old in named:
+            value = str(named[old])
+            moved[new] = values.get(value.lower(), value)
+    return {**moved, **{name: value for name, value in named.items() if name not in RENAMED}}
 
 
 def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:

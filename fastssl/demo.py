@@ -103,7 +103,7 @@ def configuration(out: Path, args: Demo):
     from fastssl.methods.moco_v3 import Config
     from fastssl.models import ModelConfig
     from fastssl.optim import OptimConfig
-    from fastssl.train import TrainConfig
+    from fastssl.train_config import TrainConfig
     from pipelines.loader import DataConfig
     from pipelines.recipe import get_recipe
 
@@ -153,7 +153,7 @@ def _draw(out: Path, args: Demo) -> None:
 def _convert(out: Path) -> float:
     from rich.progress import Progress
 
-    from shards.convert import convert
+    from shards.convert import OnProgress, convert
 
     done, began = 0, time.perf_counter()
     with Progress(transient=True) as bar:
@@ -162,8 +162,9 @@ def _convert(out: Path) -> float:
             manifest = convert(
                 out / name / "images",
                 out / f"{name}-shards",
-                progress=lambda done, total, bad: bar.update(task, completed=done, total=total),
+                report=OnProgress(lambda done, total, bad: bar.update(task, completed=done, total=total)),
             )
+            assert manifest is not None, "all parts were asked for"
             done += manifest.num_samples
     return done / (time.perf_counter() - began)
 

@@ -1,8 +1,11 @@
 """The processes of a run: who we are, all ranks' keys, means over ranks. World 1 needs no process group."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,19 +33,23 @@ class Dist:
         return self.rank == 0
 
 
-def setup(device: str | None = None, *, timeout_s: float = 600.0) -> Dist:
+def choose_device(name: str) -> torch.device:
+    """The device called auto (a GPU where there is one), cpu or cuda; UserError where cuda is asked for and there is none."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"The device is set to {name!r}, but it must be auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("The device is set to cuda, but PyTorch finds no CUDA device: use cpu or auto.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def setup(device: str = "auto", *, timeout_s: float = 600.0) -> Dist:
     """Read torchrun's environment and, for more than one process, join the process group.
 
-    `device` is "cuda", "cpu" or None for CUDA where there is any; the backend is nccl with CUDA and gloo
-    without. A process started without torchrun is world 1 and starts no process group. A collective that
-    waits longer than `timeout_s` fails. Raises UserError for half an environment, or for more processes than
-    GPUs.
+    `device` is as `choose_device` takes it; the backend is nccl with CUDA and gloo without. A process started
+    without torchrun is world 1 and starts no process group. A collective that waits longer than `timeout_s`
+    fails. Raises UserError for half an environment, or for more processes than GPUs.
     """
-    if device not in (None, "cuda", "cpu"):
-        raise UserError(f"The device is set to {device!r}, but it must be cuda or cpu.")
-    use_cuda = torch.cuda.is_available() if device is None else device == "cuda"
-    if use_cuda and not torch.cuda.is_available():
-        raise UserError("The device is set to cuda but PyTorch finds no CUDA device: set it to cpu.")
+    use_cuda = choose_device(device).type == "cuda"
     rank, world, local_rank = _environment()
     if use_cuda:
         num_gpus = torch.cuda.device_count()
@@ -79,13 +86,32 @@ def _environment() -> tuple[int, int, int]:
     return int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"])
 
 
+_alone = False
+
+
 def _joined() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not _alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, this process acts as the only one: for trials that may fail on one rank and not on another."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def rank() -> int:
     """This process's rank; 0 where there is no process group."""
     return dist.get_rank() if _joined() else 0
+
+
+def world() -> int:
+    """Number of processes; 1 where there is no process group."""
+    return dist.get_world_size() if _joined() else 1
 
 
 def gather_keys(keys: Tensor) -> Tensor:
@@ -112,6 +138,55 @@ def mean_over_ranks(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     stacked = torch.stack([value.detach().float() for value in metrics.values()])
     dist.all_reduce(stacked)
     return dict(zip(metrics, (stacked / dist.get_world_size()).unbind(), strict=True))
+
+
+def any_over_ranks(flag: Tensor) -> Tensor:
+    """Whether a boolean scalar is true on any rank, on the device, without waiting for it; at world 1 the flag itself."""
+    if not _joined():
+        return flag
+    seen = flag.float()
+    dist.all_reduce(seen, dist.ReduceOp.MAX)
+    return seen > 0
+
+
+def smallest_over_ranks(value: int, device: torch.device) -> int:
+    """The smallest of every rank's numbers; waits for all ranks."""
+    if not _joined():
+        return value
+    seen = torch.tensor(value, device=device)
+    dist.all_reduce(seen, dist.ReduceOp.MIN)
+    return int(seen)
+
+
+class LargestOverRanks:
+    """The largest of every rank's numbers, some steps late, without waiting for the device: for signals, which any rank may be sent.
+
+    Every `every` steps the ranks begin a reduction between hosts, over gloo, and read the one begun before. All ranks make it and poll
+    it at the same steps, so they read the same number at the same step.
+    """
+
+    def __init__(self, every: int = 4) -> None:
+        self.every = every
+        self._group: Any = dist.new_group(backend="gloo") if _joined() else None
+        self._value = torch.zeros((), dtype=torch.int64)
+        self._work: Any = None
+
+    def poll(self, step: int, value: int) -> int:
+        """At world 1 `value` itself; otherwise the largest number that was given `every` steps ago, 0 between these steps."""
+        if self._group is None:
+            return value
+        if step % self.every:
+            return 0
+        seen = self._finish()
+        self._value = torch.tensor(value)
+        self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, self._group, async_op=True)
+        return seen
+
+    def _finish(self) -> int:
+        if self._work is None:
+            return 0
+        self._work.wait()
+        return int(self._value)
 
 
 def barrier() -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to stop after the step at hand (several processes: at the next log step); a later one at once."""
+"""Ctrl-C and SIGTERM ask a run to stop after the step at hand (several processes: within eight steps); a later one at once."""
 
 from __future__ import annotations
 

@@ -20,8 +20,6 @@ class ModelConfig:
     effect on conv stems and convolutional networks."""
     drop_path: float = 0.0
     """Stochastic depth: the chance to skip the last block, falling to 0 at the first. MoCo v3 uses none."""
-    grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third more work for much less memory."""
     channels: int = 3
     """Image channels."""
     patch_size: int = 16

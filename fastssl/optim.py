@@ -103,8 +103,11 @@ class LARS(torch.optim.Optimizer):
     times 1 where either norm is 0. Biases and norm parameters (one dimension or none): d = grad, neither
     decayed nor scaled. Then mu = momentum * mu + d and p = p - lr * mu: the rate stays outside the buffer, so
     a new rate acts on all of it. There is no epsilon and no Nesterov term. A step waits for nothing on the
-    device.
+    device, not even under a GradScaler: whether gradients overflowed, and nothing may change, is decided there.
     """
+
+    # GradScaler then sets `grad_scale` and `found_inf` for the time of a step, and reads nothing itself.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -136,11 +139,23 @@ class LARS(torch.optim.Optimizer):
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            scale: Tensor | None = getattr(self, "grad_scale", None)
+            overflow: Tensor | None = getattr(self, "found_inf", None)
+            if scale is not None:
+                torch._foreach_div_([p.grad for p in params if p.grad is not None], scale)
             updates = _lars_updates(params, group["weight_decay"], group["trust_coefficient"])
             buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+            if overflow is None:
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, updates)
+                torch._foreach_add_(params, buffers, alpha=-group["lr"])
+                continue
+            usable = overflow == 0
+            moved = torch._foreach_mul(buffers, group["momentum"])
+            torch._foreach_add_(moved, updates)
+            for buffer, value in zip(buffers, moved, strict=True):
+                torch.where(usable, value, buffer, out=buffer)
+            torch._foreach_sub_(params, torch._foreach_mul(buffers, usable * group["lr"]))
         return loss
 
 

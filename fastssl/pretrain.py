@@ -42,8 +42,8 @@ def run(argv: list[str]) -> int:
         summary = pretrain(resolved, resume=resume)
     except torch.OutOfMemoryError as fault:
         raise UserError(
-            f"A batch of {resolved.config.train.batch} over all processes does not fit in the GPU's memory: lower --train.batch, "
-            "start more processes with torchrun, or set --model.grad_checkpointing True."
+            f"A batch of {resolved.config.train.batch} over all processes does not fit in the GPU's memory: set --train.micro-batch "
+            "auto, which trains on it in chunks, or --train.checkpointing blocks, or start more processes with torchrun."
         ) from fault
     finally:
         distributed.cleanup()

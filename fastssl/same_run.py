@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from fastssl.config import from_tree
 from fastssl.models import check_architecture
 from shards.errors import UserError
 from shards.read import ShardSet
@@ -21,20 +22,34 @@ def data_set_of(shards: ShardSet) -> dict[str, Any]:
 def check_same_run(
     state: dict[str, Any], resolved: Resolved, shards: ShardSet, shape: dict[str, Any], where: str
 ) -> None:
-    """A checkpoint continues only the run it came from; settings that may change do so aloud."""
+    """A checkpoint continues only the run it came from; settings that may change do so aloud.
+
+    The number of processes is no setting: order and draws follow the global step, so any number that divides the batch goes on with
+    the same samples. So does another train.micro_batch.
+    """
     check_architecture(shape, state["architecture"], where)
     if state["shards"] != data_set_of(shards):
         raise UserError(
             f"'{where}' was trained on {state['shards']['num_samples']} samples of another conversion, '{shards.folder}' has "
             f"{shards.num_samples}: give the same shards, or start anew with another --train.out."
         )
-    before, now = state["config"], resolved.tree()
+    # Read as settings, so that those of an older version have their names of now, and the defaults where they did not exist.
+    before, now = from_tree(state["config"]).tree(), resolved.tree()
     fixed = {("train", "batch"), ("train", "seed"), ("train", "epochs")}
     # What the optimiser holds, and for which weights.
     fixed |= {("optim", "name"), ("model", "stop_grad_conv1")}
     free = {
         ("train", k)
-        for k in ("out", "device", "log_every", "save_every", "save_every_steps", "keep", "compile")
+        for k in (
+            "out",
+            "device",
+            "log_every",
+            "save_every",
+            "save_every_steps",
+            "keep",
+            "compile",
+            "checkpointing",
+        )
     }
     for section, values in now.items():
         for key, value in values.items():

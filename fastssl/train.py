@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from fastssl import checkpoint, distributed
-from fastssl.build import build_method, compile_blocks, prepare_backend, spread, use_bf16
+from fastssl.build import (
+    build_method,
+    compile_blocks,
+    compute_dtype,
+    freeze_unused,
+    prepare_backend,
+    spread,
+)
 from fastssl.eval.online import OnlineKNN
+from fastssl.fit import choose_micro_batch
 from fastssl.interrupt import StopRequest
 from fastssl.meters import Meters, MetricsLog, Screen
 from fastssl.optim import build_optimizer, match_layout, scaled_lr, set_lr
 from fastssl.same_run import check_same_run, data_set_of
 from fastssl.schedules import lr_at, progress_at
+from fastssl.step import Step, chunks, steady_statistics, tell_chunks
 from pipelines.loader import Loader, open_loader
 from shards.errors import UserError
 from shards.files import atomic_write, remove_unfinished
@@ -28,53 +38,6 @@ from shards.read import ShardSet
 
 if TYPE_CHECKING:
     from fastssl.config import Resolved
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long, how large, where, and with which of the speed switches."""
-
-    out: str = "runs/pretrain"
-    """Folder of this run: configuration, metrics.jsonl, checkpoints."""
-    epochs: int = 100
-    """Passes over the shards."""
-    batch: int = 256
-    """Images per step over all processes."""
-    seed: int = 0
-    """Decides weights, order and augmentation."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 computes under autocast (weights and loss stay float32); auto uses it where the hardware has it."""
-    channels_last: bool = True
-    """Keep convolutions' tensors in the layout that tensor cores and oneDNN want; no effect on ViTs."""
-    compile: bool = False
-    """torch.compile the backbones, block by block; falls back, with a warning, where there is no compiler."""
-    clip_grad: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
-    log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
-    save_every: int = 1
-    """Epochs between two checkpoints; the last step is always saved."""
-    save_every_steps: int = 0
-    """Steps between two checkpoints within an epoch; 0 saves at ends of epochs only."""
-    keep: int = 2
-    """Newest checkpoints that are kept; 0 keeps all."""
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("epochs", 1),
-            ("batch", 2),
-            ("seed", 0),
-            ("log_every", 1),
-            ("save_every", 1),
-            ("clip_grad", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"train.{name} is {getattr(self, name)}, but it must be at least {least}.")
-        for name in ("save_every_steps", "keep"):
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name} is {getattr(self, name)}, but it must not be negative.")
 
 
 @dataclass(frozen=True)
@@ -101,24 +64,25 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
     """
     # ---------------------------------------------------------------------------------------------- set up
     cfg, train = resolved.config, resolved.config.train
-    ranks = distributed.setup(None if train.device == "auto" else train.device, timeout_s=1800)
+    ranks = distributed.setup(train.device, timeout_s=1800)
     device, run = ranks.device, Path(train.out)
     if not cfg.data.shards:
         raise UserError(
             "No shards to train on: give --data.shards DIR, the folder that `fastssl shard` made."
         )
     shards = ShardSet.open(cfg.data.shards)
-    loader = open_loader(
+    open_stream = partial(
+        open_loader,
         shards,
         cfg.recipe,
         batch=train.batch,
         seed=train.seed,
         rank=ranks.rank,
         world=ranks.world,
-        engine=cfg.data.engine,
-        threads=cfg.data.threads,
+        **cfg.data.options(),
         device=device,
     )
+    loader = open_stream()
     found = checkpoint.list_checkpoints(run)
     if found and not resume:
         raise UserError(
@@ -131,17 +95,35 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
     if state is not None:
         check_same_run(state, resolved, shards, shape, str(found[-1]))
         checkpoint.load_weights(method, state["method"], str(found[-1]))
-    bf16 = use_bf16(train.precision, device)
+    dtype, share = compute_dtype(train.precision, device), train.batch // ranks.world
+    optimizer = build_optimizer(method.parameters(), cfg.optim)
+    view_shape = (cfg.model.channels, cfg.recipe.size, cfg.recipe.size)
+    micro_batch = choose_micro_batch(train.micro_batch, method, resolved, ranks, dtype, view_shape)
+    num_chunks = len(chunks(share, micro_batch))
+    if num_chunks > 1:  # the device never holds more than a chunk of it
+        loader = open_stream(on_host=True)
+    steady_statistics(method, num_chunks, train.exact_heads)
+    freeze_unused(method, view_shape, ranks)
     if train.compile:
         compile_blocks(method, device)
-    model = spread(method, ranks)
-    optimizer = build_optimizer(method.parameters(), cfg.optim)
+    stepper = Step(
+        method,
+        spread(method, ranks),
+        optimizer,
+        device,
+        dtype,
+        micro_batch=micro_batch,
+        exact_heads=train.exact_heads,
+        clip_grad=train.clip_grad,
+    )
     meters, start = Meters(), 0
     if state is not None:
         # Settings such as weight_decay are this run's; those in the checkpoint would silently undo a change of them.
         own_groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own_groups})
         match_layout(optimizer)
+        if state.get("scaler"):
+            stepper.scaler.load_state_dict(state["scaler"])
         meters.restore(state["meters"], device)
         torch.set_rng_state(state["rng"])
         start = state["step"]
@@ -151,7 +133,7 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
             "knn.max_samples is 0 (all): every process waits while the first one tests.", stacklevel=2
         )
     online = (
-        OnlineKNN(cfg.knn, cfg.recipe, shards, device, bf16, cfg.data.threads)
+        OnlineKNN(cfg.knn, cfg.recipe, shards, device, dtype == torch.bfloat16, cfg.data.threads)
         if cfg.knn.every and ranks.is_main
         else None
     )
@@ -166,7 +148,9 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
         )
     screen = Screen(total, start, show=ranks.is_main)
     log = _open_run_folder(run, resolved, start) if ranks.is_main else None
-    _greet(screen, resolved, loader, device, bf16, start, total)
+    _greet(screen, resolved, loader, dtype, start, total)
+    if num_chunks > 1:
+        screen.say(tell_chunks(method, share, num_chunks, train.exact_heads))
 
     def save(step: int) -> None:
         # Every rank looks, at the same weights: all of them leave, or none. A checkpoint is worth having only if it can go on.
@@ -180,6 +164,7 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
                 "shards": data_set_of(shards),
                 "method": method.state_dict(),
                 "optimizer": optimizer.state_dict(),
+                "scaler": stepper.scaler.state_dict(),
                 "meters": meters.state(),
                 "rng": torch.get_rng_state(),
             }
@@ -192,7 +177,7 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
     first_epoch = start // steps
     if online and log and start and start % steps == 0 and "knn_accuracy" not in log.last:
         first_epoch -= 1  # it was saved and then stopped before its test: nothing is left of it but that
-    stop = StopRequest()
+    stop, stop_of_any = StopRequest(), distributed.LargestOverRanks()
     # One stream for the whole run: the next epoch's first batches are made while this one's last are trained on.
     batches = loader.steps(start, total)
     with screen, stop, closing(batches):
@@ -212,22 +197,13 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
                         warmup_epochs=warmup,
                     ),
                 )
-                if cfg.model.drop_path:
-                    # The blocks to skip are a function of the step as well, another on each rank, and so need no saving.
-                    torch.manual_seed(int(hash_key(train.seed, step, ranks.rank)) >> 1)
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-                    output = model(batch.views)
-                output.loss.backward()
-                if train.clip_grad:
-                    nn.utils.clip_grad_norm_(method.parameters(), train.clip_grad)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                draws = _draws(train.seed, step, ranks.rank) if cfg.model.drop_path else None
+                metrics = stepper.gradients(batch.views, draws)
                 step, timed = step + 1, timed + 1
-                method.update_teacher(
-                    method.teacher_momentum(progress_at(step, steps_per_epoch=steps, epochs=train.epochs))
-                )
+                progress = progress_at(step, steps_per_epoch=steps, epochs=train.epochs)
+                stepper.update(method.teacher_momentum(progress))
 
-                meters.add(output.metrics, wait_s)
+                meters.add(metrics, wait_s)
                 screen.step(step)
                 if step % train.log_every == 0 or step == total:
                     values = meters.read(train.batch, timed)
@@ -238,9 +214,7 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
                     if log:
                         lr = optimizer.param_groups[0]["lr"]
                         log.write({"step": step, "epoch": round(step / steps, 4), "lr": lr, **values})
-                stopping = (
-                    _any_rank(stop.signal, device) if ranks.world == 1 or step % train.log_every == 0 else 0
-                )
+                stopping = stop_of_any.poll(step, stop.signal)
                 if stopping or (train.save_every_steps and step % train.save_every_steps == 0):
                     save(step)
                     saved = step
@@ -293,28 +267,29 @@ def _greet(
     screen: Screen,
     resolved: Resolved,
     loader: Loader,
-    device: torch.device,
-    bf16: bool,
+    dtype: torch.dtype,
     start: int,
     total: int,
 ) -> None:
     cfg = resolved.config
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     screen.say(
         f"{resolved.method_name} {cfg.model.backbone} on {loader.shards.num_samples:,} images at {cfg.recipe.size} px: batch "
-        f"{loader.batch} on {loader.world} x {device}, {'bf16' if bf16 else 'fp32'}, {cfg.train.epochs} epochs of "
+        f"{loader.batch} on {loader.world} x {loader.device}, {name}, {cfg.train.epochs} epochs of "
         f"{loader.steps_per_epoch} steps"
     )
     if start:
         screen.say(f"resuming after step {start} of {total}")
 
 
-def _any_rank(signal: int, device: torch.device) -> int:
-    """The signal that any rank was sent: ranks must leave the loop at the same step. Waits for the device where there are several."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return signal
-    seen = torch.tensor(signal, device=device)
-    torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-    return int(seen)
+def _draws(seed: int, step: int, rank: int) -> Callable[[int], None]:
+    """Seeds random depths by chunk: a function of the step, another on each rank, so that there is nothing to save."""
+
+    def draw(chunk: int) -> None:
+        parts = (seed, step, rank, chunk) if chunk else (seed, step, rank)
+        torch.manual_seed(int(hash_key(*parts)) >> 1)
+
+    return draw
 
 
 def _finish(path: Path, step: int, seconds: float, images: int, signal: int) -> Summary:

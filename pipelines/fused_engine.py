@@ -6,6 +6,7 @@ All three release the GIL, so plain threads use every core and no pixels travel 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,23 +28,26 @@ class FusedEngine:
         self._bias = -np.array(recipe.mean, dtype=np.float32) / std
         self._local = threading.local()
 
-    def __call__(self, data: memoryview, draws: np.ndarray, out: np.ndarray) -> None:
+    def __call__(self, data: memoryview, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
         """Decode `data` and write its views.
 
         Args:
             data: an encoded JPEG, PNG or WebP image.
             draws: DRAW records (V,).
-            out: float32 (V, 3, S, S), written.
+            out: V arrays float32 (3, S, S), written.
 
         Raises:
             RuntimeError: the image does not decode.
         """
-        self.render(decode_rgb(data), draws, out)
+        self.render(self.decode(data), draws, out)
 
-    def render(self, image: torch.Tensor, draws: np.ndarray, out: np.ndarray) -> None:
-        """Write the views of a decoded image, uint8 (3, H, W), to `out` float32 (V, 3, S, S)."""
+    def decode(self, data: memoryview) -> np.ndarray:
+        """The pixels of an encoded image, uint8 (H, W, 3), as the decoder laid them; RuntimeError where it does not decode."""
+        return decode_rgb(data).permute(1, 2, 0).numpy()
+
+    def render(self, pixels: np.ndarray, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
+        """Write the views of a decoded image, uint8 (H, W, 3), to `out`: V arrays float32 (3, S, S)."""
         size = self.recipe.size
-        pixels = image.permute(1, 2, 0).numpy()  # as the decoder laid them: (H, W, 3)
         for index, draw in enumerate(draws):
             top, left = int(draw["top"]), int(draw["left"])
             # Copied by numpy, which stays in this thread: torch would start a team of threads for it in every loader thread.
@@ -70,10 +74,22 @@ class ReferenceEngine:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
 
-    def __call__(self, data: memoryview, draws: np.ndarray, out: np.ndarray) -> None:
+    def __call__(self, data: memoryview, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
         """As `FusedEngine.__call__`."""
+        self.render(self.decode(data), draws, out)
+
+    def decode(self, data: memoryview) -> np.ndarray:
+        """As `FusedEngine.decode`."""
         from pipelines import reference
 
-        image = reference.decode(data)
+        return np.asarray(reference.decode(data))
+
+    def render(self, pixels: np.ndarray, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
+        """As `FusedEngine.render`."""
+        from PIL import Image
+
+        from pipelines import reference
+
+        image = Image.fromarray(pixels)
         for view, draw in zip(out, draws, strict=True):
             view[:] = reference.make_view(image, draw, self.recipe)

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from pipelines.cache import Samples, open_samples
 from pipelines.draws import draw, eval_draws
+from pipelines.faults import BadSamples
 from pipelines.recipe import Recipe
+from pipelines.stream import SLOTS, Batch, HostSlot, Job, Renderer, Slot, default_threads, stream
 from shards.errors import UserError, nearest
-from shards.order import epoch_order, rank_positions, steps_per_epoch
+from shards.order import block_order, epoch_order, rank_positions, steps_per_epoch
 from shards.read import ShardSet
 
-PREFETCH = 2  # batches made ahead: one being filled while one waits
-TASKS_PER_THREAD = (
-    4  # parts a batch is cut in, per thread: small enough that the last part does not keep others waiting
-)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some samples and their views.
-
-    `views`: float32 (N, 3, S, S) each, normalised; `sample_ids` and `labels`: int64 (N,), label -1 where there is none.
-    On a CPU the views lie in buffers that are used again: they are valid until the next batch is asked for.
-    """
-
-    views: list[torch.Tensor]
-    sample_ids: np.ndarray
-    labels: np.ndarray
+__all__ = ["Batch", "DataConfig", "Loader", "default_threads", "eval_batches", "make_engine", "open_loader"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +33,34 @@ class DataConfig:
     """What makes the views: 'fused' is the fast one, 'reference' is PIL and torchvision, one image at a time."""
     threads: int = 0
     """Threads that decode and augment; 0 means one per core that this process may use, divided among the ranks here."""
+    augment_on: Literal["cpu", "gpu"] = "cpu"
+    """Where 'fused' makes the views after decoding: 'gpu' frees CPU cores and takes time of the GPU (8-bit images, 3 channels)."""
+    order: Literal["global", "blocks"] = "global"
+    """'global' shuffles all samples; 'blocks' shuffles shards, and samples within a few shards, for cold remote storage."""
+    block_shards: int = 16
+    """Shards whose samples are shuffled together with data.order blocks."""
+    cache: Literal["none", "ram", "gpu"] = "none"
+    """Keep the data set in memory: 'ram' as pixels where they fit and as encoded bytes where not, 'gpu' as pixels on the GPU."""
+    cache_gb: float = 0.0
+    """Memory that the cache may fill, in 10^9 bytes; 0 is half of what is free at the start (the ranks of a machine share it)."""
+    max_bad_share: float = 0.001
+    """Stop when more than ten samples, and more than this share of those read, are bad; others stand in till then. 0: at the first."""
 
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise UserError(f"data.threads is {self.threads}, but it must be 0 (one per core) or more.")
+        if self.block_shards < 1:
+            raise UserError(f"data.block_shards is {self.block_shards}, but it must be at least 1.")
+        if self.cache_gb < 0:
+            raise UserError(f"data.cache_gb is {self.cache_gb}, but it must be 0 (automatic) or more.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(
+                f"data.max_bad_share is {self.max_bad_share}, but it must be a share between 0 and 1."
+            )
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `open_loader` that this section sets: all but the folder."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "shards"}
 
 
 def open_loader(
@@ -63,7 +73,15 @@ def open_loader(
     world: int = 1,
     engine: str = "fused",
     threads: int = 0,
+    augment_on: str = "cpu",
+    order: str = "global",
+    block_shards: int = 16,
+    cache: str = "none",
+    cache_gb: float = 0.0,
+    max_bad_share: float = 0.001,
     device: torch.device | str = "cpu",
+    on_host: bool = False,
+    log: Callable[[str], None] | None = None,
 ) -> Loader:
     """Open the training stream of one rank.
 
@@ -71,10 +89,13 @@ def open_loader(
         batch: samples per step over all ranks; must divide by `world`.
         seed: decides order and draws together with the epoch.
         device: where the views go; copies to a GPU overlap with the work on it.
+        on_host: leave the views in host memory, pinned for `device`, which the caller copies from piece by piece on the current
+            stream; they are valid until the next batch is asked for. The host holds PREFETCH + 1 batches, the device none.
+        log: takes one line about each sample found bad; without it they are warnings.
 
     Raises:
         UserError: the batch does not divide by the ranks, or the data set has fewer samples than one batch, or the engine is
-            unknown.
+            unknown, or the cache does not fit.
     """
     rank_positions(0, batch, rank, world)  # names both numbers where the batch does not divide
     if shards.num_samples < batch:
@@ -82,13 +103,42 @@ def open_loader(
             f"'{shards.folder}' has {shards.num_samples} samples, fewer than one batch of {batch}: lower the batch size "
             f"(--train.batch) to at most {shards.num_samples}, or convert more images."
         )
+    device = torch.device(device)
+    on_gpu = augment_on == "gpu"
+    if on_gpu and (engine != "fused" or device.type != "cuda" or on_host):
+        raise UserError(
+            "data.augment_on gpu needs --data.engine fused, a GPU to train on and whole batches (no train.micro_batch): set "
+            "--data.augment-on cpu."
+        )
+    if cache == "gpu" and not on_gpu:
+        raise UserError(
+            "data.cache gpu needs the views to be made on the GPU too: add --data.augment-on gpu, or set --data.cache ram."
+        )
+    made = make_engine(engine, recipe)
+    samples = open_samples(shards, made.decode, len(recipe.mean), cache, cache_gb)
+    if on_gpu:
+        make_slots = gpu_slots(samples, recipe, device, cache == "gpu", cache_gb)
+    else:
+        make_slots = partial(
+            host_slots, samples, made, view_shapes(recipe), batch // world, device, on_host=on_host
+        )
     return Loader(
-        shards, recipe, batch, seed, rank, world, make_engine(engine, recipe), threads, torch.device(device)
+        samples,
+        make_slots,
+        recipe,
+        BadSamples(shards, recipe, seed, max_bad_share, log),
+        batch=batch,
+        seed=seed,
+        rank=rank,
+        world=world,
+        threads=threads or default_threads(),
+        device=device,
+        block_shards=block_shards if order == "blocks" else 0,
     )
 
 
-def make_engine(name: str, recipe: Recipe) -> Callable[[memoryview, np.ndarray, np.ndarray], None]:
-    """The engine called `name`: a callable (encoded image, DRAW records (V,), float32 out (V, 3, S, S)) -> None."""
+def make_engine(name: str, recipe: Recipe):
+    """The engine called `name`: a `Renderer`, and a callable (encoded image, DRAW records (V,), out: V float32 (C, S, S)) -> None."""
     from pipelines.fused_engine import FusedEngine, ReferenceEngine
 
     engines = {"fused": FusedEngine, "reference": ReferenceEngine}
@@ -97,26 +147,76 @@ def make_engine(name: str, recipe: Recipe) -> Callable[[memoryview, np.ndarray, 
     return engines[name](recipe)
 
 
-def default_threads() -> int:
-    """Cores this process may use, shared among the ranks of this machine (torchrun's LOCAL_WORLD_SIZE)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+def view_shapes(recipe: Recipe) -> list[tuple[int, int, int]]:
+    """(C, S, S) of each view."""
+    return [(len(recipe.mean), recipe.size, recipe.size)] * recipe.num_views
+
+
+def host_slots(
+    samples: Samples,
+    engine: Renderer,
+    shapes: Sequence[tuple[int, ...]],
+    batch: int,
+    device: torch.device,
+    *,
+    on_host: bool = False,
+) -> list[HostSlot]:
+    """Memory for a stream of views that the CPU makes; `shapes`: (C, S, S) of each view; `batch`: samples in the largest batch."""
+    copies = torch.cuda.Stream(device) if device.type == "cuda" and not on_host else None
+    return [HostSlot(samples, engine, shapes, batch, device, copies) for _ in range(SLOTS)]
+
+
+def gpu_slots(
+    samples: Samples, recipe: Recipe, device: torch.device, store: bool, cache_gb: float = 0
+) -> Callable[[], Sequence[Slot]]:
+    """What gives memory for a stream whose views the device makes; with `store` all streams share one cache on it."""
+    from pipelines.gpu_engine import GpuSlot, GpuStore, check_gpu_views
+
+    check_gpu_views(samples)
+    kept = GpuStore(samples, device, cache_gb) if store else None
+    if kept is not None:
+        samples.note = kept.note
+
+    # One for all streams of views, so that what one has put into the store is there for the next.
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def slots() -> Sequence[Slot]:
+        made = [GpuSlot(samples, recipe, device, side, kept) for _ in range(SLOTS)]
+        if side is not None:
+            side.wait_stream(
+                torch.cuda.current_stream(device)
+            )  # which made their constants, and took the store's memory
+        return made
+
+    return slots
 
 
 class Loader:
-    """Batches of one rank in the global order; made by `open_loader`."""
+    """Batches of one rank in the global order; made by `open_loader`.
 
-    def __init__(self, shards, recipe, batch, seed, rank, world, engine, threads, device):
-        self.shards: ShardSet = shards
-        self.recipe: Recipe = recipe
-        self.batch: int = batch
-        self.seed: int = seed
-        self.rank: int = rank
-        self.world: int = world
-        self.threads: int = threads or default_threads()
-        self.device: torch.device = device
-        self.steps_per_epoch = steps_per_epoch(shards.num_samples, batch)
-        self._engine = engine
+    `bad` counts the samples that went bad (`samples`, different ones, and `replaced`); `note` says what a cache holds, or is empty.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        make_slots: Callable[[], Sequence[Slot]],
+        recipe: Recipe,
+        bad: BadSamples,
+        *,
+        batch: int,
+        seed: int,
+        rank: int,
+        world: int,
+        threads: int,
+        device: torch.device,
+        block_shards: int,
+    ):
+        self.shards, self.recipe, self.bad, self.note = samples.shards, recipe, bad, samples.note
+        self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
+        self.threads, self.device = threads, device
+        self.steps_per_epoch = steps_per_epoch(self.shards.num_samples, batch)
+        self._samples, self._make_slots, self._block_shards = samples, make_slots, block_shards
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of `epoch` from `start_step` on; a pure function of (seed, epoch, step)."""
@@ -125,20 +225,31 @@ class Loader:
 
     def steps(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """Yield the batches of the global steps start .. stop - 1, on from one epoch to the next without a pause."""
+        return stream(self._samples, self._make_slots(), self._jobs(start, stop), self.threads, self.bad)
 
-        def ids_and_draws() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            order, ordered = np.empty(0, dtype=np.int64), -1
-            for step in range(start, stop):
-                epoch, within = divmod(step, self.steps_per_epoch)
-                if epoch != ordered:
-                    order, ordered = epoch_order(self.shards.num_samples, self.seed, epoch), epoch
-                ids = order[rank_positions(within, self.batch, self.rank, self.world)]
-                widths, heights = self.shards.widths[ids], self.shards.heights[ids]
-                yield ids, draw(self.recipe, self.seed, epoch, ids, widths, heights)
+    def order(self, epoch: int) -> np.ndarray:
+        """The sample ids of an epoch, in the order of all ranks together: int64 (num_samples,)."""
+        if self._block_shards:
+            sizes = np.array([shard.num_samples for shard in self.shards.manifest.shards])
+            return block_order(sizes, self.seed, epoch, self._block_shards)
+        return epoch_order(self.shards.num_samples, self.seed, epoch)
 
-        num_views, size = self.recipe.num_views, self.recipe.size
-        shape = (num_views, self.batch // self.world, 3, size, size)
-        return stream(self.shards, self._engine, ids_and_draws(), shape, self.threads, self.device)
+    def _jobs(self, start: int, stop: int) -> Iterator[Job]:
+        """What to make at each step. The next epoch's order is made in a thread while this epoch lasts."""
+        if start >= stop:
+            return
+        first, last = start // self.steps_per_epoch, (stop - 1) // self.steps_per_epoch
+        with ThreadPoolExecutor(1, thread_name_prefix="order") as ahead:
+            coming = ahead.submit(self.order, first)
+            for epoch in range(first, last + 1):
+                order = coming.result()
+                if epoch < last:
+                    coming = ahead.submit(self.order, epoch + 1)
+                begin = epoch * self.steps_per_epoch
+                for step in range(max(start, begin), min(stop, begin + self.steps_per_epoch)):
+                    ids = order[rank_positions(step - begin, self.batch, self.rank, self.world)]
+                    widths, heights = self.shards.widths[ids], self.shards.heights[ids]
+                    yield Job(ids, draw(self.recipe, self.seed, epoch, ids, widths, heights), epoch)
 
 
 def eval_batches(
@@ -150,106 +261,19 @@ def eval_batches(
     threads: int = 0,
     device: torch.device | str = "cpu",
 ) -> Generator[Batch, None, None]:
-    """Yield the fixed evaluation view of the given samples, in their order; the last batch may be smaller."""
-
-    def ids_and_draws() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(0, len(sample_ids), batch):
-            ids = sample_ids[start : start + batch]
-            yield ids, eval_draws(recipe, shards.widths[ids], shards.heights[ids])
-
-    shape = (1, min(batch, len(sample_ids)), 3, recipe.size, recipe.size)
-    engine = make_engine("fused", recipe)
-    return stream(shards, engine, ids_and_draws(), shape, threads or default_threads(), torch.device(device))
-
-
-def stream(
-    shards: ShardSet,
-    engine: Callable[[memoryview, np.ndarray, np.ndarray], None],
-    ids_and_draws: Iterator[tuple[np.ndarray, np.ndarray]],
-    shape: tuple[int, ...],
-    threads: int,
-    device: torch.device,
-) -> Generator[Batch, None, None]:
-    """Make batches in threads, `PREFETCH` ahead and in order.
-
-    Args:
-        ids_and_draws: per batch the sample ids (N,) and the DRAW records (V, N), N <= shape[1].
-        shape: (V, N, C, H, W) of the largest batch.
+    """Yield the fixed evaluation view of the given samples, in their order; the last batch may be smaller.
 
     Raises:
-        UserError: a sample does not decode; the message names it.
+        UserError: a sample does not decode. None stands in for it: the result would be that of another data set.
     """
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-    free: deque[_Buffer] = deque(_Buffer(shape, copies) for _ in range(PREFETCH + 1))
-    waiting: deque[tuple[_Buffer, np.ndarray, list[Future]]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="views")
 
-    def fill(buffer: _Buffer, ids: np.ndarray, draws: np.ndarray, part: range) -> None:
-        for i in part:
-            try:
-                # Strided over views in `draws`, contiguous for the compiled kernel.
-                engine(shards.read(int(ids[i])), np.ascontiguousarray(draws[:, i]), buffer.pixels[:, i])
-            except (RuntimeError, OSError) as fault:
-                raise UserError(bad_sample(shards, int(ids[i]))) from fault
+    def jobs() -> Iterator[Job]:
+        for start in range(0, len(sample_ids), batch):
+            ids = sample_ids[start : start + batch]
+            yield Job(ids, eval_draws(recipe, shards.widths[ids], shards.heights[ids]))
 
-    def start_next() -> None:
-        for ids, draws in ids_and_draws:
-            buffer = free.popleft()
-            buffer.wait_until_copied()
-            size = max(1, len(ids) // (threads * TASKS_PER_THREAD))
-            parts = [range(a, min(a + size, len(ids))) for a in range(0, len(ids), size)]
-            waiting.append((buffer, ids, [pool.submit(fill, buffer, ids, draws, part) for part in parts]))
-            return
-
-    try:
-        for _ in range(PREFETCH):
-            start_next()
-        while waiting:
-            buffer, ids, futures = waiting.popleft()
-            for future in futures:
-                future.result()
-            start_next()  # into the buffer that neither this batch nor the waiting one holds
-            yield Batch(buffer.views(len(ids), device), ids, shards.labels[ids])
-            free.append(buffer)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _Buffer:
-    """Memory for one batch, pinned where it is copied to a GPU."""
-
-    def __init__(self, shape: tuple[int, ...], copies: torch.cuda.Stream | None):
-        self.tensor = torch.empty(shape, dtype=torch.float32, pin_memory=copies is not None)
-        self.pixels = self.tensor.numpy()
-        self._copies = copies
-        self._copied = torch.cuda.Event() if copies is not None else None
-
-    def views(self, count: int, device: torch.device) -> list[torch.Tensor]:
-        """The first `count` samples of each view on the device.
-
-        The copy runs on a stream of its own, so it overlaps with the step that the GPU is still at; the current stream waits for it,
-        the host does not.
-        """
-        if self._copies is None or self._copied is None:
-            return [view[:count] for view in self.tensor]
-        with torch.cuda.stream(self._copies):
-            views = [view[:count].to(device, non_blocking=True) for view in self.tensor]
-            self._copied.record()
-        compute = torch.cuda.current_stream(device)
-        compute.wait_event(self._copied)
-        for view in views:
-            view.record_stream(compute)  # its memory was taken on the other stream
-        return views
-
-    def wait_until_copied(self) -> None:
-        """Return when the memory may be overwritten."""
-        if self._copied is not None:
-            self._copied.synchronize()
-
-
-def bad_sample(shards: ShardSet, sample_id: int) -> str:
-    """The message about a sample that no longer decodes: which it is, where it lies, how to mend it."""
-    return (
-        f"sample {sample_id} of '{shards.folder}' (made from '{shards.name(sample_id)}') does not decode, but did when it was "
-        f"converted: delete '{shards.shard_path(sample_id)}' and run the same `fastssl shard` command again, which makes it anew."
-    )
+    engine = make_engine("fused", recipe)
+    samples = open_samples(shards, engine.decode, len(recipe.mean))
+    shapes = view_shapes(recipe)[:1]
+    slots = host_slots(samples, engine, shapes, min(batch, len(sample_ids)), torch.device(device))
+    return stream(samples, slots, jobs(), threads or default_threads())

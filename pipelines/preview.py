@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipelines import reference
 from pipelines.draws import draw
-from pipelines.loader import bad_sample, make_engine
+from pipelines.faults import bad_sample
+from pipelines.loader import make_engine
 from pipelines.recipe import Recipe
 from shards.errors import UserError
 from shards.files import atomic_write

@@ -1,174 +1,137 @@
-"""`fastssl shard SOURCE DEST`: converts a folder of images, with progress and a closing summary."""
+"""`fastssl shard SOURCE DEST`: converts images to shards, with progress and a closing summary."""
+
+from __future__ import annotations
 
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+from shards.policy import Policy
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from rich.console import Console
 
     from shards.layout import Manifest
+    from shards.places import Place
 
-PLAIN_INTERVAL_S = 30.0
 _SHOWN_REASONS = 5
 
 
-def shard(
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
-    dest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")],
-    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
-    workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
-    samples_per_shard: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
-) -> None:
-    """Convert a folder of images to WebDataset shards.
+@dataclass(frozen=True)
+class Shard:
+    """Convert images to WebDataset shards.
 
-    Every image is decoded once as a proof. Clean JPEG, PNG and WebP files are stored unchanged; rotated,
-    CMYK, palette and transparent ones are re-encoded; broken ones are set aside and listed in
-    DEST/quarantine.jsonl. Folders directly below SOURCE become class labels, which pretraining does not
-    need. The same command again finishes an interrupted conversion, with the same bytes.
-
-    Args:
-        source: The folder with the images; subfolders are searched too.
-        dest: The folder for the shards: new, empty, or one to go on with.
-        seed: Decides the order of the samples in the shards.
-        workers: Processes to use; 0 for none beside this one. None: one a CPU.
-        samples_per_shard: Images in one shard. None: 64 shards of 128 to 4096 images each.
+    Folders directly below SOURCE become class labels, which pretraining does not need. Every image is decoded once as a proof;
+    broken ones are set aside and listed in DEST/quarantine.jsonl. The same command again finishes an interrupted conversion, with the
+    same bytes.
     """
-    from rich.console import Console
 
-    from shards.convert import check_apart, convert
-    from shards.sources import looks_like_splits, scan_folder
-
-    console = Console(highlight=False, soft_wrap=True)
-    check_apart(source, dest)
-    sources = scan_folder(source)
-    labels = f" in {len(sources.classes):,} class folders" if sources.classes else ""
-    console.print(f"Found {len(sources):,} images{labels} below {source}", markup=False)
-    if looks_like_splits(sources.classes):
-        console.print(
-            f"Warning: the folders {', '.join(sources.classes)} look like splits, but are taken as classes. "
-            f"To keep them apart, convert each alone: fastssl shard {source / sources.classes[0]} ...",
-            style="yellow",
-            markup=False,
-        )
-    start_s = time.monotonic()
-    with _progress(console, len(sources)) as progress:
-        manifest = convert(
-            source,
-            dest,
-            seed=seed,
-            workers=workers,
-            samples_per_shard=samples_per_shard,
-            progress=progress.show,
-            sources=sources,
-        )
-    if progress.first is None:
-        console.print(
-            f"{dest} is complete: {manifest.num_samples:,} images in {len(manifest.shards):,} shards. "
-            "Nothing to do.",
-            markup=False,
-        )
-        return
-    _print_summary(console, dest, manifest, progress.num_converted, time.monotonic() - start_s)
+    source: Annotated[str, tyro.conf.Positional]
+    """The folder with the images; subfolders are searched too."""
+    dest: Annotated[str, tyro.conf.Positional]
+    """The folder for the shards: new, empty, or one to go on with."""
+    seed: int = 0
+    """Decides the order of the samples in the shards."""
+    workers: int | None = None
+    """Processes to use; 0 for none beside this one. None: one a CPU."""
+    samples_per_shard: int | None = None
+    """Images in one shard. None: 64 shards of 128 to 4096 images each."""
+    dedupe: Literal["mark", "drop", "keep"] = "mark"
+    """Images whose pixels equal those of an earlier one: marked in the sample table, left out, or kept unmarked."""
+    policy: Annotated[Policy, tyro.conf.arg(name="")] = field(default_factory=Policy)
+    masks: str = ""
+    """Folder of masks (class indices) with the images' relative names; for segmentation."""
+    mask_suffix: str = ""
+    """What follows an image's name in its mask's name, such as _mask."""
+    part: str = ""
+    """I/N: make every N-th shard, from the I-th on, and do not merge; for job arrays. The command without --part merges."""
 
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Parses the arguments after `fastssl shard` and runs it; UserError passes, Ctrl-C exits with 130."""
+    args = tyro.cli(Shard, prog="fastssl shard", args=argv)
     try:
-        tyro.cli(shard, prog="fastssl shard", args=argv)
+        shard(args)
     except KeyboardInterrupt:
         print("\nStopped. What is finished is kept; the same command goes on from there.")
         raise SystemExit(130) from None
 
 
-class _Shown:
-    """Remembers the first and last counts, so that a resumed run's speed counts its own images only."""
+def shard(args: Shard) -> None:
+    """Runs one conversion with progress on the screen."""
+    from rich.console import Console
 
-    def __init__(self, update: Callable[[int, int], None]):
-        self.first: int | None = None
-        self.last = 0
-        self._update = update
+    from shards.convert import Part, convert
+    from shards.opening import open_source
+    from shards.places import open_place
+    from shards.progress import Screen
 
-    def show(self, done: int, total: int, quarantined: int) -> None:
-        if self.first is None:
-            self.first = done
-        self.last = done
-        self._update(done, quarantined)
-
-    @property
-    def num_converted(self) -> int:
-        return self.last - (self.first or 0)
-
-
-@contextmanager
-def _progress(console: "Console", total: int) -> Iterator[_Shown]:
-    if not console.is_terminal:
-        yield _Shown(_plain_lines(console, total))
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("Converting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("[yellow]{task.fields[quarantined]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total, speed="", quarantined="")
-
-        def update(done: int, quarantined: int) -> None:
-            speed = bar.tasks[0].speed
-            bar.update(
-                task,
-                completed=done,
-                speed=f"{speed:,.0f} images/s" if speed else "",
-                quarantined=f"{quarantined:,} quarantined" if quarantined else "",
-            )
-
-        yield _Shown(update)
-
-
-def _plain_lines(console: "Console", total: int) -> Callable[[int, int], None]:
-    next_s = time.monotonic() + PLAIN_INTERVAL_S
-
-    def update(done: int, quarantined: int) -> None:
-        nonlocal next_s
-        if time.monotonic() >= next_s:
-            console.print(f"{done:,} of {total:,} images, {quarantined:,} quarantined")
-            next_s = time.monotonic() + PLAIN_INTERVAL_S
-
-    return update
+    console = Console(highlight=False, soft_wrap=True)
+    dest = open_place(args.dest)
+    source = open_source(args.source, dest, masks=args.masks, mask_suffix=args.mask_suffix)
+    part = Part.parse(args.part) if args.part else None
+    start_s = time.monotonic()
+    with Screen(console, args.source, args.policy) as screen:
+        manifest = convert(
+            source,
+            dest,
+            seed=args.seed,
+            workers=args.workers,
+            samples_per_shard=args.samples_per_shard,
+            policy=args.policy,
+            dedupe=args.dedupe,
+            part=part,
+            report=screen,
+        )
+    if manifest is None:
+        console.print(
+            f"Part {args.part} is done. When all parts are, the same command without --part merges them.",
+            markup=False,
+        )
+    elif screen.num_shards == 0:
+        console.print(
+            f"{args.dest} is complete: {manifest.num_samples:,} images in {len(manifest.shards):,} shards. "
+            "Nothing to do.",
+            markup=False,
+        )
+    else:
+        _print_summary(console, dest, manifest, screen.num_converted, time.monotonic() - start_s)
 
 
 def _print_summary(
-    console: "Console", dest: Path, manifest: "Manifest", num_converted: int, duration_s: float
+    console: Console, dest: Place, manifest: Manifest, num_converted: int, duration_s: float
 ) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from shards import layout
+    from shards.progress import human_size
 
     table = Table(
-        title=Text(str(dest)), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+        title=Text(dest.url), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
     )
     table.add_column(style="bold")
     table.add_column()
     table.add_row("images", f"{manifest.num_samples:,}")
+    if manifest.dtypes != ["uint8"] or not set(manifest.channels) <= {1, 3}:
+        table.add_row("channels", f"{', '.join(map(str, manifest.channels))} of {', '.join(manifest.dtypes)}")
     table.add_row("classes", f"{len(manifest.classes):,}" if manifest.classes else "none: no labels")
+    if manifest.num_masks:
+        table.add_row("masks", f"{manifest.num_masks:,}")
     table.add_row("shards", f"{len(manifest.shards):,}")
-    table.add_row("size", _size(manifest.bytes))
-    for name, count in _changes(dest).most_common(_SHOWN_REASONS):
+    table.add_row("size", human_size(manifest.bytes))
+    for name, count in changes(dest).most_common(_SHOWN_REASONS):
         table.add_row(Text(name.partition(":")[0]), Text(f"{count:,}:{name.partition(':')[2]}"))
+    if manifest.num_duplicates:
+        done = {"drop": "left out", "mark": "marked in the table"}[manifest.dedupe]
+        table.add_row("duplicates", f"{manifest.num_duplicates:,}, {done}")
     table.add_row("quarantined", f"{manifest.num_quarantined:,}" if manifest.num_quarantined else "none")
-    for reason, count in _reasons(dest).most_common(_SHOWN_REASONS):
+    for reason, count in reasons(dest).most_common(_SHOWN_REASONS):
         table.add_row("", Text(f"{count:,}: {reason}"))
     if manifest.num_quarantined:
         table.add_row("", Text(f"listed in {dest / layout.QUARANTINE}"))
@@ -177,30 +140,21 @@ def _print_summary(
     console.print(table)
 
 
-def _changes(dest: Path) -> Counter[str]:
+def changes(dest: Place) -> Counter[str]:
+    """How many images were stored in which way, other than plainly kept, by the words of the table's `stored`."""
     import pyarrow.parquet as pq
 
     from shards.layout import TABLE
 
-    counts = pq.read_table(dest / TABLE, columns=["stored"])["stored"].value_counts().to_pylist()
+    with dest.open(TABLE) as file:
+        counts = pq.read_table(file, columns=["stored"])["stored"].value_counts().to_pylist()
     return Counter({row["values"]: row["counts"] for row in counts if row["values"] != "kept"})
 
 
-def _reasons(dest: Path) -> Counter[str]:
-    import json
+def reasons(dest: Place) -> Counter[str]:
+    """How many images were refused for which reason; what stands in brackets and the numbers differ for each and are left out."""
+    from shards.merge import quarantine
 
-    from shards.layout import QUARANTINE
-
-    with open(dest / QUARANTINE, encoding="utf-8") as lines:
-        # What stands in brackets and the numbers are different for each image.
-        return Counter(
-            re.sub(r"\s*\([^)]*\)|\d+ x \d+ ", "", json.loads(line)["reason"]).strip() for line in lines
-        )
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.1f} TB"
+    return Counter(
+        re.sub(r"\s*\([^)]*\)|\d+ x \d+ |'[^']*' ", "", bad["reason"]).strip() for bad in quarantine(dest)
+    )

@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import IO, BinaryIO, TypeVar
 
 from shards.errors import UserError
 
@@ -72,11 +73,28 @@ def check_output(path: str | os.PathLike, flag: str) -> None:
         ) from fault
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes left of `atomic_write` in `folder`; no writer may be at work there."""
+def remove_unfinished(folder: Path, name: str = "") -> None:
+    """Removes what killed processes left of `atomic_write` in `folder`: of the file `name`, or of all.
+
+    No writer may be at work there.
+    """
     for path in folder.iterdir():
-        if is_unfinished(path.name):
+        if is_unfinished(path.name) and path.name.startswith(f".{name}"):
             path.unlink(missing_ok=True)
+
+
+def lock_file(path: Path, *, shared: bool = False) -> IO[str]:
+    """An open file that holds a lock on itself until it is closed; the system frees it if we are killed.
+
+    Raises BlockingIOError where another process holds it (unless both share it), OSError where the file cannot be made.
+    """
+    file = open(path, "w")  # noqa: SIM115 (the caller's)
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def is_unfinished(name: str) -> bool:

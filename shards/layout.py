@@ -1,27 +1,30 @@
 """What a shard folder holds: file names, the sample table's columns, the manifest."""
 
+from __future__ import annotations
+
 import dataclasses
 import importlib.metadata
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from shards.errors import UserError
-from shards.files import atomic_write
+from shards.places import Place, open_place
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_VERSION = "v1.2"  # of DALI's webdataset index
 
 MANIFEST = "manifest.json"
 TABLE = "samples.parquet"
 PLAN = "plan.parquet"
 QUARANTINE = "quarantine.jsonl"
+DROPPED = "dropped.parquet"
 ROWS = ".rows"
 LOCK = ".lock"
+MASK_EXT = "mask.png"
 
 SCHEMA = pa.schema(
     [
@@ -30,13 +33,19 @@ SCHEMA = pa.schema(
         ("shard", pa.int32()),  # number of the shard, as in its file name
         ("offset", pa.int64()),  # of the first byte of the image in the tar
         ("size", pa.int64()),  # bytes of the stored image
-        ("ext", pa.string()),  # jpg, png or webp
+        ("ext", pa.string()),  # jpg, png, webp or npy
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("channels", pa.int8()),  # 1 or 3
+        ("channels", pa.int16()),
+        ("dtype", pa.string()),  # uint8, uint16 or float32
         ("label", pa.int32()),  # index into the manifest's classes, or null
-        ("source", pa.string()),  # path below the source folder
+        ("mask_offset", pa.int64()),  # of the mask's first byte in the tar, or null
+        ("mask_size", pa.int64()),
+        ("group", pa.string()),  # what a split may not tear apart, or null
+        ("source", pa.string()),  # what the source calls it, such as the path below the source folder
         ("sha256", pa.string()),  # of the stored image, hexadecimal
+        ("pixels_hash", pa.string()),  # XXH3, 128 bit, of the decoded pixels, hexadecimal
+        ("duplicate_of", pa.int64()),  # the first sample with the same pixels, or null
         ("stored", pa.string()),  # "kept", or "re-encoded: " and why
     ]
 )
@@ -84,48 +93,58 @@ class ShardFile:
 class Manifest:
     """The facts of a finished shard folder; written last, so its presence means that the folder is whole."""
 
-    source: str  # the source folder's own name
+    source: str  # the source's own name
+    kind: str  # folder, list, tars, ...
     seed: int
     num_samples: int
     num_quarantined: int
+    num_duplicates: int  # marked or dropped
+    dedupe: str
     samples_per_shard: int  # planned, before bad images are left out
     classes: list[str]
+    channels: list[int]  # the numbers of channels that occur
+    dtypes: list[str]
+    num_masks: int
     max_width: int
     max_height: int
     bytes: int  # of all tars
+    store: dict[str, Any]  # the policy
+    statistics: dict[str, Any]  # per channel mean, std, percentiles: shards.statistics
     shards: list[ShardFile]
     options_sha256: str
     tool_version: str = dataclasses.field(default_factory=tool_version)
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> "Manifest":
+    def load(cls, folder: str | os.PathLike | Place) -> Manifest:
         """Reads `manifest.json`; raises UserError when it is missing, damaged or of another version."""
-        path = Path(folder) / MANIFEST
+        place = open_place(folder)
         try:
-            fields: Any = json.loads(path.read_text(encoding="utf-8"))
+            fields: Any = json.loads(place.read(MANIFEST))
             version = fields["format_version"]
             if version == FORMAT_VERSION:
                 shards = [ShardFile(**shard) for shard in fields.pop("shards")]
                 return cls(shards=shards, **fields)
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(_no_manifest(path.parent)) from None
+            raise UserError(_no_manifest(place)) from None
         except (ValueError, KeyError, TypeError) as fault:
-            raise UserError(f"'{path}' is damaged ({fault}); convert to a new folder.") from fault
+            raise UserError(f"'{place / MANIFEST}' is damaged ({fault}); convert to a new folder.") from fault
         raise UserError(
-            f"'{path}' has format version {version}, this fastssl reads "
-            f"{FORMAT_VERSION}; update fastssl or convert again."
+            f"'{place / MANIFEST}' has format version {version}, this fastssl reads {FORMAT_VERSION}; convert again, "
+            "or update fastssl where that is older."
         )
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike | Place) -> None:
         """Writes `manifest.json`, atomically; the same facts give the same bytes."""
         text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
-        atomic_write(Path(folder) / MANIFEST, (text + "\n").encode())
+        open_place(folder).write(MANIFEST, (text + "\n").encode())
 
 
-def _no_manifest(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"there is no folder '{folder}'; give the folder that `fastssl shard SOURCE DEST` made."
-    if (folder / PLAN).exists():
-        return f"the conversion into '{folder}' is unfinished; run the same `fastssl shard` command again."
-    return f"'{folder}' holds no {MANIFEST}, so it is no shard folder; `fastssl shard SOURCE DEST` makes one."
+def _no_manifest(place: Place) -> str:
+    if not place.is_there():
+        return f"there is no folder '{place.url}'; give the folder that `fastssl shard SOURCE DEST` made."
+    if place.exists(PLAN):
+        return f"the conversion into '{place.url}' is unfinished; run the same `fastssl shard` command again."
+    return (
+        f"'{place.url}' holds no {MANIFEST}, so it is no shard folder; `fastssl shard SOURCE DEST` makes one."
+    )

@@ -1,23 +1,29 @@
-"""The plan of a conversion: every source image in its shuffled place, and the settings that decided it."""
+"""The plan of a conversion: every entry of the source in its shuffled place, and the settings that decided it."""
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards.errors import UserError
-from shards.files import atomic_write
 from shards.layout import FORMAT_VERSION, PLAN
-from shards.order import PLAN_TAG, epoch_order
-from shards.sources import Sources
+from shards.listing import Listing, Survey
+from shards.places import Place
+from shards.policy import Policy
+from shards.sources import ENTRIES, Source
 
-_FIELDS = [("position", pa.int64()), ("source", pa.string()), ("label", pa.int32()), ("bytes", pa.int64())]
+PLANNED = pa.schema(
+    [("position", pa.int64()), *(field for field in ENTRIES if field.name != "label"), ("label", pa.int32())]
+)
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,14 @@ class Settings:
     """All that the bytes of the shards depend on, beside the images themselves."""
 
     source: str
+    kind: str
     num_images: int
-    listing_sha256: str  # of all paths and sizes
+    listing: str  # digest of all names, sizes and labels
     seed: int
     samples_per_shard: int
+    dedupe: str
+    store: dict[str, Any]
+    source_settings: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def sha256(self) -> str:
@@ -40,9 +50,10 @@ class Settings:
 class Plan:
     """A written plan; its rows are read shard by shard, since there may be millions."""
 
-    path: Path
+    place: Place
     settings: Settings
     classes: list[str]
+    num_bytes: int  # of the sources, as listed
 
     @property
     def num_shards(self) -> int:
@@ -54,9 +65,15 @@ class Plan:
         return min(size, self.settings.num_images - shard * size)
 
     def rows(self, shard: int) -> pa.Table:
-        """The shard's rows: position int64, source string, label int32 or null, bytes int64."""
-        with pq.ParquetFile(self.path) as file:
-            return file.read_row_group(shard, use_threads=False)
+        """The shard's rows: the columns of PLANNED and the source's extra columns."""
+        with self.place.open(PLAN) as file, pq.ParquetFile(file) as parquet:
+            return parquet.read_row_group(shard, use_threads=False)
+
+    def extra_fields(self) -> list[pa.Field]:
+        """The source's own columns."""
+        with self.place.open(PLAN) as file:
+            schema = pq.read_schema(file)
+        return [column for column in schema if column.name not in PLANNED.names]
 
 
 def default_samples_per_shard(num_images: int) -> int:
@@ -64,75 +81,103 @@ def default_samples_per_shard(num_images: int) -> int:
     return min(max(-(-num_images // 64), 128), 4096)
 
 
-def settings_for(source: Path, sources: Sources, seed: int, samples_per_shard: int | None) -> Settings:
-    """The settings of a conversion of `sources`; the folder counts by its own name, wherever it lies."""
+def settings_for(
+    source: Source, listing: Listing, seed: int, samples_per_shard: int | None, policy: Policy, dedupe: str
+) -> Settings:
+    """The settings of a conversion; the source counts by its own name, wherever it lies."""
     return Settings(
-        source=source.resolve().name,
-        num_images=len(sources),
-        listing_sha256=_listing_sha256(sources),
+        source=source.name,
+        kind=source.kind,
+        num_images=listing.num_images,
+        listing=listing.digest,
         seed=seed,
-        samples_per_shard=samples_per_shard or default_samples_per_shard(len(sources)),
+        samples_per_shard=samples_per_shard or default_samples_per_shard(listing.num_images),
+        dedupe=dedupe,
+        store=dataclasses.asdict(policy),
+        source_settings=source.settings(),
     )
 
 
-def write_plan(dest: Path, sources: Sources, settings: Settings) -> Plan:
-    """Permutes the sources once and writes `plan.parquet`, one row group a shard."""
-    num_images = len(sources)
-    rows = epoch_order(num_images, settings.seed, 0, PLAN_TAG)
-    labels = sources.labels[rows]
-    about = {"settings": json.dumps(dataclasses.asdict(settings)), "classes": json.dumps(sources.classes)}
-    schema = pa.schema(_FIELDS, metadata=about)
+def write_plan(place: Place, survey: Survey, settings: Settings) -> Plan:
+    """Writes `plan.parquet`, one row group a shard, from the survey's entries in their order."""
+    classes = survey.listing.classes
+    about = {
+        "settings": json.dumps(dataclasses.asdict(settings), sort_keys=True),
+        "classes": json.dumps(classes),
+        "num_bytes": str(survey.listing.num_bytes),
+    }
+    names = pa.array(classes, pa.string())
 
     def write(file: BinaryIO) -> None:
-        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-            for start in range(0, num_images, settings.samples_per_shard):
-                part = slice(start, start + settings.samples_per_shard)
-                columns = [
-                    pa.array(np.arange(num_images)[part]),
-                    sources.paths.take(pa.array(rows[part])).cast(pa.string()),
-                    pa.array(labels[part], mask=labels[part] < 0),
-                    pa.array(sources.sizes[rows[part]]),
-                ]
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        writer = None
+        for position, table in _in_shards(survey.ordered(), settings.samples_per_shard):
+            labels = pc.index_in(table["label"], names)  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+            positions = pa.array(np.arange(position, position + table.num_rows))
+            extra = [column for column in table.schema if column.name not in ENTRIES.names]
+            schema = pa.schema([*PLANNED, *extra], metadata=about)
+            columns = {"position": positions, "label": labels}
+            arrays = [columns[name] if name in columns else table[name] for name in schema.names]
+            table = pa.table(arrays, schema=schema)
+            if writer is None:
+                writer = pq.ParquetWriter(file, schema, compression="zstd")
+            writer.write_table(table, row_group_size=settings.samples_per_shard)
+        assert writer is not None, "a listing is never empty"
+        writer.close()
 
-    atomic_write(dest / PLAN, write)
-    return Plan(dest / PLAN, settings, sources.classes)
+    place.write(PLAN, write)
+    return Plan(place, settings, classes, survey.listing.num_bytes)
 
 
-def read_plan(dest: Path) -> Plan:
+def _in_shards(tables: Iterator[pa.Table], size: int) -> Iterator[tuple[int, pa.Table]]:
+    """Cuts the stream into tables of `size` rows (the last may be smaller), each with the position of its first row."""
+    position = 0
+    held: list[pa.Table] = []
+    num_held = 0
+    for table in tables:
+        held.append(table)
+        num_held += table.num_rows
+        if num_held < size:
+            continue
+        whole = pa.concat_tables(held)
+        start = 0
+        while num_held - start >= size:
+            yield position, whole.slice(start, size)
+            position, start = position + size, start + size
+        held, num_held = [whole.slice(start)], num_held - start
+    if num_held:
+        yield position, pa.concat_tables(held)
+
+
+def read_plan(place: Place) -> Plan:
     """Reads the settings of `plan.parquet`, not its rows; raises UserError when it is damaged."""
-    path = dest / PLAN
     try:
-        about = pq.read_schema(path).metadata
+        with place.open(PLAN) as file:
+            about = pq.read_schema(file).metadata
         settings = Settings(**json.loads(about[b"settings"]))
-        return Plan(path, settings, json.loads(about[b"classes"]))
+        return Plan(place, settings, json.loads(about[b"classes"]), int(about[b"num_bytes"]))
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as fault:
-        raise UserError(f"'{path}' is damaged ({fault}); convert to a new folder.") from fault
+        raise UserError(
+            f"'{place / PLAN}' is damaged or of another version ({fault}); convert to a new folder."
+        ) from fault
 
 
 def check_same(plan: Plan, wanted: Settings) -> None:
     """Raises UserError, naming the first setting that differs, unless the plan was made with `wanted`."""
     way_out = "Give a new DEST, or delete this one."
-    for field in dataclasses.fields(Settings):
-        was, now = getattr(plan.settings, field.name), getattr(wanted, field.name)
-        if was == now:
-            continue
-        where = f"'{plan.path.parent}' was begun with"
-        if field.name == "listing_sha256":
+    where = f"'{plan.place.url}' was begun with"
+    for name, was, now in _differences(dataclasses.asdict(plan.settings), dataclasses.asdict(wanted)):
+        if name == "listing":
             raise UserError(
-                f"{where} {wanted.num_images} images of '{wanted.source}' whose names or sizes have changed "
-                f"since (listing {was[:12]} then, {now[:12]} now). {way_out}"
+                f"{where} {wanted.num_images} images of '{wanted.source}' whose names, sizes or labels have changed since (listing "
+                f"{was[:12]} then, {now[:12]} now). {way_out}"
             )
-        raise UserError(
-            f"{where} {field.name.replace('_', ' ')} {was!r}, this command has {now!r}. {way_out}"
-        )
+        raise UserError(f"{where} {name.replace('_', ' ')} {was!r}, this command has {now!r}. {way_out}")
 
 
-def _listing_sha256(sources: Sources) -> str:
-    _, offsets, text = sources.paths.buffers()
-    digest = hashlib.sha256()
-    ends = np.frombuffer(offsets, np.int64)[: len(sources) + 1]
-    digest.update(ends.tobytes())
-    digest.update(memoryview(text)[: int(ends[-1])])
-    digest.update(sources.sizes.tobytes())
-    return digest.hexdigest()
+def _differences(was: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name in {**was, **now}:
+        one, other = was.get(name), now.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _differences(one, other)
+        elif one != other:
+            yield name, one, other

@@ -16,14 +16,14 @@ from shards.layout import TABLE, Manifest, shard_name
 
 # Python 3.13 can map a file without keeping it open.
 _MAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-_COLUMNS = ["shard", "offset", "size", "width", "height", "label"]
+_COLUMNS = ["shard", "offset", "size", "width", "height", "channels", "label", "mask_offset", "mask_size"]
 
 
 class ShardSet:
     """The samples of one shard folder, memory-mapped; safe to use from threads, and cheap to pickle.
 
     Columns, each (num_samples,): `labels` int64, -1 where there is none; `widths` and `heights` int32,
-    pixels; `sizes` int64, bytes. `classes` names the labels.
+    pixels; `sizes` int64, bytes; `channels` int16. `classes` names the labels.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, table: pa.Table):
@@ -35,6 +35,9 @@ class ShardSet:
         self.widths = table["width"].to_numpy()
         self.heights = table["height"].to_numpy()
         self.sizes = table["size"].to_numpy()
+        self.channels = table["channels"].to_numpy()
+        self._mask_offset = table["mask_offset"].fill_null(-1).to_numpy() if manifest.num_masks else None
+        self._mask_size = table["mask_size"].fill_null(0).to_numpy() if manifest.num_masks else None
         self._shard = table["shard"].to_numpy()
         self._offset = table["offset"].to_numpy()
         self._maps: dict[int, memoryview] = {}
@@ -71,6 +74,14 @@ class ShardSet:
         shard = int(self._shard[sample_id])
         offset = int(self._offset[sample_id])
         return self._map(shard)[offset : offset + int(self.sizes[sample_id])]
+
+    def read_mask(self, sample_id: int) -> memoryview | None:
+        """The encoded mask (PNG of class indices), read-only and without a copy; None where the sample has none."""
+        self._check_id(sample_id)
+        if self._mask_offset is None or self._mask_size is None or self._mask_offset[sample_id] < 0:
+            return None
+        offset = int(self._mask_offset[sample_id])
+        return self._map(int(self._shard[sample_id]))[offset : offset + int(self._mask_size[sample_id])]
 
     def shard_path(self, sample_id: int) -> Path:
         """The tar that holds the image."""

@@ -1,38 +1,87 @@
-"""The images of a folder, in a fixed order."""
+"""What can be converted: the shape every kind of source has, and the plainest kind, a folder of images."""
+
+from __future__ import annotations
 
 import os
-from array import array
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from shards.errors import UserError
+from shards.pixels import BadImage
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+if TYPE_CHECKING:
+    from shards.masks import MaskFolder
+    from shards.places import Place
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 SPLITS = {"train", "val", "valid", "validation", "test"}
-_CHUNK = 1 << 16
+MAX_FILE_BYTES = 2 * 2**30
+BATCH_ROWS = 1 << 16
+
+ENTRIES = pa.schema(
+    [
+        (
+            "source",
+            pa.string(),
+        ),  # unique, and what messages call the image: `cats/1.jpg`, `scene.tif@384,768`
+        ("path", pa.string()),  # file to read where that is not `source`
+        (
+            "window",
+            pa.list_(pa.int64()),
+        ),  # the part of the file, or null for all of it; its meaning is the kind's
+        ("bytes", pa.int64()),  # planned; 0 where unknown
+        ("label", pa.string()),
+        ("mask", pa.string()),
+        ("mask_window", pa.list_(pa.int64())),
+        ("group", pa.string()),  # what may not be torn apart by a split
+    ]
+)
 
 
-@dataclass(frozen=True)
-class Sources:
-    """What `scan_folder` found; columns rather than objects, since a folder may hold millions of images.
+@dataclass
+class Picture:
+    """What a source gives of one entry: encoded bytes, or pixels (H, W, C); `facts` are those known only now."""
 
-    paths   relative to the folder, forward slashes, sorted by their UTF-8 bytes; large_string (N,)
-    labels  index into `classes`, -1 for an image directly in the folder; int32 (N,)
-    sizes   bytes, 0 for a dangling link; int64 (N,)
+    data: bytes | npt.NDArray
+    mask: bytes | npt.NDArray | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Source:
+    """Images to convert. Workers get it pickled, so it holds names and options, no open files.
+
+    `name` is its own name wherever it lies; `extra_schema` holds the columns beyond ENTRIES, typed, which are kept in the table and
+    in each sample's JSON.
     """
 
-    paths: pa.LargeStringArray
-    labels: npt.NDArray[np.int32]
-    sizes: npt.NDArray[np.int64]
-    classes: list[str]
+    kind: ClassVar[str]
+    name: str
+    extra_schema: pa.Schema = pa.schema([])
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def settings(self) -> dict[str, Any]:
+        """All that decides the shards' bytes beside the listing of the entries: JSON values."""
+        return {}
+
+    def entries(self) -> Iterator[pa.RecordBatch]:
+        """The listing: batches of at most BATCH_ROWS rows of ENTRIES and `extra_schema`, in any order.
+
+        Raises UserError where the source is missing, cannot be read or holds no images.
+        """
+        raise NotImplementedError
+
+    def read(self, row: dict[str, Any]) -> Picture:
+        """One entry. Raises BadImage for what is wrong with it alone, UserError where the whole source has gone away."""
+        raise NotImplementedError
+
+    def warnings(self) -> list[str]:
+        """After `entries`: what was left out and why, a sentence each."""
+        return []
 
 
 def looks_like_splits(classes: list[str]) -> bool:
@@ -40,107 +89,101 @@ def looks_like_splits(classes: list[str]) -> bool:
     return bool(classes) and {name.lower() for name in classes} <= SPLITS
 
 
-def scan_folder(root: str | os.PathLike) -> Sources:
-    """Finds the images below `root` by their file names; an image's class is the first folder of its path.
-
-    Follows links to folders; skips hidden names and `__MACOSX`. Raises UserError when the folder is missing,
-    unreadable, empty or without images, and for a name that is not valid UTF-8.
-    """
-    root = Path(root)
-    if not root.exists():
-        raise UserError(f"there is no folder '{root}'; check the path of SOURCE.")
-    if not root.is_dir():
-        raise UserError(f"'{root}' is a file; SOURCE is the folder that holds the images.")
-    scan = _Scan()
-    scan.folder(str(root), "", -1, frozenset())
-    if not scan.num_images:
-        raise UserError(_nothing_found(root, scan.others))
-    return scan.sorted()
+def entry_batch(columns: dict[str, Any], extra: pa.Schema | None = None) -> pa.RecordBatch:
+    """A batch of ENTRIES (and `extra`) from columns by name, each a list or an array; those not given are null."""
+    schema = pa.schema([*ENTRIES, *(extra or [])])
+    num_rows = len(columns["source"])
+    arrays = []
+    for column in schema:
+        values = columns.get(column.name)
+        if values is None:
+            arrays.append(pa.nulls(num_rows, column.type))
+        elif isinstance(values, pa.Array):
+            arrays.append(values.cast(column.type))
+        else:
+            arrays.append(pa.array(values, column.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-class _Scan:
-    def __init__(self):
-        self.num_images = 0
-        self.others: Counter[str] = Counter()
-        self._top_names: list[str] = []
-        self._names: list[str] = []
-        self._chunks: list[pa.LargeStringArray] = []
-        self._tops = array("i")
-        self._sizes = array("q")
-
-    def folder(self, path: str, prefix: str, top: int, above: frozenset[tuple[int, int]]) -> None:
-        try:
-            here = os.stat(path)
-            with os.scandir(path) as listing:
-                entries = list(listing)
-        except OSError as fault:
-            raise UserError(
-                f"the folder '{path}' cannot be read ({fault.strerror}); mend its permissions."
-            ) from fault
-        identity = (here.st_dev, here.st_ino)
-        if identity in above:  # a link to a folder that it lies in
-            return
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            if entry.is_dir():
-                _check_name(entry)
-                if not prefix:
-                    self._top_names.append(entry.name)
-                label = top if prefix else len(self._top_names) - 1
-                self.folder(entry.path, f"{prefix}{entry.name}/", label, above | {identity})
-            else:
-                self._file(entry, prefix, top)
-
-    def _file(self, entry: os.DirEntry[str], prefix: str, top: int) -> None:
-        suffix = os.path.splitext(entry.name)[1].lower()
-        # Pipes and devices would block a reader for ever. A dangling link is kept: it will be reported.
-        regular = entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
-        if suffix not in SUFFIXES or not regular:
-            self.others[suffix or "without extension"] += 1
-            return
-        _check_name(entry)
-        self.num_images += 1
-        self._names.append(prefix + entry.name)
-        self._tops.append(top)
-        try:
-            self._sizes.append(entry.stat().st_size)
-        except FileNotFoundError:
-            self._sizes.append(0)
-        if len(self._names) == _CHUNK:
-            self._pack()
-
-    def _pack(self) -> None:
-        self._chunks.append(pa.array(self._names, pa.large_string()))
-        self._names = []
-
-    def sorted(self) -> Sources:
-        self._pack()
-        columns = [pa.chunked_array(self._chunks), np.array(self._tops), np.array(self._sizes)]
-        table = pa.table(columns, names=["path", "top", "size"]).sort_by("path")
-        tops = table["top"].to_numpy()
-        classes = sorted(self._top_names[top] for top in np.unique(tops[tops >= 0]))
-        # Folders without images are no classes, so the numbers close up; the last place serves the -1.
-        known = {name: label for label, name in enumerate(classes)}
-        labels = np.array([known.get(name, -1) for name in self._top_names] + [-1], np.int32)[tops]
-        paths = pa.concat_arrays(table["path"].chunks)
-        return Sources(paths, labels, table["size"].to_numpy(), classes)
-
-
-def _check_name(entry: os.DirEntry[str]) -> None:
+def read_file(place: Place, name: str, planned_bytes: int) -> bytes:
+    """A whole file of a source; BadImage where it cannot be read, UserError where the source has gone away."""
+    if planned_bytes > MAX_FILE_BYTES:
+        raise BadImage(f"{planned_bytes} bytes, more than the limit of {MAX_FILE_BYTES}")
     try:
-        entry.name.encode()
-    except UnicodeEncodeError:
-        shown = os.fsencode(entry.path).decode(errors="backslashreplace")
-        raise UserError(f"the name of '{shown}' is not valid UTF-8; rename it.") from None
+        return place.read(name)
+    except OSError as fault:
+        # One bad file is set aside; a disk that went away must not set aside all the rest.
+        if not place.is_there():
+            raise UserError(
+                f"the folder '{place.url}' has gone away; bring it back and run the same command again."
+            ) from fault
+        raise BadImage(f"cannot be read: {fault.strerror or fault}") from fault
 
 
-def _nothing_found(root: Path, others: Counter[str]) -> str:
+class FolderSource(Source):
+    """All images below a folder, found by their names; an image's label is the first folder of its path.
+
+    Follows links to folders; skips hidden names and `__MACOSX`. `masks`: a second folder with masks of the same relative names.
+    """
+
+    kind = "folder"
+
+    def __init__(self, place: Place, masks: MaskFolder | None = None):
+        self.place = place
+        self.masks = masks
+        self.name = place.name
+        self._others: Counter[str] = Counter()
+
+    def settings(self) -> dict[str, Any]:
+        """The rule by which masks are found, where there are any."""
+        return {"masks": self.masks.settings()} if self.masks else {}
+
+    def entries(self) -> Iterator[pa.RecordBatch]:
+        """See `Source.entries`; also raises UserError for a name that is not valid UTF-8."""
+        self.place.check_folder("SOURCE")
+        self._others.clear()
+        names: list[str] = []
+        sizes: list[int] = []
+        found = False
+        for name, size in self.place.walk():
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix not in SUFFIXES:
+                self._others[suffix or "without extension"] += 1
+                continue
+            found = True
+            names.append(name)
+            sizes.append(size)
+            if len(names) == BATCH_ROWS:
+                yield self._batch(names, sizes)
+                names, sizes = [], []
+        if names:
+            yield self._batch(names, sizes)
+        if found and self.masks:
+            self.masks.check()
+        if not found:
+            raise UserError(_nothing_found(self.place.url, self._others))
+
+    def _batch(self, names: list[str], sizes: list[int]) -> pa.RecordBatch:
+        labels = [name.partition("/")[0] if "/" in name else None for name in names]
+        masks = [self.masks.find(name) for name in names] if self.masks else None
+        return entry_batch(
+            {"source": names, "bytes": np.array(sizes, np.int64), "label": labels, "mask": masks}
+        )
+
+    def read(self, row: dict[str, Any]) -> Picture:
+        """The file's bytes, and its mask's."""
+        data = read_file(self.place, row["source"], row["bytes"])
+        mask = self.masks.read(row["mask"]) if self.masks and row["mask"] else None
+        return Picture(data, mask)
+
+    def warnings(self) -> list[str]:
+        """Masks without image and images without mask."""
+        return self.masks.warnings() if self.masks else []
+
+
+def _nothing_found(where: str, others: Counter[str]) -> str:
     if not others:
-        return f"'{root}' is empty: it holds no images and no other files (hidden ones do not count)."
+        return f"'{where}' is empty: it holds no images and no other files (hidden ones do not count)."
     seen = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
     noun = "file" if others.total() == 1 else "files"
-    return (
-        f"'{root}' holds no images, only {others.total()} other {noun} ({seen}); "
-        f"images are files named {', '.join(SUFFIXES)}."
-    )
+    return f"'{where}' holds no images, only {others.total()} other {noun} ({seen}); images are files named {', '.join(SUFFIXES)}."

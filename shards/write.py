@@ -3,14 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from shards.files import atomic_write
 from shards.image import Stored
-from shards.layout import INDEX_VERSION, ShardFile
+from shards.layout import INDEX_VERSION, MASK_EXT, ShardFile
+from shards.places import Place
 
 BLOCK = 512
 RECORD = 20 * BLOCK  # tar pads its archives to this
@@ -19,13 +18,15 @@ MAX_MEMBER_BYTES = 8 * 2**30 - 1  # eleven octal digits
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An image to write, with what the tar says about it. `label` is None where there is none."""
+    """An image to write, with what the tar says about it. `label` and `mask` (a PNG) are None where there is none."""
 
     key: str
     stored: Stored
     source: str
     label: int | None
     class_name: str | None
+    mask: bytes | None = None
+    facts: dict[str, Any] = field(default_factory=dict)  # for the JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,10 @@ class Member:
     size: int
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[ShardFile, list[list[Member]]] | None:
-    """Writes the tar at `path`, atomically, and returns its facts and each sample's members, the image first.
+def write_shard(
+    dest: Place, name: str, samples: Iterable[Sample]
+) -> tuple[ShardFile, list[list[Member]]] | None:
+    """Writes the tar `name`, whole or not at all, and returns its facts and each sample's members, the image first.
 
     Takes the samples one by one, so only one image is held. Without samples nothing is written and None
     returned: readers refuse an empty shard.
@@ -47,15 +50,15 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[ShardFile, list[
     first = next(samples, None)
     if first is None:
         return None
-    return atomic_write(path, lambda file: _write_tar(file, path.name, chain([first], samples)))
+    return dest.write(name, lambda file: _write_tar(file, name, chain([first], samples)))
 
 
-def write_index(path: Path, samples: list[list[Member]]) -> None:
+def write_index(dest: Place, name: str, samples: list[list[Member]]) -> None:
     """Writes the index of DALI's webdataset reader (v1.2): for each member `<ext> <offset> <size> <name>`."""
     lines = [f"{INDEX_VERSION} {len(samples)}"]
     for members in samples:
         lines.append(" ".join(f"{m.name.partition('.')[2]} {m.offset} {m.size} {m.name}" for m in members))
-    atomic_write(path, ("\n".join(lines) + "\n").encode("ascii"))
+    dest.write(name, ("\n".join(lines) + "\n").encode("ascii"))
 
 
 def _write_tar(file: BinaryIO, name: str, samples: Iterator[Sample]) -> tuple[ShardFile, list[list[Member]]]:
@@ -87,13 +90,16 @@ def _files(sample: Sample) -> Iterator[tuple[str, bytes]]:
     yield stored.ext, stored.data
     if sample.label is not None:
         yield "cls", str(sample.label).encode("ascii")
-    facts = {
+    facts = sample.facts | {
         "height": stored.height,
         "label": sample.class_name,
         "source": sample.source,
         "width": stored.width,
     }
-    yield "json", json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    yield "json", text.encode()
+    if sample.mask is not None:
+        yield MASK_EXT, sample.mask
 
 
 def _header(name: str, size: int) -> bytes:

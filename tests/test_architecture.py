@@ -20,7 +20,7 @@ FORBIDDEN = {
 SETTINGS = {
     "fastssl/models.py": ("ModelConfig",),
     "fastssl/optim.py": ("OptimConfig",),
-    "fastssl/train.py": ("TrainConfig",),
+    "fastssl/train_config.py": ("TrainConfig",),
     "fastssl/eval/knn.py": ("KNNConfig",),
     "fastssl/eval/command.py": ("EvalKNN",),
     "fastssl/preview.py": ("Preview",),

@@ -205,17 +205,20 @@ def _engine(name: str) -> Callable[[Work], Generator[int]]:
     def batches(work: Work) -> Generator[int]:
         import torch
 
+        from pipelines.cache import open_samples
         from pipelines.draws import draw
-        from pipelines.loader import make_engine, stream
+        from pipelines.loader import host_slots, make_engine, view_shapes
+        from pipelines.stream import Job, stream
 
         shards, recipe = work.shards, work.recipe
-        ids_and_draws = (
-            (ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]))
+        jobs = (
+            Job(ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]), epoch)
             for epoch, ids in work.batches()
         )
-        shape = (recipe.num_views, work.batch, 3, recipe.size, recipe.size)
         engine = make_engine(name, recipe)
-        made = stream(shards, engine, ids_and_draws, shape, work.threads, torch.device("cpu"))
+        samples = open_samples(shards, engine.decode, len(recipe.mean))
+        slots = host_slots(samples, engine, view_shapes(recipe), work.batch, torch.device("cpu"))
+        made = stream(samples, slots, jobs, work.threads)
         with contextlib.closing(made):  # pyright: ignore[reportArgumentType]
             for batch in made:
                 yield len(batch.sample_ids)

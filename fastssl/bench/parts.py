@@ -195,9 +195,9 @@ def _given_keys(method: MoCoV3, keys: list[Tensor]) -> Iterator[None]:
 def _endless(resolved: Resolved, device: torch.device) -> Iterator[list[Tensor]]:
     cfg = resolved.config
     shards = ShardSet.open(cfg.data.shards)
-    batch, seed, engine, threads = cfg.train.batch, cfg.train.seed, cfg.data.engine, cfg.data.threads
+    options = cfg.data.options()
     loader = open_loader(
-        shards, cfg.recipe, batch=batch, seed=seed, engine=engine, threads=threads, device=device
+        shards, cfg.recipe, batch=cfg.train.batch, seed=cfg.train.seed, device=device, **options
     )
     for epoch in itertools.count():
         for made in loader.epoch(epoch):

@@ -55,7 +55,7 @@ def report(resolved: Resolved, steps: int, repeats: int, json_path: str) -> None
     from rich.console import Console
 
     from fastssl.bench.parts import FULL, PLAIN, Clock, build, measure, plain_row, utilisation
-    from fastssl.build import choose_device
+    from fastssl.distributed import choose_device
 
     train = resolved.config.train
     device = choose_device(train.device)
@@ -144,15 +144,15 @@ def step_advice(resolved: Resolved, trainee: Trainee, rows: dict[str, Row]) -> s
     from fastssl.build import has_compiler, use_bf16
     from fastssl.methods.parts import depends_on_batch
 
-    train, model = resolved.config.train, resolved.config.model
+    train = resolved.config.train
     if not trainee.bf16 and use_bf16("auto", trainee.device):
         return "try --train.precision bf16"
     if not train.compile and has_compiler(trainee.device):
         return "try --train.compile True"
     if not train.channels_last and depends_on_batch(trainee.method.backbone):
         return "try --train.channels_last True"
-    if model.grad_checkpointing:
-        return "try --model.grad_checkpointing False, if the memory allows"
+    if train.checkpointing != "none":
+        return "try --train.checkpointing none, if the memory allows"
     share = rows[UPDATE].more["ms_median"] / rows[FULL].more["ms_median"]
     if share > 0.2:
         return f"optimiser and EMA take {share:.0%} of it: try a larger --train.batch"

@@ -106,8 +106,9 @@ def knn_report(
     import torch
 
     from fastssl import checkpoint as checkpoints
-    from fastssl.build import choose_device, use_bf16
+    from fastssl.build import use_bf16
     from fastssl.config import from_tree
+    from fastssl.distributed import choose_device
     from fastssl.eval.features import (
         backbone_encoder,
         check_labels,

@@ -1,10 +1,10 @@
-"""The methods by name; each is one nn.Module with forward(views), update_teacher(momentum) and backbone."""
+"""The methods by name; each is one nn.Module that follows `contract.Method`."""
 
+from fastssl.methods.contract import Method, StepOutput
 from fastssl.methods.moco_v3 import MoCoV3
-from fastssl.methods.parts import StepOutput
 from shards.errors import UserError, nearest
 
-__all__ = ["METHODS", "MoCoV3", "StepOutput", "get_method"]
+__all__ = ["METHODS", "Method", "MoCoV3", "StepOutput", "get_method"]
 
 METHODS: dict[str, type[MoCoV3]] = {"moco_v3": MoCoV3}
 

@@ -3,13 +3,15 @@
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastssl.distributed import gather_keys, rank
-from fastssl.methods.parts import StepOutput, depends_on_batch, ema_update, feature_std, info_nce, mlp
+from fastssl.distributed import gather_keys, rank, world
+from fastssl.methods.contract import Method, StepOutput
+from fastssl.methods.parts import batch_statistics, depends_on_batch, ema_update, info_nce, mlp
+from fastssl.methods.queue import KeyQueue
 from fastssl.schedules import cosine_momentum
 from shards.errors import UserError
 
@@ -31,16 +33,30 @@ class Config:
     head: Literal["auto", "resnet", "vit"] = "auto"
     """resnet: projector of 2 layers, predictor without a last BatchNorm; vit: projector of 3 layers,
     predictor with one. auto takes vit for ViTs and for backbones without BatchNorm, resnet for the others."""
+    queue: int = 0
+    """Keys of earlier steps that serve as further negatives, a multiple of train.batch; 0 takes the batch's own only,
+    as the paper does. For small batches: 65536 is MoCo v2's."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "hidden_dim", "temperature"):
             if getattr(self, name) <= 0:
                 raise UserError(f"method.{name} is {getattr(self, name):g} but must be greater than 0.")
+        if self.queue < 0:
+            raise UserError(f"method.queue is {self.queue} but must be 0 (none) or more.")
         if not 0 <= self.momentum <= 1:
             raise UserError(f"method.momentum is {self.momentum:g} but must lie between 0 and 1.")
 
 
-class MoCoV3(nn.Module):
+class Keys(NamedTuple):
+    """The keys of each view, float32 (M, dim): first those of the batch in rank order, then those of the queue."""
+
+    first: Tensor
+    second: Tensor
+    num_batch: int
+    """How many are the batch's."""
+
+
+class MoCoV3(Method):
     """A student learns to tell which of the teacher's keys comes from another view of the same image.
 
     `backbone` maps images (N, C, H, W) to features (N, backbone.num_features). The student is backbone,
@@ -51,6 +67,9 @@ class MoCoV3(nn.Module):
     method.update_teacher(method.teacher_momentum(progress after this step)). The paper's code averages at the
     start of the next step instead, before the keys are computed. Both give the same sequence of keys, as its
     first average finds teacher and student equal; this way forward changes no weight.
+
+    Keys carry no gradient and queries meet keys only, so the loss splits by queries: chunks of the student's images against
+    all keys give the gradient of the whole batch, but for BatchNorm, which sees a chunk at a time.
     """
 
     Config = Config
@@ -62,9 +81,7 @@ class MoCoV3(nn.Module):
         self.projector, self.predictor = build_heads(backbone, cfg)
         self.teacher_backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.teacher_projector = copy.deepcopy(self.projector).requires_grad_(False)
-        # The teacher keeps no activations, so recomputing them would only cost time.
-        if getattr(self.teacher_backbone, "grad_checkpointing", False):
-            self.teacher_backbone.set_grad_checkpointing(False)  # pyright: ignore[reportCallIssue]
+        self.queue = KeyQueue(2, cfg.queue, cfg.dim) if cfg.queue else None
         # Stochastic depth is the student's regulariser: a teacher that skips blocks gives noisy keys.
         for module in self.teacher_backbone.modules():
             if isinstance(getattr(module, "drop_prob", None), float):
@@ -73,48 +90,68 @@ class MoCoV3(nn.Module):
         # them it is not: the paper's statistics are per view.
         self._join_views = not depends_on_batch(backbone)
 
-    def forward(self, views: list[Tensor]) -> StepOutput:
+    def forward(self, views: list[Tensor], targets: Keys | None = None, first: int = 0) -> StepOutput:
         """Loss of two views of this rank's N images, each (N, C, H, W), against the keys of all ranks.
 
         loss = 2 * temperature * (CE(q1, k2) + CE(q2, k1)), which is 4 * temperature * ln(number of keys) at
         chance. Metrics: loss; ce, the mean of the two plain cross-entropies in nats; ce_norm, ce / ln(number
         of keys), 1 at chance; acc, the share of queries that find their key, 0 to 1; feature_std of the first
         view's backbone features (see `parts.feature_std`). May run under autocast: the loss is computed in
-        float32 outside of it. Raises UserError for other than two views, and in training for one image per
+        float32 outside of it. With `targets` of a larger batch, the images are those from `first` on in this
+        rank's part of it. Raises UserError for other than two views, and in training for one image per
         process.
         """
-        if len(views) != 2:
-            raise UserError(
-                f"MoCo v3 compares 2 views of each image but the recipe makes {len(views)}: "
-                "choose one that makes 2."
-            )
-        if self.training and len(views[0]) < 2:
-            raise UserError(
-                "The batch holds 1 image per process, and BatchNorm needs 2 or more to train: "
-                "raise the batch size or start fewer processes."
-            )
         # Keys come first, so that the teacher works before the student's activations fill the memory.
-        key1, key2 = self.keys(views)
-        features = self._features(self.backbone, views)
-        query1, query2 = (self.predictor(self.projector(feature)) for feature in features)
-        with torch.autocast(query1.device.type, enabled=False):
-            return self._output(query1, query2, key1, key2, features[0])
+        if targets is None:
+            targets = self._gather(self.keys(views))
+        return self.loss(self.student_features(views), targets, first)
 
-    @torch.no_grad()
     def keys(self, views: list[Tensor]) -> list[Tensor]:
         """The teacher's keys of each view, (N, dim) each, without gradient and not yet normalised.
 
         In training the teacher's BatchNorm uses the batch's statistics and keeps running ones of its own.
         """
-        return [self.teacher_projector(feature) for feature in self._features(self.teacher_backbone, views)]
+        return self._project(self.teacher_features(views))
+
+    @torch.no_grad()
+    def teacher_features(self, views: list[Tensor]) -> list[Tensor]:
+        return self._features(self.teacher_backbone, views)
+
+    def targets(self, features: list[Tensor]) -> Keys:
+        """The keys of all ranks, and of the queue, from the teacher's features of this rank's whole batch."""
+        return self._gather(self._project(features))
+
+    def student_features(self, views: list[Tensor]) -> list[Tensor]:
+        return self._features(self.backbone, views)
+
+    def loss(self, features: list[Tensor], targets: Keys, first: int = 0) -> StepOutput:
+        self._check_enough(features)
+        query1, query2 = (self.predictor(self.projector(feature)) for feature in features)
+        with torch.autocast(query1.device.type, enabled=False):
+            return self._output(query1, query2, targets, features[0].detach(), first)
+
+    def backbones(self) -> list[nn.Module]:
+        return [self.backbone, self.teacher_backbone]
+
+    def heads(self) -> list[nn.Module]:
+        return [self.projector, self.predictor]
+
+    def remember(self, targets: Keys) -> None:
+        """Put the batch's keys into the queue, if there is one."""
+        if self.queue is not None:
+            self.queue.push(torch.stack([keys[: targets.num_batch] for keys in targets[:2]]))
+
+    def averaged(self) -> list[tuple[Tensor, Tensor]]:
+        student = [*self.backbone.parameters(), *self.projector.parameters()]
+        teacher = [*self.teacher_backbone.parameters(), *self.teacher_projector.parameters()]
+        return list(zip(teacher, student, strict=True))
 
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, over parameters; buffers are left alone.
 
         Call it after optimizer.step(), with teacher_momentum of the progress after that step.
         """
-        student = [*self.backbone.parameters(), *self.projector.parameters()]
-        teacher = [*self.teacher_backbone.parameters(), *self.teacher_projector.parameters()]
+        teacher, student = zip(*self.averaged(), strict=True)
         ema_update(teacher, student, momentum)
 
     def teacher_momentum(self, progress: float) -> float:
@@ -122,28 +159,54 @@ class MoCoV3(nn.Module):
         return cosine_momentum(progress, self.cfg.momentum) if self.cfg.momentum_cosine else self.cfg.momentum
 
     def _features(self, backbone: nn.Module, views: list[Tensor]) -> list[Tensor]:
+        if len(views) != 2:
+            raise UserError(
+                f"MoCo v3 compares 2 views of each image but the recipe makes {len(views)}: "
+                "choose one that makes 2."
+            )
         if self._join_views:
             return list(backbone(torch.cat(views)).chunk(2))
         return [backbone(view) for view in views]
 
-    def _output(self, q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, features: Tensor) -> StepOutput:
-        """Loss and metrics from this rank's queries and keys, (N, dim) each, and features (N, D)."""
+    def _check_enough(self, features: list[Tensor]) -> None:
+        if self.training and len(features[0]) < 2:
+            raise UserError(
+                "The batch or a chunk of it holds 1 image per process, and BatchNorm needs 2 or more to train: "
+                "raise the batch size or train.micro_batch, or start fewer processes."
+            )
+
+    @torch.no_grad()
+    def _project(self, features: list[Tensor]) -> list[Tensor]:
+        self._check_enough(features)
+        return [self.teacher_projector(feature) for feature in features]
+
+    @torch.no_grad()
+    def _gather(self, keys: list[Tensor]) -> Keys:
+        """Keys of all ranks and of the queue from this rank's, (N, dim) each."""
         # One collective for both views: a row of the gathered tensor is [k1, k2] of one image.
-        all_k1, all_k2 = gather_keys(torch.cat([k1, k2], dim=1).float()).chunk(2, dim=1)
-        first_target = rank() * len(q1)
+        first, second = gather_keys(torch.cat(keys, dim=1).float()).chunk(2, dim=1)
+        num_batch = len(first)
+        if self.queue is not None:
+            earlier = self.queue.filled()
+            first, second = torch.cat([first, earlier[0]]), torch.cat([second, earlier[1]])
+        return Keys(first, second, num_batch)
+
+    def _output(self, q1: Tensor, q2: Tensor, keys: Keys, features: Tensor, first: int = 0) -> StepOutput:
+        """Loss and metrics from queries, (N, dim) each, and the features (N, D) of this rank's images from `first` on."""
+        first_target = rank() * (keys.num_batch // world()) + first
         temperature = self.cfg.temperature
-        first = info_nce(q1, all_k2, temperature, first_target)
-        second = info_nce(q2, all_k1, temperature, first_target)
-        loss = 2 * temperature * (first.ce + second.ce)
-        ce = (first.ce + second.ce).detach() / 2
+        one = info_nce(q1, keys.second, temperature, first_target)
+        other = info_nce(q2, keys.first, temperature, first_target)
+        loss = 2 * temperature * (one.ce + other.ce)
+        ce = (one.ce + other.ce).detach() / 2
         metrics = {
             "loss": loss.detach(),
             "ce": ce,
-            "ce_norm": ce / math.log(len(all_k1)) if len(all_k1) > 1 else ce,
-            "acc": (first.accuracy + second.accuracy) / 2,
-            "feature_std": feature_std(features.detach()),
+            "ce_norm": ce / math.log(len(keys.first)) if len(keys.first) > 1 else ce,
+            "acc": (one.accuracy + other.accuracy) / 2,
+            **batch_statistics(features),
         }
-        return StepOutput(loss, metrics)
+        return StepOutput(loss, metrics, features)
 
 
 def build_heads(backbone: nn.Module, cfg: Config) -> tuple[nn.Sequential, nn.Sequential]:

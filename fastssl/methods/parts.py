@@ -1,4 +1,4 @@
-"""What methods share: heads, the contrastive cross-entropy, the teacher's average, the step's output."""
+"""What methods share: heads, the contrastive cross-entropy, the teacher's average, batch statistics."""
 
 # pyright: reportPrivateImportUsage=false
 # torch's multi-tensor operations (torch._foreach_*) have no public name; its own optimisers use them too.
@@ -11,15 +11,6 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-class StepOutput(NamedTuple):
-    """What a method's forward returns. A tuple, so that DistributedDataParallel finds the tensors in it."""
-
-    loss: Tensor
-    """Scalar, float32, with gradient."""
-    metrics: dict[str, Tensor]
-    """Scalars, detached, on the device: reading one waits for it, so do that on logging steps only."""
 
 
 def mlp(dims: Sequence[int], *, last_norm: Literal["none", "plain"]) -> nn.Sequential:
@@ -73,6 +64,11 @@ def feature_std(features: Tensor) -> Tensor:
     """
     features = F.normalize(features.float(), dim=1)
     return features.std(dim=0, unbiased=False).mean() * math.sqrt(features.shape[1])
+
+
+def batch_statistics(features: Tensor) -> dict[str, Tensor]:
+    """Metrics that need the whole batch at once, which means over chunks of it do not give; features (N, D), detached."""
+    return {"feature_std": feature_std(features)}
 
 
 @torch.no_grad()

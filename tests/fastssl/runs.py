@@ -39,9 +39,9 @@ TINY: dict[str, Any] = {
 # Random depths, so that the state of the random generator matters, and every other switch that acts on the gradient.
 TINY_VIT: dict[str, Any] = {
     "recipe": {"preset": "moco_v3", "size": 32},
-    "model": {"backbone": "test_vit", "stem_stride": 4, "drop_path": 0.3, "grad_checkpointing": True},
+    "model": {"backbone": "test_vit", "stem_stride": 4, "drop_path": 0.3},
     "optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "warmup_epochs": 1},
-    "train": {"clip_grad": 1.0, "epochs": 2},
+    "train": {"clip_grad": 1.0, "epochs": 2, "checkpointing": "blocks"},
     "knn": {"every": 0},
 }
 

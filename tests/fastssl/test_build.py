@@ -1,9 +1,12 @@
+import functools
+
 import pytest
 import torch
 from torch import nn
 
 from fastssl import build
 from fastssl.config import load
+from fastssl.distributed import choose_device
 from fastssl.methods.moco_v3 import Config, MoCoV3
 from fastssl.models import ModelConfig, build_backbone
 from fastssl.optim import OptimConfig, build_optimizer, match_layout
@@ -42,17 +45,29 @@ def test_other_channels_than_the_engines_make_are_refused():
         build.build_method(load(None, ["--model.channels", "4"]), torch.device("cpu"))
 
 
-def test_checkpointing_with_batch_norm_says_what_it_costs():
-    flags = ["--model.backbone", "resnet10_w32", "--recipe.size", "16", "--model.grad-checkpointing", "True"]
-    with pytest.warns(UserWarning, match="running statistics follow faster"):
-        build.build_method(load(None, flags), torch.device("cpu"))
+def test_a_queue_must_hold_whole_batches():
+    flags = ["--model.backbone", "resnet10_w32", "--recipe.size", "16", "--train.batch", "96"]
+    with pytest.raises(
+        UserError, match=r"queue is 65536 and train.batch is 96, .*: set --method.queue 65568"
+    ):
+        build.build_method(load(None, [*flags, "--method.queue", "65536"]), torch.device("cpu"))
+    method, _ = build.build_method(load(None, [*flags, "--method.queue", "192"]), torch.device("cpu"))
+    assert method.queue is not None
+    assert method.queue.keys.shape == (2, 192, 256)
+
+
+def test_only_the_student_recomputes_its_activations():
+    flags = ["--model.backbone", "test_vit", "--recipe.size", "32", "--train.checkpointing", "selective"]
+    method, _ = build.build_method(load(None, flags), torch.device("cpu"))
+    forwards = [[block.forward for block in part.get_submodule("blocks")] for part in method.backbones()]
+    assert [{isinstance(f, functools.partial) for f in part} for part in forwards] == [{True}, {False}]
 
 
 def test_cuda_without_a_gpu_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="finds no CUDA device"):
-        build.choose_device("cuda")
-    assert build.choose_device("auto") == build.choose_device("cpu") == torch.device("cpu")
+        choose_device("cuda")
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(("kind", "variable"), [("cpu", "CXX"), ("cuda", "CC")])

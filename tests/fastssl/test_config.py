@@ -139,6 +139,31 @@ def test_there_and_back(out, lr, mean, blur, compiled, tmp_path: Path) -> None:
     assert read(tmp_path, found.to_yaml()) == found
 
 
+@pytest.mark.parametrize(("old", "new"), [("true", "blocks"), ("false", "none")])
+def test_settings_that_were_renamed_are_read_by_their_former_names(
+    old: str, new: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(f"model:\n  grad_checkpointing: {old}\n")
+    assert load(path).config.train.checkpointing == new
+    tree = load(None).tree()
+    del tree["train"]["checkpointing"]
+    tree["model"]["grad_checkpointing"] = old == "true"  # as checkpoints hold it
+    assert from_tree(tree).config.train.checkpointing == new
+    with pytest.raises(
+        UserError, match=r"no setting '--model.grad_checkpointing'. Did you mean 'train.checkpointing'"
+    ):
+        load(path, ["--model.grad_checkpointing", "True"])
+
+
+@pytest.mark.parametrize(("written", "meant"), [("auto", "auto"), ("64", 64), ("0", 0)])
+def test_a_micro_batch_is_a_number_or_auto(written: str, meant: int | str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"train:\n  micro_batch: {written}\n")
+    for resolved in (load(path), load(None, ["--train.micro-batch", written]), from_tree(load(path).tree())):
+        assert resolved.config.train.micro_batch == meant
+
+
 def test_a_tree_is_plain_and_left_as_it_is() -> None:
     found = load(None)
     tree = found.tree()

@@ -7,7 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastssl.distributed import Dist, barrier, cleanup, gather_keys, mean_over_ranks, rank, setup
+from fastssl.distributed import (
+    Dist,
+    barrier,
+    choose_device,
+    cleanup,
+    gather_keys,
+    mean_over_ranks,
+    rank,
+    setup,
+)
 from shards.errors import UserError
 from tests.gloo import RankError, run_ranks
 
@@ -51,7 +60,7 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_unknown_and_missing_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="'tpu'"):
-        setup("tpu")
+        choose_device("tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no CUDA device"):
         setup("cuda")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.methods import METHODS, MoCoV3, StepOutput, get_method
-from fastssl.methods.moco_v3 import Config, build_heads
+from fastssl.methods.moco_v3 import Config, Keys, build_heads
 from fastssl.methods.parts import depends_on_batch, feature_std, info_nce
 from fastssl.models import ModelConfig, build_backbone
 from shards.errors import UserError
@@ -135,7 +135,7 @@ def test_the_loss_against_its_formula(backbone: type[Plain], tau: float) -> None
 def _loss_of(q: Tensor, k: Tensor, tau: float) -> float:
     """The loss when both directions see the same queries and keys."""
     method = MoCoV3(Plain(), Config(dim=q.shape[1], hidden_dim=2, temperature=tau))
-    return method._output(q, q, k, k, torch.rand(len(q), 3)).loss.item()
+    return method._output(q, q, Keys(k, k, len(k)), torch.rand(len(q), 3)).loss.item()
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_later_rank_s_targets_are_shifted() -> None:
 def test_keys_carry_no_gradient_and_queries_do() -> None:
     q, k = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
     method = MoCoV3(Plain(), SMALL)
-    method._output(q, q, k, k, torch.rand(4, 3)).loss.backward()
+    method._output(q, q, method._gather([k, k]), torch.rand(4, 3)).loss.backward()
     assert q.grad is not None
     assert k.grad is None
 

@@ -145,3 +145,34 @@ def test_nothing_to_train_is_refused() -> None:
 def test_impossible_settings_are_refused(bad: dict) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         OptimConfig(**bad)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_lars_under_a_scaler_steps_as_without_and_leaves_out_overflows(clip: bool) -> None:
+    plain, scaled = nn.Linear(4, 3), nn.Linear(4, 3)
+    scaled.load_state_dict(plain.state_dict())
+    settings = {"lr": 0.5, "weight_decay": 0.1, "trust_coefficient": 0.02}
+    one, other = LARS(plain.parameters(), **settings), LARS(scaled.parameters(), **settings)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+
+    def step(images: Tensor, overflow: bool) -> None:
+        for module, optimizer in ((plain, one), (scaled, other)):
+            optimizer.zero_grad()
+            loss = module(images).square().sum()
+            (scaler.scale(loss) if module is scaled else loss).backward()
+        if overflow:
+            assert scaled.weight.grad is not None
+            scaled.weight.grad[1, 1] = float("inf")
+        else:
+            one.step()
+        if clip:  # which unscales first
+            scaler.unscale_(other)
+        scaler.step(other)
+        scaler.update()
+
+    torch.manual_seed(1)
+    for overflow in (True, False, False, True, False):
+        step(torch.rand(5, 4), overflow)
+        for p, q in zip(plain.parameters(), scaled.parameters(), strict=True):
+            torch.testing.assert_close(q, p)
+    assert scaler.get_scale() == 16.0  # halved twice

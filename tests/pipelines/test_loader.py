@@ -1,4 +1,11 @@
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +15,6 @@ from pipelines.loader import Batch, Loader, eval_batches, open_loader
 from pipelines.recipe import RECIPES, Recipe
 from shards.errors import UserError
 from shards.order import epoch_order
-from shards.read import ShardSet
 
 SMALL = Recipe(size=16)
 
@@ -96,15 +102,6 @@ def test_too_few_samples_and_uneven_ranks_are_refused(shard_set):
         open_loader(shard_set, SMALL, batch=8, seed=0, rank=0, world=3)
 
 
-def test_a_sample_that_no_longer_decodes_is_named(shard_set, monkeypatch):
-    read = ShardSet.read
-    monkeypatch.setattr(
-        ShardSet, "read", lambda self, i: memoryview(b"junk" * 8) if i == 7 else read(self, i)
-    )
-    with pytest.raises(UserError, match=r"sample 7 of .* \(made from '[ab]/\d+.png'\) does not decode"):
-        collect(open_loader(shard_set, SMALL, batch=41, seed=0), 0)
-
-
 def test_evaluation_batches_come_in_the_asked_order(shard_set):
     ids = np.array([5, 40, 0, 12, 7])
     batches = [
@@ -114,3 +111,78 @@ def test_evaluation_batches_come_in_the_asked_order(shard_set):
     assert [b.sample_ids.tolist() for b in batches] == [[5, 40], [0, 12], [7]]
     one = next(eval_batches(shard_set, SMALL, np.array([12]), batch=1))
     assert torch.equal(one.views[0][0], batches[1].views[0][1])
+
+
+def test_blocks_read_few_shards_at_a_time_and_every_sample_once(shard_set):
+    loader = open_loader(shard_set, SMALL, batch=4, seed=1, order="blocks", block_shards=1)
+    ids = np.concatenate([b.sample_ids for b in collect(loader, 0)])
+    assert len(set(ids.tolist())) == 40
+    shards_seen = [shard_set.shard_path(int(i)).name for i in ids]
+    assert sum(a != b for a, b in itertools.pairwise(shards_seen)) == 2  # three shards, one after the other
+
+
+def test_steps_go_on_over_the_end_of_an_epoch(shard_set):
+    loader = open_loader(shard_set, SMALL, batch=8, seed=5)
+    ids = [b.sample_ids.tolist() for b in loader.steps(3, 12)]
+    assert ids == [
+        b.sample_ids.tolist()
+        for e, start, n in ((0, 3, 2), (1, 0, 5), (2, 0, 2))
+        for b in collect(loader, e, start)[:n]
+    ]
+
+
+def test_an_error_of_the_caller_ends_all_threads(shard_set):
+    before = threading.active_count()
+
+    def train():
+        with contextlib.closing(
+            open_loader(shard_set, SMALL, batch=4, seed=0, threads=3).steps(0, 100)
+        ) as batches:
+            next(batches)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train()
+    assert threading.active_count() == before
+
+
+SIGNALLED = """
+import os, signal, sys, threading, time
+from pipelines.loader import open_loader
+from pipelines.fused_engine import FusedEngine
+from pipelines.recipe import Recipe
+from shards.read import ShardSet
+render = FusedEngine.render
+def slow(self, *args):
+    time.sleep(0.2)  # 41 samples in 2 threads: a batch takes 4 s, and two are always under way
+    render(self, *args)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent may have had it ignored
+    batches = open_loader(ShardSet.open(sys.argv[1]), Recipe(size=16), batch=2, seed=0, threads=2).steps(0, 1000)
+    next(batches)
+    FusedEngine.render = slow
+    next(batches)
+    loader = open_loader(ShardSet.open(sys.argv[1]), Recipe(size=16), batch=41, seed=0, threads=2).steps(0, 9)
+    print("ready", flush=True)
+    next(loader)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process_with_a_decode_under_way(shard_set, tmp_path, number):
+    """Without the threads' own stop, the interpreter would first work off all that waits: 82 samples, 8 s."""
+    (tmp_path / "run.py").write_text(SIGNALLED)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "run.py", str(shard_set.folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == -number
+    assert ("KeyboardInterrupt" in err) == (number == signal.SIGINT)

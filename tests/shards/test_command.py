@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import rich.console
 
-from shards import command, layout
+from shards import layout, progress
 from shards.command import run
 from shards.errors import UserError
 from tests.pictures import encoded, picture
@@ -24,7 +24,7 @@ def test_a_conversion_and_its_summary(make_folder, tmp_path: Path, capsys: pytes
     run([str(source), str(tmp_path / "out"), "--samples-per-shard", "5"])
     text = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert lines[0] == f"Found 15 images in 3 class folders below {source}"
+    assert lines[0] == f"Found 15 images in 3 classes in {source}"
     for line in (
         "images 13",
         "classes 3",
@@ -32,7 +32,7 @@ def test_a_conversion_and_its_summary(make_folder, tmp_path: Path, capsys: pytes
         "re-encoded 1: CMYK to RGB",
         "quarantined 2",
         "1: empty file",
-        "1: damaged: image file is truncated",
+        "1: damaged: Premature end of JPEG file",
     ):
         assert line in lines
     assert "Warning" not in text
@@ -53,7 +53,7 @@ def test_a_terminal_sees_a_progress_bar(make_folder, tmp_path: Path, monkeypatch
 def test_without_a_terminal_a_line_now_and_then(
     make_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(command, "PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL_S", 0.0)
     run([str(make_folder(12)), str(tmp_path / "out")])
     assert "12 of 12 images, 0 quarantined" in capsys.readouterr().out
 
@@ -97,10 +97,10 @@ def test_ctrl_c_says_how_to_go_on(make_folder, tmp_path: Path):
     script.write_text(
         f"""import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from shards import convert
+from shards import make
 from shards.command import run
-prove = convert.prove
-convert.prove = lambda *args: (time.sleep(0.02), prove(*args))[1]
+prove = make.prove
+make.prove = lambda *args: (time.sleep(0.02), prove(*args))[1]
 run([{str(source)!r}, {str(dest)!r}, "--workers", "0", "--samples-per-shard", "5"])
 """
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shards import layout
-from shards.convert import convert
+from shards.convert import OnProgress, convert
 from shards.errors import UserError
 from tests.pictures import fingerprints
 
@@ -23,12 +23,12 @@ PER_SHARD = 4
 # Slowed down, so that it can be caught at work on a fast machine too.
 SLOW = """
 import sys, time
-from shards import convert, write
-prove = convert.prove
+from shards import convert, make
+prove = make.prove
 def slowly(*args):
     time.sleep(0.02)
     return prove(*args)
-convert.prove = slowly
+make.prove = slowly
 convert.convert(sys.argv[1], sys.argv[2], samples_per_shard=int(sys.argv[3]), workers=0)
 """
 IN_PROCESSES = """
@@ -82,7 +82,12 @@ def test_killed_at_any_point_the_same_command_ends_with_the_same_bytes(
     kept = {path: path.stat().st_mtime_ns for path in (dest / layout.ROWS).glob("*.parquet")}
 
     first_progress = []
-    convert(source, dest, samples_per_shard=PER_SHARD, progress=lambda done, *_: first_progress.append(done))
+    convert(
+        source,
+        dest,
+        samples_per_shard=PER_SHARD,
+        report=OnProgress(lambda done, *_: first_progress.append(done)),
+    )
     assert fingerprints(dest) == wanted
     assert min(first_progress) >= PER_SHARD * (len(kept) - 1)
 
@@ -142,7 +147,7 @@ def test_an_interrupt_stops_the_workers_and_keeps_what_is_finished(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(source, dest, samples_per_shard=PER_SHARD, workers=2, progress=interrupt)
+        convert(source, dest, samples_per_shard=PER_SHARD, workers=2, report=OnProgress(interrupt))
     assert not list(dest.glob(".*.tmp"))
     assert list((dest / layout.ROWS).glob("*.parquet"))
     convert(source, dest, samples_per_shard=PER_SHARD)
@@ -157,7 +162,7 @@ def test_errors_of_workers_arrive(source: Path, tmp_path: Path):
             source.rename(tmp_path / "away")
 
     with pytest.raises(UserError, match="has gone away"):
-        convert(source, dest, samples_per_shard=2, workers=1, progress=lose_folder)
+        convert(source, dest, samples_per_shard=2, workers=1, report=OnProgress(lose_folder))
 
 
 def test_a_worker_killed_from_outside_is_reported(source: Path, tmp_path: Path):
@@ -166,7 +171,7 @@ def test_a_worker_killed_from_outside_is_reported(source: Path, tmp_path: Path):
             worker.kill()
 
     with pytest.raises(UserError, match=r"stopped from outside \(exit code -9\).*fewer workers"):
-        convert(source, tmp_path / "out", samples_per_shard=2, workers=1, progress=kill)
+        convert(source, tmp_path / "out", samples_per_shard=2, workers=1, report=OnProgress(kill))
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "index", "table", "before rows were removed"])

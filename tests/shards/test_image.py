@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from shards.image import BadImage, Stored, prove
+from shards.image import prove
+from shards.pixels import BadImage, pixels_hash
+from shards.policy import Policy
 from tests.pictures import encoded, picture
 
 
@@ -54,7 +56,12 @@ def test_clean_images_are_kept_byte_for_byte(name: str):
     data = CLEAN[name]
     channels = 1 if "grey" in name else 3
     ext = {"jpeg": "jpg"}.get(name.lower().partition(".")[2], name.lower().partition(".")[2])
-    assert prove(data, name) == Stored(data, ext, 24, 16, channels, "kept")
+    stored = prove(data, name)
+    assert (stored.data, stored.ext, stored.how) == (data, ext, "kept")
+    assert (stored.width, stored.height, stored.channels, stored.dtype) == (24, 16, channels, "uint8")
+    decoded = pixels(data).reshape(16, 24, channels)
+    assert stored.pixels_hash == pixels_hash(decoded)
+    assert np.array_equal(stored.sample, decoded.reshape(-1, channels))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -161,7 +168,8 @@ def test_other_formats_become_png(kind: str):
 
 def test_the_content_decides_not_the_name():
     data = CLEAN["rgb.png"]
-    assert prove(data, "deep/er/a.JPG") == Stored(data, "png", 24, 16, 3, "kept: PNG named .jpg")
+    stored = prove(data, "deep/er/a.JPG")
+    assert (stored.data, stored.ext, stored.how) == (data, "png", "kept: PNG named .jpg")
     assert prove(CLEAN["rgb.jpg"], "a").how == "kept: JPEG named without extension"
 
 
@@ -193,16 +201,12 @@ def test_unreadable_exif_is_dropped():
 DAMAGED = {
     "zero bytes": (b"", r"empty file \(0 bytes\)"),
     "text": (b"hello, I am no image", r"not readable as JPEG, PNG"),
-    "jpeg half": (encoded(picture(0, (96, 64)), "JPEG")[:-200], r"damaged: image file is truncated"),
-    "jpeg without end": (CLEAN["rgb.jpg"][:-2], r"damaged: image file is truncated"),
+    "jpeg half": (encoded(picture(0, (96, 64)), "JPEG")[:-200], r"damaged: Premature end of JPEG file"),
+    "jpeg without end": (CLEAN["rgb.jpg"][:-2], r"damaged: Premature end of JPEG file"),
     "jpeg head only": (CLEAN["rgb.jpg"][:10], r"not readable|damaged"),
     "png half": (CLEAN["rgb.png"][: len(CLEAN["rgb.png"]) // 2], r"damaged"),
     "png without end": (CLEAN["rgb.png"][:-12], r"damaged PNG: the end is missing"),
     "webp half": (CLEAN["lossy.webp"][: len(CLEAN["lossy.webp"]) // 2], r"not readable|damaged"),
-    "16-bit grey": (encoded(Image.fromarray(np.ones((2, 2), np.uint16)), "PNG"), r"more than 8 bits"),
-    "16-bit colour": (png(1, 1, 16, 2, b"\0" + bytes(6)), r"more than 8 bits"),
-    "16-bit tiff": (encoded(Image.fromarray(np.ones((2, 2), np.uint16)), "TIFF"), r"more than 8 bits"),
-    "float tiff": (encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), r"more than 8 bits"),
     "animated gif": (encoded(picture(0), "GIF", save_all=True, append_images=[picture(1)]), r"2 frames"),
     "animated webp": (encoded(picture(0), "WEBP", save_all=True, append_images=[picture(1)]), r"2 frames"),
     "animated png": (encoded(picture(0), "PNG", save_all=True, append_images=[picture(1)]), r"2 frames"),
@@ -233,8 +237,8 @@ def test_a_damaged_checksum_in_a_png_is_found():
 
 def test_decompression_bombs_are_refused_before_decoding():
     with pytest.raises(BadImage, match=r"24 x 16 pixels, more than the limit of 383"):
-        prove(CLEAN["rgb.png"], "a.png", max_pixels=24 * 16 - 1)
-    assert prove(CLEAN["rgb.png"], "a.png", max_pixels=24 * 16).how == "kept"
+        prove(CLEAN["rgb.png"], "a.png", Policy(max_pixels=24 * 16 - 1))
+    assert prove(CLEAN["rgb.png"], "a.png", Policy(max_pixels=24 * 16)).how == "kept"
     with pytest.raises(BadImage, match=r"60000 x 60000 pixels"):
         prove(png(60000, 60000, 8, 2, b""), "a.png")
 
@@ -242,7 +246,7 @@ def test_decompression_bombs_are_refused_before_decoding():
 def test_pillows_global_switches_do_not_matter_and_are_left_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(BadImage, match="truncated"):
+    with pytest.raises(BadImage, match="Premature end"):
         prove(CLEAN["rgb.jpg"][:-2], "a.jpg")
     assert prove(CLEAN["rgb.jpg"], "a.jpg").how == "kept"
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
@@ -259,10 +263,10 @@ def test_damaged_bytes_are_refused_or_become_a_clean_image(name: str, changes: l
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
-            stored = prove(bytes(data), name, max_pixels=10**6)
+            stored = prove(bytes(data), name, Policy(max_pixels=10**6))
         except BadImage:
             return
         # What is stored needs no second look.
-        again = prove(stored.data, f"a.{stored.ext}", max_pixels=10**6)
+        again = prove(stored.data, f"a.{stored.ext}", Policy(max_pixels=10**6))
     assert again.data == stored.data
     assert (again.width, again.height, again.channels) == (stored.width, stored.height, stored.channels)

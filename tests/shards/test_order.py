@@ -5,7 +5,15 @@ from hypothesis import strategies as st
 
 from shards.errors import UserError
 from shards.hashing import hash_key
-from shards.order import EPOCH_TAG, PLAN_TAG, epoch_order, rank_positions, steps_per_epoch
+from shards.order import (
+    EPOCH_TAG,
+    PLAN_TAG,
+    _stable_argsort,
+    block_order,
+    epoch_order,
+    rank_positions,
+    steps_per_epoch,
+)
 
 seeds = st.integers(0, 2**63 - 1)
 
@@ -64,3 +72,47 @@ def test_impossible_numbers_are_refused():
         steps_per_epoch(10, 0)
     with pytest.raises(UserError, match=r"0\.\.1 for 2 ranks, got 2"):
         rank_positions(0, 4, 2, 2)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 3), max_size=200))
+def test_the_fast_sort_is_the_stable_one(values: list[int]):
+    """Small values tie in the high bits, and many of them altogether."""
+    keys = np.array(values, dtype=np.uint64)
+    assert np.array_equal(_stable_argsort(keys), np.argsort(keys, kind="stable"))
+
+
+def test_many_keys_that_tie_in_the_high_bits_are_sorted_whole():
+    keys = np.random.default_rng(0).integers(0, 2**14, 5000, dtype=np.uint64)  # 5,000 indices fill 13 bits
+    assert np.array_equal(_stable_argsort(keys), np.argsort(keys, kind="stable"))
+
+
+@given(st.lists(st.integers(0, 12), max_size=20), seeds, st.integers(0, 50), st.integers(1, 25))
+def test_block_order_visits_each_sample_once_window_by_window(
+    sizes: list[int], seed: int, epoch: int, window: int
+):
+    order = block_order(np.array(sizes, dtype=np.int64), seed, epoch, window)
+    assert np.array_equal(np.sort(order), np.arange(sum(sizes)))
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)[order]
+    # Within a window samples mix, and no shard is in two windows: at most `window` shards lie between first and last use.
+    for shard in set(shard_of.tolist()):
+        at = np.flatnonzero(shard_of == shard)
+        assert len(set(shard_of[at[0] : at[-1] + 1].tolist())) <= window
+
+
+def test_block_order_is_another_each_epoch_and_mixes_within_a_window():
+    sizes = np.full(8, 50)
+    order = block_order(sizes, 1, 0, 4)
+    assert np.array_equal(order, block_order(sizes, 1, 0, 4))
+    assert not np.array_equal(order, block_order(sizes, 1, 1, 4))
+    first = order[:200] // 50
+    assert len(set(first.tolist())) == 4
+    assert np.count_nonzero(np.diff(first)) > 100  # sorted by shard it would change 3 times
+
+
+def test_a_window_over_all_shards_is_the_global_order():
+    assert np.array_equal(block_order(np.array([5, 9, 1, 20]), 3, 2, 4), epoch_order(35, 3, 2))
+
+
+def test_an_empty_window_is_refused():
+    with pytest.raises(UserError, match=r"at least 1, got 0"):
+        block_order(np.array([4]), 0, 0, 0)

@@ -129,11 +129,19 @@ def test_folders_that_are_no_shard_folders(folder: Path, tmp_path: Path):
 def test_a_manifest_survives_saving_and_loading(tmp_path: Path):
     manifest = Manifest(
         source="é",
+        kind="folder",
         seed=3,
         num_samples=2,
         num_quarantined=1,
+        num_duplicates=0,
+        dedupe="mark",
         samples_per_shard=128,
         classes=["a", "b"],
+        channels=[3],
+        dtypes=["uint8"],
+        num_masks=0,
+        store={"store": "keep"},
+        statistics={},
         max_width=5,
         max_height=6,
         bytes=10240,
@@ -142,8 +150,8 @@ def test_a_manifest_survives_saving_and_loading(tmp_path: Path):
     )
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
-    dataclasses.replace(manifest, format_version=2).save(tmp_path)
-    with pytest.raises(UserError, match="format version 2, this fastssl reads 1"):
+    dataclasses.replace(manifest, format_version=3).save(tmp_path)
+    with pytest.raises(UserError, match="format version 3, this fastssl reads 2"):
         Manifest.load(tmp_path)
     (tmp_path / layout.MANIFEST).write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json' is damaged"):

@@ -4,7 +4,20 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.sources import looks_like_splits, scan_folder
+from shards.places import open_place
+from shards.sources import FolderSource, looks_like_splits
+
+
+def scan_folder(root: Path) -> list[dict]:
+    """The entries, by name."""
+    batches = FolderSource(open_place(root)).entries()
+    return sorted(
+        (row for batch in batches for row in batch.to_pylist()), key=lambda row: row["source"].encode()
+    )
+
+
+def names_of(found: list[dict]) -> list[str]:
+    return [row["source"] for row in found]
 
 
 def touch(root: Path, *names: str) -> None:
@@ -17,7 +30,7 @@ def test_paths_are_sorted_and_labels_are_the_first_folder(tmp_path: Path):
     touch(tmp_path, "b/2.jpg", "b/deep/er/1.PNG", "a/3.webp", "top.tiff", "a b/x.y.JPeG")
     touch(tmp_path, "notes/readme.md", "é/1.bmp")
     found = scan_folder(tmp_path)
-    assert found.paths.to_pylist() == [
+    assert names_of(found) == [
         "a b/x.y.JPeG",
         "a/3.webp",
         "b/2.jpg",
@@ -25,15 +38,14 @@ def test_paths_are_sorted_and_labels_are_the_first_folder(tmp_path: Path):
         "top.tiff",
         "é/1.bmp",
     ]
-    assert found.classes == ["a", "a b", "b", "é"]
-    assert found.labels.tolist() == [1, 0, 2, 2, -1, 3]
-    assert found.sizes.tolist() == [5] * 6
+    assert [row["label"] for row in found] == ["a b", "a", "b", "b", None, "é"]
+    assert [row["bytes"] for row in found] == [5] * 6
     assert len(found) == 6
 
 
 def test_hidden_files_and_archive_leftovers_are_skipped(tmp_path: Path):
     touch(tmp_path, "a/1.jpg", ".git/2.jpg", "a/.3.jpg", "__MACOSX/a/4.jpg", "a/__MACOSX/5.jpg")
-    assert scan_folder(tmp_path).paths.to_pylist() == ["a/1.jpg"]
+    assert names_of(scan_folder(tmp_path)) == ["a/1.jpg"]
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path):
@@ -44,23 +56,22 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path):
     (root / "a" / "circle").symlink_to(root)
     (root / "dangling.jpg").symlink_to(root / "missing")
     found = scan_folder(root)
-    assert found.paths.to_pylist() == ["a/2.jpg", "dangling.jpg", "linked/1.jpg"]
-    assert found.sizes.tolist() == [5, 0, 5]
+    assert names_of(found) == ["a/2.jpg", "dangling.jpg", "linked/1.jpg"]
+    assert [row["bytes"] for row in found] == [5, 0, 5]
 
 
 def test_pipes_are_never_opened(tmp_path: Path):
     touch(tmp_path, "1.jpg")
     os.mkfifo(tmp_path / "2.jpg")
-    assert scan_folder(tmp_path).paths.to_pylist() == ["1.jpg"]
+    assert names_of(scan_folder(tmp_path)) == ["1.jpg"]
 
 
-def test_more_images_than_one_chunk_stay_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shards.sources._CHUNK", 4)
+def test_large_folders_come_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shards.sources.BATCH_ROWS", 4)
     names = [f"{'abc'[i % 3]}/{i:02d}.jpg" for i in range(19)]
     touch(tmp_path, *names)
-    found = scan_folder(tmp_path)
-    assert found.paths.to_pylist() == sorted(names)
-    assert [found.classes[label] for label in found.labels] == [name[0] for name in sorted(names)]
+    assert [batch.num_rows for batch in FolderSource(open_place(tmp_path)).entries()] == [4, 4, 4, 4, 3]
+    assert names_of(scan_folder(tmp_path)) == sorted(names)
 
 
 def test_a_missing_folder(tmp_path: Path):

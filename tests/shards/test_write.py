@@ -4,16 +4,18 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.image import Stored
+from shards.places import open_place
 from shards.write import MAX_MEMBER_BYTES, Member, Sample, _header, write_index, write_shard
 
 
 def sample(position: int, data: bytes, ext: str = "jpg", label: int | None = None) -> Sample:
-    stored = Stored(data, ext, 4, 3, 3, "kept")
+    stored = Stored(data, ext, 4, 3, 3, "uint8", "kept", "0" * 32, np.zeros((1, 3), np.uint8), (4, 3))
     return Sample(f"{position:09d}", stored, f"é/{position} a.jpg", label, None if label is None else "bee")
 
 
@@ -31,7 +33,7 @@ def test_headers_are_those_of_tarfile(name: str, size: int):
 
 
 def test_the_archive_is_byte_for_byte_that_of_tarfile(tmp_path: Path):
-    written = write_shard(tmp_path / "shard-000000.tar", SAMPLES)
+    written = write_shard(open_place(tmp_path), "shard-000000.tar", SAMPLES)
     assert written is not None
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -57,7 +59,7 @@ def test_the_archive_is_byte_for_byte_that_of_tarfile(tmp_path: Path):
 
 
 def test_offsets_are_those_of_tarfile(tmp_path: Path):
-    written = write_shard(tmp_path / "a.tar", SAMPLES)
+    written = write_shard(open_place(tmp_path), "a.tar", SAMPLES)
     assert written is not None
     with tarfile.open(tmp_path / "a.tar") as tar:
         found = [Member(info.name, info.offset_data, info.size) for info in tar]
@@ -69,14 +71,14 @@ def test_the_index_is_dalis_text(tmp_path: Path):
         [Member("000000003.jpg", 512, 3), Member("000000003.cls", 1536, 1)],
         [Member("000000004.png", 2560, 9)],
     ]
-    write_index(tmp_path / "a.idx", members)
+    write_index(open_place(tmp_path), "a.idx", members)
     assert (tmp_path / "a.idx").read_text() == (
         "v1.2 2\njpg 512 3 000000003.jpg cls 1536 1 000000003.cls\npng 2560 9 000000004.png\n"
     )
 
 
 def test_without_samples_nothing_is_written(tmp_path: Path):
-    assert write_shard(tmp_path / "a.tar", iter([])) is None
+    assert write_shard(open_place(tmp_path), "a.tar", iter([])) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -86,5 +88,5 @@ def test_an_error_while_reading_leaves_no_file(tmp_path: Path):
         raise RuntimeError("gone")
 
     with pytest.raises(RuntimeError, match="gone"):
-        write_shard(tmp_path / "a.tar", samples())
+        write_shard(open_place(tmp_path), "a.tar", samples())
     assert list(tmp_path.iterdir()) == []

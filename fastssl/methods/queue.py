@@ -1,0 +1,44 @@
+"""A first-in, first-out memory of earlier steps' keys, as more negatives (MoCo, arXiv 1911.05722)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class KeyQueue(nn.Module):
+    """The last `size` keys of each view, the same on every rank because keys are gathered before they come here.
+
+    The count of keys ever taken in is a Python number, so that a step waits for nothing on the device; the state dict holds it
+    beside the keys.
+    """
+
+    keys: Tensor
+
+    def __init__(self, num_views: int, size: int, dim: int) -> None:
+        super().__init__()
+        self.size = size
+        self.count = 0
+        self.register_buffer("keys", torch.zeros(num_views, size, dim))
+
+    def filled(self) -> Tensor:
+        """The keys that are there, (V, n, dim), n from 0 to `size`: slots not yet filled are left out."""
+        return self.keys[:, : min(self.count, self.size)]
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Take in (V, n, dim) keys over the oldest ones; n must divide the size, so that a push never wraps around.
+
+        What is not finite becomes 0, which is like no query: one bad batch must not spoil the loss of all that follow.
+        """
+        num = keys.shape[1]
+        assert self.size % num == 0, "the configuration is checked for this"
+        start = self.count % self.size
+        assert start % num == 0, "the batch does not change during a run"
+        self.keys[:, start : start + num] = F.normalize(keys.float(), dim=2).nan_to_num(0.0, 0.0, 0.0)
+        self.count += num
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.count)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.count = int(state)

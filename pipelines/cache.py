@@ -1,0 +1,151 @@
+"""Where pixels come from: shards, or memory that holds the whole data set, encoded or decoded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from shards.errors import UserError
+from shards.read import ShardSet
+
+GB = 1e9
+SHARE = 0.5  # of the free memory that a cache may fill by itself; the rest is for batches, the model and other programs
+
+
+# What reading and decoding raise: torch's and our decoders, files and networks, maps of empty files, remote storage.
+_FAULTS = (RuntimeError, OSError, ValueError, EOFError, UserError)
+
+
+class Unreadable(Exception):
+    """A sample of the data set cannot be read or decoded any more; the message says why."""
+
+
+class Samples:
+    """The decoded images of a data set, read and decoded each time; safe to use from threads."""
+
+    note = ""  # what is held in memory, for the user
+
+    def __init__(self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int):
+        self.shards, self.channels, self._decode = shards, channels, decode
+
+    def pixels(self, sample_id: int) -> np.ndarray:
+        """The pixels (H, W, C) of one image; Unreadable where it is gone, damaged, or of another size than the table says."""
+        try:
+            pixels = self._decode(self._read(sample_id))
+        except _FAULTS as fault:
+            raise Unreadable(str(fault)) from fault
+        width, height = int(self.shards.widths[sample_id]), int(self.shards.heights[sample_id])
+        if pixels.shape[:2] != (height, width):
+            raise Unreadable(
+                f"it is {pixels.shape[1]} x {pixels.shape[0]}, but {width} x {height} in the table"
+            )
+        return pixels
+
+    def _read(self, sample_id: int) -> memoryview:
+        return self.shards.read(sample_id)
+
+
+class EncodedCache(Samples):
+    """Keeps the bytes of each image from its first reading on."""
+
+    def __init__(self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int):
+        super().__init__(shards, decode, channels)
+        self._ends = np.cumsum(shards.sizes, dtype=np.int64)
+        self._bytes = np.empty(int(self._ends[-1]), dtype=np.uint8)  # pages are taken when they are written
+        self._held = np.zeros(shards.num_samples, dtype=np.bool_)
+
+    def _read(self, sample_id: int) -> memoryview:
+        end = int(self._ends[sample_id])
+        place = self._bytes[end - int(self.shards.sizes[sample_id]) : end]
+        if not self._held[sample_id]:
+            place[:] = np.frombuffer(self.shards.read(sample_id), dtype=np.uint8)
+            self._held[sample_id] = True  # last: two threads may both write it, the same bytes
+        return place.data.toreadonly()
+
+
+class DecodedCache(Samples):
+    """Keeps the 8-bit pixels of each image from its first decoding on."""
+
+    def __init__(self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int):
+        super().__init__(shards, decode, channels)
+        self._ends = np.cumsum(decoded_sizes(shards, channels))
+        self._bytes = np.empty(int(self._ends[-1]), dtype=np.uint8)
+        self._held = np.zeros(shards.num_samples, dtype=np.bool_)
+
+    def pixels(self, sample_id: int) -> np.ndarray:
+        """As `Samples.pixels`."""
+        shape = (int(self.shards.heights[sample_id]), int(self.shards.widths[sample_id]), self.channels)
+        end = int(self._ends[sample_id])
+        place = self._bytes[end - shape[0] * shape[1] * shape[2] : end].reshape(shape)
+        if not self._held[sample_id]:
+            place[:] = super().pixels(sample_id)
+            self._held[sample_id] = True
+        return place
+
+
+def decoded_sizes(shards: ShardSet, channels: int) -> np.ndarray:
+    """Bytes of each image's 8-bit pixels: int64 (num_samples,)."""
+    return shards.widths.astype(np.int64) * shards.heights * channels
+
+
+def eight_bit(shards: ShardSet) -> bool:
+    """Whether all images are decoded to 8 bits a channel."""
+    return shards.manifest.dtypes == ["uint8"]
+
+
+def open_samples(
+    shards: ShardSet,
+    decode: Callable[[memoryview], np.ndarray],
+    channels: int,
+    cache: str = "none",
+    cache_gb: float = 0,
+) -> Samples:
+    """The data set's images, with the cache that is asked for: 'ram' holds pixels where they fit and encoded bytes where not.
+
+    Args:
+        cache_gb: memory that the cache may fill, in 10^9 bytes; 0 means half of what is free now, shared among the ranks here.
+
+    Raises:
+        UserError: not even the encoded images fit.
+    """
+    if cache != "ram":
+        return Samples(shards, decode, channels)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    allowed = cache_gb * GB or SHARE * free_memory() / ranks
+    encoded, decoded = int(shards.sizes.sum()), int(decoded_sizes(shards, channels).sum())
+    what = (
+        f"{shards.num_samples:,} images are {decoded / GB:.2f} GB decoded and {encoded / GB:.2f} GB encoded"
+    )
+    if encoded > allowed:
+        raise UserError(
+            f"data.cache ram: the {what}, more than the {allowed / GB:.2f} GB allowed: set --data.cache none (the system keeps what "
+            "it can of the shards in memory) or raise --data.cache-gb."
+        )
+    whole = decoded <= allowed and eight_bit(shards)
+    samples = (DecodedCache if whole else EncodedCache)(shards, decode, channels)
+    samples.note = (
+        f"cache in RAM: the {what}; {allowed / GB:.2f} GB are allowed, so {'pixels' if whole else 'encoded bytes'} are kept from "
+        "their first use on"
+    )
+    return samples
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: what the system has available, within the limit of its control group."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        [available] = [line for line in lines if line.startswith("MemAvailable:")]
+        free = int(available.split()[1]) * 1024
+    except (OSError, ValueError):
+        if not hasattr(os, "sysconf"):
+            return int(4 * GB)  # an unknown system: little enough for any
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such file, or 'max'
+        return free
+    return max(0, min(free, limit - used))

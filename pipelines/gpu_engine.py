@@ -1,0 +1,171 @@
+"""The fused engine on a GPU: the CPU decodes in threads, batched kernels make the views on a stream of their own, a step ahead.
+
+Decoded images of any sizes lie end to end in one buffer of bytes; a GPU cache is such a buffer of the whole data set. The same code
+runs on CPU tensors, for the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import torch
+
+from pipelines import gpu_kernels
+from pipelines.cache import GB, SHARE, Samples, decoded_sizes, eight_bit
+from pipelines.draws import DRAW
+from pipelines.recipe import Recipe
+from pipelines.stream import Job, hand_over
+from shards.errors import UserError
+
+
+class GpuStore:
+    """The decoded data set in the memory of a device: each image from its first use on."""
+
+    def __init__(self, samples: Samples, device: torch.device, cache_gb: float = 0):
+        """`cache_gb`: memory it may fill, in 10^9 bytes; 0 is half of what is free. Raises UserError where the pixels do not fit."""
+        sizes = decoded_sizes(samples.shards, samples.channels)
+        total = int(sizes.sum())
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total
+        allowed = cache_gb * GB or SHARE * free
+        what = f"{samples.shards.num_samples:,} images are {total / GB:.2f} GB decoded"
+        if (device.type == "cuda" or cache_gb) and total > allowed:
+            raise UserError(
+                f"data.cache gpu: the {what}, more than the {allowed / GB:.2f} GB allowed on the device: set --data.cache ram, or "
+                "raise --data.cache-gb."
+            )
+        self.note = f"cache on the GPU: the {what}; kept from their first use on"
+        self.first_bytes = np.cumsum(sizes) - sizes
+        self.pixels = torch.empty(total, dtype=torch.uint8, device=device)
+        self.held = np.zeros(samples.shards.num_samples, dtype=np.bool_)
+
+
+class GpuSlot:
+    """Memory for one batch of decoded images, and the launches that turn them into views."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        recipe: Recipe,
+        device: torch.device,
+        side: torch.cuda.Stream | None = None,
+        store: GpuStore | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        """`side`: the stream of the copies and kernels; None on a CPU."""
+        self._samples, self._recipe, self._device, self._side, self._store = (
+            samples,
+            recipe,
+            device,
+            side,
+            store,
+        )
+        self._dtype = dtype
+        self._mean, self._std = (torch.tensor(x, device=device) for x in (recipe.mean, recipe.std))
+        self._host, self._pixels = self._memory(0), torch.empty(0, dtype=torch.uint8, device=device)
+        self._copied = torch.cuda.Event() if side is not None else None
+        self._ids: np.ndarray = np.empty(0, dtype=np.int64)
+        self._draws: np.ndarray = np.empty(0, dtype=DRAW)
+        self._first_bytes, self._end = np.empty(0, dtype=np.int64), 0
+        self._strays: dict[int, np.ndarray] = {}
+        self._fresh: list[int] = []
+        self._views: list[torch.Tensor] = []
+
+    def begin(self, job: Job) -> None:
+        """As `Slot.begin`: each image gets the place that its size in the table asks for."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._ids, self._draws = np.array(job.ids), job.draws.copy()
+        sizes = self._sizes(self._ids)
+        self._first_bytes = np.cumsum(sizes) - sizes
+        self._strays, self._fresh = {}, []
+        self._end = int(sizes.sum())  # bytes in use
+        if (
+            len(self._host) < self._end
+        ):  # grows by quarters, so that batches of mixed sizes soon find it large enough
+            self._host = self._memory(self._end * 5 // 4)
+
+    def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
+        """As `Slot.fill`: decode only."""
+        if self._store is None or not self._store.held[sample_id]:
+            pixels = self._samples.pixels(sample_id).reshape(-1)
+            if sample_id == self._ids[i]:
+                first = int(self._first_bytes[i])
+                self._host[first : first + len(pixels)].numpy()[:] = pixels
+            else:  # stands in for a bad sample and may be larger
+                self._strays[i] = pixels
+            self._fresh.append(i)
+        self._ids[i] = sample_id
+        self._draws[:, i] = draws
+
+    def launch(self) -> None:
+        """As `Slot.launch`."""
+        self._place_strays()
+        with torch.cuda.stream(self._side) if self._side is not None else contextlib.nullcontext():
+            pixels, first_bytes = self._upload()
+            views, ids = self._draws.shape[0], self._ids
+            draws = self._draws.reshape(-1)  # view after view
+            params = gpu_kernels.pack(
+                draws,
+                np.tile(first_bytes, views),
+                np.tile(self._samples.shards.widths[ids], views),
+                pin=self._side is not None,
+            ).to(self._device)
+            largest = (int(np.max(draws["height"])), int(np.max(draws["width"])))
+            made = gpu_kernels.crop(pixels, params, self._recipe.size, largest)
+            made = gpu_kernels.blur(gpu_kernels.colour(made, params), params)
+            out = gpu_kernels.finish(made, params, self._mean, self._std, self._dtype)
+            self._views = list(out.view(views, len(ids), *out.shape[1:]).unbind(0))
+            if self._copied is not None:
+                self._copied.record()
+
+    def views(self) -> list[torch.Tensor]:
+        """As `Slot.views`: the current stream waits for the kernels, the host does not."""
+        views, self._views = self._views, []
+        if self._copied is not None:
+            hand_over(views, self._copied, self._device)
+        return views
+
+    def done(self) -> None:
+        """As `Slot.done`: nothing is lent."""
+
+    def _upload(self) -> tuple[torch.Tensor, np.ndarray]:
+        """The bytes on the device and where each image of the batch begins in them."""
+        if self._store is None:
+            if len(self._pixels) < len(self._host):
+                self._pixels = torch.empty_like(self._host, device=self._device)
+            self._pixels[: self._end].copy_(self._host[: self._end], non_blocking=True)
+            return self._pixels, self._first_bytes
+        for i in self._fresh:
+            size, first = int(self._sizes(self._ids[i : i + 1])[0]), int(self._first_bytes[i])
+            at = int(self._store.first_bytes[self._ids[i]])
+            self._store.pixels[at : at + size].copy_(self._host[first : first + size], non_blocking=True)
+        # Later launches follow on the same stream, so what is marked as held here is there when they read it.
+        self._store.held[self._ids[self._fresh]] = True
+        return self._store.pixels, self._store.first_bytes[self._ids]
+
+    def _place_strays(self) -> None:
+        """Put the stand-ins behind all others."""
+        old, total = self._host, self._end + sum(len(pixels) for pixels in self._strays.values())
+        if total > len(old):
+            self._host = self._memory(total)
+            self._host[: self._end] = old[: self._end]
+        for i, pixels in sorted(self._strays.items()):
+            self._first_bytes[i] = self._end
+            self._end += len(pixels)
+            self._host[self._end - len(pixels) : self._end].numpy()[:] = pixels
+
+    def _sizes(self, ids: np.ndarray) -> np.ndarray:
+        shards = self._samples.shards
+        return shards.widths[ids].astype(np.int64) * shards.heights[ids] * self._samples.channels
+
+    def _memory(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.uint8, pin_memory=self._side is not None)
+
+
+def check_gpu_views(samples: Samples) -> None:
+    """UserError where the batched kernels cannot make the views of this data set."""
+    if samples.channels != 3 or not eight_bit(samples.shards):
+        raise UserError(
+            "data.augment_on gpu works on 8-bit images of 3 channels, and these are others: set --data.augment-on cpu."
+        )

@@ -1,0 +1,254 @@
+"""Batches made in threads, ahead of time and in order; ends all its threads at once, whatever ends it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from pipelines.cache import Samples, Unreadable
+from pipelines.faults import BadSamples, bad_sample
+from shards.errors import UserError
+
+PREFETCH = 2  # batches made ahead: one being filled while one waits
+SLOTS = PREFETCH + 1  # and one that the caller works on
+TASKS_PER_THREAD = (
+    4  # parts a batch is cut in, per thread: small enough that the last part does not keep others waiting
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples and their views.
+
+    `views`: float32 (N, C, S, S) each, normalised; `sample_ids` and `labels`: int64 (N,), label -1 where there is none. The ids are
+    those of the samples really used, where one stands in for a bad one.
+    On a CPU the views lie in buffers that are used again: they are valid until the next batch is asked for.
+    """
+
+    views: list[torch.Tensor]
+    sample_ids: np.ndarray
+    labels: np.ndarray
+
+
+class Job(NamedTuple):
+    """A batch to make: sample ids (N,), DRAW records (V, N), and the epoch, which chooses the stand-ins for bad samples."""
+
+    ids: np.ndarray
+    draws: np.ndarray
+    epoch: int = 0
+
+
+class Slot(Protocol):
+    """Memory for one batch and the work that fills it."""
+
+    def begin(self, job: Job) -> None:
+        """Get ready for a batch; waits until the memory may be overwritten."""
+
+    def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
+        """Make sample `i` of the batch, from DRAW records (V,); called by many threads. Raises Unreadable for a bad sample."""
+
+    def launch(self) -> None:
+        """Start what the device has to do, now that all samples are there; does not wait for it."""
+
+    def views(self) -> list[torch.Tensor]:
+        """The views, for use on the current stream."""
+        ...
+
+    def done(self) -> None:
+        """The caller has taken what it wants from the views and asks for the next batch."""
+
+
+class Renderer(Protocol):
+    """An engine that makes views one image at a time."""
+
+    def decode(self, data: memoryview) -> np.ndarray:
+        """The pixels (H, W, C) of an encoded image."""
+        ...
+
+    def render(self, pixels: np.ndarray, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
+        """Write the view of each DRAW record (V,) to `out`, V arrays of float32 (C, S, S)."""
+
+
+def default_threads() -> int:
+    """Cores this process may use, shared among the ranks of this machine (torchrun's LOCAL_WORLD_SIZE)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def stream(
+    samples: Samples,
+    slots: Sequence[Slot],
+    jobs: Iterator[Job],
+    threads: int,
+    bad: BadSamples | None = None,
+) -> Generator[Batch, None, None]:
+    """Make the batches of `jobs` in threads, `PREFETCH` ahead and in order.
+
+    Args:
+        slots: memory for `SLOTS` batches.
+        bad: finds stand-ins for bad samples; without it the first one ends the stream.
+
+    Raises:
+        UserError: a sample does not decode and nothing may stand in for it; the message names it.
+    """
+    free, waiting = deque(slots), deque[_Filling]()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="views")
+    stopped = threading.Event()
+    main = threading.main_thread()
+
+    def fill(slot: Slot, ids: np.ndarray, job: Job, part: range) -> None:
+        for i in part:
+            if (
+                stopped.is_set() or not main.is_alive()
+            ):  # closed, or the interpreter ends with the stream still open
+                return
+            # Strided over views in `draws`, contiguous for the compiled kernel.
+            ids[i] = _fill_one(
+                samples, slot, i, int(ids[i]), np.ascontiguousarray(job.draws[:, i]), job.epoch, bad
+            )
+
+    def start_next() -> None:
+        job = next(jobs, None)
+        if job is None:
+            return
+        slot, count, ids = free.popleft(), len(job.ids), np.array(job.ids)
+        slot.begin(job)
+        if bad is not None:
+            bad.expect(count)
+        size = max(1, count // (threads * TASKS_PER_THREAD))
+        parts = [range(a, min(a + size, count)) for a in range(0, count, size)]
+        waiting.append(_Filling(slot, ids, [pool.submit(fill, slot, ids, job, part) for part in parts]))
+
+    try:
+        for _ in range(PREFETCH):
+            start_next()
+        while waiting:
+            filling = waiting.popleft()
+            filling.launch()
+            if bad is not None:
+                bad.speak()
+            start_next()  # into the memory that neither this batch nor the waiting one holds
+            if waiting and all(future.done() for future in waiting[0].futures):
+                waiting[0].launch()  # the device makes the next views while it is still at this step
+            yield Batch(filling.slot.views(), filling.ids, samples.shards.labels[filling.ids])
+            filling.slot.done()
+            free.append(filling.slot)
+    finally:
+        stopped.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        if isinstance(jobs, Generator):
+            jobs.close()
+
+
+class _Filling:
+    """A batch that threads are at."""
+
+    def __init__(self, slot: Slot, ids: np.ndarray, futures: list[Future]):
+        self.slot, self.ids, self.futures = slot, ids, futures
+        self._launched = False
+
+    def launch(self) -> None:
+        """Wait until all samples are there and start the device's part, once."""
+        if not self._launched:
+            for future in self.futures:
+                future.result()
+            self.slot.launch()
+            self._launched = True
+
+
+def _fill_one(
+    samples: Samples,
+    slot: Slot,
+    i: int,
+    sample_id: int,
+    draws: np.ndarray,
+    epoch: int,
+    bad: BadSamples | None,
+) -> int:
+    """Fill place `i` of a batch, with a stand-in where the sample is bad; returns the sample used."""
+    wanted, attempt = sample_id, 0
+    while True:
+        if bad is None or sample_id not in bad:
+            try:
+                slot.fill(i, sample_id, draws)
+            except Unreadable as fault:
+                if bad is None:
+                    raise UserError(bad_sample(samples.shards, sample_id, fault)) from fault
+                bad.note(sample_id, fault)
+            else:
+                if attempt and bad is not None:
+                    bad.count_replaced()
+                return sample_id
+        assert bad is not None
+        sample_id, draws = bad.stand_in(epoch, wanted, attempt)
+        attempt += 1
+
+
+class HostSlot:
+    """Memory for one batch of views made by the CPU, pinned where it is copied to a GPU."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        engine: Renderer,
+        shapes: Sequence[tuple[int, ...]],
+        batch: int,
+        device: torch.device,
+        copies: torch.cuda.Stream | None = None,
+    ):
+        """`shapes`: (C, S, S) of each view. `copies`: the stream for copies to a GPU; without it the views stay on the host."""
+        self._samples, self._engine, self._device, self._copies = samples, engine, device, copies
+        on_gpu = device.type == "cuda"
+        self._tensors = [
+            torch.empty((batch, *shape), dtype=torch.float32, pin_memory=on_gpu) for shape in shapes
+        ]
+        self._pixels = [tensor.numpy() for tensor in self._tensors]
+        self._copied = torch.cuda.Event() if on_gpu else None
+        self._count = 0
+        self._views: list[torch.Tensor] = []
+
+    def begin(self, job: Job) -> None:
+        """As `Slot.begin`."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._count = len(job.ids)
+
+    def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
+        """As `Slot.fill`."""
+        self._engine.render(self._samples.pixels(sample_id), draws, [view[i] for view in self._pixels])
+
+    def launch(self) -> None:
+        """Copy to a GPU on a stream of its own: it overlaps with the step that the GPU is still at."""
+        self._views = [view[: self._count] for view in self._tensors]
+        if self._copies is not None and self._copied is not None:
+            with torch.cuda.stream(self._copies):
+                self._views = [view.to(self._device, non_blocking=True) for view in self._views]
+                self._copied.record()
+
+    def views(self) -> list[torch.Tensor]:
+        """As `Slot.views`: the current stream waits for the copy, the host does not."""
+        views, self._views = self._views, []
+        if self._copied is not None and self._copies is not None:
+            hand_over(views, self._copied, self._device)
+        return views
+
+    def done(self) -> None:
+        """As `Slot.done`: what was lent on the host may still be on its way to the GPU."""
+        if self._copied is not None and self._copies is None:
+            self._copied.record(torch.cuda.current_stream(self._device))
+
+
+def hand_over(views: list[torch.Tensor], made: torch.cuda.Event, device: torch.device) -> None:
+    """Let the current stream use tensors that another stream made."""
+    compute = torch.cuda.current_stream(device)
+    compute.wait_event(made)
+    for view in views:
+        view.record_stream(compute)  # its memory was taken on the other stream

@@ -1,0 +1,177 @@
+"""One shard: a pure function of (source, plan, shard number), made by whoever comes by, with the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards import layout
+from shards.image import BadImage, Stored, prove, prove_pixels
+from shards.layout import ShardFile
+from shards.masks import prove_mask
+from shards.places import Place
+from shards.plan import PLANNED, Plan
+from shards.policy import Policy
+from shards.sources import Source
+from shards.statistics import Statistics
+from shards.workers import Count
+from shards.write import Member, Sample, write_index, write_shard
+
+NOT_YET = ("sample_id", "duplicate_of")  # known when all shards are
+_ROWS = [column for column in layout.SCHEMA if column.name not in NOT_YET]
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a finished shard notes beside its rows. `shard` is None where no image of it was good."""
+
+    shard: ShardFile | None
+    quarantined: list[dict[str, Any]]
+    statistics: dict[str, Any]
+    num_dropped: int
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes shards of one conversion; picklable. `dropped`: positions left out of each shard, as duplicates."""
+
+    source: Source
+    dest: Place
+    plan: Plan
+    policy: Policy
+    dropped: dict[int, frozenset[int]]
+
+    def __call__(self, shard: int, count: Count) -> None:
+        """Writes tar, index and, last, the rows that mark the shard as finished."""
+        dropped = self.dropped.get(shard, frozenset())
+        work = _Work(self, shard, dropped, count)
+        written = write_shard(self.dest, layout.shard_name(shard), work.samples())
+        file = None
+        if written:
+            file, members = written
+            write_index(self.dest, layout.index_name(shard), members)
+            work.locate(members)
+        marks = Marks(file, work.quarantined, work.statistics.to_json(), len(dropped))
+        write_rows(self.dest, shard, work.table(), marks)
+
+
+class _Work:
+    def __init__(self, maker: Maker, shard: int, dropped: frozenset[int], count: Count):
+        self.statistics = Statistics()
+        self.quarantined: list[dict[str, Any]] = []
+        self._maker = maker
+        self._shard = shard
+        self._dropped = dropped
+        self._count = count
+        self._rows: list[dict[str, Any]] = []
+        planned = maker.plan.rows(shard)
+        self._extra = [column for column in planned.schema if column.name not in PLANNED.names]
+        self._planned = planned.to_pylist()
+
+    def samples(self) -> Iterator[Sample]:
+        for row in self._planned:
+            position = row["position"]
+            if position in self._dropped:
+                self._count(1, 0)
+                continue
+            try:
+                sample, columns = self._sample(row)
+            except BadImage as fault:
+                about = {"source": row["source"], "reason": fault.reason, "position": position}
+                self.quarantined.append(about)
+                self._count(1, 1)
+                continue
+            self._rows.append(columns)
+            yield sample
+            self._count(1, 0)
+
+    def _sample(self, row: dict[str, Any]) -> tuple[Sample, dict[str, Any]]:
+        maker, name = self._maker, row["source"]
+        picture = maker.source.read(row)
+        if isinstance(picture.data, bytes):
+            stored = prove(picture.data, name, maker.policy)
+        else:
+            stored = prove_pixels(picture.data, name, maker.policy)
+        mask = None
+        if picture.mask is not None:
+            mask = prove_mask(picture.mask, row["mask"] or name, stored, maker.policy)
+        self.statistics.add(stored.sample)
+        label = row["label"]
+        extra = {column.name: row[column.name] for column in self._extra}
+        facts = {key: value for key, value in extra.items() if value is not None} | picture.facts
+        class_name = None if label is None else maker.plan.classes[label]
+        key = layout.sample_key(row["position"])
+        columns = _columns(stored) | extra
+        columns |= {"key": key, "source": name, "label": label, "group": row["group"]}
+        return Sample(key, stored, name, label, class_name, mask, facts), columns
+
+    def locate(self, members: list[list[Member]]) -> None:
+        """Enters where each sample's files lie in the tar."""
+        for row, files in zip(self._rows, members, strict=True):
+            row["shard"] = self._shard
+            row["offset"] = files[0].offset
+            for member in files:
+                if member.name.endswith(f".{layout.MASK_EXT}"):
+                    row["mask_offset"], row["mask_size"] = member.offset, member.size
+
+    def table(self) -> pa.Table:
+        return pa.Table.from_pylist(self._rows, schema=pa.schema([*_ROWS, *self._extra]))
+
+
+def _columns(stored: Stored) -> dict[str, Any]:
+    return {
+        "size": len(stored.data),
+        "ext": stored.ext,
+        "width": stored.width,
+        "height": stored.height,
+        "channels": stored.channels,
+        "dtype": stored.dtype,
+        "sha256": hashlib.sha256(stored.data).hexdigest(),
+        "pixels_hash": stored.pixels_hash,
+        "stored": stored.how,
+    }
+
+
+def rows_path(shard: int) -> str:
+    """Where, in the destination, the finished shard's rows lie."""
+    return f"{layout.ROWS}/{layout.rows_name(shard)}"
+
+
+def write_rows(dest: Place, shard: int, table: pa.Table, marks: Marks) -> None:
+    """Marks a shard as finished: its rows, and what it noted, in one file."""
+    about = {
+        "shard": marks.shard and vars(marks.shard),
+        "quarantined": marks.quarantined,
+        "statistics": marks.statistics,
+        "num_dropped": marks.num_dropped,
+    }
+    text = json.dumps(about, ensure_ascii=False, sort_keys=True)
+    table = table.replace_schema_metadata({"marks": text})
+
+    def write(file: BinaryIO) -> None:
+        pq.write_table(table, file, compression="zstd")
+
+    dest.write(rows_path(shard), write)
+
+
+def read_marks(dest: Place, shard: int) -> Marks | None:
+    """What a finished shard noted; None where it is not finished."""
+    try:
+        with dest.open(rows_path(shard)) as file:
+            about = json.loads(pq.read_schema(file).metadata[b"marks"])
+    except FileNotFoundError:
+        return None
+    shard_file = about.pop("shard")
+    return Marks(shard_file and ShardFile(**shard_file), **about)
+
+
+def read_rows(dest: Place, shard: int, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a finished shard."""
+    with dest.open(rows_path(shard)) as file:
+        return pq.read_table(file, columns=columns).replace_schema_metadata(None)

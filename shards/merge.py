@@ -1,0 +1,180 @@
+"""All shards made: their rows become the sample table, their notes the manifest; equal pixels are found on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards import layout
+from shards.errors import UserError
+from shards.layout import Manifest
+from shards.make import Marks, read_marks, read_rows
+from shards.places import Place
+from shards.plan import Plan
+from shards.statistics import Statistics
+
+_HEX = np.zeros(256, np.uint64)
+_HEX[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
+
+
+def merge(dest: Place, plan: Plan) -> Manifest:
+    """Writes the sample table and the quarantine, and returns the manifest, which is not written yet.
+
+    Every shard must be finished. Raises UserError where no image of any shard is good.
+    """
+    notes = [_marks(dest, shard) for shard in range(plan.num_shards)]
+    quarantined = [bad for marks in notes for bad in marks.quarantined]
+    dropped = read_dropped(dest)
+    if not any(marks.shard for marks in notes):
+        first = "; ".join(f"{bad['source']}: {bad['reason']}" for bad in quarantined[:3])
+        raise UserError(f"none of the {len(quarantined)} images can be used. The first: {first}.")
+    made = [shard for shard, marks in enumerate(notes) if marks.shard]
+    first_equal = first_equals(dest, made) if plan.settings.dedupe != "keep" else None
+    sums = _Sums()
+
+    def write(file: BinaryIO) -> None:
+        schema = pa.schema([*layout.SCHEMA, *plan.extra_fields()])
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for shard in made:
+                rows = read_rows(dest, shard)
+                ids = np.arange(sums.num_samples, sums.num_samples + rows.num_rows)
+                equal = np.full(len(ids), -1) if first_equal is None else first_equal[ids]
+                sums.add(rows, equal)
+                known = {"sample_id": pa.array(ids), "duplicate_of": pa.array(equal, mask=equal < 0)}
+                columns = [known[name] if name in known else rows[name] for name in schema.names]
+                writer.write_table(pa.table(columns, schema=schema))
+
+    dest.write(layout.TABLE, write)
+    lines = "".join(json.dumps(bad, ensure_ascii=False, sort_keys=True) + "\n" for bad in quarantined)
+    dest.write(layout.QUARANTINE, lines.encode())
+    statistics = Statistics()
+    for marks in notes:
+        statistics.merge(Statistics.from_json(marks.statistics))
+    files = [marks.shard for marks in notes if marks.shard]
+    settings = plan.settings
+    return Manifest(
+        source=settings.source,
+        kind=settings.kind,
+        seed=settings.seed,
+        num_samples=sums.num_samples,
+        num_quarantined=len(quarantined),
+        num_duplicates=sums.num_duplicates + len(dropped),
+        dedupe=settings.dedupe,
+        samples_per_shard=settings.samples_per_shard,
+        classes=plan.classes,
+        channels=sorted(sums.channels),
+        dtypes=sorted(sums.dtypes),
+        num_masks=sums.num_masks,
+        max_width=sums.max_width,
+        max_height=sums.max_height,
+        bytes=sum(file.bytes for file in files),
+        store=settings.store,
+        statistics=statistics.summary(),
+        shards=files,
+        options_sha256=settings.sha256(),
+    )
+
+
+class _Sums:
+    def __init__(self):
+        self.num_samples = self.num_duplicates = self.num_masks = self.max_width = self.max_height = 0
+        self.channels: set[int] = set()
+        self.dtypes: set[str] = set()
+
+    def add(self, rows: pa.Table, equal: npt.NDArray[np.int64]) -> None:
+        self.num_samples += rows.num_rows
+        self.num_duplicates += int((equal >= 0).sum())
+        self.num_masks += rows.num_rows - rows["mask_offset"].null_count
+        self.channels |= set(np.unique(rows["channels"].to_numpy()).tolist())
+        self.dtypes |= set(rows["dtype"].unique().to_pylist())
+        self.max_width = max(self.max_width, int(rows["width"].to_numpy().max()))
+        self.max_height = max(self.max_height, int(rows["height"].to_numpy().max()))
+
+
+def _marks(dest: Place, shard: int) -> Marks:
+    marks = read_marks(dest, shard)
+    assert marks is not None, f"shard {shard} is not finished"
+    return marks
+
+
+def first_equals(dest: Place, made: list[int]) -> npt.NDArray[np.int64]:
+    """For each sample, in shard order, the first one with the same pixels, or -1 where it is itself the first; (N,) int64.
+
+    24 bytes of memory a sample, and as much again while sorting.
+    """
+    halves = [_halves(read_rows(dest, shard, ["pixels_hash"])["pixels_hash"]) for shard in made]
+    high = np.concatenate([part[0] for part in halves])
+    low = np.concatenate([part[1] for part in halves])
+    del halves
+    order = np.lexsort((low, high))  # stable: equal ones stay in shard order
+    high, low = high[order], low[order]
+    starts = np.ones(len(order), bool)
+    starts[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+    first = np.empty(len(order), np.int64)
+    first[order] = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]
+    first[order[starts]] = -1
+    return first
+
+
+def _halves(hashes: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """The high and low 64 bits of hashes of 32 hexadecimal digits."""
+    digits = np.array(hashes.to_pylist(), "S32").view(np.uint8).reshape(-1, 2, 16)
+    shifts = np.arange(60, -1, -4, dtype=np.uint64)
+    words = np.bitwise_or.reduce(_HEX[digits] << shifts, axis=2)
+    return words[:, 0], words[:, 1]
+
+
+def write_dropped(dest: Place, plan: Plan) -> None:
+    """Notes which images are left out because an earlier one has the same pixels: a table of position, source, same_as.
+
+    Every shard must be finished, with its duplicates still in it.
+    """
+    notes = [_marks(dest, shard) for shard in range(plan.num_shards)]
+    made = [shard for shard, marks in enumerate(notes) if marks.shard]
+    if made:
+        first = first_equals(dest, made)
+        names = pa.concat_tables(read_rows(dest, shard, ["key", "source"]) for shard in made)
+    else:
+        first, names = (
+            np.empty(0, np.int64),
+            pa.table({"key": pa.array([], pa.string()), "source": pa.array([], pa.string())}),
+        )
+    again = np.flatnonzero(first >= 0)
+    table = pa.table(
+        {
+            "position": names["key"].take(pa.array(again)).cast(pa.int64()),
+            "source": names["source"].take(pa.array(again)),
+            "same_as": names["source"].take(pa.array(first[again])),
+        }
+    )
+    dest.write(layout.DROPPED, lambda file: pq.write_table(table, file, compression="zstd"))
+
+
+def read_dropped(dest: Place) -> npt.NDArray[np.int64]:
+    """The positions left out as duplicates, ascending; none where nothing was dropped."""
+    try:
+        with dest.open(layout.DROPPED) as file:
+            return pq.read_table(file, columns=["position"])["position"].to_numpy()
+    except FileNotFoundError:
+        return np.empty(0, np.int64)
+
+
+def by_shard(positions: npt.NDArray[np.int64], samples_per_shard: int) -> dict[int, frozenset[int]]:
+    """Positions by the shard that they lie in."""
+    groups: dict[int, list[int]] = {}
+    for position in positions.tolist():
+        groups.setdefault(position // samples_per_shard, []).append(position)
+    return {shard: frozenset(group) for shard, group in groups.items()}
+
+
+def quarantine(dest: Place) -> Iterator[dict[str, Any]]:
+    """The refused images of a finished conversion, one by one: source, reason, position."""
+    with dest.open(layout.QUARANTINE) as file:
+        for line in file:
+            yield json.loads(line)

@@ -1,0 +1,154 @@
+"""Pixels beyond what JPEG, PNG and WebP hold for every decoder: arrays of any channels, 8 or 16 bit or float."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from xxhash import xxh3_128
+
+NPY_MAGIC = b"\x93NUMPY"
+DTYPES = ("uint8", "uint16", "float32")
+SAMPLE_SIDE = 64  # an image gives at most so many rows and columns to the statistics
+_ADDRESS = re.compile(r"<[^>]* at 0x[0-9a-f]+>")
+
+
+class BadImage(Exception):
+    """The image cannot be used; `reason` says why, in the same words on every machine."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def damage(fault: Exception) -> BadImage:
+    """What a decoder said of a damaged file, without addresses of objects, which differ between runs."""
+    text = _ADDRESS.sub("file", str(fault)).strip()
+    return BadImage(f"damaged: {text or type(fault).__name__}")
+
+
+def pixels_hash(pixels: npt.NDArray) -> str:
+    """XXH3, 128 bit, 32 hexadecimal digits, of shape, dtype and values of (H, W, C) pixels."""
+    digest = xxh3_128(f"{pixels.shape}{pixels.dtype.str}".encode())
+    digest.update(np.ascontiguousarray(pixels).data.cast("B"))
+    return digest.hexdigest()
+
+
+def sampled(pixels: npt.NDArray) -> npt.NDArray:
+    """A regular grid of at most SAMPLE_SIDE x SAMPLE_SIDE pixels of (H, W, C): (k, C), in rows."""
+    height, width, channels = pixels.shape
+    rows, columns = -(-height // SAMPLE_SIDE), -(-width // SAMPLE_SIDE)
+    return pixels[rows // 2 :: rows, columns // 2 :: columns].reshape(-1, channels)
+
+
+def read_npy(data: bytes) -> npt.NDArray:
+    """The array in a .npy file as (H, W, C); BadImage for pickles, other shapes and other types of number."""
+    try:
+        pixels = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as fault:  # numpy raises several kinds
+        raise damage(fault) from fault
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    return checked(pixels)
+
+
+def write_npy(pixels: npt.NDArray) -> bytes:
+    """The bytes of a .npy file (version 1.0, C order): the same pixels give the same bytes."""
+    out = io.BytesIO()
+    np.lib.format.write_array(out, np.ascontiguousarray(pixels), version=(1, 0), allow_pickle=False)
+    return out.getvalue()
+
+
+def checked(pixels: npt.NDArray) -> npt.NDArray:
+    """The pixels, (H, W, C), in one of DTYPES of this machine's byte order; BadImage where that would lose something.
+
+    int16 and other types whose values all fit into uint16 or float32 exactly are taken as these.
+    """
+    if pixels.ndim != 3 or 0 in pixels.shape:
+        raise BadImage(
+            f"an array of shape {pixels.shape}; (height, width) or (height, width, channels) is wanted"
+        )
+    if pixels.dtype.newbyteorder("=").name in DTYPES:
+        return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    if pixels.dtype.kind == "b":
+        return pixels.astype(np.uint8) * np.uint8(255)
+    if pixels.dtype.kind in "iuf":
+        for dtype in (np.uint16, np.float32):
+            if dtype is np.uint16 and pixels.dtype.kind == "f":
+                continue
+            with np.errstate(all="ignore"):
+                taken = pixels.astype(dtype)
+                same = np.array_equal(taken.astype(pixels.dtype), pixels, equal_nan=pixels.dtype.kind == "f")
+            if same and (dtype is not np.uint16 or pixels.min() >= 0):
+                return taken
+    raise BadImage(
+        f"numbers of type {pixels.dtype}, which uint8, uint16 and float32 cannot hold without loss"
+    )
+
+
+def to_8_bit(pixels: npt.NDArray) -> npt.NDArray[np.uint8]:
+    """uint16 from 0..65535, or float32 from 0..1, scaled to 0..255 and rounded; BadImage for floats beyond 0..1."""
+    if pixels.dtype == np.uint16:
+        return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    if pixels.dtype == np.float32:
+        low, high = float(np.nanmin(pixels)), float(np.nanmax(pixels))
+        if not (low >= 0 and high <= 1) or np.isnan(pixels).any():
+            raise BadImage(
+                f"floating point values from {low:g} to {high:g}; only 0 to 1 can be scaled to 8 bits"
+            )
+        return np.rint(pixels * 255).astype(np.uint8)
+    return pixels
+
+
+def read_deep(data: bytes, image: Image.Image | None) -> npt.NDArray:
+    """All channels and bits of a TIFF or PNG that Pillow would cut down: (H, W, C). `image`: opened by Pillow, if it could.
+
+    BadImage where rasterio is needed and missing.
+    """
+    if image is not None and image.mode.startswith(("I;16", "F")) and len(image.getbands()) == 1:
+        return checked(np.asarray(image)[:, :, None])
+    try:
+        from rasterio.io import MemoryFile
+    except ImportError:
+        raise BadImage(
+            "more than 8 bits or 4 channels: reading it needs rasterio, pip install 'fastssl-pretrain[geo]'"
+        ) from None
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as: it has no georeference
+        try:
+            with MemoryFile(data) as memory, memory.open() as raster:
+                pixels = raster.read()
+        except Exception as fault:  # rasterio raises several kinds
+            raise damage(fault) from fault
+    return checked(np.moveaxis(pixels, 0, 2))
+
+
+def resized(pixels: npt.NDArray, width: int, height: int) -> npt.NDArray:
+    """(H, W, C) scaled with Pillow's antialiased Lanczos filter, channel by channel, in 32-bit floats; the dtype stays."""
+    planes = []
+    for channel in range(pixels.shape[2]):
+        plane = Image.fromarray(pixels[:, :, channel].astype(np.float32))
+        planes.append(np.asarray(plane.resize((width, height), Image.Resampling.LANCZOS)))
+    stacked = np.stack(planes, axis=2)
+    if pixels.dtype == np.float32:
+        return stacked
+    return np.clip(np.rint(stacked), 0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
+
+
+def turned(pixels: npt.NDArray, orientation: int) -> npt.NDArray:
+    """The pixels (H, W, C) as Pillow's transpose for this EXIF orientation lays them."""
+    turns = {
+        2: lambda p: p[:, ::-1],
+        3: lambda p: p[::-1, ::-1],
+        4: lambda p: p[::-1],
+        5: lambda p: p.swapaxes(0, 1),
+        6: lambda p: np.rot90(p, -1),
+        7: lambda p: p[::-1, ::-1].swapaxes(0, 1),
+        8: lambda p: np.rot90(p, 1),
+    }
+    return np.ascontiguousarray(turns[orientation](pixels)) if orientation in turns else pixels

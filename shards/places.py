@@ -1,0 +1,385 @@
+"""Where files lie: a local folder, or any store that fsspec reaches, behind the same few calls."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from shards.errors import UserError
+from shards.files import atomic_write, lock_file, remove_unfinished
+
+T = TypeVar("T")
+TRIES = 5
+FIRST_PAUSE_S = 0.2  # doubled after each failed try
+
+
+def open_place(where: str | os.PathLike | Place) -> Place:
+    """The place of a path, or of a URL such as `s3://bucket/shards`; a Place is returned as it is.
+
+    Raises UserError where the package for a URL's protocol is missing (extra `remote`) or the protocol is unknown.
+    """
+    if isinstance(where, Place):
+        return where
+    text = os.fspath(where)
+    return RemotePlace(text) if "://" in text and not text.startswith("file://") else LocalPlace(text)
+
+
+class Place:
+    """A folder of files; names in it are relative, with forward slashes. Picklable.
+
+    `url` is what the user wrote; `local` is the folder on this machine, None for a remote place; `name` its own last part. What is
+    missing raises FileNotFoundError, all else that goes wrong OSError.
+    """
+
+    url: str
+    local: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    def __truediv__(self, name: str) -> str:
+        return f"{self.url.rstrip('/')}/{name}"
+
+    def is_there(self) -> bool:
+        """Whether the folder answers."""
+        raise NotImplementedError
+
+    def check_folder(self, what: str) -> None:
+        """Raises UserError where there is no such folder; `what` says what it is for, such as SOURCE."""
+        raise NotImplementedError
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self.size(name) is not None
+
+    def size(self, name: str) -> int | None:
+        """A file's bytes; None where there is no such file."""
+        raise NotImplementedError
+
+    def names(self, folder: str = "") -> list[str]:
+        """The files directly in a folder, by their own names, sorted; none where there is no such folder."""
+        raise NotImplementedError
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """All files below, with their bytes, one by one in any order; hidden names and `__MACOSX` are skipped."""
+        raise NotImplementedError
+
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+        raise NotImplementedError
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`; OSError where the file holds fewer."""
+        raise NotImplementedError
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file to read and seek in."""
+        raise NotImplementedError
+
+    def write(self, name: str, content: bytes | Callable[[Any], T]) -> T | None:
+        """Writes a file whole or not at all; `content` is its bytes, or a function that writes them and whose result is returned."""
+        raise NotImplementedError
+
+    def remove(self, name: str) -> None:
+        """Removes a file; one that is missing is no error."""
+        raise NotImplementedError
+
+    def remove_tree(self, folder: str) -> None:
+        """Removes a folder and all in it; one that is missing is no error."""
+        raise NotImplementedError
+
+    def remove_unfinished(self, folder: str = "", name: str = "") -> None:
+        """Removes what killed writers left in a folder, of the file `name` or of all files."""
+
+    def make(self) -> None:
+        """Creates the folder, where there is such a thing."""
+
+    @contextlib.contextmanager
+    def lock(self, name: str, *, shared: bool = False) -> Iterator[None]:
+        """Holds a lock, exclusive or shared; UserError where another process holds it.
+
+        Remote stores have no locks, and need none: two converters of one plan write the same bytes.
+        """
+        yield
+
+
+class LocalPlace(Place):
+    """A folder on this machine."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.url = os.fspath(path)
+        self.local: Path = Path(self.url.removeprefix("file://"))
+
+    @property
+    def name(self) -> str:
+        return self.local.resolve().name
+
+    def is_there(self) -> bool:
+        return self.local.is_dir()
+
+    def check_folder(self, what: str) -> None:
+        if not self.local.exists():
+            raise UserError(f"there is no folder '{self.url}'; check the path of {what}.")
+        if not self.local.is_dir():
+            raise UserError(f"'{self.url}' is a file; {what} is the folder that holds the images.")
+
+    def size(self, name: str) -> int | None:
+        try:
+            status = os.stat(self.local / name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return status.st_size
+
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            return sorted(os.listdir(self.local / folder))
+        except FileNotFoundError:
+            return []
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """See `Place.walk`. Follows links to folders, not in circles; leaves out pipes and devices, which would block a reader.
+
+        A dangling link counts as a file of 0 bytes: it will be reported. UserError for a folder that cannot be read and a name that is
+        not valid UTF-8.
+        """
+        yield from _walk(str(self.local), "", frozenset())
+
+    def read(self, name: str) -> bytes:
+        with open(self.local / name, "rb", buffering=0) as file:
+            return file.readall()
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        with open(self.local / name, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, offset)
+        return _whole(data, self / name, offset, size)
+
+    def open(self, name: str) -> IO[bytes]:
+        return open(self.local / name, "rb")
+
+    def write(self, name: str, content: bytes | Callable[[Any], T]) -> T | None:
+        path = self.local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return atomic_write(path, content)
+
+    def remove(self, name: str) -> None:
+        (self.local / name).unlink(missing_ok=True)
+
+    def remove_tree(self, folder: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.local / folder)
+
+    def remove_unfinished(self, folder: str = "", name: str = "") -> None:
+        if (self.local / folder).is_dir():
+            remove_unfinished(self.local / folder, name)
+
+    def make(self) -> None:
+        self.local.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self, name: str, *, shared: bool = False) -> Iterator[None]:
+        try:
+            lock = lock_file(self.local / name, shared=shared)
+        except BlockingIOError:
+            raise UserError(
+                f"another conversion is at work in '{self.url}'; wait for it, or give another DEST."
+            ) from None
+        except OSError as fault:
+            raise UserError(
+                f"'{self.url}' cannot be written ({fault.strerror}); choose another DEST."
+            ) from fault
+        with lock:
+            yield
+
+
+class RemotePlace(Place):
+    """A folder in a store that fsspec reaches; dropped connections and short reads are tried again, `TRIES` times in all."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self._open_store()
+
+    def _open_store(self) -> None:
+        import fsspec
+
+        protocol = self.url.partition("://")[0]
+        try:
+            self._store, self._root = fsspec.core.url_to_fs(self.url)
+        except ImportError as fault:
+            raise UserError(
+                f"'{self.url}' needs a package for {protocol}:// ({fault}); pip install 'fastssl-pretrain[remote]'."
+            ) from fault
+        except ValueError as fault:
+            raise UserError(f"'{self.url}' is of no known protocol ({fault}).") from fault
+        # Listings would otherwise be remembered, and files that other processes wrote not be seen.
+        self._store.use_listings_cache = False
+        self._root = self._root.rstrip("/")
+
+    def __reduce__(self):
+        return RemotePlace, (self.url,)
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}".rstrip("/") if name else self._root
+
+    def _try(self, work: Callable[[], T], what: str) -> T:
+        pause_s = FIRST_PAUSE_S
+        for attempt in range(1, TRIES + 1):
+            try:
+                return work()
+            except FileNotFoundError:
+                raise
+            except PermissionError as fault:
+                raise UserError(f"'{what}' may not be used ({fault}); check the credentials.") from fault
+            except Exception as fault:  # each store raises its own
+                if type(fault).__name__ in ("NoCredentialsError", "NoAuthTokenError"):
+                    raise UserError(f"'{what}' needs credentials ({fault}).") from fault
+                if attempt == TRIES:
+                    raise OSError(
+                        f"'{what}' failed {TRIES} times, last: {fault or type(fault).__name__}"
+                    ) from fault
+            self._store.invalidate_cache()
+            time.sleep(pause_s)
+            pause_s *= 2
+        raise AssertionError
+
+    def is_there(self) -> bool:
+        try:
+            self._try(lambda: self._store.ls(self._root, detail=False), self.url)
+        except (FileNotFoundError, OSError):
+            return False
+        return True
+
+    def check_folder(self, what: str) -> None:
+        try:
+            self._try(lambda: self._store.ls(self._root, detail=False), self.url)
+        except FileNotFoundError:
+            raise UserError(f"there is nothing at '{self.url}'; check the URL of {what}.") from None
+        except OSError as fault:
+            raise UserError(f"'{self.url}' cannot be listed ({fault}).") from fault
+
+    def size(self, name: str) -> int | None:
+        try:
+            about = self._try(lambda: self._store.info(self._at(name)), self / name)
+        except FileNotFoundError:
+            return None
+        return int(about["size"] or 0) if about["type"] == "file" else None
+
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            entries = self._try(lambda: self._store.ls(self._at(folder), detail=True), self / folder)
+        except FileNotFoundError:
+            return []
+        # Some stores list the folder itself as an empty file.
+        files = (posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file")
+        return sorted(name for name in files if name)
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        waiting = [""]
+        while waiting:
+            folder = waiting.pop()
+            entries = self._try(
+                lambda folder=folder: self._store.ls(self._at(folder), detail=True), self / folder
+            )
+            for entry in entries:
+                own = posixpath.basename(entry["name"].rstrip("/"))
+                name = f"{folder}/{own}" if folder else own
+                if (
+                    not own
+                    or own.startswith(".")
+                    or own == "__MACOSX"
+                    or entry["name"].rstrip("/") == self._at(folder)
+                ):
+                    continue
+                if entry["type"] == "directory":
+                    waiting.append(name)
+                else:
+                    yield name, int(entry["size"] or 0)
+
+    def read(self, name: str) -> bytes:
+        def work() -> bytes:
+            data = self._store.cat_file(self._at(name))
+            size = self._store.info(self._at(name)).get("size")
+            return data if size is None else _whole(data, self / name, 0, size)
+
+        return self._try(work, self / name)
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        def work() -> bytes:
+            data = self._store.cat_file(self._at(name), start=offset, end=offset + size)
+            return _whole(data, self / name, offset, size)
+
+        return self._try(work, self / name)
+
+    def open(self, name: str) -> IO[bytes]:
+        return self._try(lambda: self._store.open(self._at(name), "rb"), self / name)
+
+    def write(self, name: str, content: bytes | Callable[[Any], T]) -> T | None:
+        if not callable(content):
+            self._try(lambda: self._store.pipe_file(self._at(name), content), self / name)
+            return None
+        # Made on this machine first: a store shows a file only when all of it has arrived, and a try that failed can be repeated.
+        with tempfile.NamedTemporaryFile(prefix="fastssl-") as file:
+            result = content(file)
+            file.flush()
+            self._try(lambda: self._store.put_file(file.name, self._at(name)), self / name)
+        return result
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._try(lambda: self._store.rm_file(self._at(name)), self / name)
+
+    def remove_tree(self, folder: str) -> None:
+        for name in self.names(folder):
+            self.remove(f"{folder}/{name}")
+
+    def make(self) -> None:
+        with contextlib.suppress(NotImplementedError):
+            self._try(lambda: self._store.makedirs(self._root, exist_ok=True), self.url)
+
+
+def _whole(data: bytes, where: str, offset: int, size: int) -> bytes:
+    if len(data) != size:
+        raise OSError(f"'{where}' gave {len(data)} bytes of {size} at {offset}")
+    return data
+
+
+def _walk(path: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+    try:
+        here = os.stat(path)
+        with os.scandir(path) as listing:
+            entries = list(listing)
+    except OSError as fault:
+        raise UserError(
+            f"the folder '{path}' cannot be read ({fault.strerror}); mend its permissions."
+        ) from fault
+    identity = (here.st_dev, here.st_ino)
+    if identity in above:  # a link to a folder that it lies in
+        return
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            continue
+        if entry.is_dir():
+            _check_name(entry)
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {identity})
+        elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+            _check_name(entry)
+            try:
+                size = entry.stat().st_size
+            except FileNotFoundError:
+                size = 0
+            yield prefix + entry.name, size
+
+
+def _check_name(entry: os.DirEntry[str]) -> None:
+    try:
+        entry.name.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(entry.path).decode(errors="backslashreplace")
+        raise UserError(f"the name of '{shown}' is not valid UTF-8; rename it.") from None

@@ -1,0 +1,105 @@
+"""Mean, spread and percentiles of each channel, added up shard by shard in any order."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+_FLOAT_BINS = 1 << 16
+
+
+class Statistics:
+    """Histograms of the pixels that `shards.pixels.sampled` takes of each image, by (dtype, number of channels).
+
+    Integers are counted exactly, so the order of adding changes nothing. float32 values are counted by their upper 16 bits (sign,
+    exponent, 7 bits of fraction): mean, std and percentiles are then right to about 0.4 % of the value. NaN is left out.
+    """
+
+    def __init__(self):
+        self._counts: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
+
+    def add(self, sample: npt.NDArray) -> None:
+        """Counts pixels (k, C), uint8, uint16 or float32."""
+        num_bins = 256 if sample.dtype == np.uint8 else _FLOAT_BINS
+        counts = self._of((sample.dtype.name, sample.shape[1]), num_bins)
+        if sample.dtype == np.float32:
+            sample = np.ascontiguousarray(sample)
+            values = (sample.view(np.uint32) >> 16).astype(np.int64)
+            values[np.isnan(sample)] = -1  # counted nowhere
+        else:
+            values = sample.astype(np.int64)
+        for channel in range(sample.shape[1]):
+            column = values[:, channel]
+            counts[channel] += np.bincount(column[column >= 0], minlength=num_bins)
+
+    def merge(self, other: Statistics) -> None:
+        """Adds what another one has counted."""
+        for key, counts in other._counts.items():
+            self._of(key, counts.shape[1])[:] += counts
+
+    def _of(self, key: tuple[str, int], num_bins: int) -> npt.NDArray[np.int64]:
+        if key not in self._counts:
+            self._counts[key] = np.zeros((key[1], num_bins), np.int64)
+        return self._counts[key]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values from which `from_json` makes the same again."""
+        packed = {}
+        for (dtype, channels), counts in self._counts.items():
+            data = zlib.compress(counts.astype("<i8").tobytes(), 6)
+            packed[f"{dtype}/{channels}"] = base64.b64encode(data).decode("ascii")
+        return packed
+
+    @classmethod
+    def from_json(cls, packed: dict[str, Any]) -> Statistics:
+        """The inverse of `to_json`."""
+        statistics = cls()
+        for name, data in packed.items():
+            dtype, _, channels = name.partition("/")
+            counts = np.frombuffer(zlib.decompress(base64.b64decode(data)), "<i8")
+            statistics._counts[dtype, int(channels)] = counts.reshape(int(channels), -1).astype(np.int64)
+        return statistics
+
+    def summary(self) -> dict[str, Any]:
+        """For the manifest, by "dtype/channels": mean, std and percentiles of each channel, and the pixels counted.
+
+        Integers are given as shares of their range (0 to 1), floats as they are.
+        """
+        return {
+            f"{dtype}/{channels}": _summary(dtype, counts)
+            for (dtype, channels), counts in sorted(self._counts.items())
+        }
+
+
+def _summary(dtype: str, counts: npt.NDArray[np.int64]) -> dict[str, Any]:
+    values = _values(dtype, counts.shape[1])
+    means, stds = [], []
+    percentiles: dict[str, list[float]] = {f"p{p}": [] for p in PERCENTILES}
+    order = np.argsort(values, kind="stable")
+    for channel in counts:
+        seen = channel > 0
+        total = max(int(channel.sum()), 1)
+        mean = float((values[seen] * channel[seen]).sum() / total)
+        means.append(round(mean, 6))
+        stds.append(round(float(np.sqrt(((values[seen] - mean) ** 2 * channel[seen]).sum() / total)), 6))
+        below = np.cumsum(channel[order])
+        for percent in PERCENTILES:
+            at = int(np.searchsorted(below, total * percent / 100))
+            percentiles[f"p{percent}"].append(round(float(values[order[min(at, len(order) - 1)]]), 6))
+    return {"mean": means, "std": stds, "pixels": int(counts[0].sum())} | percentiles
+
+
+def _values(dtype: str, num_bins: int) -> npt.NDArray[np.float64]:
+    if dtype != "float32":
+        return np.arange(num_bins) / (num_bins - 1)
+    # The middle of the values whose upper 16 bits are the bin's number; infinities and NaN get 0, and are never counted as NaN.
+    middle = (np.arange(num_bins, dtype=np.uint32) << 16) + np.uint32(1 << 15)
+    with np.errstate(invalid="ignore"):  # the signalling NaNs among them
+        values = middle.view(np.float32).astype(np.float64)
+    values[0] = 0.0
+    return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
