@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
+import logging
 import warnings
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from shards.headers import TIFF_MAGIC, TiffHeader, check_png, png_colour, png_depth, tiff_header
+from shards.jpeg import decode_jpeg, unreadable
 from shards.pixels import (
     NPY_MAGIC,
     BadImage,
@@ -36,9 +36,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _EXT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _STORE = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",)}
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION = 0x0112
-_TURNS = {
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -47,7 +46,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_BITS_PER_SAMPLE = 258  # a TIFF tag
+_LARGEST = {"JPEG": 65_500, "WEBP": 16_383}  # sides, of libjpeg and of the format
+_ALPHA_REFUSED = "has an alpha channel, which the policy refuses"
+_ALPHA_WORDS = {"white": "alpha on white", "black": "alpha on black", "drop": "alpha dropped"}
 _DEFAULT = Policy()
 
 
@@ -82,14 +83,15 @@ def prove(data: bytes, name: str, policy: Policy = _DEFAULT) -> Stored:
     if not data:
         raise BadImage("empty file (0 bytes)")
     if data.startswith(NPY_MAGIC):
-        return prove_pixels(read_npy(data), name, policy)
+        stored = prove_pixels(read_npy(data), name, policy)
+        return replace(stored, how="kept") if stored.data == data else stored
     with strict_pillow():
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
-            if data.startswith(_TIFF_MAGIC):
-                return _prove_deep(data, None, name, policy)
-            raise BadImage("not readable as JPEG, PNG, WebP, BMP, TIFF, GIF or NumPy array") from None
+            if data.startswith(TIFF_MAGIC):
+                return _prove_tiff(data, policy)
+            raise unreadable(data) from None
         except Exception as fault:  # on damaged input Pillow raises almost anything
             raise damage(fault) from fault
         try:
@@ -103,39 +105,35 @@ def prove(data: bytes, name: str, policy: Policy = _DEFAULT) -> Stored:
 def _prove_opened(image: Image.Image, data: bytes, name: str, policy: Policy) -> Stored:
     kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with more behind it
     check_size(*image.size, policy)
-    reasons = []
-    if kind != "JPEG" and getattr(image, "is_animated", False):
-        if policy.animated == "refuse":
-            frames = getattr(image, "n_frames", 2)
-            raise BadImage(f"animated or several pages ({frames} frames); only one is supported")
-        reasons.append("first frame")
-    if _is_deep(image, kind, data):
-        return _prove_deep(data, image, name, policy)
+    tiff = tiff_header(data) if kind == "TIFF" else None
+    reasons = _check_frames(image, kind, tiff, policy)
+    if (tiff and not tiff.plain) or (kind == "PNG" and png_depth(data) > 8):
+        return _prove_deep(data, image, tiff, reasons, policy)
     file_size = image.size
-    pixels = _decoded_jpeg(image, data, policy) if kind == "JPEG" else None
-    if pixels is None:
+    pixels = None
+    if kind == "JPEG":
+        pixels, faults = decode_jpeg(image, data, mend=policy.damaged == "mend")
+    else:
+        faults = []
         image.load()
     if kind == "PNG":
-        _check_png(data)
-    # After load(), which has already turned a TIFF.
-    turn = _orientation(image)
-    reasons += _reasons(image, kind, data, turn)
-    if (
-        kind == "JPEG"
-        and pixels is None
-        and image.mode in ("L", "RGB")
-        and "mended JPEG header" not in reasons
-    ):
-        reasons.append("damaged JPEG data")
+        check_png(data)
+    turn = orientation(image)
+    reasons += _reasons(image, kind, data, turn) + faults
+    if tiff and tiff.orientation in TURNS:  # Pillow has turned it, and forgotten that it did
+        file_size, done = tiff.size, tiff.orientation
+        reasons.append("EXIF rotation")
+    else:
+        done = turn if turn in TURNS else 0
     if image.mode == "CMYK" and policy.cmyk == "refuse":
         raise BadImage("CMYK, which the policy refuses")
     if _has_alpha(image) and policy.alpha == "keep":
-        image.load()
-        pixels = turned(np.asarray(image.convert("RGBA")), turn)
-        return _finish_pixels(pixels, policy, [*reasons, "alpha kept"], file_size, turn)
+        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+        return _finish(turned(np.asarray(image), turn), policy, [*reasons, "alpha kept"], file_size, done)
     if _has_alpha(image) and policy.alpha == "refuse":
-        raise BadImage("has an alpha channel, which the policy refuses")
-    reasons = [reason.replace("alpha on white", _ALPHA_WORDS[policy.alpha]) for reason in reasons]
+        raise BadImage(_ALPHA_REFUSED)
+    if _has_alpha(image):
+        reasons.append(_ALPHA_WORDS[policy.alpha])
     small = bool(policy.short_side) and min(file_size) > policy.short_side
     wanted = _STORE.get(policy.store, "JPEG" if kind == "JPEG" else "PNG")
     if not (reasons or small or policy.store == "npy" or (policy.store != "keep" and wanted != kind)):
@@ -147,15 +145,13 @@ def _prove_opened(image: Image.Image, data: bytes, name: str, policy: Policy) ->
     if small:
         reasons.append("scaled down")
         image = image.resize(_scaled(image.size, policy.short_side), Image.Resampling.LANCZOS)
-    pixels = _with_channels(np.asarray(image))
     if policy.store == "npy":
-        return _finish_pixels(pixels, policy, reasons, file_size, turn)
+        return _finish(_with_channels(np.asarray(image)), policy, reasons, file_size, done)
     if wanted != kind and kind in _EXT:
         reasons.append(f"{kind} to {wanted}")
     elif not reasons:
         reasons.append(f"as {wanted}")
-    encoded = encode(image, wanted, policy.quality)
-    return _stored(encoded, _EXT[wanted], pixels, "re-encoded: " + ", ".join(reasons), file_size, turn)
+    return _encoded(image, wanted, "re-encoded: " + ", ".join(reasons), policy, file_size, done)
 
 
 def prove_pixels(pixels: npt.NDArray, name: str, policy: Policy = _DEFAULT) -> Stored:
@@ -163,47 +159,115 @@ def prove_pixels(pixels: npt.NDArray, name: str, policy: Policy = _DEFAULT) -> S
 
     Raises BadImage as `prove` does.
     """
+    return _finish(pixels, policy, [], (pixels.shape[1], pixels.shape[0]), 0)
+
+
+def _check_frames(image: Image.Image, kind: str, tiff: TiffHeader | None, policy: Policy) -> list[str]:
+    if tiff:
+        frames = tiff.pages
+    elif kind != "JPEG" and getattr(image, "is_animated", False):
+        frames = getattr(image, "n_frames", 2)
+    else:
+        return []
+    if frames < 2:
+        return []
+    if policy.animated == "refuse":
+        raise BadImage(f"animated or several pages ({frames} frames); only one is supported")
+    return ["first frame"]
+
+
+def _prove_tiff(data: bytes, policy: Policy) -> Stored:
+    """A TIFF that Pillow cannot open: of more bands or other numbers than it knows."""
+    try:
+        tiff = tiff_header(data)
+        check_size(*tiff.size, policy)
+        return _prove_deep(data, None, tiff, _check_frames(Image.Image(), "TIFF", tiff, policy), policy)
+    except (BadImage, MemoryError):
+        raise
+    except Exception as fault:
+        raise damage(fault) from fault
+
+
+def _prove_deep(
+    data: bytes, image: Image.Image | None, tiff: TiffHeader | None, reasons: list[str], policy: Policy
+) -> Stored:
+    alpha = tiff.alpha if tiff else png_colour(data) in (4, 6)
+    turn = tiff.orientation if tiff else orientation(image) if image else 0
+    if alpha and policy.alpha == "refuse":
+        raise BadImage(_ALPHA_REFUSED)
+    if not tiff:
+        check_png(data)
+    # Pillow would turn a TIFF while it reads it.
+    pixels = read_deep(data, None if tiff and turn in TURNS else image, policy.max_pixels)
+    file_size = (pixels.shape[1], pixels.shape[0])
+    if turn in TURNS:
+        reasons = [*reasons, "EXIF rotation"]
+        pixels = turned(pixels, turn)
+    else:
+        turn = 0
+    if alpha and policy.alpha == "drop":
+        reasons = [*reasons, _ALPHA_WORDS["drop"]]
+        pixels = pixels[:, :, :-1]
+    elif alpha and policy.alpha != "keep" and policy.deep == "8bit":
+        reasons = [*reasons, _ALPHA_WORDS[policy.alpha], "scaled to 8 bits"]
+        flat = _upright_8_bit(Image.fromarray(to_8_bit(pixels)), 0, policy.alpha)
+        pixels = _with_channels(np.asarray(flat))
+    return _finish(pixels, policy, reasons, file_size, turn)
+
+
+def _finish(
+    pixels: npt.NDArray, policy: Policy, reasons: list[str], file_size: tuple[int, int], turn: int
+) -> Stored:
+    """What to store of upright pixels (H, W, C)."""
     height, width, channels = pixels.shape
     check_size(width, height, policy)
-    reasons = []
+    reasons = list(reasons)
     if pixels.dtype != np.uint8:
         if policy.deep == "refuse":
             raise BadImage(f"{pixels.dtype}, more than 8 bits a channel, which the policy refuses")
         if policy.deep == "8bit":
             pixels = to_8_bit(pixels)
             reasons.append("scaled to 8 bits")
-    file_size = (width, height)
-    if policy.short_side and min(file_size) > policy.short_side:
+    if policy.short_side and min(width, height) > policy.short_side:
         reasons.append("scaled down")
-        pixels = resized(pixels, *_scaled(file_size, policy.short_side))
+        pixels = resized(pixels, *_scaled((width, height), policy.short_side))
     if pixels.dtype != np.uint8 or channels not in (1, 3) or policy.store == "npy":
-        return _stored(write_npy(pixels), "npy", pixels, _how("array", reasons), file_size, 0)
+        how = "re-encoded: " + ", ".join([*reasons, "as array"])
+        return _stored(write_npy(pixels), "npy", pixels, how, file_size, turn)
     wanted = _STORE.get(policy.store, "PNG")
-    encoded = encode(Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels), wanted, policy.quality)
-    return _stored(encoded, _EXT[wanted], pixels, _how(wanted, reasons), file_size, 0)
+    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    how = "re-encoded: " + ", ".join([*reasons, f"as {wanted}"])
+    return _encoded(image, wanted, how, policy, file_size, turn)
 
 
-def _prove_deep(data: bytes, image: Image.Image | None, name: str, policy: Policy) -> Stored:
-    if policy.deep == "refuse":
-        raise BadImage("more than 8 bits or 4 channels, which the policy refuses")
-    if image is not None:
-        image.load()
-        if image.format == "PNG":
-            _check_png(data)
-    return prove_pixels(read_deep(data, image), name, policy)
-
-
-def _finish_pixels(
-    pixels: npt.NDArray, policy: Policy, reasons: list[str], file_size: tuple[int, int], turn: int
+def _encoded(
+    image: Image.Image, kind: str, how: str, policy: Policy, file_size: tuple[int, int], turn: int
 ) -> Stored:
-    if policy.short_side and min(pixels.shape[:2]) > policy.short_side:
-        reasons = [*reasons, "scaled down"]
-        pixels = resized(pixels, *_scaled((pixels.shape[1], pixels.shape[0]), policy.short_side))
-    return _stored(write_npy(pixels), "npy", pixels, _how("array", reasons), file_size, turn)
+    if kind == "WEBP":
+        image = image.convert("RGB")  # it knows no grey
+    pixels = np.asarray(image)
+    return _stored(encode(image, kind, policy.quality), _EXT[kind], pixels, how, file_size, turn)
 
 
-def _how(wanted: str, reasons: list[str]) -> str:
-    return "re-encoded: " + ", ".join([*reasons, f"as {wanted}"])
+def _reasons(image: Image.Image, kind: str, data: bytes, turn: int) -> list[str]:
+    reasons = []
+    if kind not in _EXT:
+        reasons.append(f"{kind} to PNG")
+    if turn in TURNS:
+        reasons.append("EXIF rotation")
+    elif turn < 0:
+        reasons.append("unreadable EXIF")
+    if _has_alpha(image):
+        pass  # what becomes of it is the policy's
+    elif image.mode == "P":
+        reasons.append("palette to RGB")
+    elif image.mode == "1":
+        reasons.append("1-bit to grey")
+    elif image.mode not in ("L", "RGB"):
+        reasons.append(f"{image.mode} to RGB")
+    elif kind == "PNG" and png_depth(data) < 8:
+        reasons.append(f"{png_depth(data)}-bit to 8-bit")
+    return reasons
 
 
 def _stored(
@@ -246,59 +310,7 @@ def _scaled(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _is_deep(image: Image.Image, kind: str, data: bytes) -> bool:
-    # Pillow would cut 16-bit colour down to 8 without a word, so its mode alone does not tell.
-    if image.mode.startswith(("I", "F")):
-        return True
-    if kind == "PNG":
-        return _png_depth(data) > 8
-    return kind == "TIFF" and max(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (1,))) > 8
-
-
-def _decoded_jpeg(image: Image.Image, data: bytes, policy: Policy) -> npt.NDArray | None:
-    """The pixels (H, W, C) of a grey or RGB JPEG; None where Pillow must decode it.
-
-    libjpeg calls much damage a mere warning, and Pillow does not pass these on; this decoder, of the same libjpeg-turbo, does.
-    """
-    if image.mode not in ("L", "RGB"):
-        return None
-    try:
-        return simplejpeg.decode_jpeg(data, "GRAY" if image.mode == "L" else "RGB", strict=True)
-    except ValueError as fault:
-        if not _clean_header(data):
-            return None
-        if policy.damaged == "refuse":
-            raise damage(fault) from fault
-        return None
-
-
-def _reasons(image: Image.Image, kind: str, data: bytes, orientation: int) -> list[str]:
-    reasons = []
-    if kind not in _EXT:
-        reasons.append(f"{kind} to PNG")
-    if orientation in _TURNS:
-        reasons.append("EXIF rotation")
-    elif orientation < 0:
-        reasons.append("unreadable EXIF")
-    if _has_alpha(image):
-        reasons.append("alpha on white")
-    elif image.mode == "P":
-        reasons.append("palette to RGB")
-    elif image.mode == "1":
-        reasons.append("1-bit to grey")
-    elif image.mode not in ("L", "RGB"):
-        reasons.append(f"{image.mode} to RGB")
-    elif kind == "PNG" and _png_depth(data) < 8:
-        reasons.append(f"{_png_depth(data)}-bit to 8-bit")
-    if kind == "JPEG" and not _clean_header(data):
-        reasons.append("mended JPEG header")
-    return reasons
-
-
-_ALPHA_WORDS = {"white": "alpha on white", "black": "alpha on black", "drop": "alpha dropped"}
-
-
-def _upright_8_bit(image: Image.Image, orientation: int, alpha: str) -> Image.Image:
+def _upright_8_bit(image: Image.Image, turn: int, alpha: str) -> Image.Image:
     if _has_alpha(image):
         grey = image.mode in ("1", "L", "LA", "La")
         image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
@@ -310,11 +322,15 @@ def _upright_8_bit(image: Image.Image, orientation: int, alpha: str) -> Image.Im
         image = image.convert("L")
     elif image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
-    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+    return image.transpose(TURNS[turn]) if turn in TURNS else image
 
 
 def encode(image: Image.Image, kind: str, quality: int) -> bytes:
     """The image as a JPEG, PNG or WebP file, without comments, profiles and the like."""
+    if max(image.size) > _LARGEST.get(kind, max(image.size)):
+        raise BadImage(
+            f"{image.width} x {image.height} pixels, but {kind} holds sides up to {_LARGEST[kind]}"
+        )
     image.info.clear()
     out = io.BytesIO()
     image.save(out, kind, **({} if kind == "PNG" else {"quality": quality}))
@@ -330,7 +346,7 @@ def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """The EXIF orientation 1..8; 0 when there is none, -1 when the EXIF block cannot be read."""
     try:
         return int(image.getexif().get(_ORIENTATION, 0))
@@ -338,53 +354,12 @@ def _orientation(image: Image.Image) -> int:
         return -1
 
 
-def _png_depth(data: bytes) -> int:
-    return data[24]  # signature 8, chunk head 8, width 4, height 4
-
-
-def _check_png(data: bytes) -> None:
-    """Raises BadImage unless every chunk is whole; Pillow checks neither pixel chunks' sums nor the end.
-
-    libpng does check them: one such file ends a DALI pipeline.
-    """
-    at = 8
-    while True:
-        if at + 12 > len(data):
-            raise BadImage("damaged PNG: the end is missing")
-        (length,) = struct.unpack_from(">I", data, at)
-        end = at + 8 + length
-        if end + 4 > len(data):
-            raise BadImage("damaged PNG: the end is missing")
-        if zlib.crc32(memoryview(data)[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
-            raise BadImage("damaged PNG: a checksum does not match")
-        if data[at + 4 : at + 8] == b"IEND":
-            return
-        at = end + 4
-
-
-def _clean_header(data: bytes) -> bool:
-    """Whether the JPEG's segments follow one another without gaps up to the first scan.
-
-    libjpeg skips stray bytes between segments, DALI's parser refuses them.
-    """
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # padding
-            at += 1
-            continue
-        if marker == 0xDA:
-            return True
-        if marker == 0x00 or 0xD0 <= marker <= 0xD9:
-            return False
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return False
-
-
 @contextlib.contextmanager
 def strict_pillow() -> Iterator[None]:
     """Pillow's global switches as they must be here, whatever another library has set; limits are ours."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+    quiet = logging.getLogger("PIL.TiffImagePlugin")  # it prints what is then read by another library
+    disabled, quiet.disabled = quiet.disabled, True
     ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
     try:
         with warnings.catch_warnings():
@@ -392,3 +367,4 @@ def strict_pillow() -> Iterator[None]:
             yield
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
+        quiet.disabled = disabled

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from shards.errors import UserError
-from shards.image import Stored, check_size, encode, strict_pillow
+from shards.headers import check_png, png_colour, png_depth, tiff_header
+from shards.image import TURNS, Stored, check_size, encode, orientation, strict_pillow
 from shards.pixels import BadImage, damage, turned
 from shards.places import Place
 from shards.policy import Policy
@@ -74,24 +75,32 @@ class MaskFolder:
 def prove_mask(mask: bytes | npt.NDArray, name: str, stored: Stored, policy: Policy) -> bytes:
     """A mask of class indices for an image, as a grey PNG of 8 or 16 bits and of the stored image's size.
 
-    Palette images give their indices. A mask of the file's size is turned as the image was; scaling takes the nearest pixel. Raises
-    BadImage for colour masks, other sizes and what does not decode.
+    Palette images give their indices. A mask of the file's size is turned as the image was, unless it has an EXIF orientation of its
+    own; scaling takes the nearest pixel. Raises BadImage for colour masks, other sizes and what does not decode.
     """
+    own_turn = 0
     if isinstance(mask, bytes):
         with strict_pillow():
             try:
                 image = Image.open(io.BytesIO(mask), formats=("PNG", "TIFF", "BMP", "GIF"))
                 check_size(*image.size, policy)
+                tiff = tiff_header(mask) if image.format == "TIFF" else None
+                if image.format == "PNG":
+                    check_png(mask)
                 image.load()
+                own_turn = tiff.orientation if tiff else orientation(image)
             except BadImage as fault:
                 raise BadImage(f"its mask '{name}': {fault.reason}") from None
             except Exception as fault:
                 raise BadImage(f"its mask '{name}' is {damage(fault).reason}") from fault
-            if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+            if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "F"):
                 raise BadImage(
                     f"its mask '{name}' has colours ({image.mode}); one grey channel of class indices is wanted"
                 )
-            mask = np.asarray(image)
+            pixels = np.asarray(image)
+            if image.mode == "L":
+                pixels = pixels // _grey_step(mask, image.format, tiff.bits if tiff else 8)
+            mask = pixels if tiff else turned(pixels[:, :, None], own_turn)[:, :, 0]
     if mask.ndim == 3 and mask.shape[2] == 1:
         mask = mask[:, :, 0]
     if (
@@ -105,7 +114,7 @@ def prove_mask(mask: bytes | npt.NDArray, name: str, stored: Stored, policy: Pol
     mask = mask.astype(np.uint8 if mask.max() < 256 else np.uint16)
     size = (mask.shape[1], mask.shape[0])
     upright = stored.file_size if stored.turn not in (5, 6, 7, 8) else stored.file_size[::-1]
-    if size == stored.file_size:
+    if size == stored.file_size and own_turn not in TURNS:
         mask = turned(mask[:, :, None], stored.turn)[:, :, 0]
     elif size != upright:
         raise BadImage(
@@ -117,3 +126,9 @@ def prove_mask(mask: bytes | npt.NDArray, name: str, stored: Stored, policy: Pol
         columns = ((np.arange(stored.width) + 0.5) * mask.shape[1] / stored.width).astype(np.int64)
         mask = mask[rows[:, None], columns]
     return encode(Image.fromarray(np.ascontiguousarray(mask)), "PNG", 0)
+
+
+def _grey_step(data: bytes, kind: str | None, tiff_bits: int) -> int:
+    """What Pillow multiplies the values of 2- and 4-bit grey files with, to fill 0 to 255."""
+    bits = png_depth(data) if kind == "PNG" and png_colour(data) == 0 else tiff_bits
+    return 255 // ((1 << bits) - 1) if bits < 8 else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 
 import numpy as np
 import numpy.typing as npt
@@ -45,14 +46,24 @@ def sampled(pixels: npt.NDArray) -> npt.NDArray:
 
 
 def read_npy(data: bytes) -> npt.NDArray:
-    """The array in a .npy file as (H, W, C); BadImage for pickles, other shapes and other types of number."""
+    """The array of a .npy file as (H, W, C), not copied; BadImage for pickles, other shapes and other types of number."""
+    file = io.BytesIO(data)
     try:
-        pixels = np.load(io.BytesIO(data), allow_pickle=False)
+        version = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, by_columns, dtype = read(file)
     except Exception as fault:  # numpy raises several kinds
         raise damage(fault) from fault
-    if pixels.ndim == 2:
-        pixels = pixels[:, :, None]
-    return checked(pixels)
+    if dtype.hasobject:
+        raise BadImage("an array of Python objects (pickled); numbers are wanted")
+    # Before anything is allocated: a header may claim any shape.
+    wanted, found = int(np.prod(shape, dtype=object)) * dtype.itemsize, len(data) - file.tell()
+    if wanted != found:
+        raise BadImage(f"damaged: the array's header tells of {wanted} bytes, the file holds {found}")
+    pixels = np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if by_columns else "C")
+    return checked(pixels[:, :, None] if pixels.ndim == 2 else pixels)
 
 
 def write_npy(pixels: npt.NDArray) -> bytes:
@@ -65,28 +76,23 @@ def write_npy(pixels: npt.NDArray) -> bytes:
 def checked(pixels: npt.NDArray) -> npt.NDArray:
     """The pixels, (H, W, C), in one of DTYPES of this machine's byte order; BadImage where that would lose something.
 
-    int16 and other types whose values all fit into uint16 or float32 exactly are taken as these.
+    Other numbers are taken as float32 where it holds each of them exactly: the type of the result does not hang on the values. bool is
+    taken as 0 and 255.
     """
     if pixels.ndim != 3 or 0 in pixels.shape:
-        raise BadImage(
-            f"an array of shape {pixels.shape}; (height, width) or (height, width, channels) is wanted"
-        )
-    if pixels.dtype.newbyteorder("=").name in DTYPES:
-        return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    if pixels.dtype.kind == "b":
+        wanted = "(height, width) or (height, width, channels) is wanted"
+        raise BadImage(f"an array of shape {pixels.shape}; {wanted}")
+    dtype = pixels.dtype.newbyteorder("=")
+    if dtype.name in DTYPES:
+        return pixels.astype(dtype, copy=False)
+    if dtype.kind == "b":
         return pixels.astype(np.uint8) * np.uint8(255)
-    if pixels.dtype.kind in "iuf":
-        for dtype in (np.uint16, np.float32):
-            if dtype is np.uint16 and pixels.dtype.kind == "f":
-                continue
-            with np.errstate(all="ignore"):
-                taken = pixels.astype(dtype)
-                same = np.array_equal(taken.astype(pixels.dtype), pixels, equal_nan=pixels.dtype.kind == "f")
-            if same and (dtype is not np.uint16 or pixels.min() >= 0):
+    if dtype.kind in "iuf":
+        with np.errstate(all="ignore"):
+            taken = pixels.astype(np.float32)
+            if np.array_equal(taken.astype(dtype), pixels, equal_nan=dtype.kind == "f"):
                 return taken
-    raise BadImage(
-        f"numbers of type {pixels.dtype}, which uint8, uint16 and float32 cannot hold without loss"
-    )
+    raise BadImage(f"numbers of type {dtype}, which uint8, uint16 and float32 cannot hold without loss")
 
 
 def to_8_bit(pixels: npt.NDArray) -> npt.NDArray[np.uint8]:
@@ -94,8 +100,8 @@ def to_8_bit(pixels: npt.NDArray) -> npt.NDArray[np.uint8]:
     if pixels.dtype == np.uint16:
         return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     if pixels.dtype == np.float32:
-        low, high = float(np.nanmin(pixels)), float(np.nanmax(pixels))
-        if not (low >= 0 and high <= 1) or np.isnan(pixels).any():
+        low, high = float(pixels.min()), float(pixels.max())  # NaN, if there is one
+        if not (low >= 0 and high <= 1):
             raise BadImage(
                 f"floating point values from {low:g} to {high:g}; only 0 to 1 can be scaled to 8 bits"
             )
@@ -103,12 +109,13 @@ def to_8_bit(pixels: npt.NDArray) -> npt.NDArray[np.uint8]:
     return pixels
 
 
-def read_deep(data: bytes, image: Image.Image | None) -> npt.NDArray:
-    """All channels and bits of a TIFF or PNG that Pillow would cut down: (H, W, C). `image`: opened by Pillow, if it could.
+def read_deep(data: bytes, image: Image.Image | None, max_pixels: int) -> npt.NDArray:
+    """All channels and bits of a TIFF or PNG that Pillow would cut down, (H, W, C), as the file lays them.
 
-    BadImage where rasterio is needed and missing.
+    `image`: opened by Pillow, if it could. BadImage where rasterio is needed and missing.
     """
-    if image is not None and image.mode.startswith(("I;16", "F")) and len(image.getbands()) == 1:
+    if image is not None and image.mode.startswith(("I;16", "F")):  # one channel, which Pillow reads whole
+        image.load()
         return checked(np.asarray(image)[:, :, None])
     try:
         from rasterio.io import MemoryFile
@@ -116,13 +123,19 @@ def read_deep(data: bytes, image: Image.Image | None) -> npt.NDArray:
         raise BadImage(
             "more than 8 bits or 4 channels: reading it needs rasterio, pip install 'fastssl-pretrain[geo]'"
         ) from None
-    import warnings
-
+    # One driver, for what the content is: GDAL knows formats that open other files or addresses.
+    driver = "PNG" if image is not None and image.format == "PNG" else "GTiff"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as: it has no georeference
         try:
-            with MemoryFile(data) as memory, memory.open() as raster:
+            with MemoryFile(data) as memory, memory.open(driver=driver) as raster:
+                if raster.width * raster.height > max_pixels:
+                    raise BadImage(
+                        f"{raster.width} x {raster.height} pixels, more than the limit of {max_pixels}"
+                    )
                 pixels = raster.read()
+        except BadImage:
+            raise
         except Exception as fault:  # rasterio raises several kinds
             raise damage(fault) from fault
     return checked(np.moveaxis(pixels, 0, 2))

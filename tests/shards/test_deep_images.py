@@ -68,7 +68,7 @@ def test_floats_are_kept_and_equal_pixels_hash_alike():
 
 
 def test_arrays_that_would_lose_something_are_refused():
-    assert prove(npy(np.array([[0, 40000]], np.int32)), "a.npy").dtype == "uint16"
+    assert prove(npy(np.array([[0, 40000]], np.int32)), "a.npy").dtype == "float32"
     assert prove(npy(np.array([[-1, 5]], np.int16)), "a.npy").dtype == "float32"
     for array in (
         np.array([[2**25 + 1]], np.int64),
@@ -79,7 +79,7 @@ def test_arrays_that_would_lose_something_are_refused():
     ):
         with pytest.raises(BadImage):
             prove(npy(array), "a.npy")
-    with pytest.raises(BadImage, match="damaged"):
+    with pytest.raises(BadImage, match="Python objects"):
         prove(npy(np.array([[None]], object)), "a.npy")
 
 

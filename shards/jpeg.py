@@ -1,0 +1,122 @@
+"""JPEG beyond its pixels: a header that every decoder follows, and damage that libjpeg only warns about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+from shards.pixels import BadImage, damage
+
+_MAGIC = b"\xff\xd8"
+# Chroma samplings (h x v of each component) that TurboJPEG and nvJPEG both name: 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1.
+_COMMON_CHROMA = {b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11", b"\x12\x11\x11", b"\x41\x11\x11"}
+_CODINGS = {
+    0xC0: "baseline", 0xC1: "sequential", 0xC2: "progressive", 0xC3: "lossless", 0xC9: "arithmetic", 0xCA: "arithmetic",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class JpegHeader:
+    """coding: baseline, sequential, progressive, lossless, arithmetic or other; bits: a sample; common_chroma: every decoder knows it.
+
+    mended: the file without the stray bytes between its segments; the file itself where there are none.
+    """
+
+    coding: str
+    bits: int
+    width: int
+    height: int
+    common_chroma: bool
+    mended: bytes
+
+
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """The header of a JPEG; None where it ends before the first scan.
+
+    libjpeg skips stray bytes between segments, DALI's parser refuses them.
+    """
+    at, segments, frame, stray = 2, [], None, False
+    while at + 4 <= len(data):
+        start = data.find(b"\xff", at)
+        if start < 0:
+            return None
+        stray = stray or start > at
+        marker = data[start + 1] if start + 1 < len(data) else 0
+        if marker == 0xFF:  # padding, which is allowed
+            segments.append((start, start + 1))
+            at = start + 1
+            continue
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD9:  # none of these belongs here
+            at, stray = start + 2, True
+            continue
+        if marker == 0xDA:
+            break
+        end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        segments.append((start, end))
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame = data[start:end]
+        at = end
+    else:
+        return None
+    if frame is None or len(frame) < 10 or len(frame) < 10 + 3 * frame[9]:
+        return None
+    num_components = frame[9]
+    # Four components are CMYK, which is never stored.
+    common = num_components != 3 or frame[11::3] in _COMMON_CHROMA
+    return JpegHeader(
+        coding=_CODINGS.get(frame[1], "other"),
+        bits=frame[4],
+        height=int.from_bytes(frame[5:7], "big"),
+        width=int.from_bytes(frame[7:9], "big"),
+        common_chroma=common,
+        mended=b"".join([data[:2], *(data[a:b] for a, b in segments), data[start:]]) if stray else data,
+    )
+
+
+def unreadable(data: bytes) -> BadImage:
+    """Why a file that Pillow does not know cannot be used."""
+    header = jpeg_header(data) if data.startswith(_MAGIC) else None
+    if header and header.bits != 8:
+        return BadImage(f"a JPEG of {header.bits} bits; only 8 are supported")
+    if header and not (header.width and header.height):
+        return BadImage(f"no pixels ({header.width} x {header.height})")
+    return BadImage("not readable as JPEG, PNG, WebP, BMP, TIFF, GIF or NumPy array")
+
+
+def decode_jpeg(image: Image.Image, data: bytes, *, mend: bool) -> tuple[npt.NDArray | None, list[str]]:
+    """The pixels (H, W, C) of a grey or RGB JPEG, None where Pillow's `image` holds them; and what stands in the way of some decoder.
+
+    libjpeg calls much damage a mere warning, and Pillow does not pass these on; this decoder, of the same libjpeg-turbo, does. It does
+    not know every sampling of chroma, and gives CMYK as CMYK; so Pillow decodes these. BadImage for damage, unless `mend`.
+    """
+    header = jpeg_header(data)
+    if header is None:
+        raise BadImage("damaged: the JPEG's header is not whole")
+    faults = _faults(header, data)
+    pixels = None
+    if header.common_chroma:
+        colours = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}[image.mode]
+        try:
+            pixels = simplejpeg.decode_jpeg(header.mended, colours, strict=True)
+        except ValueError as fault:
+            if not mend:
+                raise damage(fault) from fault
+            faults.append("damaged JPEG data")
+    if pixels is None or image.mode == "CMYK":
+        image.load()
+        pixels = None
+    return pixels, faults
+
+
+def _faults(header: JpegHeader, data: bytes) -> list[str]:
+    faults = []
+    if header.coding not in ("baseline", "sequential", "progressive"):
+        faults.append(f"{header.coding} JPEG")
+    if not header.common_chroma:
+        faults.append("rare chroma sampling")
+    if header.mended is not data:
+        faults.append("mended JPEG header")
+    return faults
