@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from fastssl.distributed import any_over_ranks
 from fastssl.methods.contract import Method, StepOutput
 from fastssl.methods.parts import batch_statistics, depends_on_batch
 from fastssl.recompute import frozen_statistics
+from pipelines.stream import hand_over
 
 
 class Door(nn.Module):
@@ -27,15 +28,6 @@ class Door(nn.Module):
 
     def forward(self, run: Callable[..., Any], *args: Any) -> Any:
         return run(*args)
-
-
-class Update(NamedTuple):
-    """What an update was; both are scalars on the device, the same on every rank."""
-
-    grad_norm: Tensor
-    """L2 norm of all gradients together, before clipping; 0 where it is not finite."""
-    usable: Tensor
-    """False where the loss or the gradient was not finite: weights and optimiser are then as before."""
 
 
 class Step:
@@ -98,10 +90,11 @@ class Step:
         }
         return metrics | batch_statistics(torch.cat([output.features for output in outputs]))
 
-    def update(self, momentum: float) -> Update:
-        """Clip, step and clear the gradients, then move the teacher.
+    def update(self, momentum: float) -> Tensor:
+        """Clip, step and clear the gradients, then move the teacher; returns whether the step was unusable.
 
-        A step whose loss or gradient is not finite changes no weight. Under fp16's scaler, where gradients overflow as a rule from
+        That is a boolean scalar on the device, the same on every rank: the loss or the gradient was not finite, and weights and
+        optimiser are as before. Under fp16's scaler, where gradients overflow as a rule from
         time to time, that is the scaler's matter, and only the loss makes a step unusable.
         """
         parameters = [p for p in self.method.parameters() if p.grad is not None]
@@ -117,7 +110,7 @@ class Step:
         self._apply(bad)
         self.optimizer.zero_grad(set_to_none=True)
         self.method.update_teacher(momentum)
-        return Update(norm.detach().nan_to_num(0.0, 0.0), ~bad)
+        return bad
 
     def _apply(self, bad: Tensor) -> None:
         if self.scaler.is_enabled():
@@ -202,16 +195,13 @@ class Step:
             for rows in parts:
                 yield [view[rows].to(self.device) for view in views]
             return
-        compute = torch.cuda.current_stream(self.device)
         ahead: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
         waiting = iter(parts)
         for _ in parts:
             for rows in itertools.islice(waiting, 2 - len(ahead)):
                 ahead.append(self._copy(views, rows))
             chunk, copied = ahead.popleft()
-            compute.wait_event(copied)
-            for view in chunk:
-                view.record_stream(compute)  # its memory was taken on the other stream
+            hand_over(chunk, copied, self.device)
             yield chunk
 
     def _copy(self, views: list[Tensor], rows: slice) -> tuple[list[Tensor], torch.cuda.Event]:

@@ -174,6 +174,9 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
     # ---------------------------------------------------------------------------------------------- loop
     began = time.perf_counter()
     step, saved, timed = start, start, 0
+    unusable = torch.zeros(
+        (), dtype=torch.bool, device=device
+    )  # looked at where a line is logged: no step waits for it
     first_epoch = start // steps
     if online and log and start and start % steps == 0 and "knn_accuracy" not in log.last:
         first_epoch -= 1  # it was saved and then stopped before its test: nothing is left of it but that
@@ -201,7 +204,7 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
                 metrics = stepper.gradients(batch.views, draws)
                 step, timed = step + 1, timed + 1
                 progress = progress_at(step, steps_per_epoch=steps, epochs=train.epochs)
-                stepper.update(method.teacher_momentum(progress))
+                unusable |= stepper.update(method.teacher_momentum(progress))
 
                 meters.add(metrics, wait_s)
                 screen.step(step)
@@ -210,6 +213,8 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
                     timed = 0
                     if not torch.isfinite(torch.tensor(values["loss"])):
                         raise _diverged(f"The loss is {values['loss']} at step {step}", resolved)
+                    if bool(unusable):
+                        raise _diverged(f"The gradient was not finite in a step up to {step}", resolved)
                     screen.log(step, epoch, train.epochs, values)
                     if log:
                         lr = optimizer.param_groups[0]["lr"]
@@ -278,6 +283,8 @@ def _greet(
         f"{loader.batch} on {loader.world} x {loader.device}, {name}, {cfg.train.epochs} epochs of "
         f"{loader.steps_per_epoch} steps"
     )
+    if loader.note:
+        screen.say(loader.note)
     if start:
         screen.say(f"resuming after step {start} of {total}")
 

@@ -86,9 +86,9 @@ class DecodedCache(Samples):
         return place
 
 
-def decoded_sizes(shards: ShardSet, channels: int) -> np.ndarray:
-    """Bytes of each image's 8-bit pixels: int64 (num_samples,)."""
-    return shards.widths.astype(np.int64) * shards.heights * channels
+def decoded_sizes(shards: ShardSet, channels: int, ids: np.ndarray | slice = slice(None)) -> np.ndarray:
+    """Bytes of each image's 8-bit pixels, of all images or of `ids` (N,): int64 (N,)."""
+    return shards.widths[ids].astype(np.int64) * shards.heights[ids] * channels
 
 
 def eight_bit(shards: ShardSet) -> bool:

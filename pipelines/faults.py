@@ -83,8 +83,8 @@ class BadSamples:
         """
         if attempt == TRIES:
             raise UserError(
-                f"{TRIES} samples in a row in place of sample {sample_id} of '{self._shards.folder}' are bad: check the folder "
-                "with `fastssl verify`."
+                f"{TRIES} samples in a row in place of sample {sample_id} of '{self._shards.folder}' are bad: make the "
+                "shards anew, from their source into an empty folder."
             )
         key = int(hash_key(self._seed, epoch, _TAG, sample_id, attempt))
         other = np.array([key % self._shards.num_samples])

@@ -156,8 +156,7 @@ class GpuSlot:
             self._host[self._end - len(pixels) : self._end].numpy()[:] = pixels
 
     def _sizes(self, ids: np.ndarray) -> np.ndarray:
-        shards = self._samples.shards
-        return shards.widths[ids].astype(np.int64) * shards.heights[ids] * self._samples.channels
+        return decoded_sizes(self._samples.shards, self._samples.channels, ids)
 
     def _memory(self, count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.uint8, pin_memory=self._side is not None)

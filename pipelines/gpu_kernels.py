@@ -1,4 +1,4 @@
-"""The operations of a recipe on a batch of 8-bit views, as torch functions for any device; `gpu_triton` has the fast ones.
+"""The operations of a recipe on a batch of 8-bit views, as torch functions for any device.
 
 Views are uint8 (M, 3, S, S), each with parameters of its own; every step rounds to 8 bits as Pillow does, so that the steps after the
 crop stay within a fraction of a level of the reference. Nothing here waits for the device. Formulas: as in `cpu_kernels`.

@@ -15,13 +15,14 @@ from shards import layout
 from shards.errors import UserError, nearest
 from shards.files import is_unfinished
 from shards.layout import Manifest, ShardFile
-from shards.listing import Survey
+from shards.listing import SCRATCH, Survey
 from shards.make import Maker, read_marks, rows_path
 from shards.merge import by_shard, merge, read_dropped, write_dropped
+from shards.opening import open_source
 from shards.places import Place, open_place
 from shards.plan import Plan, check_same, read_plan, settings_for, write_plan
 from shards.policy import Policy
-from shards.sources import FolderSource, Source
+from shards.sources import Source
 from shards.workers import available_cpus, run_here, run_in_processes
 
 DEDUPE = ("mark", "drop", "keep")
@@ -103,9 +104,7 @@ def convert(
     """
     place = open_place(dest)
     if isinstance(source, str | os.PathLike):
-        origin = open_place(source)
-        check_apart(origin, place)
-        source = FolderSource(origin)
+        source = open_source(os.fspath(source), place)
     if workers is not None and workers < 0:
         raise UserError(f"the number of workers must be 0 or more, got {workers}.")
     if samples_per_shard is not None and samples_per_shard < 1:
@@ -114,38 +113,23 @@ def convert(
         raise UserError(f"there is no --dedupe '{dedupe}'.{nearest(dedupe, DEDUPE)}")
     report, policy = report or Report(), policy or Policy()
     _make_folder(place)
-    lock = f"{layout.LOCK}-{part.index}-of-{part.count}" if part else layout.LOCK
-    with (
-        place.lock(layout.LOCK, shared=part is not None),
-        place.lock(lock) if part else contextlib.nullcontext(),
-    ):
+    own_lock = place.lock(f"{layout.LOCK}-{part.index}-of-{part.count}") if part else contextlib.nullcontext()
+    with place.lock(layout.LOCK, shared=part is not None), own_lock:
         if part is None:
             place.remove_unfinished("")
-        scratch = place.local
-        with Survey(source, seed, scratch, report.listed) as survey:
+            for name in place.names():
+                if name.startswith(SCRATCH):
+                    place.remove_tree(name)
+        planned = place.exists(layout.PLAN)
+        with Survey(source, seed, place.local, report.listed, keep=not planned) as survey:
             settings = settings_for(source, survey.listing, seed, samples_per_shard, policy, dedupe)
-            if place.exists(layout.PLAN):
+            if planned:
                 plan = read_plan(place)
                 check_same(plan, settings)
             else:
                 plan = write_plan(place, survey, settings)
         run = _Run(source, place, plan, policy, workers, report)
         return run.part(part) if part else run.whole()
-
-
-def check_apart(source: Place, dest: Place) -> None:
-    """Raises UserError when the shards would lie among the images or over them."""
-    if source.local is None or dest.local is None:
-        inside = dest.url.rstrip("/") == source.url.rstrip("/") or dest.url.startswith(
-            source.url.rstrip("/") + "/"
-        )
-    else:
-        inner, outer = dest.local.resolve(), source.local.resolve()
-        inside = inner == outer or outer in inner.parents
-    if inside:
-        raise UserError(
-            f"DEST '{dest.url}' lies inside SOURCE '{source.url}'; choose a folder outside of it for the shards."
-        )
 
 
 class _Run:
@@ -160,6 +144,7 @@ class _Run:
         self.policy = policy
         self.workers = workers
         self.report = report
+        self._quarantined = 0  # images, in shards that were finished before
 
     def part(self, part: Part) -> None:
         """Makes the unfinished shards of a part; merges nothing."""
@@ -171,7 +156,7 @@ class _Run:
             for name in (layout.shard_name(shard), layout.index_name(shard)):
                 self.dest.remove_unfinished("", name)
             self.dest.remove_unfinished(layout.ROWS, layout.rows_name(shard))
-        self._make([shard for shard in own if not self._is_finished(shard, None)], {}, len(own))
+        self._make(self._unfinished(own, None), {}, own)
 
     def whole(self) -> Manifest:
         """Makes what is missing, merges, and returns the manifest."""
@@ -181,15 +166,15 @@ class _Run:
         finished = Manifest.load(dest) if dest.exists(layout.MANIFEST) else None
         dest.remove_unfinished(layout.ROWS)
         dropped = by_shard(read_dropped(dest), plan.settings.samples_per_shard)
+        every = range(plan.num_shards)
         if finished:
             todo = [number(file) for file in finished.shards if not is_whole(dest, file)]
-            self._make(todo, dropped, plan.num_shards)
+            self._make(todo, dropped, every)
             self._check_mended(finished, todo)
             manifest = finished
         else:
             counts = None if not dest.exists(layout.DROPPED) else {s: len(d) for s, d in dropped.items()}
-            todo = [shard for shard in range(plan.num_shards) if not self._is_finished(shard, counts)]
-            self._make(todo, dropped, plan.num_shards)
+            self._make(self._unfinished(every, counts), dropped, every)
             if plan.settings.dedupe == "drop" and counts is None:
                 write_dropped(dest, plan)
                 dropped = by_shard(read_dropped(dest), plan.settings.samples_per_shard)
@@ -197,32 +182,37 @@ class _Run:
                     self.report.say(
                         f"{sum(map(len, dropped.values())):,} duplicates: making {len(dropped):,} shards without them"
                     )
-                self._make(sorted(dropped), dropped, plan.num_shards)
+                self._make(sorted(dropped), dropped, every)
             manifest = merge(dest, plan)
             manifest.save(dest)
         dest.remove_tree(layout.ROWS)
         return manifest
 
-    def _is_finished(self, shard: int, num_dropped: dict[int, int] | None) -> bool:
-        """Whether the shard lies there whole, and, where drops are decided, without those of its own."""
-        marks = read_marks(self.dest, shard)
-        if marks is None or (num_dropped is not None and marks.num_dropped != num_dropped.get(shard, 0)):
-            return False
-        return marks.shard is None or is_whole(self.dest, marks.shard)
+    def _unfinished(self, shards: range, num_dropped: dict[int, int] | None) -> list[int]:
+        """Those that do not lie there whole, or, where drops are decided, not without those of their own.
 
-    def _make(self, todo: list[int], dropped: dict[int, frozenset[int]], num_shards: int) -> None:
+        Counts the images that the others have refused.
+        """
+        todo = []
+        for shard in shards:
+            marks = read_marks(self.dest, shard)
+            right = marks and (num_dropped is None or marks.num_dropped == num_dropped.get(shard, 0))
+            if marks and right and (marks.shard is None or is_whole(self.dest, marks.shard)):
+                self._quarantined += len(marks.quarantined)
+            else:
+                todo.append(shard)
+        return todo
+
+    def _make(self, todo: list[int], dropped: dict[int, frozenset[int]], among: range) -> None:
+        """Makes shards; progress counts the images of all shards `among` which they are."""
         plan, report = self.plan, self.report
         report.planned(plan, self.source, len(todo))
         if not todo:
             return
-        total = plan.settings.num_images
-        todo_images = sum(map(plan.num_rows, todo))
-        before = total - todo_images if num_shards == plan.num_shards else 0
-        if num_shards != plan.num_shards:
-            total = todo_images
+        todo_images, total = (sum(map(plan.num_rows, shards)) for shards in (todo, among))
 
         def show(done: int, quarantined: int) -> None:
-            report.progress(before + done, total, quarantined)
+            report.progress(total - todo_images + done, total, self._quarantined + quarantined)
 
         maker = Maker(
             self.source, self.dest, plan, self.policy, {s: dropped[s] for s in todo if s in dropped}
@@ -249,7 +239,7 @@ class _Run:
 
 
 def is_whole(dest: Place, file: ShardFile) -> bool:
-    """Whether a shard's tar has its size and its index is there; `verify` looks at every byte."""
+    """Whether a shard's tar has its size and its index is there; no byte of it is read."""
     return dest.size(file.name) == file.bytes and dest.exists(layout.index_name(number(file)))
 
 
@@ -270,7 +260,7 @@ def _make_folder(dest: Place) -> None:
         ) from fault
     # With a plan the folder is ours, and what a user laid beside the shards does no harm.
     foreign = [
-        name for name in names if not name.startswith((layout.LOCK, ".listing.")) and not is_unfinished(name)
+        name for name in names if not name.startswith((layout.LOCK, SCRATCH)) and not is_unfinished(name)
     ]
     if layout.PLAN not in names and foreign:
         raise UserError(

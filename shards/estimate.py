@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 
-from shards.image import prove, prove_pixels
+from shards.image import prove
 from shards.pixels import BadImage
 from shards.plan import Plan
 from shards.policy import Policy
@@ -28,12 +28,7 @@ def estimate(source: Source, plan: Plan, policy: Policy, todo: int) -> Estimate:
     sizes = []
     for row in plan.rows(0).slice(0, NUM_TRIED).to_pylist():
         try:
-            data = source.read(row).data
-            stored = (
-                prove(data, row["source"], policy)
-                if isinstance(data, bytes)
-                else prove_pixels(data, row["source"], policy)
-            )
+            stored = prove(source.read(row).data, row["source"], policy)
         except BadImage:
             continue
         sizes.append(len(stored.data) + _PER_SAMPLE_BYTES)

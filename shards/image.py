@@ -75,15 +75,17 @@ class Stored:
     turn: int = 0
 
 
-def prove(data: bytes, name: str, policy: Policy = _DEFAULT) -> Stored:
-    """Decodes the whole image and returns what to store; what `policy` keeps is kept byte for byte.
+def prove(data: bytes | npt.NDArray, name: str, policy: Policy = _DEFAULT) -> Stored:
+    """Decodes the whole image and returns what to store; what `policy` keeps is kept byte for byte. Pixels: see `prove_pixels`.
 
     Raises BadImage for what cannot be decoded completely, or what the policy refuses.
     """
+    if not isinstance(data, bytes):
+        return prove_pixels(data, policy)
     if not data:
         raise BadImage("empty file (0 bytes)")
     if data.startswith(NPY_MAGIC):
-        stored = prove_pixels(read_npy(data), name, policy)
+        stored = prove_pixels(read_npy(data), policy)
         return replace(stored, how="kept") if stored.data == data else stored
     with strict_pillow():
         try:
@@ -154,7 +156,7 @@ def _prove_opened(image: Image.Image, data: bytes, name: str, policy: Policy) ->
     return _encoded(image, wanted, "re-encoded: " + ", ".join(reasons), policy, file_size, done)
 
 
-def prove_pixels(pixels: npt.NDArray, name: str, policy: Policy = _DEFAULT) -> Stored:
+def prove_pixels(pixels: npt.NDArray, policy: Policy = _DEFAULT) -> Stored:
     """What to store of pixels (H, W, C), uint8, uint16 or float32: 8 bit of 1 or 3 channels as an image file, all else as npy.
 
     Raises BadImage as `prove` does.

@@ -29,6 +29,7 @@ MAX_CLASSES = 100_000
 _BUCKET_BITS = 8
 _WRITE_ROWS = 1 << 14
 _KEY = "_key"
+SCRATCH = ".listing."  # begins the name of the folder of what is sorted on disk
 _NULL = 0x6E756C6C
 
 
@@ -40,13 +41,13 @@ class Listing:
     num_bytes: int
     classes: list[str]
     digest: str
-    largest: tuple[str, int]
 
 
 class Survey:
     """Reads all entries of a source once; afterwards `listing` is their sum, and `ordered` gives them in the plan's order.
 
     `scratch`: folder for the parts of large listings, removed by `close`. `seen(num)` is called with the number of entries so far.
+    Without `keep` there is the sum only, for comparison with a plan that stands: nothing is held, nothing sorted.
     """
 
     def __init__(
@@ -55,12 +56,15 @@ class Survey:
         seed: int,
         scratch: Path | None = None,
         seen: Callable[[int], None] | None = None,
+        *,
+        keep: bool = True,
     ):
         self._schema = pa.schema([*_entry_schema(source), (_KEY, pa.uint64())])
         self._pending: list[pa.RecordBatch] = []
         self._num_pending = 0
         self._files: list[tuple[IO[bytes], pa.RecordBatchStreamWriter]] = []
         self._scratch = scratch
+        self._keep = keep
         self._folder: tempfile.TemporaryDirectory | None = None
         self.listing = self._read(source, seed, seen)
 
@@ -68,29 +72,25 @@ class Survey:
         num_images = num_bytes = 0
         classes: set[str] = set()
         digest = np.zeros(2, np.uint64)
-        largest = ("", 0)
         for batch in source.entries():
             if not batch.num_rows:
                 continue
             names = _hashes(batch["source"])
-            keys = np.asarray(hash_key(seed, PLAN_TAG, names))
             digest += _digest(batch, names)
             num_images += batch.num_rows
-            sizes = batch["bytes"].fill_null(0).to_numpy(zero_copy_only=False)
-            num_bytes += int(sizes.sum())
-            if sizes.max() > largest[1]:
-                largest = (batch["source"][int(sizes.argmax())].as_py(), int(sizes.max()))
+            num_bytes += int(batch["bytes"].fill_null(0).to_numpy(zero_copy_only=False).sum())
             classes.update(batch["label"].drop_null().unique().to_pylist())
             if len(classes) > MAX_CLASSES:
                 raise UserError(
                     f"'{source.name}' has more than {MAX_CLASSES:,} different labels: a column of names or numbers is no label; "
                     "choose another, or none."
                 )
-            self._add(batch, keys)
+            if self._keep:
+                self._add(batch, np.asarray(hash_key(seed, PLAN_TAG, names)))
             if seen:
                 seen(num_images)
         text = "".join(f"{int(part):016x}" for part in digest)
-        return Listing(num_images, num_bytes, sorted(classes), text, largest)
+        return Listing(num_images, num_bytes, sorted(classes), text)
 
     def _add(self, batch: pa.RecordBatch, keys: npt.NDArray[np.uint64]) -> None:
         columns = [*batch.columns, pa.array(keys)]
@@ -102,7 +102,7 @@ class Survey:
     def _spill(self) -> None:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(
-                dir=self._scratch, prefix=".listing.", ignore_cleanup_errors=True
+                dir=self._scratch, prefix=SCRATCH, ignore_cleanup_errors=True
             )
             for bucket in range(1 << _BUCKET_BITS):
                 file = open(Path(self._folder.name) / f"{bucket:03d}.arrow", "wb")  # noqa: SIM115 (closed by `close`)
@@ -126,7 +126,7 @@ class Survey:
         return table
 
     def ordered(self) -> Iterator[pa.Table]:
-        """The entries in the plan's order, in tables of any size; may be called once. UserError for a name listed twice."""
+        """The entries in the plan's order, in tables of any size; once, and with `keep`. UserError for a name listed twice."""
         if self._folder is None:
             yield _sorted(self._take_pending())
             return

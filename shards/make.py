@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards import layout
-from shards.image import BadImage, Stored, prove, prove_pixels
+from shards.image import BadImage, Stored, prove
 from shards.layout import ShardFile
 from shards.masks import prove_mask
 from shards.places import Place
-from shards.plan import PLANNED, Plan
+from shards.plan import Plan, extra_fields
 from shards.policy import Policy
 from shards.sources import Source
 from shards.statistics import Statistics
@@ -71,7 +71,7 @@ class _Work:
         self._count = count
         self._rows: list[dict[str, Any]] = []
         planned = maker.plan.rows(shard)
-        self._extra = [column for column in planned.schema if column.name not in PLANNED.names]
+        self._extra = extra_fields(planned.schema)
         self._planned = planned.to_pylist()
 
     def samples(self) -> Iterator[Sample]:
@@ -94,10 +94,7 @@ class _Work:
     def _sample(self, row: dict[str, Any]) -> tuple[Sample, dict[str, Any]]:
         maker, name = self._maker, row["source"]
         picture = maker.source.read(row)
-        if isinstance(picture.data, bytes):
-            stored = prove(picture.data, name, maker.policy)
-        else:
-            stored = prove_pixels(picture.data, name, maker.policy)
+        stored = prove(picture.data, name, maker.policy)
         mask = None
         if picture.mask is not None:
             mask = prove_mask(picture.mask, row["mask"] or name, stored, maker.policy)

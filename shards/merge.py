@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from shards import layout
 from shards.errors import UserError
-from shards.layout import Manifest
+from shards.layout import Manifest, ShardFile
 from shards.make import Marks, read_marks, read_rows
 from shards.places import Place
 from shards.plan import Plan
@@ -28,13 +28,20 @@ def merge(dest: Place, plan: Plan) -> Manifest:
 
     Every shard must be finished. Raises UserError where no image of any shard is good.
     """
-    notes = [_marks(dest, shard) for shard in range(plan.num_shards)]
-    quarantined = [bad for marks in notes for bad in marks.quarantined]
+    quarantined: list[dict[str, Any]] = []
+    files: dict[int, ShardFile] = {}
+    statistics = Statistics()
+    for shard in range(plan.num_shards):
+        marks = _marks(dest, shard)
+        quarantined += marks.quarantined
+        statistics.merge(Statistics.from_json(marks.statistics))
+        if marks.shard:
+            files[shard] = marks.shard
     dropped = read_dropped(dest)
-    if not any(marks.shard for marks in notes):
+    if not files:
         first = "; ".join(f"{bad['source']}: {bad['reason']}" for bad in quarantined[:3])
         raise UserError(f"none of the {len(quarantined)} images can be used. The first: {first}.")
-    made = [shard for shard, marks in enumerate(notes) if marks.shard]
+    made = list(files)
     first_equal = first_equals(dest, made) if plan.settings.dedupe != "keep" else None
     sums = _Sums()
 
@@ -53,10 +60,6 @@ def merge(dest: Place, plan: Plan) -> Manifest:
     dest.write(layout.TABLE, write)
     lines = "".join(json.dumps(bad, ensure_ascii=False, sort_keys=True) + "\n" for bad in quarantined)
     dest.write(layout.QUARANTINE, lines.encode())
-    statistics = Statistics()
-    for marks in notes:
-        statistics.merge(Statistics.from_json(marks.statistics))
-    files = [marks.shard for marks in notes if marks.shard]
     settings = plan.settings
     return Manifest(
         source=settings.source,
@@ -73,10 +76,10 @@ def merge(dest: Place, plan: Plan) -> Manifest:
         num_masks=sums.num_masks,
         max_width=sums.max_width,
         max_height=sums.max_height,
-        bytes=sum(file.bytes for file in files),
+        bytes=sum(file.bytes for file in files.values()),
         store=settings.store,
         statistics=statistics.summary(),
-        shards=files,
+        shards=list(files.values()),
         options_sha256=settings.sha256(),
     )
 
@@ -135,22 +138,23 @@ def write_dropped(dest: Place, plan: Plan) -> None:
 
     Every shard must be finished, with its duplicates still in it.
     """
-    notes = [_marks(dest, shard) for shard in range(plan.num_shards)]
-    made = [shard for shard, marks in enumerate(notes) if marks.shard]
-    if made:
-        first = first_equals(dest, made)
-        names = pa.concat_tables(read_rows(dest, shard, ["key", "source"]) for shard in made)
-    else:
-        first, names = (
-            np.empty(0, np.int64),
-            pa.table({"key": pa.array([], pa.string()), "source": pa.array([], pa.string())}),
-        )
+    made = [shard for shard in range(plan.num_shards) if _marks(dest, shard).shard]
+    first = first_equals(dest, made) if made else np.empty(0, np.int64)
     again = np.flatnonzero(first >= 0)
+    wanted = np.union1d(again, first[again])  # the names of all the others would be most of the memory
+    parts, start = [pa.table({"key": pa.array([], pa.string()), "source": pa.array([], pa.string())})], 0
+    for shard in made:
+        rows = read_rows(dest, shard, ["key", "source"])
+        here = wanted[(wanted >= start) & (wanted < start + rows.num_rows)] - start
+        parts.append(rows.take(pa.array(here)))
+        start += rows.num_rows
+    names = pa.concat_tables(parts)
+    rows, same = (pa.array(np.searchsorted(wanted, ids)) for ids in (again, first[again]))
     table = pa.table(
         {
-            "position": names["key"].take(pa.array(again)).cast(pa.int64()),
-            "source": names["source"].take(pa.array(again)),
-            "same_as": names["source"].take(pa.array(first[again])),
+            "position": names["key"].take(rows).cast(pa.int64()),
+            "source": names["source"].take(rows),
+            "same_as": names["source"].take(same),
         }
     )
     dest.write(layout.DROPPED, lambda file: pq.write_table(table, file, compression="zstd"))

@@ -73,7 +73,12 @@ class Plan:
         """The source's own columns."""
         with self.place.open(PLAN) as file:
             schema = pq.read_schema(file)
-        return [column for column in schema if column.name not in PLANNED.names]
+        return extra_fields(schema)
+
+
+def extra_fields(schema: pa.Schema) -> list[pa.Field]:
+    """The columns of a plan that its source brought along."""
+    return [column for column in schema if column.name not in PLANNED.names]
 
 
 def default_samples_per_shard(num_images: int) -> int:

@@ -68,10 +68,6 @@ class Method(nn.Module):
     def remember(self, targets: Any) -> None:
         """Called after the last backward of a step; a method with a memory of earlier steps fills it here."""
 
-    def averaged(self) -> list[tuple[Tensor, Tensor]]:
-        """(teacher, student) of every parameter that `update_teacher` averages; none where there is no teacher."""
-        return []
-
     def update_teacher(self, momentum: float) -> None:
         """Move the teacher towards the student; nothing where there is no teacher."""
 

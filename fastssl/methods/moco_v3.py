@@ -141,17 +141,13 @@ class MoCoV3(Method):
         if self.queue is not None:
             self.queue.push(torch.stack([keys[: targets.num_batch] for keys in targets[:2]]))
 
-    def averaged(self) -> list[tuple[Tensor, Tensor]]:
-        student = [*self.backbone.parameters(), *self.projector.parameters()]
-        teacher = [*self.teacher_backbone.parameters(), *self.teacher_projector.parameters()]
-        return list(zip(teacher, student, strict=True))
-
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, over parameters; buffers are left alone.
 
         Call it after optimizer.step(), with teacher_momentum of the progress after that step.
         """
-        teacher, student = zip(*self.averaged(), strict=True)
+        student = [*self.backbone.parameters(), *self.projector.parameters()]
+        teacher = [*self.teacher_backbone.parameters(), *self.teacher_projector.parameters()]
         ema_update(teacher, student, momentum)
 
     def teacher_momentum(self, progress: float) -> float:

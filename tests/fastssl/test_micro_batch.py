@@ -10,7 +10,7 @@ from fastssl.distributed import Dist, cleanup
 from fastssl.meters import Screen
 from fastssl.train import pretrain
 from tests.fastssl.runs import BATCH, STEPS, TINY_VIT, assert_same_end, differences, newest, resolve, rows
-from tests.fastssl.test_resume import Crash, crash_at
+from tests.fastssl.test_resume import Crash, crash_at, resume_after_crashes
 from tests.gloo import _free_port, run_ranks
 
 QUEUE = {"method": {"queue": 4 * BATCH}}
@@ -23,12 +23,7 @@ def test_a_run_in_chunks_resumes_with_the_same_bits(changes: dict, shards: Path,
     """With random depths, checkpointed activations and a queue that turns within the run."""
     pretrain(resolve(shards, tmp_path / "expected", TINY_VIT, QUEUE, changes))
     resolved = resolve(shards, tmp_path / "run", TINY_VIT, QUEUE, changes)
-    for step in (2, STEPS + 3):
-        with pytest.MonkeyPatch.context() as patch:
-            crash_at(patch, step)
-            with pytest.raises(Crash):
-                pretrain(resolved, resume=True)
-    pretrain(resolved, resume=True)
+    resume_after_crashes(resolved, (2, STEPS + 3))
     assert_same_end(tmp_path / "run", tmp_path / "expected")
     assert differences(newest(tmp_path / "run")["scaler"], newest(tmp_path / "expected")["scaler"]) == []
     assert int(newest(tmp_path / "run")["method"]["queue._extra_state"]) == 2 * STEPS * BATCH

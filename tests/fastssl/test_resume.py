@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastssl import checkpoint
+from fastssl.config import Resolved
 from fastssl.meters import Screen
 from fastssl.train import pretrain
 from tests.fastssl.runs import (
@@ -150,6 +151,16 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Screen, "step", move_or_die)
 
 
+def resume_after_crashes(resolved: Resolved, steps: tuple[int, ...]) -> None:
+    """Run to the end, crashing at each of these steps and resuming."""
+    for step in steps:
+        with pytest.MonkeyPatch.context() as patch:
+            crash_at(patch, step)
+            with pytest.raises(Crash):
+                pretrain(resolved, resume=True)
+    pretrain(resolved, resume=True)
+
+
 def crash_after_saving(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let training die when the checkpoint of `step` has been written, before anything else is done."""
     save = checkpoint.save
@@ -206,12 +217,7 @@ def test_a_vit_with_random_depths_resumes_with_the_same_bits(
 ) -> None:
     pretrain(resolve(shards, tmp_path / "expected", TINY_VIT, changes))
     resolved = resolve(shards, tmp_path / "run", TINY_VIT, changes)
-    for step in (4, STEPS + 3):
-        with pytest.MonkeyPatch.context() as patch:
-            crash_at(patch, step)
-            with pytest.raises(Crash):
-                pretrain(resolved, resume=True)
-    pretrain(resolved, resume=True)
+    resume_after_crashes(resolved, (4, STEPS + 3))
     assert_same_end(tmp_path / "run", tmp_path / "expected")
 
 

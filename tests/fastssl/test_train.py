@@ -239,7 +239,7 @@ def test_precision_is_taken_as_asked_or_from_the_hardware(monkeypatch: pytest.Mo
 
 
 def _spoil(monkeypatch: pytest.MonkeyPatch, at: int, what: str) -> None:
-    """From step `at` on the loss, or only a weight after it, is not a number."""
+    """From step `at` on the loss, only its gradient, or only a weight after the step, is not finite."""
     update = MoCoV3.update_teacher
     forward = MoCoV3.forward
     count = 0
@@ -251,6 +251,8 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, at: int, what: str) -> None:
         if what == "loss" and count >= at:
             bad = output.loss * float("nan")
             return output._replace(loss=bad, metrics={**output.metrics, "loss": bad.detach()})
+        if what == "gradient" and count == at:
+            output.loss.register_hook(lambda gradient: gradient * float("inf"))
         return output
 
     def spoiled_update(self, momentum):
@@ -266,11 +268,9 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, at: int, what: str) -> None:
     ("what", "at", "message"),
     [
         ("loss", 6, r"The loss is nan at step 6: lower --optim.lr \(now 0.06\) or set --train.clip_grad"),
-        (
-            "loss",
-            9,
-            "The loss is nan at step 10: lower --optim.lr",
-        ),  # a save, but no row: that step has changed no weight
+        # A save, but no row: the step has changed no weight.
+        ("loss", 9, "The loss is nan at step 10: lower --optim.lr"),
+        ("gradient", 4, "The gradient was not finite in a step up to 4: lower --optim.lr"),
         ("weight", 9, "The weights are no longer finite at step 9: lower --optim.lr"),
     ],
 )

@@ -16,7 +16,7 @@ from shards.image import prove
 from shards.pixels import BadImage, write_npy
 from shards.policy import Policy
 from tests import pictures
-from tests.pictures import picture
+from tests.pictures import exif, picture, png
 
 PAGE = Path(__file__).parents[2] / "docs" / "images.md"
 SIZE = (48, 32)
@@ -63,23 +63,6 @@ def outcome(data: bytes, name: str, policy: Policy) -> str:
 def matches(found: str, expected: str) -> bool:
     """Refusals may go on with a decoder's own words."""
     return found.startswith(expected) if expected.startswith("refused") else found == expected
-
-
-def exif(orientation: int) -> Image.Exif:
-    block = Image.Exif()
-    block[0x0112] = orientation
-    return block
-
-
-def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
-    """A PNG written out from its specification, for what Pillow does not write."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def sampled_jpeg(sampling: str) -> bytes:

@@ -12,8 +12,8 @@ from shards.masks import prove_mask
 from shards.pixels import BadImage, pixels_hash, read_npy, to_8_bit
 from shards.policy import Policy
 from shards.statistics import Statistics
-from tests.pictures import encoded, picture
-from tests.shards.test_image import exif, pixels, png
+from tests.pictures import encoded, exif, picture, png
+from tests.shards.test_image import pixels
 
 DEEP = np.arange(6 * 5, dtype=np.uint16).reshape(6, 5) * 2000
 MANY = np.random.default_rng(0).integers(0, 4000, (6, 5, 7), dtype=np.uint16)
@@ -171,7 +171,7 @@ def test_masks_turn_as_their_images_do(orientation: int):
 
 
 def test_masks_keep_indices_and_refuse_colours():
-    stored = prove_pixels(np.zeros((4, 6, 3), np.uint8), "a")
+    stored = prove_pixels(np.zeros((4, 6, 3), np.uint8))
     indices = np.random.default_rng(0).integers(0, 5, (4, 6), dtype=np.uint8)
     palette = Image.fromarray(indices).quantize(256)
     data = encoded(palette, "PNG")
@@ -182,7 +182,7 @@ def test_masks_keep_indices_and_refuse_colours():
         prove_mask(encoded(picture(0, (6, 4)), "PNG"), "m", stored, Policy())
     with pytest.raises(BadImage, match="has 3 x 4 pixels, the image 6 x 4"):
         prove_mask(np.zeros((4, 3), np.uint8), "m", stored, Policy())
-    small = prove_pixels(np.zeros((8, 12, 3), np.uint8), "a", Policy(short_side=4))
+    small = prove_pixels(np.zeros((8, 12, 3), np.uint8), Policy(short_side=4))
     mask = np.arange(96, dtype=np.uint8).reshape(8, 12)
     assert np.array_equal(pixels(prove_mask(mask, "m", small, Policy())), mask[1::2, 1::2])
 

@@ -1,7 +1,6 @@
 import io
 import struct
 import warnings
-import zlib
 
 import numpy as np
 import pytest
@@ -12,28 +11,11 @@ from PIL import Image, ImageFile, ImageOps
 from shards.image import prove
 from shards.pixels import BadImage, pixels_hash
 from shards.policy import Policy
-from tests.pictures import encoded, picture
+from tests.pictures import encoded, exif, picture, png
 
 
 def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))
-
-
-def exif(orientation: int) -> Image.Exif:
-    block = Image.Exif()
-    block[0x0112] = orientation
-    return block
-
-
-def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
-    """A PNG written out from its specification, for what Pillow does not write."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 CLEAN = {

@@ -10,10 +10,10 @@ from shards.image import prove, prove_pixels
 from shards.masks import prove_mask
 from shards.pixels import BadImage, read_npy
 from shards.policy import Policy
-from tests.pictures import encoded, picture
-from tests.shards.test_image import exif, pixels, png
+from tests.pictures import encoded, exif, picture, png
+from tests.shards.test_image import pixels
 
-STORED = prove_pixels(np.zeros((1, 4, 3), np.uint8), "a")
+STORED = prove_pixels(np.zeros((1, 4, 3), np.uint8))
 FLAT = np.array([[0, 1, 2, 3]], np.uint8)
 
 
