@@ -31,24 +31,24 @@ class Shard:
     same bytes.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """The folder with the images; subfolders are searched too."""
-    dest: Annotated[str, tyro.conf.Positional]
+    dest: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
     """The folder for the shards: new, empty, or one to go on with."""
-    seed: int = 0
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Decides the order of the samples in the shards."""
-    workers: int | None = None
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Processes to use; 0 for none beside this one. None: one a CPU."""
-    samples_per_shard: int | None = None
+    samples_per_shard: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Images in one shard. None: 64 shards of 128 to 4096 images each."""
     dedupe: Literal["mark", "drop", "keep"] = "mark"
     """Images whose pixels equal those of an earlier one: marked in the sample table, left out, or kept unmarked."""
     policy: Annotated[Policy, tyro.conf.arg(name="")] = field(default_factory=Policy)
-    masks: str = ""
+    masks: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
     """Folder of masks (class indices) with the images' relative names; for segmentation."""
-    mask_suffix: str = ""
+    mask_suffix: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     """What follows an image's name in its mask's name, such as _mask."""
-    part: str = ""
+    part: Annotated[str, tyro.conf.arg(metavar="I/N")] = ""
     """I/N: make every N-th shard, from the I-th on, and do not merge; for job arrays. The command without --part merges."""
 
 

@@ -21,8 +21,8 @@ class Policy:
     quality: int = 95
     """Of JPEG and WebP, where something is re-encoded: 1 to 100."""
     alpha: Literal["white", "black", "drop", "keep", "refuse"] = "white"
-    """Transparency: laid on white or black, dropped, kept as a further channel (npy), or the image refused. At more than 8 bits white
-    and black keep it too."""
+    """Transparency: laid on white or black, dropped, kept as a further channel (npy), or the image refused. White and black
+    keep it, too, at more than 8 bits."""
     animated: Literal["refuse", "first"] = "refuse"
     """Images of several frames or pages: refused, or their first one taken."""
     deep: Literal["keep", "8bit", "refuse"] = "keep"

@@ -61,7 +61,7 @@ class Screen(Report):
             return
         self.num_shards = todo
         classes = plan.classes
-        labels = f" in {len(classes):,} classes" if classes else ""
+        labels = f" in {len(classes):,} class{'' if len(classes) == 1 else 'es'}" if classes else ""
         self.say(f"Found {plan.settings.num_images:,} images{labels} in {self._source}")
         if source.kind == "folder" and looks_like_splits(classes):
             self._warn(
@@ -78,9 +78,8 @@ class Screen(Report):
     def _say_cost(self, plan: Plan, source: Source, todo: int) -> None:
         cost = estimate(source, plan, self._policy, todo)
         free = "" if cost.free is None else f", {human_size(cost.free)} are free"
-        self.say(
-            f"{todo:,} shards will take about {human_size(cost.num_bytes)} (the images: {human_size(plan.num_bytes)}){free}"
-        )
+        sizes = f"{human_size(cost.num_bytes)} (the images: {human_size(plan.num_bytes)}){free}"
+        self.say(f"{todo:,} shard{'' if todo == 1 else 's'} will take about {sizes}")
         if cost.free is not None and cost.num_bytes > cost.free:
             self._warn(
                 "that does not fit: make room, choose another DEST, or store less (--short-side, --store jpeg --quality 90)."

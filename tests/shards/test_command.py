@@ -86,6 +86,7 @@ def test_help_names_both_folders(capsys: pytest.CaptureFixture[str]):
         run(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
+    assert "usage: fastssl shard [-h] [OPTIONS] SOURCE DEST" in text
     for word in ("SOURCE", "DEST", "--seed", "--workers", "--samples-per-shard", "quarantine.jsonl"):
         assert word in text
 
