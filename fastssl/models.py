@@ -13,7 +13,7 @@ class ModelConfig:
     """The backbone to train."""
 
     backbone: str = "resnet50"
-    """moco_vit_small, moco_vit_base, moco_vit_conv_small, moco_vit_conv_base (MoCo v3's own ViTs),
+    """moco_vit_small, moco_vit_base, moco_vit_large, moco_vit_conv_small, moco_vit_conv_base (MoCo v3's own ViTs),
     resnet10_w32 (a narrow ResNet for CPUs and small data), or any model name of timm."""
     stop_grad_conv1: bool = True
     """Freeze the patch embedding of ViTs at its initial values, which steadies their training (MoCo v3); no

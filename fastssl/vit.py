@@ -25,10 +25,12 @@ class ViTShape:
     conv_stem: bool = False
 
 
-# 12 heads for ViT-S too, where timm and DeiT have 6. The conv stem stands in for one block, hence depth 11.
+# 12 heads for ViT-S too, where timm and DeiT have 6; ViT-L is in the paper only. The conv stem stands in for one block:
+# depth 11.
 MOCO_VITS = {
     "moco_vit_small": ViTShape(dim=384, depth=12, num_heads=12),
     "moco_vit_base": ViTShape(dim=768, depth=12, num_heads=12),
+    "moco_vit_large": ViTShape(dim=1024, depth=24, num_heads=16),
     "moco_vit_conv_small": ViTShape(dim=384, depth=11, num_heads=12, conv_stem=True),
     "moco_vit_conv_base": ViTShape(dim=768, depth=11, num_heads=12, conv_stem=True),
 }

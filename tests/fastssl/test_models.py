@@ -278,7 +278,9 @@ def test_a_6_head_vit_takes_12_head_weights_silently_and_the_guard_does_not(
 
 
 def test_architecture_entries() -> None:
-    assert {shape.num_heads for shape in MOCO_VITS.values()} == {12}
+    heads = {name: shape.num_heads for name, shape in MOCO_VITS.items()}
+    assert heads.pop("moco_vit_large") == 16
+    assert set(heads.values()) == {12}
     cfg = ModelConfig(backbone="moco_vit_conv_small", patch_size=8, channels=4)
     vit = build_backbone(cfg, 64)
     resnet = build_backbone(ModelConfig(backbone="resnet18", stem_stride=1), 64)
