@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from shards.options import ListOptions
 from shards.policy import Policy
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
@@ -32,7 +33,7 @@ class Shard:
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """The folder with the images; subfolders are searched too."""
+    """A folder with images in it and below; or a list: .csv, .tsv or .parquet. A path or a URL."""
     dest: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
     """The folder for the shards: new, empty, or one to go on with."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -43,7 +44,8 @@ class Shard:
     """Images in one shard. None: 64 shards of 128 to 4096 images each."""
     dedupe: Literal["mark", "drop", "keep"] = "mark"
     """Images whose pixels equal those of an earlier one: marked in the sample table, left out, or kept unmarked."""
-    policy: Annotated[Policy, tyro.conf.arg(name="")] = field(default_factory=Policy)
+    policy: Policy = field(default_factory=Policy)
+    list: ListOptions = field(default_factory=ListOptions)
     masks: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
     """Folder of masks (class indices) with the images' relative names; for segmentation."""
     mask_suffix: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
@@ -54,7 +56,7 @@ class Shard:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Parses the arguments after `fastssl shard` and runs it; UserError passes, Ctrl-C exits with 130."""
-    args = tyro.cli(Shard, prog="fastssl shard", args=argv)
+    args = tyro.cli(Shard, prog="fastssl shard", args=argv, config=(tyro.conf.OmitArgPrefixes,))
     try:
         shard(args)
     except KeyboardInterrupt:
@@ -73,7 +75,7 @@ def shard(args: Shard) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     dest = open_place(args.dest)
-    source = open_source(args.source, dest, masks=args.masks, mask_suffix=args.mask_suffix)
+    source = open_source(args.source, dest, masks=args.masks, mask_suffix=args.mask_suffix, lists=args.list)
     part = Part.parse(args.part) if args.part else None
     start_s = time.monotonic()
     with Screen(console, args.source, args.policy) as screen:

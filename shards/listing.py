@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,11 +26,13 @@ from shards.order import PLAN_TAG
 from shards.sources import Source
 
 IN_MEMORY = 1_000_000  # entries, above which they are sorted on disk
+IN_MEMORY_BYTES = 256 * 2**20  # the same, where entries have long columns
 MAX_CLASSES = 100_000
 _BUCKET_BITS = 8
 _WRITE_ROWS = 1 << 14
 _KEY = "_key"
 SCRATCH = ".listing."  # begins the name of the folder of what is sorted on disk
+_INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 _NULL = 0x6E756C6C
 
 
@@ -61,10 +64,11 @@ class Survey:
     ):
         self._schema = pa.schema([*_entry_schema(source), (_KEY, pa.uint64())])
         self._pending: list[pa.RecordBatch] = []
-        self._num_pending = 0
+        self._num_pending = self._num_pending_bytes = 0
         self._files: list[tuple[IO[bytes], pa.RecordBatchStreamWriter]] = []
         self._scratch = scratch
         self._keep = keep
+        self._source = source
         self._folder: tempfile.TemporaryDirectory | None = None
         self.listing = self._read(source, seed, seen)
 
@@ -90,13 +94,14 @@ class Survey:
             if seen:
                 seen(num_images)
         text = "".join(f"{int(part):016x}" for part in digest)
-        return Listing(num_images, num_bytes, sorted(classes), text)
+        return Listing(num_images, num_bytes, class_order(classes), text)
 
     def _add(self, batch: pa.RecordBatch, keys: npt.NDArray[np.uint64]) -> None:
         columns = [*batch.columns, pa.array(keys)]
         self._pending.append(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         self._num_pending += batch.num_rows
-        if self._num_pending >= IN_MEMORY:
+        self._num_pending_bytes += batch.nbytes
+        if self._num_pending >= IN_MEMORY or self._num_pending_bytes >= IN_MEMORY_BYTES:
             self._spill()
 
     def _spill(self) -> None:
@@ -122,13 +127,13 @@ class Survey:
 
     def _take_pending(self) -> pa.Table:
         table = pa.Table.from_batches(self._pending, schema=self._schema)
-        self._pending, self._num_pending = [], 0
+        self._pending, self._num_pending, self._num_pending_bytes = [], 0, 0
         return table
 
     def ordered(self) -> Iterator[pa.Table]:
         """The entries in the plan's order, in tables of any size; once, and with `keep`. UserError for a name listed twice."""
         if self._folder is None:
-            yield _sorted(self._take_pending())
+            yield self._sorted(self._take_pending())
             return
         self._spill()
         for file, writer in self._files:
@@ -139,7 +144,24 @@ class Survey:
                 table = reader.read_all()
             Path(file.name).unlink()
             if table.num_rows:
-                yield _sorted(table)
+                yield self._sorted(table)
+
+    def _sorted(self, table: pa.Table) -> pa.Table:
+        keys = table[_KEY].to_numpy()
+        order = np.argsort(keys, kind="stable")
+        twice = np.flatnonzero(np.diff(keys[order]) == 0)
+        if len(twice):  # a name listed twice, or (once in 2^64 / N^2 listings) two names of one hash
+            table = table.append_column("_row", pa.array(np.arange(table.num_rows)))
+            order = table.sort_by([(_KEY, "ascending"), ("source", "ascending")])["_row"].to_numpy()
+            table = table.drop_columns(["_row"])
+            names = table["source"].take(pa.array(order[np.unique(np.r_[twice, twice + 1])])).to_pylist()
+            for one, other in itertools.pairwise(names):
+                if one == other:
+                    where = self._source.locate(one)
+                    raise UserError(
+                        f"'{one}' is listed twice in the source{f', {where}' if where else ''}: remove one of the two."
+                    )
+        return table.drop_columns([_KEY]).take(pa.array(order))
 
     def close(self) -> None:
         """Removes what lies on disk."""
@@ -155,6 +177,13 @@ class Survey:
         self.close()
 
 
+def class_order(classes: set[str]) -> list[str]:
+    """Class names sorted: as numbers where all are integers (2 before 10), else as text."""
+    if all(_INTEGER.fullmatch(name) for name in classes):
+        return sorted(classes, key=lambda name: (int(name), name))
+    return sorted(classes)
+
+
 def _entry_schema(source: Source) -> pa.Schema:
     from shards.layout import SCHEMA
     from shards.sources import ENTRIES
@@ -166,21 +195,6 @@ def _entry_schema(source: Source) -> pa.Schema:
                 f"'{source.name}' has a column '{name}', a name that the sample table uses itself: rename that column."
             )
     return pa.schema([*ENTRIES, *source.extra_schema])
-
-
-def _sorted(table: pa.Table) -> pa.Table:
-    keys = table[_KEY].to_numpy()
-    order = np.argsort(keys, kind="stable")
-    twice = np.flatnonzero(np.diff(keys[order]) == 0)
-    if len(twice):  # a name listed twice, or (once in 2^64 / N^2 listings) two names of one hash
-        table = table.append_column("_row", pa.array(np.arange(table.num_rows)))
-        order = table.sort_by([(_KEY, "ascending"), ("source", "ascending")])["_row"].to_numpy()
-        table = table.drop_columns(["_row"])
-        names = table["source"].take(pa.array(order[np.unique(np.r_[twice, twice + 1])])).to_pylist()
-        for one, other in itertools.pairwise(names):
-            if one == other:
-                raise UserError(f"'{one}' is listed twice in the source: remove one of the two.")
-    return table.drop_columns([_KEY]).take(pa.array(order))
 
 
 def _digest(batch: pa.RecordBatch, names: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -101,7 +102,7 @@ class _Work:
         self.statistics.add(stored.sample)
         label = row["label"]
         extra = {column.name: row[column.name] for column in self._extra}
-        facts = {key: value for key, value in extra.items() if value is not None} | picture.facts
+        facts = {key: value for key, value in (extra | picture.facts).items() if _is_known(value)}
         class_name = None if label is None else maker.plan.classes[label]
         key = layout.sample_key(row["position"])
         columns = _columns(stored) | extra
@@ -119,6 +120,11 @@ class _Work:
 
     def table(self) -> pa.Table:
         return pa.Table.from_pylist(self._rows, schema=pa.schema([*_ROWS, *self._extra]))
+
+
+def _is_known(value: Any) -> bool:
+    """Whether the JSON gets a value: there is no null, and JSON has no NaN and no infinity."""
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def _columns(stored: Stored) -> dict[str, Any]:

@@ -50,10 +50,7 @@ class MaskFolder:
 
     def read(self, mask_name: str) -> bytes:
         """A mask's file; BadImage where it cannot be read."""
-        try:
-            return self._place.read(mask_name)
-        except OSError as fault:
-            raise BadImage(f"its mask '{mask_name}' cannot be read: {fault.strerror or fault}") from fault
+        return read_mask(self._place, mask_name)
 
     def check(self) -> None:
         """After the listing: raises UserError where no image has a mask."""
@@ -70,6 +67,14 @@ class MaskFolder:
         return [
             f"{self._num_without:,} images have no mask, such as {', '.join(self._without)}; they are converted without one."
         ]
+
+
+def read_mask(place: Place, name: str) -> bytes:
+    """A mask's file; BadImage where it cannot be read."""
+    try:
+        return place.read(name)
+    except OSError as fault:
+        raise BadImage(f"its mask '{name}' cannot be read: {fault.strerror or fault}") from fault
 
 
 def prove_mask(mask: bytes | npt.NDArray, name: str, stored: Stored, policy: Policy) -> bytes:

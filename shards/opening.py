@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
+from shards.options import ListOptions
 
 if TYPE_CHECKING:
     from shards.places import Place
     from shards.sources import Source
 
 
-def open_source(where: str, dest: Place, *, masks: str = "", mask_suffix: str = "") -> Source:
-    """The source that `where` means: a folder of images, or a URL of one.
+def open_source(
+    where: str,
+    dest: Place,
+    *,
+    masks: str = "",
+    mask_suffix: str = "",
+    lists: ListOptions | None = None,
+) -> Source:
+    """The source that `where`, a path or URL, means: a folder of images, or a list (CSV, TSV, Parquet).
 
     `masks`: a folder of masks with the images' relative names, followed by `mask_suffix`. Raises UserError where the shards would lie
     inside the source, and where an option does not go with it.
     """
+    from shards.list_files import SUFFIXES as LISTS
+    from shards.lists import ListSource
     from shards.masks import MaskFolder
     from shards.places import open_place
     from shards.sources import FolderSource
 
     if mask_suffix and not masks:
         raise UserError(f"--mask-suffix '{mask_suffix}' needs --masks FOLDER.")
+    lists = lists or ListOptions()
+    if where.partition("?")[0].lower().endswith(LISTS) and not _is_folder(where):
+        if masks:
+            raise UserError(
+                "--masks goes with a folder; in a list, --mask-column names the column of the masks."
+            )
+        return ListSource(where, lists)
+    _refuse(lists, f"a list ({', '.join(LISTS)})", where)
     place = open_place(where)
     check_apart(place, dest)
     return FolderSource(place, MaskFolder(open_place(masks), mask_suffix) if masks else None)
+
+
+def _is_folder(where: str) -> bool:
+    import os
+
+    return "://" not in where and os.path.isdir(where)
+
+
+def _refuse(options: Any, what: str, where: str) -> None:
+    """Raises UserError where any of the options of another kind of source is set."""
+    plain = type(options)()
+    for name, value in vars(options).items():
+        if value != getattr(plain, name):
+            raise UserError(f"--{name.replace('_', '-')} {value} goes with {what}, and '{where}' is none.")
 
 
 def check_apart(source: Place, dest: Place) -> None:

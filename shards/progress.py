@@ -68,6 +68,8 @@ class Screen(Report):
                 f"the folders {', '.join(classes)} look like splits, but are taken as classes. To keep them apart, convert each: "
                 f"fastssl shard {self._source.rstrip('/')}/{classes[0]} ..."
             )
+        for text in source.describe():
+            self.say(text)
         for text in source.warnings():
             self._warn(text)
         if todo:

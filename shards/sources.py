@@ -79,9 +79,17 @@ class Source:
         """One entry. Raises BadImage for what is wrong with it alone, UserError where the whole source has gone away."""
         raise NotImplementedError
 
+    def describe(self) -> list[str]:
+        """After `entries`: what it was understood to be, a sentence each."""
+        return []
+
     def warnings(self) -> list[str]:
         """After `entries`: what was left out and why, a sentence each."""
         return []
+
+    def locate(self, source: str) -> str:
+        """Where an entry stands in the source, such as its lines in a list; for messages."""
+        return ""
 
 
 def looks_like_splits(classes: list[str]) -> bool:
@@ -103,6 +111,16 @@ def entry_batch(columns: dict[str, Any], extra: pa.Schema | None = None) -> pa.R
         else:
             arrays.append(pa.array(values, column.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def split_url(where: str) -> tuple[str, str]:
+    """A file's path or URL as (folder, name); a query belongs to the name."""
+    if "://" not in where:
+        folder, name = os.path.split(where)
+        return folder or ".", name
+    head, mark, query = where.partition("?")
+    folder, _, name = head.rpartition("/")
+    return folder, name + mark + query
 
 
 def read_file(place: Place, name: str, planned_bytes: int) -> bytes:

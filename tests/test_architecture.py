@@ -24,6 +24,7 @@ SETTINGS = {
     "fastssl/eval/knn.py": ("KNNConfig",),
     "fastssl/eval/command.py": ("EvalKNN",),
     "fastssl/preview.py": ("Preview",),
+    "shards/options.py": ("ListOptions",),
     "pipelines/loader.py": ("DataConfig",),
     "pipelines/recipe.py": ("Recipe",),
 }

@@ -77,6 +77,20 @@ def test_what_is_sorted_on_disk_comes_in_the_same_order(monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_classes_that_are_numbers_are_sorted_as_numbers():
+    assert survey([("a", "10"), ("b", "9"), ("c", "-1"), ("d", None)])[0].classes == ["-1", "9", "10"]
+    assert survey([("a", "10"), ("b", "9"), ("c", "x")])[0].classes == ["10", "9", "x"]
+    assert survey([("a", "1"), ("b", "01")])[0].classes == ["01", "1"]
+
+
+def test_long_columns_are_sorted_on_disk_early(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    wanted = survey(ENTRIES, seed=3)
+    monkeypatch.setattr(listing, "IN_MEMORY_BYTES", 300)
+    with Survey(Given(ENTRIES), 3, tmp_path) as one:
+        assert list(tmp_path.iterdir())
+        assert (one.listing, names(one)) == wanted
+
+
 def test_a_name_listed_twice_is_refused():
     with pytest.raises(UserError, match=r"'5\.jpg' is listed twice"):
         survey([*ENTRIES, ("5.jpg", None)])
