@@ -11,9 +11,10 @@ import contextlib
 import numpy as np
 import torch
 
-from pipelines import gpu_kernels
+from pipelines.batched import BatchedKernels, choose_kernels, make_views
 from pipelines.cache import GB, SHARE, Samples, decoded_sizes, eight_bit
 from pipelines.draws import DRAW
+from pipelines.gpu_kernels import pack
 from pipelines.recipe import Recipe
 from pipelines.stream import Job, hand_over
 from shards.errors import UserError
@@ -51,8 +52,9 @@ class GpuSlot:
         side: torch.cuda.Stream | None = None,
         store: GpuStore | None = None,
         dtype: torch.dtype = torch.float32,
+        kernels: BatchedKernels | None = None,
     ):
-        """`side`: the stream of the copies and kernels; None on a CPU."""
+        """`side`: the stream of the copies and kernels; None on a CPU. `kernels`: without them the best for the device."""
         self._samples, self._recipe, self._device, self._side, self._store = (
             samples,
             recipe,
@@ -61,6 +63,7 @@ class GpuSlot:
             store,
         )
         self._dtype = dtype
+        self._kernels = kernels or choose_kernels(device)
         self._mean, self._std = (torch.tensor(x, device=device) for x in (recipe.mean, recipe.std))
         self._host, self._pixels = self._memory(0), torch.empty(0, dtype=torch.uint8, device=device)
         self._copied = torch.cuda.Event() if side is not None else None
@@ -105,16 +108,15 @@ class GpuSlot:
             pixels, first_bytes = self._upload()
             views, ids = self._draws.shape[0], self._ids
             draws = self._draws.reshape(-1)  # view after view
-            params = gpu_kernels.pack(
+            params = pack(
                 draws,
                 np.tile(first_bytes, views),
                 np.tile(self._samples.shards.widths[ids], views),
                 pin=self._side is not None,
             ).to(self._device)
-            largest = (int(np.max(draws["height"])), int(np.max(draws["width"])))
-            made = gpu_kernels.crop(pixels, params, self._recipe.size, largest)
-            made = gpu_kernels.blur(gpu_kernels.colour(made, params), params)
-            out = gpu_kernels.finish(made, params, self._mean, self._std, self._dtype)
+            out = make_views(
+                self._kernels, pixels, params, draws, self._recipe.size, self._mean, self._std, self._dtype
+            )
             self._views = list(out.view(views, len(ids), *out.shape[1:]).unbind(0))
             if self._copied is not None:
                 self._copied.record()

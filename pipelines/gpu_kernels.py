@@ -24,7 +24,7 @@ CHUNK = 64  # views cropped at a time, which bounds the memory of their padded s
 class Params:
     """What happens to each of M views, on one device. Made by `pack`."""
 
-    source: Tensor  # int64 (M, 6): first byte of the image, its width; top, left, height, width of the crop
+    source: Tensor  # int64 (M, 7): first byte of the image, its width; top, left, height, width of the crop; rows of crops before it
     jitter: Tensor  # float32 (M, 4): brightness, contrast, saturation, hue
     order: Tensor  # int32 (M, 4): the parts in turn, -1 where nothing is to be done
     gray: Tensor  # bool (M,)
@@ -48,10 +48,11 @@ def pack(draws: np.ndarray, first_bytes: np.ndarray, widths: np.ndarray, *, pin:
         return made.pin_memory() if pin else made
 
     box = [draws[name].astype(np.int64) for name in ("top", "left", "height", "width")]
+    rows = np.cumsum(box[2]) - box[2]
     blurred = np.flatnonzero(draws["sigma"] > 0)
     symmetry = draws["turns"].astype(np.int32) + 4 * draws["hflip"] + 8 * draws["vflip"]
     return Params(
-        tensor(np.stack([first_bytes.astype(np.int64), widths.astype(np.int64), *box], axis=1)),
+        tensor(np.stack([first_bytes.astype(np.int64), widths.astype(np.int64), *box, rows], axis=1)),
         tensor(np.stack([draws[name] for name in ("brightness", "contrast", "saturation", "hue")], axis=1)),
         tensor(np.where(draws["jitter"][:, None] > 0, draws["order"].astype(np.int32), np.int32(-1))),
         tensor(draws["gray"] > 0),
@@ -64,17 +65,17 @@ def pack(draws: np.ndarray, first_bytes: np.ndarray, widths: np.ndarray, *, pin:
     )
 
 
-def crop(pixels: Tensor, params: Params, size: int, largest: tuple[int, int]) -> Tensor:
+def crop(pixels: Tensor, params: Params, size: int, heights: np.ndarray, widths: np.ndarray) -> Tensor:
     """Cut and resize with the antialiased triangle filter, as two batched matrix products: uint8 (M, 3, S, S).
 
     Args:
         pixels: uint8, the bytes of all images, each (H, W, 3).
-        largest: height and width of the largest crop box.
+        heights, widths: (M,) of the crop boxes, as the host knows them.
     """
-    high, wide = largest
+    high, wide = int(heights.max()), int(widths.max())
     views = []
     for source in params.source.split(CHUNK):
-        first, width, top, left, box_h, box_w = source.unbind(1)
+        first, width, top, left, box_h, box_w, _ = source.unbind(1)
         y = torch.arange(high, device=pixels.device).clamp(max=(box_h - 1)[:, None]) + top[:, None]
         x = torch.arange(wide, device=pixels.device).clamp(max=(box_w - 1)[:, None]) + left[:, None]
         at = first[:, None, None] + (y[:, :, None] * width[:, None, None] + x[:, None, :]) * 3
@@ -168,14 +169,15 @@ def source_of(symmetry: Tensor, size: int, device: torch.device) -> tuple[Tensor
 def unit_noise(seeds: Tensor, count: int) -> Tensor:
     """The numbers of `noise.unit_noise` for int64 `seeds` (M,): float32 (M, count)."""
     element = torch.arange(count, device=seeds.device)
-    table = _table(seeds.device)
+    table = noise_values(seeds.device)
     word = _mix64(seeds[:, None] + (element[::4] >> 2) * _signed(GAMMA))
     parts = [(word >> (16 * k + 4)) & 0xFFF for k in range(4)]
     return table[torch.stack(parts, dim=2).flatten(1)[:, :count]]
 
 
 @cache
-def _table(device: torch.device) -> Tensor:
+def noise_values(device: torch.device) -> Tensor:
+    """`noise.noise_table` on a device: float32 (4096,)."""
     return torch.tensor(noise_table(), device=device)
 
 

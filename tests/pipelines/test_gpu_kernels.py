@@ -34,7 +34,7 @@ def both(images: list[Image.Image], draws: np.ndarray, size: int = SIZE) -> tupl
     firsts = ends - [array.size for array in arrays]
     pixels = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
     params = gpu_kernels.pack(draws, firsts, np.array([image.width for image in images]))
-    views = gpu_kernels.crop(pixels, params, size, (int(draws["height"].max()), int(draws["width"].max())))
+    views = gpu_kernels.crop(pixels, params, size, draws["height"], draws["width"])
     views = gpu_kernels.blur(gpu_kernels.colour(views, params), params)
     out = gpu_kernels.finish(views, params, torch.zeros(3), torch.ones(3), torch.float32)
     recipe = Recipe(size=size, **BARE)

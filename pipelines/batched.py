@@ -1,0 +1,114 @@
+"""Which batched kernels make the views on a device: Triton's where they run and pass a test, torch's functions elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines import gpu_kernels
+from pipelines.draws import draw
+from pipelines.gpu_kernels import Params
+from pipelines.recipe import RECIPES
+
+# Both keep 8 bits between the steps; where a rounding differs, a pixel is a level off, and its hue some.
+ALLOWED_LEVELS = 0.25
+
+
+class BatchedKernels(Protocol):
+    """The operations on a batch of views, uint8 (M, 3, S, S); see `gpu_kernels`, whose functions are the plainest form."""
+
+    def crop(
+        self, pixels: Tensor, params: Params, size: int, heights: np.ndarray, widths: np.ndarray
+    ) -> Tensor:
+        """Cut and resize."""
+        ...
+
+    def colour(self, views: Tensor, params: Params) -> Tensor:
+        """Jitter and greyscale."""
+        ...
+
+    def blur(self, views: Tensor, params: Params) -> Tensor:
+        """Blur the views that were drawn."""
+        ...
+
+    def finish(self, views: Tensor, params: Params, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+        """Solarise, flip, turn, noise, normalise."""
+        ...
+
+
+def make_views(
+    kernels: BatchedKernels,
+    pixels: Tensor,
+    params: Params,
+    draws: np.ndarray,
+    size: int,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """All operations in their order: `dtype` (M, 3, S, S), normalised.
+
+    Args:
+        pixels: uint8, the bytes of all images, each (H, W, 3).
+        draws: the DRAW records (M,) of `params`, for what the host has to know.
+        mean, std: float32 (3,).
+    """
+    views = kernels.crop(pixels, params, size, draws["height"], draws["width"])
+    views = kernels.blur(kernels.colour(views, params), params)
+    return kernels.finish(views, params, mean, std, dtype)
+
+
+@cache
+def choose_kernels(device: torch.device) -> BatchedKernels:
+    """Triton's kernels on a CUDA device where they compile and pass `self_test` (some seconds at first), else torch's functions.
+
+    What keeps Triton from running (no C compiler for its launcher, no Triton on the system) is told in a warning.
+    """
+    if device.type != "cuda":
+        return gpu_kernels
+    try:
+        from pipelines import triton_kernels
+
+        levels = self_test(triton_kernels, device)
+    except Exception as fault:
+        reason = f"{type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else 'no reason given'}"
+    else:
+        if levels <= ALLOWED_LEVELS:
+            return triton_kernels
+        reason = f"they are {levels:.2f} levels off, more than {ALLOWED_LEVELS}"
+    warnings.warn(
+        f"The Triton kernels do not work here ({reason}); views are made by torch's functions instead, which are slower.",
+        stacklevel=2,
+    )
+    return gpu_kernels
+
+
+def self_test(kernels: BatchedKernels, device: torch.device) -> float:
+    """The mean difference, in levels of 255, of `kernels` on `device` to torch's functions on the CPU, for ragged pictures."""
+    size, rng = 16, np.random.default_rng(0)
+    heights, widths = np.array([20, 15, 40, 16] * 3), np.array([30, 35, 21, 16] * 3)
+    sizes = heights * widths * 3
+    # Smooth, as photographs are: in noise a level more or less before the hue is another colour.
+    images = [
+        np.cumsum(np.cumsum(rng.normal(size=(h, w, 3)), axis=0), axis=1) * 2 + 128
+        for h, w in zip(heights, widths, strict=True)
+    ]
+    pixels = torch.from_numpy(
+        np.concatenate([np.clip(image, 0, 255).astype(np.uint8).reshape(-1) for image in images])
+    )
+    recipe = dataclasses.replace(
+        RECIPES["satellite"], num_views=1, blur_p=(0.5,), solarize_p=(0.5,), jitter_p=1.0, noise_p=0.5
+    )
+    draws = draw(recipe, 0, 0, np.arange(len(sizes)), widths, heights)[0]
+    params = gpu_kernels.pack(draws, np.cumsum(sizes) - sizes, widths)
+    mean, std = torch.zeros(3), torch.ones(3)
+    wanted = make_views(gpu_kernels, pixels, params, draws, size, mean, std)
+    place = [x.to(device) for x in (pixels, mean, std)]
+    made = make_views(kernels, place[0], params.to(device), draws, size, place[1], place[2])
+    return float((made.cpu() - wanted).abs().mean() * 255)
