@@ -194,8 +194,11 @@ class _Run:
         Counts the images that the others have refused.
         """
         todo = []
+        marked = set(
+            self.dest.names(layout.ROWS)
+        )  # asked at once: a remote store takes its time for each question
         for shard in shards:
-            marks = read_marks(self.dest, shard)
+            marks = read_marks(self.dest, shard) if layout.rows_name(shard) in marked else None
             right = marks and (num_dropped is None or marks.num_dropped == num_dropped.get(shard, 0))
             if marks and right and (marks.shard is None or is_whole(self.dest, marks.shard)):
                 self._quarantined += len(marks.quarantined)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import posixpath
 import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -16,8 +13,6 @@ from shards.errors import UserError
 from shards.files import atomic_write, lock_file, remove_unfinished
 
 T = TypeVar("T")
-TRIES = 5
-FIRST_PAUSE_S = 0.2  # doubled after each failed try
 
 
 def open_place(where: str | os.PathLike | Place) -> Place:
@@ -28,14 +23,19 @@ def open_place(where: str | os.PathLike | Place) -> Place:
     if isinstance(where, Place):
         return where
     text = os.fspath(where)
-    return RemotePlace(text) if "://" in text and not text.startswith("file://") else LocalPlace(text)
+    if "://" not in text or text.startswith("file://"):
+        return LocalPlace(text)
+    from shards.remote import RemotePlace
+
+    return RemotePlace(text)
 
 
 class Place:
     """A folder of files; names in it are relative, with forward slashes. Picklable.
 
     `url` is what the user wrote; `local` is the folder on this machine, None for a remote place; `name` its own last part. What is
-    missing raises FileNotFoundError, all else that goes wrong OSError.
+    missing raises FileNotFoundError. All else that goes wrong raises OSError in a local place, and `shards.remote.Unreachable`, a
+    UserError, in a remote one: there it is no fault of the file.
     """
 
     url: str
@@ -72,8 +72,8 @@ class Place:
         """All files below, with their bytes, one by one in any order; hidden names and `__MACOSX` are skipped."""
         raise NotImplementedError
 
-    def read(self, name: str) -> bytes:
-        """A whole file."""
+    def read(self, name: str, listed_bytes: int = 0) -> bytes:
+        """A whole file. `listed_bytes`, as a listing gave them, save a remote place a question; 0 where they are not known."""
         raise NotImplementedError
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
@@ -102,13 +102,9 @@ class Place:
     def make(self) -> None:
         """Creates the folder, where there is such a thing."""
 
-    @contextlib.contextmanager
-    def lock(self, name: str, *, shared: bool = False) -> Iterator[None]:
-        """Holds a lock, exclusive or shared; UserError where another process holds it.
-
-        Remote stores have no locks, and need none: two converters of one plan write the same bytes.
-        """
-        yield
+    def lock(self, name: str, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Holds a lock, exclusive or shared; UserError where another process holds it."""
+        raise NotImplementedError
 
 
 class LocalPlace(Place):
@@ -152,14 +148,14 @@ class LocalPlace(Place):
         """
         yield from _walk(str(self.local), "", frozenset())
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, listed_bytes: int = 0) -> bytes:
         with open(self.local / name, "rb", buffering=0) as file:
             return file.readall()
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         with open(self.local / name, "rb", buffering=0) as file:
             data = os.pread(file.fileno(), size, offset)
-        return _whole(data, self / name, offset, size)
+        return whole(data, self / name, offset, size)
 
     def open(self, name: str) -> IO[bytes]:
         return open(self.local / name, "rb")
@@ -199,152 +195,8 @@ class LocalPlace(Place):
             yield
 
 
-class RemotePlace(Place):
-    """A folder in a store that fsspec reaches; dropped connections and short reads are tried again, `TRIES` times in all."""
-
-    def __init__(self, url: str):
-        self.url = url
-        self._open_store()
-
-    def _open_store(self) -> None:
-        import fsspec
-
-        protocol = self.url.partition("://")[0]
-        try:
-            self._store, self._root = fsspec.core.url_to_fs(self.url)
-        except ImportError as fault:
-            raise UserError(
-                f"'{self.url}' needs a package for {protocol}:// ({fault}); pip install 'fastssl-pretrain[remote]'."
-            ) from fault
-        except ValueError as fault:
-            raise UserError(f"'{self.url}' is of no known protocol ({fault}).") from fault
-        # Listings would otherwise be remembered, and files that other processes wrote not be seen.
-        self._store.use_listings_cache = False
-        self._root = self._root.rstrip("/")
-
-    def __reduce__(self):
-        return RemotePlace, (self.url,)
-
-    def _at(self, name: str) -> str:
-        return f"{self._root}/{name}".rstrip("/") if name else self._root
-
-    def _try(self, work: Callable[[], T], what: str) -> T:
-        pause_s = FIRST_PAUSE_S
-        for attempt in range(1, TRIES + 1):
-            try:
-                return work()
-            except FileNotFoundError:
-                raise
-            except PermissionError as fault:
-                raise UserError(f"'{what}' may not be used ({fault}); check the credentials.") from fault
-            except Exception as fault:  # each store raises its own
-                if type(fault).__name__ in ("NoCredentialsError", "NoAuthTokenError"):
-                    raise UserError(f"'{what}' needs credentials ({fault}).") from fault
-                if attempt == TRIES:
-                    raise OSError(
-                        f"'{what}' failed {TRIES} times, last: {fault or type(fault).__name__}"
-                    ) from fault
-            self._store.invalidate_cache()
-            time.sleep(pause_s)
-            pause_s *= 2
-        raise AssertionError
-
-    def is_there(self) -> bool:
-        try:
-            self._try(lambda: self._store.ls(self._root, detail=False), self.url)
-        except (FileNotFoundError, OSError):
-            return False
-        return True
-
-    def check_folder(self, what: str) -> None:
-        try:
-            self._try(lambda: self._store.ls(self._root, detail=False), self.url)
-        except FileNotFoundError:
-            raise UserError(f"there is nothing at '{self.url}'; check the URL of {what}.") from None
-        except OSError as fault:
-            raise UserError(f"'{self.url}' cannot be listed ({fault}).") from fault
-
-    def size(self, name: str) -> int | None:
-        try:
-            about = self._try(lambda: self._store.info(self._at(name)), self / name)
-        except FileNotFoundError:
-            return None
-        return int(about["size"] or 0) if about["type"] == "file" else None
-
-    def names(self, folder: str = "") -> list[str]:
-        try:
-            entries = self._try(lambda: self._store.ls(self._at(folder), detail=True), self / folder)
-        except FileNotFoundError:
-            return []
-        # Some stores list the folder itself as an empty file.
-        files = (posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file")
-        return sorted(name for name in files if name)
-
-    def walk(self) -> Iterator[tuple[str, int]]:
-        waiting = [""]
-        while waiting:
-            folder = waiting.pop()
-            entries = self._try(
-                lambda folder=folder: self._store.ls(self._at(folder), detail=True), self / folder
-            )
-            for entry in entries:
-                own = posixpath.basename(entry["name"].rstrip("/"))
-                name = f"{folder}/{own}" if folder else own
-                if (
-                    not own
-                    or own.startswith(".")
-                    or own == "__MACOSX"
-                    or entry["name"].rstrip("/") == self._at(folder)
-                ):
-                    continue
-                if entry["type"] == "directory":
-                    waiting.append(name)
-                else:
-                    yield name, int(entry["size"] or 0)
-
-    def read(self, name: str) -> bytes:
-        def work() -> bytes:
-            data = self._store.cat_file(self._at(name))
-            size = self._store.info(self._at(name)).get("size")
-            return data if size is None else _whole(data, self / name, 0, size)
-
-        return self._try(work, self / name)
-
-    def read_range(self, name: str, offset: int, size: int) -> bytes:
-        def work() -> bytes:
-            data = self._store.cat_file(self._at(name), start=offset, end=offset + size)
-            return _whole(data, self / name, offset, size)
-
-        return self._try(work, self / name)
-
-    def open(self, name: str) -> IO[bytes]:
-        return self._try(lambda: self._store.open(self._at(name), "rb"), self / name)
-
-    def write(self, name: str, content: bytes | Callable[[Any], T]) -> T | None:
-        if not callable(content):
-            self._try(lambda: self._store.pipe_file(self._at(name), content), self / name)
-            return None
-        # Made on this machine first: a store shows a file only when all of it has arrived, and a try that failed can be repeated.
-        with tempfile.NamedTemporaryFile(prefix="fastssl-") as file:
-            result = content(file)
-            file.flush()
-            self._try(lambda: self._store.put_file(file.name, self._at(name)), self / name)
-        return result
-
-    def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._try(lambda: self._store.rm_file(self._at(name)), self / name)
-
-    def remove_tree(self, folder: str) -> None:
-        for name in self.names(folder):
-            self.remove(f"{folder}/{name}")
-
-    def make(self) -> None:
-        with contextlib.suppress(NotImplementedError):
-            self._try(lambda: self._store.makedirs(self._root, exist_ok=True), self.url)
-
-
-def _whole(data: bytes, where: str, offset: int, size: int) -> bytes:
+def whole(data: bytes, where: str, offset: int, size: int) -> bytes:
+    """The data, if it is all `size` bytes; OSError where a read came back short."""
     if len(data) != size:
         raise OSError(f"'{where}' gave {len(data)} bytes of {size} at {offset}")
     return data

@@ -128,7 +128,7 @@ def read_file(place: Place, name: str, planned_bytes: int) -> bytes:
     if planned_bytes > MAX_FILE_BYTES:
         raise BadImage(f"{planned_bytes} bytes, more than the limit of {MAX_FILE_BYTES}")
     try:
-        return place.read(name)
+        return place.read(name, planned_bytes)
     except OSError as fault:
         # One bad file is set aside; a disk that went away must not set aside all the rest.
         if not place.is_there():
