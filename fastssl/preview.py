@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from pipelines.engines import EngineName
 from shards.errors import UserError
 from shards.files import check_output
 
@@ -30,7 +31,7 @@ class Preview:
     """Side of the views in pixels; 0 takes the recipe's."""
     seed: int = 0
     """The seed of the run to be previewed."""
-    engine: Literal["fused", "reference"] = "fused"
+    engine: EngineName = "fused"
     """What makes the views."""
 
 

@@ -44,6 +44,13 @@ class Samples:
             )
         return pixels
 
+    def encoded(self, sample_id: int) -> memoryview:
+        """The bytes of one image as they are stored; Unreadable where they are gone."""
+        try:
+            return self._read(sample_id)
+        except _FAULTS as fault:
+            raise Unreadable(str(fault)) from fault
+
     def _read(self, sample_id: int) -> memoryview:
         return self.shards.read(sample_id)
 

@@ -6,21 +6,24 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 
+from pipelines.batch_engine import BatchEngine, BatchOptions, batch_slots
 from pipelines.cache import Samples, open_samples
 from pipelines.draws import draw, eval_draws
+from pipelines.engines import EngineName, ImageEngine, make_engine, refuse_deep, whole_batches
 from pipelines.faults import BadSamples
+from pipelines.fused_engine import FusedEngine
 from pipelines.recipe import Recipe
 from pipelines.stream import SLOTS, Batch, HostSlot, Job, Renderer, Slot, default_threads, stream
-from shards.errors import UserError, nearest
+from shards.errors import UserError
 from shards.order import block_order, epoch_order, rank_positions, steps_per_epoch
 from shards.read import ShardSet
 
-__all__ = ["Batch", "DataConfig", "Loader", "default_threads", "eval_batches", "make_engine", "open_loader"]
+__all__ = ["Batch", "DataConfig", "Loader", "default_threads", "eval_batches", "open_loader", "open_slots"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,13 @@ class DataConfig:
 
     shards: str = ""
     """Folder of shards that `fastssl shard` made."""
-    engine: Literal["fused", "reference"] = "fused"
-    """What makes the views: 'fused' is the fast one, 'reference' is PIL and torchvision, one image at a time."""
+    engine: EngineName = "fused"
+    """What makes the views: 'fused' (ours), 'dali' or 'kornia' (NVIDIA's and Kornia's operations, the same draws), or 'reference'
+    (PIL and torchvision, one image at a time)."""
     threads: int = 0
     """Threads that decode and augment; 0 means one per core that this process may use, divided among the ranks here."""
     augment_on: Literal["cpu", "gpu"] = "cpu"
-    """Where 'fused' makes the views after decoding: 'gpu' frees CPU cores and takes time of the GPU (8-bit images, 3 channels)."""
+    """Where views are made ('reference': only 'cpu'): 'gpu' frees CPU cores and takes time of the GPU (8-bit images, 3 channels)."""
     order: Literal["global", "blocks"] = "global"
     """'global' shuffles all samples; 'blocks' shuffles shards, and samples within a few shards, for cold remote storage."""
     block_shards: int = 16
@@ -104,24 +108,19 @@ def open_loader(
             f"(--train.batch) to at most {shards.num_samples}, or convert more images."
         )
     device = torch.device(device)
-    on_gpu = augment_on == "gpu"
-    if on_gpu and (engine != "fused" or device.type != "cuda" or on_host):
-        raise UserError(
-            "data.augment_on gpu needs --data.engine fused, a GPU to train on and whole batches (no train.micro_batch): set "
-            "--data.augment-on cpu."
-        )
-    if cache == "gpu" and not on_gpu:
-        raise UserError(
-            "data.cache gpu needs the views to be made on the GPU too: add --data.augment-on gpu, or set --data.cache ram."
-        )
-    made = make_engine(engine, recipe)
-    samples = open_samples(shards, made.decode, len(recipe.mean), cache, cache_gb)
-    if on_gpu:
-        make_slots = gpu_slots(samples, recipe, device, cache == "gpu", cache_gb)
-    else:
-        make_slots = partial(
-            host_slots, samples, made, view_shapes(recipe), batch // world, device, on_host=on_host
-        )
+    threads = threads or default_threads()
+    samples, make_slots = open_slots(
+        shards,
+        recipe,
+        engine,
+        batch=batch // world,
+        threads=threads,
+        augment_on=augment_on,
+        cache=cache,
+        cache_gb=cache_gb,
+        device=device,
+        on_host=on_host,
+    )
     return Loader(
         samples,
         make_slots,
@@ -131,20 +130,54 @@ def open_loader(
         seed=seed,
         rank=rank,
         world=world,
-        threads=threads or default_threads(),
+        threads=threads,
         device=device,
         block_shards=block_shards if order == "blocks" else 0,
     )
 
 
-def make_engine(name: str, recipe: Recipe):
-    """The engine called `name`: a `Renderer`, and a callable (encoded image, DRAW records (V,), out: V float32 (C, S, S)) -> None."""
-    from pipelines.fused_engine import FusedEngine, ReferenceEngine
+def open_slots(
+    shards: ShardSet,
+    recipe: Recipe,
+    engine: str,
+    *,
+    batch: int,
+    threads: int,
+    device: torch.device,
+    augment_on: str = "cpu",
+    cache: str = "none",
+    cache_gb: float = 0.0,
+    on_host: bool = False,
+) -> tuple[Samples, Callable[[], Sequence[Slot]]]:
+    """The images as an engine wants them, and what gives memory for a stream of its views; `batch`: samples in the largest batch.
 
-    engines = {"fused": FusedEngine, "reference": ReferenceEngine}
-    if name not in engines:
-        raise UserError(f"There is no engine called '{name}'.{nearest(name, engines)}")
-    return engines[name](recipe)
+    Raises:
+        UserError: as `open_loader`.
+    """
+    on_gpu = augment_on == "gpu"
+    if on_gpu and (engine == "reference" or device.type != "cuda" or on_host):
+        raise UserError(
+            "data.augment_on gpu needs another --data.engine than reference, a GPU to train on and whole batches (no "
+            "train.micro_batch): set --data.augment-on cpu."
+        )
+    if cache == "gpu" and not (on_gpu and engine == "fused"):
+        raise UserError(
+            "data.cache gpu needs the views to be made on the GPU by --data.engine fused: add --data.augment-on gpu, or set "
+            "--data.cache ram."
+        )
+    channels = len(recipe.mean)
+    if whole_batches(engine):
+        refuse_deep(engine, shards)
+        largest = (int(shards.widths.max()), int(shards.heights.max()))
+        options = BatchOptions(device if on_gpu else "cpu", threads, batch, largest)
+        maker = cast(BatchEngine, make_engine(engine, recipe, options))
+        samples = open_samples(shards, maker.decode, channels, cache, cache_gb)
+        return samples, batch_slots(samples, maker, device, on_host=on_host)
+    made = cast(ImageEngine, make_engine(engine, recipe))
+    samples = open_samples(shards, made.decode, channels, cache, cache_gb)
+    if on_gpu:
+        return samples, gpu_slots(samples, recipe, device, cache == "gpu", cache_gb)
+    return samples, partial(host_slots, samples, made, view_shapes(recipe), batch, device, on_host=on_host)
 
 
 def view_shapes(recipe: Recipe) -> list[tuple[int, int, int]]:
@@ -272,7 +305,7 @@ def eval_batches(
             ids = sample_ids[start : start + batch]
             yield Job(ids, eval_draws(recipe, shards.widths[ids], shards.heights[ids]))
 
-    engine = make_engine("fused", recipe)
+    engine = FusedEngine(recipe)
     samples = open_samples(shards, engine.decode, len(recipe.mean))
     shapes = view_shapes(recipe)[:1]
     slots = host_slots(samples, engine, shapes, min(batch, len(sample_ids)), torch.device(device))

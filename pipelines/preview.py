@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipelines import reference
 from pipelines.draws import draw
+from pipelines.engines import make_engine
 from pipelines.faults import bad_sample
-from pipelines.loader import make_engine
 from pipelines.recipe import Recipe
 from shards.errors import UserError
 from shards.files import atomic_write
@@ -71,7 +71,7 @@ def contact_sheet(
                 shards.widths[ids[row : row + 1]],
                 shards.heights[ids[row : row + 1]],
             )
-            make_views(shards.read(sample_id), np.ascontiguousarray(draws[:, 0]), out)
+            make_views(shards.read(sample_id), np.ascontiguousarray(draws[:, 0]), list(out))
             for v in range(recipe.num_views):
                 x = GAP + (1 + e * recipe.num_views + v) * (cell + GAP)
                 sheet.paste(_fit(_to_image(out[v], recipe), cell), (x, y))

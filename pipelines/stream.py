@@ -46,6 +46,14 @@ class Job(NamedTuple):
     epoch: int = 0
 
 
+class Spoiled(Exception):
+    """Samples of a batch that turned out bad only when the batch was made; `faults` maps their places in it to what is wrong."""
+
+    def __init__(self, faults: dict[int, Unreadable]):
+        super().__init__(f"{len(faults)} samples of a batch are bad")
+        self.faults = faults
+
+
 class Slot(Protocol):
     """Memory for one batch and the work that fills it."""
 
@@ -59,7 +67,11 @@ class Slot(Protocol):
         """Start what the device has to do, now that all samples are there; does not wait for it."""
 
     def views(self) -> list[torch.Tensor]:
-        """The views, for use on the current stream."""
+        """The views, for use on the current stream.
+
+        Raises:
+            Spoiled: samples turned out bad; `fill` is called for their places again and then `launch` and `views`.
+        """
         ...
 
     def done(self) -> None:
@@ -125,7 +137,16 @@ def stream(
             bad.expect(count)
         size = max(1, count // (threads * TASKS_PER_THREAD))
         parts = [range(a, min(a + size, count)) for a in range(0, count, size)]
-        waiting.append(_Filling(slot, ids, [pool.submit(fill, slot, ids, job, part) for part in parts]))
+        waiting.append(_Filling(slot, job, ids, [pool.submit(fill, slot, ids, job, part) for part in parts]))
+
+    def views(filling: _Filling) -> list[torch.Tensor]:
+        while True:
+            try:
+                return filling.slot.views()
+            except Spoiled as spoiled:
+                for i, fault in spoiled.faults.items():
+                    _replace(samples, filling, i, fault, bad)
+                filling.slot.launch()
 
     try:
         for _ in range(PREFETCH):
@@ -133,12 +154,14 @@ def stream(
         while waiting:
             filling = waiting.popleft()
             filling.launch()
-            if bad is not None:
-                bad.speak()
             start_next()  # into the memory that neither this batch nor the waiting one holds
             if waiting and all(future.done() for future in waiting[0].futures):
                 waiting[0].launch()  # the device makes the next views while it is still at this step
-            yield Batch(filling.slot.views(), filling.ids, samples.shards.labels[filling.ids])
+            made = views(filling)
+            if bad is not None:
+                bad.speak()
+            yield Batch(made, filling.ids, samples.shards.labels[filling.ids])
+            del made
             filling.slot.done()
             free.append(filling.slot)
     finally:
@@ -151,8 +174,9 @@ def stream(
 class _Filling:
     """A batch that threads are at."""
 
-    def __init__(self, slot: Slot, ids: np.ndarray, futures: list[Future]):
-        self.slot, self.ids, self.futures = slot, ids, futures
+    def __init__(self, slot: Slot, job: Job, ids: np.ndarray, futures: list[Future]):
+        """`ids`: the samples really used, int64 (N,), which the threads change where one stands in for another."""
+        self.slot, self.job, self.ids, self.futures = slot, job, ids, futures
         self._launched = False
 
     def launch(self) -> None:
@@ -190,6 +214,17 @@ def _fill_one(
         assert bad is not None
         sample_id, draws = bad.stand_in(epoch, wanted, attempt)
         attempt += 1
+
+
+def _replace(samples: Samples, filling: _Filling, i: int, fault: Unreadable, bad: BadSamples | None) -> None:
+    """Put a stand-in in place `i` of a batch, whose sample turned out bad after it was loaded."""
+    sample_id = int(filling.ids[i])
+    if bad is None:
+        raise UserError(bad_sample(samples.shards, sample_id, fault)) from fault
+    bad.note(sample_id, fault)
+    # From the sample that was wanted: the row of its stand-ins is the same however the bad ones are found.
+    wanted, draws = int(filling.job.ids[i]), np.ascontiguousarray(filling.job.draws[:, i])
+    filling.ids[i] = _fill_one(samples, filling.slot, i, wanted, draws, filling.job.epoch, bad)
 
 
 class HostSlot:

@@ -205,9 +205,8 @@ def _engine(name: str) -> Callable[[Work], Generator[int]]:
     def batches(work: Work) -> Generator[int]:
         import torch
 
-        from pipelines.cache import open_samples
         from pipelines.draws import draw
-        from pipelines.loader import host_slots, make_engine, view_shapes
+        from pipelines.loader import open_slots
         from pipelines.stream import Job, stream
 
         shards, recipe = work.shards, work.recipe
@@ -215,10 +214,10 @@ def _engine(name: str) -> Callable[[Work], Generator[int]]:
             Job(ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]), epoch)
             for epoch, ids in work.batches()
         )
-        engine = make_engine(name, recipe)
-        samples = open_samples(shards, engine.decode, len(recipe.mean))
-        slots = host_slots(samples, engine, view_shapes(recipe), work.batch, torch.device("cpu"))
-        made = stream(samples, slots, jobs, work.threads)
+        samples, slots = open_slots(
+            shards, recipe, name, batch=work.batch, threads=work.threads, device=torch.device("cpu")
+        )
+        made = stream(samples, slots(), jobs, work.threads)
         with contextlib.closing(made):  # pyright: ignore[reportArgumentType]
             for batch in made:
                 yield len(batch.sample_ids)

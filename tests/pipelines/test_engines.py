@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pipelines.draws import draw
-from pipelines.loader import make_engine
+from pipelines.engines import make_engine
 from pipelines.recipe import RECIPES, Recipe
 from shards.errors import UserError
 from tests.pictures import colours, encoded, photo

@@ -1,0 +1,120 @@
+"""The Kornia engine: what it measures against the reference, in 0..255 levels, and that batches change nothing."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pipelines.draws import draw
+from pipelines.engines import make_engine
+from pipelines.kornia_engine import KNOWN
+from pipelines.loader import open_loader
+from pipelines.recipe import RECIPES, Recipe
+from shards.errors import UserError
+from tests.pictures import colours, encoded, photo
+from tests.pipelines.fidelity_check import UNNORMALISED, differences, draws_of
+
+pytest.importorskip("kornia")
+WHOLE = {"top": 0, "left": 0, "height": 48, "width": 48}
+AS_STORED = dataclasses.replace(RECIPES["satellite"], size=48, **UNNORMALISED)
+
+
+def test_crops_are_within_what_was_measured():
+    """Bilinear without antialiasing: small where a crop is shrunk little."""
+    made = [differences("kornia", photo(100, 80, seed), draws_of((100, 80), seed), 56) for seed in range(10)]
+    assert np.mean(made) < 1.5
+
+
+def test_large_crops_do_not_alias():
+    """Stripes of one pixel, shrunk eightfold, become grey, as the antialiased reference makes them."""
+    stripes = np.zeros((320, 320, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    draws = draws_of((320, 320))
+    draws["top"] = draws["left"] = 0
+    draws["height"] = draws["width"] = 320
+    assert differences("kornia", stripes, draws, 40).mean() < 0.5  # only the edges differ
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_flips_and_turns_are_exact(turns):
+    for hflip in (0, 1):
+        for vflip in (0, 1):
+            draws = draws_of((48, 48), **WHOLE, hflip=hflip, vflip=vflip, turns=turns)
+            assert differences("kornia", colours(48, turns), draws, 48).max() < 0.01
+
+
+def test_grey_and_solarise():
+    """Grey is not rounded to a level; solarise inverts the same pixels."""
+    assert differences("kornia", colours(48), draws_of((48, 48), **WHOLE, gray=1), 48).max() < 0.51
+    assert differences("kornia", colours(48), draws_of((48, 48), **WHOLE, solarize=1), 48).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("part", "bound"), [("brightness", 1.0), ("contrast", 1.2), ("saturation", 1.1), ("hue", 1.6)]
+)
+def test_each_part_of_jitter(part, bound):
+    neutral = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
+    for value in {"hue": (-0.1, 0.07)}.get(part, (0.6, 1.4)):
+        draws = draws_of((48, 48), **WHOLE, jitter=1, **(neutral | {part: value}))
+        assert differences("kornia", photo(48, 48), draws, 48).mean() < bound
+
+
+def test_jitter_in_every_order():
+    recipe = Recipe(size=48, **UNNORMALISED)
+    for sample in range(24):
+        draws = draw(recipe, 0, 0, np.array([sample]), np.array([48]), np.array([48]))[:1, 0].copy()
+        draws["jitter"], draws["gray"], draws["sigma"], draws["solarize"], draws["hflip"] = 1, 0, 0, 0, 0
+        for name, value in WHOLE.items():
+            draws[name] = value
+        assert differences("kornia", photo(48, 48, sample), draws, 48).mean() < 2.5
+
+
+def test_blur():
+    for sigma in (0.3, 1.0, 2.0):
+        assert differences("kornia", photo(48, 48), draws_of((48, 48), **WHOLE, sigma=sigma), 48).mean() < 1
+
+
+def test_noise_is_that_of_the_reference():
+    draws = draws_of((48, 48), **WHOLE, noise_std=0.05, noise_seed=2**63 + 11)
+    assert differences("kornia", photo(48, 48), draws, 48).max() < 0.01
+
+
+@pytest.mark.parametrize("batch", [8, 20])
+def test_a_sample_gets_the_same_view_in_any_batch(shard_set, batch):
+    """The batch holds images of many sizes; what stands beside a sample must not change it."""
+    recipe = dataclasses.replace(RECIPES["satellite"], size=24)
+    loader = open_loader(shard_set, recipe, batch=batch, seed=3, engine="kornia", threads=2)
+    engine = make_engine("kornia", recipe)
+    for made in loader.steps(0, 2):
+        for i, sample_id in list(enumerate(made.sample_ids))[::5]:
+            size = shard_set.widths[[sample_id]], shard_set.heights[[sample_id]]
+            draws = draw(recipe, 3, 0, np.array([sample_id]), *size)[:, 0]
+            alone = np.empty((2, 3, 24, 24), dtype=np.float32)
+            engine(shard_set.read(int(sample_id)), draws, list(alone))
+            for view, expected in zip(made.views, alone, strict=True):
+                np.testing.assert_allclose(view[i], expected, atol=2e-4)
+
+
+def test_other_channels_are_refused():
+    with pytest.raises(
+        UserError, match="engine 'kornia' makes RGB views, and the recipe's mean and std have 4"
+    ):
+        make_engine("kornia", Recipe(mean=(0.5,) * 4, std=(0.5,) * 4))  # type: ignore[arg-type]
+
+
+def test_an_image_that_does_not_decode():
+    with pytest.raises(RuntimeError):
+        make_engine("kornia", Recipe())(memoryview(b"no image"), draws_of((9, 9)), [])
+    assert encoded(photo(9, 9), "PNG")
+
+
+def test_operations_that_an_engine_does_not_have_are_refused():
+    from numpy.lib import recfunctions
+
+    from pipelines.engines import refuse_unknown
+
+    draws = recfunctions.append_fields(draws_of((9, 9)), "fog", np.array([0]), usemask=False)
+    refuse_unknown("kornia", draws, KNOWN)
+    draws["fog"] = 1
+    with pytest.raises(UserError, match="'kornia' does not have the operation 'fog'"):
+        refuse_unknown("kornia", draws, KNOWN)
