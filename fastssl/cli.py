@@ -20,6 +20,10 @@ COMMANDS = {
     "preview": ("fastssl.preview", "Draw originals beside the views a recipe makes of them, as a PNG"),
     "pretrain": ("fastssl.pretrain", "Pretrain a backbone on shards, without labels"),
     "eval": ("fastssl.eval.command", "Test what a checkpoint has learned: eval knn"),
+    "doctor": (
+        "fastssl.doctor.command",
+        "Check driver, packages, limits, disks and a data set, with a way out of each fault",
+    ),
     "report": ("fastssl.report", "Draw the curves of runs as a PNG: loss, accuracy, collapse, speed"),
     "bench": ("fastssl.bench.command", "Measure images per second: bench loader, bench step"),
 }

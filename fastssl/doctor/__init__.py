@@ -1,0 +1,1 @@
+"""`fastssl doctor`: facts about a machine are gathered in one place, and judged by pure functions in another."""
