@@ -17,6 +17,10 @@ COMMANDS = {
         "shards.command",
         "Turn a folder of images into WebDataset shards, each image proven to decode",
     ),
+    "split": (
+        "shards.split_command",
+        "Divide shards into train, val, test and nested label fractions, without leaks",
+    ),
     "preview": ("fastssl.preview", "Draw originals beside the views a recipe makes of them, as a PNG"),
     "pretrain": ("fastssl.pretrain", "Pretrain a backbone on shards, without labels"),
     "eval": ("fastssl.eval.command", "Test what a checkpoint has learned: eval knn"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 def data_set_of(shards: ShardSet) -> dict[str, Any]:
     """What a data set must agree on for a run to continue on it."""
-    return {"num_samples": shards.num_samples, "options_sha256": shards.manifest.options_sha256}
+    whole = {"num_samples": len(shards), "options_sha256": shards.manifest.options_sha256}
+    # A split made anew under its old name is another one.
+    part = {"ids_sha256": hashlib.sha256(shards.ids.tobytes()).hexdigest()} if shards.split else {}
+    return whole | part
 
 
 def check_same_run(
@@ -30,8 +34,8 @@ def check_same_run(
     check_architecture(shape, state["architecture"], where)
     if state["shards"] != data_set_of(shards):
         raise UserError(
-            f"'{where}' was trained on {state['shards']['num_samples']} samples of another conversion, '{shards.folder}' has "
-            f"{shards.num_samples}: give the same shards, or start anew with another --train.out."
+            f"'{where}' was trained on {state['shards']['num_samples']} samples of another conversion or split, '{shards.folder}' "
+            f"has {len(shards)}: give the same shards, or start anew with another --train.out."
         )
     # Read as settings, so that those of an older version have their names of now, and the defaults where they did not exist.
     before, now = from_tree(state["config"]).tree(), resolved.tree()

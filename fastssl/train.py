@@ -34,7 +34,6 @@ from pipelines.loader import Loader, open_loader
 from shards.errors import UserError
 from shards.files import atomic_write, remove_unfinished
 from shards.hashing import hash_key
-from shards.read import ShardSet
 
 if TYPE_CHECKING:
     from fastssl.config import Resolved
@@ -70,7 +69,7 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
         raise UserError(
             "No shards to train on: give --data.shards DIR, the folder that `fastssl shard` made."
         )
-    shards = ShardSet.open(cfg.data.shards)
+    shards = cfg.data.open()
     open_stream = partial(
         open_loader,
         shards,
@@ -279,7 +278,7 @@ def _greet(
     cfg = resolved.config
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     screen.say(
-        f"{resolved.method_name} {cfg.model.backbone} on {loader.shards.num_samples:,} images at {cfg.recipe.size} px: batch "
+        f"{resolved.method_name} {cfg.model.backbone} on {len(loader.shards):,} images at {cfg.recipe.size} px: batch "
         f"{loader.batch} on {loader.world} x {loader.device}, {name}, {cfg.train.epochs} epochs of "
         f"{loader.steps_per_epoch} steps"
     )

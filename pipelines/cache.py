@@ -60,7 +60,7 @@ class EncodedCache(Samples):
 
     def __init__(self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int):
         super().__init__(shards, decode, channels)
-        self._ends = np.cumsum(shards.sizes, dtype=np.int64)
+        self._ends = np.cumsum(_in_use(shards, shards.sizes), dtype=np.int64)
         self._bytes = np.empty(int(self._ends[-1]), dtype=np.uint8)  # pages are taken when they are written
         self._held = np.zeros(shards.num_samples, dtype=np.bool_)
 
@@ -94,8 +94,18 @@ class DecodedCache(Samples):
 
 
 def decoded_sizes(shards: ShardSet, channels: int, ids: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """Bytes of each image's 8-bit pixels, of all images or of `ids` (N,): int64 (N,)."""
-    return shards.widths[ids].astype(np.int64) * shards.heights[ids] * channels
+    """Bytes of each image's 8-bit pixels, of `ids` (N,), or of all images, 0 for those not in use: int64 (N,)."""
+    sizes = shards.widths[ids].astype(np.int64) * shards.heights[ids] * channels
+    return _in_use(shards, sizes) if isinstance(ids, slice) else sizes
+
+
+def _in_use(shards: ShardSet, sizes: np.ndarray) -> np.ndarray:
+    """The sizes of all images, 0 for those outside the split."""
+    if not shards.split:
+        return sizes
+    used = np.zeros_like(sizes)
+    used[shards.ids] = sizes[shards.ids]
+    return used
 
 
 def eight_bit(shards: ShardSet) -> bool:
@@ -122,10 +132,8 @@ def open_samples(
         return Samples(shards, decode, channels)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     allowed = cache_gb * GB or SHARE * free_memory() / ranks
-    encoded, decoded = int(shards.sizes.sum()), int(decoded_sizes(shards, channels).sum())
-    what = (
-        f"{shards.num_samples:,} images are {decoded / GB:.2f} GB decoded and {encoded / GB:.2f} GB encoded"
-    )
+    encoded, decoded = int(_in_use(shards, shards.sizes).sum()), int(decoded_sizes(shards, channels).sum())
+    what = f"{len(shards):,} images are {decoded / GB:.2f} GB decoded and {encoded / GB:.2f} GB encoded"
     if encoded > allowed:
         raise UserError(
             f"data.cache ram: the {what}, more than the {allowed / GB:.2f} GB allowed: set --data.cache none (the system keeps what "

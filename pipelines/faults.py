@@ -59,7 +59,7 @@ class BadSamples:
 
     def expect(self, count: int) -> None:
         """Take note that `count` more samples are going to be read."""
-        self._read = min(self._read + count, self._shards.num_samples)
+        self._read = min(self._read + count, len(self._shards))
 
     def note(self, sample_id: int, fault: Exception) -> None:
         """Count a bad sample; UserError where that makes too many."""
@@ -87,7 +87,7 @@ class BadSamples:
                 "shards anew, from their source into an empty folder."
             )
         key = int(hash_key(self._seed, epoch, _TAG, sample_id, attempt))
-        other = np.array([key % self._shards.num_samples])
+        other = self._shards.ids[[key % len(self._shards)]]
         widths, heights = self._shards.widths[other], self._shards.heights[other]
         return int(other[0]), draw(self._recipe, key, epoch, other, widths, heights)[:, 0]
 

@@ -29,7 +29,7 @@ class GpuStore:
         total = int(sizes.sum())
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total
         allowed = cache_gb * GB or SHARE * free
-        what = f"{samples.shards.num_samples:,} images are {total / GB:.2f} GB decoded"
+        what = f"{len(samples.shards):,} images are {total / GB:.2f} GB decoded"
         if (device.type == "cuda" or cache_gb) and total > allowed:
             raise UserError(
                 f"data.cache gpu: the {what}, more than the {allowed / GB:.2f} GB allowed on the device: set --data.cache ram, or "

@@ -22,6 +22,7 @@ from pipelines.stream import SLOTS, Batch, HostSlot, Job, Renderer, Slot, defaul
 from shards.errors import UserError
 from shards.order import block_order, epoch_order, rank_positions, steps_per_epoch
 from shards.read import ShardSet
+from shards.splits import open_split
 
 __all__ = ["Batch", "DataConfig", "Loader", "default_threads", "eval_batches", "open_loader", "open_slots"]
 
@@ -32,6 +33,8 @@ class DataConfig:
 
     shards: str = ""
     """Folder of shards that `fastssl shard` made."""
+    split: str = ""
+    """Part of the shards that `fastssl split` made, such as train or labelled-0.1; empty: all of them."""
     engine: EngineName = "fused"
     """What makes the views: 'fused' (ours), 'dali' or 'kornia' (NVIDIA's and Kornia's operations, the same draws), or 'reference'
     (PIL and torchvision, one image at a time)."""
@@ -63,8 +66,13 @@ class DataConfig:
             )
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `open_loader` that this section sets: all but the folder."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "shards"}
+        """The keyword arguments of `open_loader` that this section sets: all but the folder and its part."""
+        given = ("shards", "split")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in given}
+
+    def open(self) -> ShardSet:
+        """The samples to train on."""
+        return open_split(self.shards, self.split)
 
 
 def open_loader(
@@ -102,10 +110,11 @@ def open_loader(
             unknown, or the cache does not fit.
     """
     rank_positions(0, batch, rank, world)  # names both numbers where the batch does not divide
-    if shards.num_samples < batch:
+    if len(shards) < batch:
+        part = f"the split '{shards.split}' of " if shards.split else ""
         raise UserError(
-            f"'{shards.folder}' has {shards.num_samples} samples, fewer than one batch of {batch}: lower the batch size "
-            f"(--train.batch) to at most {shards.num_samples}, or convert more images."
+            f"{part}'{shards.folder}' has {len(shards)} samples, fewer than one batch of {batch}: lower the batch size "
+            f"(--train.batch) to at most {len(shards)}, or convert more images."
         )
     device = torch.device(device)
     threads = threads or default_threads()
@@ -248,7 +257,7 @@ class Loader:
         self.shards, self.recipe, self.bad, self.note = samples.shards, recipe, bad, samples.note
         self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
         self.threads, self.device = threads, device
-        self.steps_per_epoch = steps_per_epoch(self.shards.num_samples, batch)
+        self.steps_per_epoch = steps_per_epoch(len(self.shards), batch)
         self._samples, self._make_slots, self._block_shards = samples, make_slots, block_shards
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
@@ -261,11 +270,17 @@ class Loader:
         return stream(self._samples, self._make_slots(), self._jobs(start, stop), self.threads, self.bad)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The sample ids of an epoch, in the order of all ranks together: int64 (num_samples,)."""
+        """The sample ids of an epoch, in the order of all ranks together: int64 (len(shards),).
+
+        The order is one of positions among the samples in use, so that of a split does not depend on what lies outside of it.
+        """
+        shards = self.shards
         if self._block_shards:
-            sizes = np.array([shard.num_samples for shard in self.shards.manifest.shards])
-            return block_order(sizes, self.seed, epoch, self._block_shards)
-        return epoch_order(self.shards.num_samples, self.seed, epoch)
+            ends = np.cumsum([shard.num_samples for shard in shards.manifest.shards])
+            inside = np.searchsorted(shards.ids, ends)
+            return shards.ids[block_order(np.diff(inside, prepend=0), self.seed, epoch, self._block_shards)]
+        order = epoch_order(len(shards), self.seed, epoch)
+        return shards.ids[order] if shards.split else order
 
     def _jobs(self, start: int, stop: int) -> Iterator[Job]:
         """What to make at each step. The next epoch's order is made in a thread while this epoch lasts."""

@@ -79,7 +79,7 @@ class Survey:
         for batch in source.entries():
             if not batch.num_rows:
                 continue
-            names = _hashes(batch["source"])
+            names = hash_values(batch["source"])
             digest += _digest(batch, names)
             num_images += batch.num_rows
             num_bytes += int(batch["bytes"].fill_null(0).to_numpy(zero_copy_only=False).sum())
@@ -203,12 +203,12 @@ def _digest(batch: pa.RecordBatch, names: npt.NDArray[np.uint64]) -> npt.NDArray
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if name == "source" or column.null_count == len(column):
             continue
-        values = _hashes(column)
+        values = hash_values(column)
         rows = [fold(row, values) for row in rows]
     return np.array([row.sum(dtype=np.uint64) for row in rows])
 
 
-def _hashes(column: pa.Array) -> npt.NDArray[np.uint64]:
+def hash_values(column: pa.Array) -> npt.NDArray[np.uint64]:
     """A 64-bit hash of each value, (N,) uint64: XXH3 of strings, the bits of integers, XXH3 of JSON for all else."""
     if pa.types.is_integer(column.type) and not column.null_count:
         return column.to_numpy(zero_copy_only=False).astype(np.uint64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -107,15 +107,21 @@ def _marks(dest: Place, shard: int) -> Marks:
 
 
 def first_equals(dest: Place, made: list[int]) -> npt.NDArray[np.int64]:
-    """For each sample, in shard order, the first one with the same pixels, or -1 where it is itself the first; (N,) int64.
+    """For each sample, in shard order, the first one with the same pixels, or -1 where it is itself the first; (N,) int64."""
+    return first_of_equal(read_rows(dest, shard, ["pixels_hash"])["pixels_hash"] for shard in made)
+
+
+def first_of_equal(hashes: Iterable[pa.Array | pa.ChunkedArray]) -> npt.NDArray[np.int64]:
+    """For each of the hashes (32 hexadecimal digits), chunk after chunk, the first equal one, or -1 where it is itself the first; (N,)
+    int64.
 
     24 bytes of memory a sample, and as much again while sorting.
     """
-    halves = [_halves(read_rows(dest, shard, ["pixels_hash"])["pixels_hash"]) for shard in made]
+    halves = [_halves(chunk) for chunk in hashes]
     high = np.concatenate([part[0] for part in halves])
     low = np.concatenate([part[1] for part in halves])
     del halves
-    order = np.lexsort((low, high))  # stable: equal ones stay in shard order
+    order = np.lexsort((low, high))  # stable: equal ones keep their order
     high, low = high[order], low[order]
     starts = np.ones(len(order), bool)
     starts[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
@@ -125,7 +131,7 @@ def first_equals(dest: Place, made: list[int]) -> npt.NDArray[np.int64]:
     return first
 
 
-def _halves(hashes: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+def _halves(hashes: pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """The high and low 64 bits of hashes of 32 hexadecimal digits."""
     digits = np.array(hashes.to_pylist(), "S32").view(np.uint8).reshape(-1, 2, 16)
     shifts = np.arange(60, -1, -4, dtype=np.uint64)

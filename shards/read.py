@@ -1,5 +1,6 @@
 """Random access to a finished shard folder, by sample id."""
 
+import copy
 import mmap
 import os
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,13 +25,16 @@ class ShardSet:
     """The samples of one shard folder, memory-mapped; safe to use from threads, and cheap to pickle.
 
     Columns, each (num_samples,): `labels` int64, -1 where there is none; `widths` and `heights` int32,
-    pixels; `sizes` int64, bytes; `channels` int16. `classes` names the labels.
+    pixels; `sizes` int64, bytes; `channels` int16. `classes` names the labels. `split`: the name of the subset in use, "" for all;
+    the columns and ids are those of the whole folder all the same, and `len` counts the samples in use.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, table: pa.Table):
         self.folder = folder
         self.manifest = manifest
         self.num_samples = manifest.num_samples
+        self.split = ""
+        self._ids: npt.NDArray[np.int64] | None = None
         self.classes = manifest.classes
         self.labels = table["label"].fill_null(-1).to_numpy().astype(np.int64)
         self.widths = table["width"].to_numpy()
@@ -63,10 +68,21 @@ class ShardSet:
         return cls(folder, manifest, table)
 
     def __len__(self) -> int:
-        return self.num_samples
+        return self.num_samples if self._ids is None else len(self._ids)
 
     def __reduce__(self):
-        return ShardSet.open, (self.folder,)
+        return _open_subset, (self.folder, self._ids, self.split)
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """The samples in use, ascending; (len(self),)."""
+        return np.arange(self.num_samples) if self._ids is None else self._ids
+
+    def subset(self, ids: npt.NDArray[np.int64], split: str) -> "ShardSet":
+        """The same folder with these samples in use: ascending ids without repeats."""
+        part = copy.copy(self)  # shares the columns and the maps
+        part._ids, part.split = ids, split
+        return part
 
     def read(self, sample_id: int) -> memoryview:
         """The encoded image, read-only and without a copy; IndexError outside 0..num_samples-1."""
@@ -111,6 +127,11 @@ class ShardSet:
             # Two threads may both map it; the one that comes second uses the first one's.
             view = self._maps.setdefault(shard, mapped)
         return view
+
+
+def _open_subset(folder: Path, ids: npt.NDArray[np.int64] | None, split: str) -> ShardSet:
+    shards = ShardSet.open(folder)
+    return shards if ids is None else shards.subset(ids, split)
 
 
 def _allow_open_files(folder: Path, needed: int) -> None:

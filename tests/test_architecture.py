@@ -26,6 +26,7 @@ SETTINGS = {
     "fastssl/preview.py": ("Preview",),
     "shards/options.py": ("ListOptions",),
     "pipelines/loader.py": ("DataConfig",),
+    "shards/split_command.py": ("Split",),
     "pipelines/recipe.py": ("Recipe",),
 }
 

@@ -23,7 +23,6 @@ from fastssl.config import Resolved
 from fastssl.methods import MoCoV3
 from fastssl.optim import build_optimizer, set_lr
 from pipelines.loader import open_loader
-from shards.read import ShardSet
 
 WARM_UP_STEPS = 3  # compiling, cuDNN's choice of algorithms, the allocator's first blocks
 FORWARDS = 8  # per image: student 2 views x (forward + backward = 3), teacher 2 x 1
@@ -194,7 +193,7 @@ def _given_keys(method: MoCoV3, keys: list[Tensor]) -> Iterator[None]:
 
 def _endless(resolved: Resolved, device: torch.device) -> Iterator[list[Tensor]]:
     cfg = resolved.config
-    shards = ShardSet.open(cfg.data.shards)
+    shards = cfg.data.open()
     options = cfg.data.options()
     loader = open_loader(
         shards, cfg.recipe, batch=cfg.train.batch, seed=cfg.train.seed, device=device, **options

@@ -30,6 +30,10 @@ class EvalKNN:
     """Labelled shards whose samples vote."""
     test_shards: str = ""
     """Labelled shards to classify. Empty: each sample of --shards is classified by all the others (leave one out)."""
+    split: str = ""
+    """Split of --shards whose samples vote (`fastssl split`), such as train or labelled-0.01; empty: all."""
+    test_split: str = ""
+    """Split to classify, such as val: of --test-shards, or where that is empty of --shards."""
     ks: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of neighbours; clamped to the number there are."""
     max_samples: int = 0
@@ -71,6 +75,8 @@ def run(argv: list[str]) -> int:
             args.checkpoint,
             args.shards,
             args.test_shards,
+            split=args.split,
+            test_split=args.test_split,
             ks=args.ks,
             max_samples=args.max_samples,
             baselines=args.baselines,
@@ -88,6 +94,8 @@ def knn_report(
     bank: str | Path,
     test: str | Path = "",
     *,
+    split: str = "",
+    test_split: str = "",
     ks: tuple[int, ...] = (10, 20, 100, 200),
     max_samples: int = 0,
     baselines: bool = True,
@@ -95,6 +103,8 @@ def knn_report(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """kNN accuracies of a checkpoint and of its baselines, as plain values.
+
+    `split` is the part of `bank` that votes; `test_split` the part of `test`, or where that is empty of `bank`, to classify.
 
     Returns:
         {"checkpoint", "step", "queries", "classes", "rows": [{"features", "accuracy": {k: share}, "per_class_k": k, "per_class":
@@ -119,7 +129,7 @@ def knn_report(
     )
     from fastssl.eval.knn import classify
     from fastssl.models import architecture, build_backbone, check_architecture
-    from shards.read import ShardSet
+    from shards.splits import open_split
 
     if max_samples < 0:
         raise UserError(f"max_samples is {max_samples}, but it must be at least 0 (all).")
@@ -140,7 +150,8 @@ def knn_report(
     checkpoints.load_weights(trained, weights, str(path))
     trained = trained.to(place)
 
-    sets = [ShardSet.open(bank)] + ([ShardSet.open(test)] if test else [])
+    test = test or (bank if test_split else "")
+    sets = [open_split(bank, split)] + ([open_split(test, test_split)] if test else [])
     ids = [labelled_ids(shards, max_samples) for shards in sets]
     for shards, found in zip(sets, ids, strict=True):
         check_labels(shards, found)

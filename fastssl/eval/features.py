@@ -19,8 +19,8 @@ MAX_PIXEL_SIDE = 32  # raw pixels are compared at this side at most: 3,072 numbe
 
 
 def labelled_ids(shards: ShardSet, limit: int = 0) -> np.ndarray:
-    """Ids of the labelled samples, ascending, int64; at most `limit` of them (0: all), chosen by a fixed permutation."""
-    ids = np.flatnonzero(shards.labels >= 0)
+    """Ids of the labelled samples in use, ascending, int64; at most `limit` of them (0: all), chosen by a fixed permutation."""
+    ids = shards.ids[shards.labels[shards.ids] >= 0]
     if limit and len(ids) > limit:
         ids = np.sort(ids[epoch_order(len(ids), seed=0, epoch=0)[:limit]])
     return ids
@@ -29,8 +29,9 @@ def labelled_ids(shards: ShardSet, limit: int = 0) -> np.ndarray:
 def check_labels(shards: ShardSet, ids: np.ndarray, *, where: str = "", otherwise: str = "") -> None:
     """Raise UserError unless kNN has two labelled samples; `where` begins the message, `otherwise` ends it with another way out."""
     if len(ids) < 2:
+        part = f"the split '{shards.split}' of " if shards.split else ""
         raise UserError(
-            f"{where}'{shards.folder}' has {len(ids)} labelled samples and kNN needs at least 2: convert a folder "
+            f"{where}{part}'{shards.folder}' has {len(ids)} labelled samples and kNN needs at least 2: convert a folder "
             f"whose sub-folders are classes{otherwise}."
         )
 

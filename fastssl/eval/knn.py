@@ -27,6 +27,10 @@ class KNNConfig:
     """Labelled shards that vote. Empty: the training shards, whose labels are used for this test only."""
     test_shards: str = ""
     """Labelled shards to classify. Empty: each sample of `shards` is classified by all the others (leave one out)."""
+    split: str = ""
+    """Split of `shards` that votes, such as train; empty: what the training uses, or all of `shards`."""
+    test_split: str = ""
+    """Split to classify, such as val: of `test_shards`, or where that is empty of the shards that vote."""
     k: int = 20
     """Neighbours that vote; clamped to the number there are."""
     max_samples: int = 10_000

@@ -9,6 +9,7 @@ from fastssl.eval.features import backbone_encoder, check_labels, check_same_cla
 from fastssl.eval.knn import KNNConfig, classify
 from pipelines.recipe import Recipe
 from shards.read import ShardSet
+from shards.splits import open_split
 
 
 class OnlineKNN:
@@ -24,8 +25,10 @@ class OnlineKNN:
         threads: int = 0,
     ):
         self._recipe, self._device, self._bf16, self._threads = recipe, device, bf16, threads
-        self._bank = ShardSet.open(cfg.shards) if cfg.shards else training
-        self._queries = ShardSet.open(cfg.test_shards) if cfg.test_shards else None
+        where = cfg.shards or training.folder
+        self._bank = open_split(where, cfg.split) if cfg.shards or cfg.split else training
+        test = cfg.test_shards or (where if cfg.test_split else "")
+        self._queries = open_split(test, cfg.test_split) if test else None
         self._bank_ids = labelled_ids(self._bank, cfg.max_samples)
         self._query_ids = labelled_ids(self._queries, cfg.max_samples) if self._queries else None
         for name, shards, ids in (
