@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from shards.options import ListOptions
+from shards.options import ListOptions, RasterOptions
 from shards.policy import Policy
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
@@ -33,7 +33,7 @@ class Shard:
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A folder with images in it and below; or a list: .csv, .tsv or .parquet. A path or a URL."""
+    """A folder with images in it and below; a list: .csv, .tsv or .parquet; with --tile rasters. A path or a URL."""
     dest: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
     """The folder for the shards: new, empty, or one to go on with."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -46,6 +46,7 @@ class Shard:
     """Images whose pixels equal those of an earlier one: marked in the sample table, left out, or kept unmarked."""
     policy: Policy = field(default_factory=Policy)
     list: ListOptions = field(default_factory=ListOptions)
+    raster: RasterOptions = field(default_factory=RasterOptions)
     masks: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
     """Folder of masks (class indices) with the images' relative names; for segmentation."""
     mask_suffix: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
@@ -75,7 +76,14 @@ def shard(args: Shard) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     dest = open_place(args.dest)
-    source = open_source(args.source, dest, masks=args.masks, mask_suffix=args.mask_suffix, lists=args.list)
+    source = open_source(
+        args.source,
+        dest,
+        masks=args.masks,
+        mask_suffix=args.mask_suffix,
+        lists=args.list,
+        rasters=args.raster,
+    )
     part = Part.parse(args.part) if args.part else None
     start_s = time.monotonic()
     with Screen(console, args.source, args.policy) as screen:

@@ -26,7 +26,7 @@ class MaskFolder:
 
     def __init__(self, place: Place, suffix: str = ""):
         place.check_folder("--masks")
-        self._place = place
+        self.place = place
         self._suffix = suffix
         self._found = 0
         self._without: list[str] = []
@@ -34,13 +34,13 @@ class MaskFolder:
 
     def settings(self) -> dict[str, Any]:
         """What decides which mask an image gets."""
-        return {"folder": self._place.name, "suffix": self._suffix}
+        return {"folder": self.place.name, "suffix": self._suffix}
 
     def find(self, name: str) -> str | None:
         """The mask of an image, as a name in the mask folder; None where there is none."""
         stem = os.path.splitext(name)[0] + self._suffix
         for ending in SUFFIXES:
-            if self._place.exists(stem + ending):
+            if self.place.exists(stem + ending):
                 self._found += 1
                 return stem + ending
         self._num_without += 1
@@ -50,13 +50,13 @@ class MaskFolder:
 
     def read(self, mask_name: str) -> bytes:
         """A mask's file; BadImage where it cannot be read."""
-        return read_mask(self._place, mask_name)
+        return read_mask(self.place, mask_name)
 
     def check(self) -> None:
         """After the listing: raises UserError where no image has a mask."""
         if not self._found:
             raise UserError(
-                f"'{self._place.url}' holds no mask of any image (such as '{self._without[0]}'): masks have the images' names, "
+                f"'{self.place.url}' holds no mask of any image (such as '{self._without[0]}'): masks have the images' names, "
                 f"{f'then {self._suffix!r}, ' if self._suffix else ''}then one of {', '.join(SUFFIXES)}."
             )
 

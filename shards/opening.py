@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
-from shards.options import ListOptions
+from shards.options import ListOptions, RasterOptions
 
 if TYPE_CHECKING:
     from shards.places import Place
@@ -19,31 +19,42 @@ def open_source(
     masks: str = "",
     mask_suffix: str = "",
     lists: ListOptions | None = None,
+    rasters: RasterOptions | None = None,
 ) -> Source:
-    """The source that `where`, a path or URL, means: a folder of images, or a list (CSV, TSV, Parquet).
+    """The source that `where`, a path or URL, means.
 
-    `masks`: a folder of masks with the images' relative names, followed by `mask_suffix`. Raises UserError where the shards would lie
-    inside the source, and where an option does not go with it.
+    A folder of images; a list (CSV, TSV, Parquet); with `rasters.tile` a folder of rasters, or one. `masks`: a folder of masks with
+    the images' relative names, followed by `mask_suffix`. Raises UserError where the shards would lie inside the source, and where an
+    option does not go with it.
     """
     from shards.list_files import SUFFIXES as LISTS
     from shards.lists import ListSource
     from shards.masks import MaskFolder
     from shards.places import open_place
+    from shards.rasters import RasterSource
     from shards.sources import FolderSource
 
     if mask_suffix and not masks:
         raise UserError(f"--mask-suffix '{mask_suffix}' needs --masks FOLDER.")
-    lists = lists or ListOptions()
+    lists, rasters = lists or ListOptions(), rasters or RasterOptions()
     if where.partition("?")[0].lower().endswith(LISTS) and not _is_folder(where):
         if masks:
             raise UserError(
                 "--masks goes with a folder; in a list, --mask-column names the column of the masks."
             )
+        _refuse(rasters, "rasters", where)
         return ListSource(where, lists)
     _refuse(lists, f"a list ({', '.join(LISTS)})", where)
+    folder = MaskFolder(open_place(masks), mask_suffix) if masks else None
+    if rasters.tile:
+        source = RasterSource(where, rasters, folder)
+        if not source.one:
+            check_apart(source.place, dest)
+        return source
+    _refuse(rasters, "--tile N, which cuts rasters into tiles", "")
     place = open_place(where)
     check_apart(place, dest)
-    return FolderSource(place, MaskFolder(open_place(masks), mask_suffix) if masks else None)
+    return FolderSource(place, folder)
 
 
 def _is_folder(where: str) -> bool:
@@ -57,7 +68,8 @@ def _refuse(options: Any, what: str, where: str) -> None:
     plain = type(options)()
     for name, value in vars(options).items():
         if value != getattr(plain, name):
-            raise UserError(f"--{name.replace('_', '-')} {value} goes with {what}, and '{where}' is none.")
+            none = f", and '{where}' is none" if where else ""
+            raise UserError(f"--{name.replace('_', '-')} {value} goes with {what}{none}.")
 
 
 def check_apart(source: Place, dest: Place) -> None:

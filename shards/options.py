@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import tyro
 
+from shards.errors import UserError
+
+MAX_TILE = 16_384  # pixels a side
+MAX_BANDS = 65_535
 NO_COLUMN = "none"  # switches off the search for a column
 
 
@@ -24,3 +28,41 @@ class ListOptions:
     """Column of what a split must not tear apart. Left out: group, where there is one; none: no groups."""
     root: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
     """Folder or URL that relative paths start from. Left out: the folder of the list."""
+
+
+@dataclass(frozen=True)
+class RasterOptions:
+    """Of rasters (GeoTIFF and what else rasterio opens), which are cut into tiles."""
+
+    tile: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Cuts each raster into tiles of N x N pixels; 0: SOURCE holds images, not rasters."""
+    stride: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Pixels from one tile's begin to the next one's; 0: as --tile, so that they do not overlap."""
+    edge: Literal["drop", "pad", "shift"] = "drop"
+    """At the right and lower edge: tiles that stick out are dropped, padded with nodata, or shifted back inside."""
+    nodata_max: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.5
+    """Tiles with a larger share of pixels without data are quarantined: 0 to 1."""
+    bands: Annotated[str, tyro.conf.arg(metavar="N,N,..")] = ""
+    """Bands to take, counted from 1, in this order: 4,3,2. Left out: all."""
+
+    def __post_init__(self) -> None:
+        for name in ("tile", "stride"):
+            value = getattr(self, name)
+            if not 0 <= value <= MAX_TILE:
+                raise UserError(f"--{name} is {value}, but it must be between 1 and {MAX_TILE}.")
+        if self.edge not in get_args(get_type_hints(type(self))["edge"]):
+            raise UserError(f"there is no --edge '{self.edge}'. Known: drop, pad, shift.")
+        if not 0 <= self.nodata_max <= 1:
+            raise UserError(f"--nodata-max is {self.nodata_max}, but it must be between 0 and 1.")
+        self.band_numbers()
+
+    def band_numbers(self) -> list[int]:
+        """The bands to take, from 1; empty for all. UserError for anything but numbers from 1 on."""
+        if not self.bands:
+            return []
+        numbers = [part.strip() for part in self.bands.split(",")]
+        if not all(part.isdecimal() and 1 <= int(part) <= MAX_BANDS for part in numbers):
+            raise UserError(
+                f"--bands is '{self.bands}', but it must be numbers from 1 on with commas, such as 4,3,2."
+            )
+        return [int(part) for part in numbers]

@@ -179,7 +179,7 @@ class FolderSource(Source):
         if found and self.masks:
             self.masks.check()
         if not found:
-            raise UserError(_nothing_found(self.place.url, self._others))
+            raise UserError(nothing_found(self.place.url, self._others))
 
     def _batch(self, names: list[str], sizes: list[int]) -> pa.RecordBatch:
         labels = [name.partition("/")[0] if "/" in name else None for name in names]
@@ -199,9 +199,12 @@ class FolderSource(Source):
         return self.masks.warnings() if self.masks else []
 
 
-def _nothing_found(where: str, others: Counter[str]) -> str:
+def nothing_found(
+    where: str, others: Counter[str], what: str = "images", suffixes: tuple[str, ...] = SUFFIXES
+) -> str:
+    """What to say of a folder without images; `others` counts what it holds, by suffix."""
     if not others:
-        return f"'{where}' is empty: it holds no images and no other files (hidden ones do not count)."
+        return f"'{where}' is empty: it holds no {what} and no other files (hidden ones do not count)."
     seen = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
     noun = "file" if others.total() == 1 else "files"
-    return f"'{where}' holds no images, only {others.total()} other {noun} ({seen}); images are files named {', '.join(SUFFIXES)}."
+    return f"'{where}' holds no {what}, only {others.total()} other {noun} ({seen}); {what} are files named {', '.join(suffixes)}."

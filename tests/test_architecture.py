@@ -24,7 +24,7 @@ SETTINGS = {
     "fastssl/eval/knn.py": ("KNNConfig",),
     "fastssl/eval/command.py": ("EvalKNN",),
     "fastssl/preview.py": ("Preview",),
-    "shards/options.py": ("ListOptions",),
+    "shards/options.py": ("ListOptions", "RasterOptions"),
     "pipelines/loader.py": ("DataConfig",),
     "shards/split_command.py": ("Split",),
     "pipelines/recipe.py": ("Recipe",),
