@@ -68,6 +68,7 @@ def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict
             f"set --method.queue {near}."
         )
     method = get_method(resolved.method_name)(backbone, cfg.method)
+    method.check_views(cfg.recipe.num_views, cfg.recipe.local_views)
     # The teacher keeps no activations: it has nothing to compute again.
     checkpoint_blocks(backbone, cfg.train.checkpointing, cfg.model.backbone)
     if cfg.train.channels_last:

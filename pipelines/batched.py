@@ -51,6 +51,8 @@ def make_views(
     mean: Tensor,
     std: Tensor,
     dtype: torch.dtype = torch.float32,
+    interpolation: str = "bilinear",
+    erased: Tensor | None = None,
 ) -> Tensor:
     """All operations in their order: `dtype` (M, 3, S, S), normalised.
 
@@ -58,10 +60,17 @@ def make_views(
         pixels: uint8, the bytes of all images, each (H, W, 3).
         draws: the DRAW records (M,) of `params`, for what the host has to know.
         mean, std: float32 (3,).
+        interpolation: bicubic crops are torch's work, whatever the kernels.
+        erased: as for `gpu_kernels.erase`; None erases nothing.
     """
-    views = kernels.crop(pixels, params, size, draws["height"], draws["width"])
+    heights, widths = draws["height"], draws["width"]
+    if interpolation == "bilinear":
+        views = kernels.crop(pixels, params, size, heights, widths)
+    else:
+        views = gpu_kernels.crop(pixels, params, size, heights, widths, interpolation)
     views = kernels.blur(kernels.colour(views, params), params)
-    return kernels.finish(views, params, mean, std, dtype)
+    views = kernels.finish(views, params, mean, std, dtype)
+    return views if erased is None else gpu_kernels.erase(views, params, erased)
 
 
 @cache

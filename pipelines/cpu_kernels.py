@@ -177,8 +177,19 @@ def gaussian_blur(view, sigma, spare):
 
 
 @njit(nogil=True, cache=True)
-def finish(view, draw, scale, bias, table, out):
-    """Flip, turn, add noise and normalise into `out` float32 (3, S, S): out = pixel / 255 * scale + bias."""
+def _normal(table, seed, place):
+    """Element `place` of `noise.unit_noise`."""
+    element = np.uint64(place)
+    word = _mix(seed + (element >> np.uint64(2)) * GAMMA)
+    return table[(word >> (np.uint64(16) * (element & np.uint64(3)) + np.uint64(4))) & np.uint64(0xFFF)]
+
+
+@njit(nogil=True, cache=True)
+def finish(view, draw, scale, bias, fill, table, out):
+    """Flip, turn, add noise, normalise and erase into `out` float32 (3, S, S): out = pixel / 255 * scale + bias.
+
+    `fill`: float32 (3,), what erased pixels become; empty: normal numbers by the draw's seed.
+    """
     size = view.shape[1]
     last = size - 1
     std = draw.noise_std
@@ -209,21 +220,19 @@ def finish(view, draw, scale, bias, table, out):
             else:
                 for x in range(size):
                     row[x] = np.float32(view[c, y0 + x * dy, x0]) * byte
+            first = (c * size + y) * size
             if std > 0:
-                first = (c * size + y) * size
                 for x in range(size):
-                    element = np.uint64(first + x)
-                    word = _mix(seed + (element >> np.uint64(2)) * GAMMA)
-                    index = (word >> (np.uint64(16) * (element & np.uint64(3)) + np.uint64(4))) & np.uint64(
-                        0xFFF
-                    )
-                    row[x] = min(max(row[x] + std * table[index], _F0), _F1)
+                    row[x] = min(max(row[x] + std * _normal(table, seed, first + x), _F0), _F1)
             for x in range(size):
                 row[x] = row[x] * scale[c] + bias[c]
+            if draw.erase_top <= y < draw.erase_top + draw.erase_height:
+                for x in range(draw.erase_left, draw.erase_left + draw.erase_width):
+                    row[x] = fill[c] if fill.size else _normal(table, draw.erase_seed, first + x)
 
 
 @njit(nogil=True, cache=True)
-def make_view(view, draws, index, scale, bias, table, spare, out):
+def make_view(view, draws, index, scale, bias, fill, table, spare, out):
     """Apply `draws[index]` after its crop to `view` uint8 (3, S, S), which is overwritten, and write float32 (3, S, S) to `out`."""
     draw = draws[index]
     if draw.jitter:
@@ -243,4 +252,4 @@ def make_view(view, draws, index, scale, bias, table, spare, out):
         gaussian_blur(view, draw.sigma, spare)
     if draw.solarize:
         solarize(view)
-    finish(view, draw, scale, bias, table, out)
+    finish(view, draw, scale, bias, fill, table, out)

@@ -34,6 +34,11 @@ DRAW = np.dtype(
         ("turns", np.uint8),  # quarter turns counter-clockwise, 0..3
         ("noise_std", np.float32),  # pixels in [0, 1], 0: none
         ("noise_seed", np.uint64),
+        ("erase_top", np.int32),  # the rectangle erased, pixels of the finished view; height 0: none
+        ("erase_left", np.int32),
+        ("erase_height", np.int32),
+        ("erase_width", np.int32),
+        ("erase_seed", np.uint64),  # of the numbers that fill it where recipe.erase_value is random
     ]
 )
 
@@ -42,17 +47,9 @@ _ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)
 # Counters of the random numbers of one (sample, view). Fixed for ever: changing one changes what old runs saw.
 _AREA, _RATIO, _TOP, _LEFT = 0, 16, 32, 48  # + number of the try
 _JITTER, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAY = 64, 65, 66, 67, 68, 69, 70
-_BLUR, _SIGMA, _SOLARIZE, _HFLIP, _VFLIP, _TURNS, _NOISE, _NOISE_STD, _NOISE_SEED = (
-    71,
-    72,
-    73,
-    74,
-    75,
-    76,
-    77,
-    78,
-    79,
-)
+_BLUR, _SIGMA, _SOLARIZE, _HFLIP, _VFLIP, _TURNS = 71, 72, 73, 74, 75, 76
+_NOISE, _NOISE_STD, _NOISE_SEED, _ERASE, _ERASE_SEED = 77, 78, 79, 80, 81
+_ERASE_AREA, _ERASE_RATIO, _ERASE_TOP, _ERASE_LEFT = 96, 112, 128, 144  # + number of the try
 
 
 def draw(
@@ -67,10 +64,10 @@ def draw(
         widths, heights: integers (N,), size of the decoded images in pixels.
 
     Returns:
-        DRAW records of shape (recipe.num_views, N).
+        DRAW records of shape (recipe.total_views, N): the global views first.
     """
-    out = np.zeros((recipe.num_views, len(sample_ids)), dtype=DRAW)
-    for view in range(recipe.num_views):
+    out = np.zeros((recipe.total_views, len(sample_ids)), dtype=DRAW)
+    for view in range(recipe.total_views):
         key = np.asarray(hash_key(seed, epoch, np.asarray(sample_ids, dtype=np.uint64), view))
         _draw_view(recipe, view, key, np.asarray(widths), np.asarray(heights), out[view])
     return out
@@ -85,12 +82,15 @@ def eval_draws(recipe: Recipe, widths: np.ndarray, heights: np.ndarray) -> np.nd
     Returns:
         DRAW records of shape (1, N).
     """
-    widths, heights = np.asarray(widths), np.asarray(heights)
     out = np.zeros((1, len(widths)), dtype=DRAW)
+    _centred_square(recipe, np.asarray(widths), np.asarray(heights), out)
+    return out
+
+
+def _centred_square(recipe: Recipe, widths: np.ndarray, heights: np.ndarray, out: np.ndarray) -> None:
     side = np.maximum(1, np.rint(np.minimum(widths, heights) * recipe.eval_crop)).astype(np.int32)
     out["top"], out["left"] = (heights - side) // 2, (widths - side) // 2
     out["height"] = out["width"] = side
-    return out
 
 
 def _draw_view(
@@ -102,7 +102,10 @@ def _draw_view(
     def between(counter: int, low: float, high: float) -> np.ndarray:
         return low + (high - low) * u(counter)
 
-    _random_resized_crop(recipe, key, widths, heights, out)
+    if recipe.crop == "center":
+        _centred_square(recipe, widths, heights, out)
+    else:
+        _random_resized_crop(recipe, view, key, widths, heights, out)
     out["jitter"] = u(_JITTER) < recipe.jitter_p
     out["order"] = _ORDERS[(u(_ORDER) * len(_ORDERS)).astype(np.int64)]
     for name, counter in (("brightness", _BRIGHTNESS), ("contrast", _CONTRAST), ("saturation", _SATURATION)):
@@ -119,34 +122,30 @@ def _draw_view(
     out["turns"] = (u(_TURNS) * 4).astype(np.uint8) if recipe.quarter_turns else 0
     out["noise_std"] = np.where(u(_NOISE) < recipe.noise_p, between(_NOISE_STD, *recipe.noise_std), 0)
     out["noise_seed"] = hash_key(key, _NOISE_SEED)
+    if recipe.erase_p:
+        _random_erasing(recipe, recipe.side(view), key, out)
 
 
 def _random_resized_crop(
-    recipe: Recipe, key: np.ndarray, widths: np.ndarray, heights: np.ndarray, out: np.ndarray
+    recipe: Recipe, view: int, key: np.ndarray, widths: np.ndarray, heights: np.ndarray, out: np.ndarray
 ) -> None:
     """The crop boxes, with the rejection rule of torchvision.transforms.RandomResizedCrop.get_params.
 
     A try draws an area and a log-uniform ratio and is rejected where the box is larger than the image; after ten rejections
     the largest centred box whose ratio is allowed is taken. Rejection skews the accepted areas, so it cannot be left out.
     """
-    tries = np.arange(CROP_TRIES, dtype=np.uint64)
-
-    def u(counter: int) -> np.ndarray:  # (N, CROP_TRIES)
-        return uniform(hash_key(key[:, None], tries[None, :] + np.uint64(counter)))
-
     w, h = widths[:, None].astype(np.float64), heights[:, None].astype(np.float64)
-    area = w * h * (recipe.crop_scale[0] + (recipe.crop_scale[1] - recipe.crop_scale[0]) * u(_AREA))
-    low, high = np.log(recipe.crop_ratio)
-    ratio = np.exp(low + (high - low) * u(_RATIO))
-    box_w, box_h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    ratios = recipe.crop_ratio
+    box_w, box_h = _boxes(key, w * h, recipe.scale(view), ratios, _AREA, _RATIO)
     fits = (box_w > 0) & (box_w <= w) & (box_h > 0) & (box_h <= h)
-    top, left = np.floor(u(_TOP) * (h - box_h + 1)), np.floor(u(_LEFT) * (w - box_w + 1))
+    top = np.floor(_tries(key, _TOP) * (h - box_h + 1))
+    left = np.floor(_tries(key, _LEFT) * (w - box_w + 1))
 
     first = fits.argmax(axis=1)
     rows = np.arange(len(key))
     image_ratio = widths / heights
-    back_w = np.where(image_ratio > recipe.crop_ratio[1], np.rint(heights * recipe.crop_ratio[1]), widths)
-    back_h = np.where(image_ratio < recipe.crop_ratio[0], np.rint(widths / recipe.crop_ratio[0]), heights)
+    back_w = np.where(image_ratio > ratios[1], np.rint(heights * ratios[1]), widths)
+    back_h = np.where(image_ratio < ratios[0], np.rint(widths / ratios[0]), heights)
     # Rounding may exceed a one-pixel-wide image or vanish: keep the box inside the image and not empty.
     back_w, back_h = np.clip(back_w, 1, widths), np.clip(back_h, 1, heights)
     found = fits.any(axis=1)
@@ -154,3 +153,41 @@ def _random_resized_crop(
     out["height"] = np.where(found, box_h[rows, first], back_h)
     out["left"] = np.where(found, left[rows, first], (widths - back_w) // 2)
     out["top"] = np.where(found, top[rows, first], (heights - back_h) // 2)
+
+
+def _random_erasing(recipe: Recipe, side: int, key: np.ndarray, out: np.ndarray) -> None:
+    """The rectangles, with the rejection rule of torchvision.transforms.RandomErasing.get_params.
+
+    A try is rejected where the rectangle is as high or as wide as the view; after ten rejections nothing is erased.
+    """
+    box_h, box_w = _boxes(
+        key, np.float64(side * side), recipe.erase_scale, recipe.erase_ratio, _ERASE_AREA, _ERASE_RATIO
+    )
+    fits = (box_h < side) & (box_w < side) & (box_h > 0) & (box_w > 0)
+    top = np.floor(_tries(key, _ERASE_TOP) * (side - box_h + 1))
+    left = np.floor(_tries(key, _ERASE_LEFT) * (side - box_w + 1))
+    first, rows = fits.argmax(axis=1), np.arange(len(key))
+    erased = fits.any(axis=1) & (uniform(hash_key(key, _ERASE)) < recipe.erase_p)
+    for name, values in (("top", top), ("left", left), ("height", box_h), ("width", box_w)):
+        out[f"erase_{name}"] = np.where(erased, values[rows, first], 0)
+    out["erase_seed"] = hash_key(key, _ERASE_SEED)
+
+
+def _tries(key: np.ndarray, counter: int) -> np.ndarray:
+    """A uniform number for each try: float64 (N, CROP_TRIES)."""
+    return uniform(hash_key(key[:, None], np.arange(CROP_TRIES, dtype=np.uint64) + np.uint64(counter)))
+
+
+def _boxes(
+    key: np.ndarray,
+    area: np.ndarray | np.float64,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    area_counter: int,
+    ratio_counter: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The sides of boxes of a share in `scale` of `area`, whole pixels (N, CROP_TRIES); first / second is in `ratio`, log-uniform."""
+    box = area * (scale[0] + (scale[1] - scale[0]) * _tries(key, area_counter))
+    low, high = np.log(ratio)
+    drawn = np.exp(low + (high - low) * _tries(key, ratio_counter))
+    return np.rint(np.sqrt(box * drawn)), np.rint(np.sqrt(box / drawn))

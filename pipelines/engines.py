@@ -109,6 +109,14 @@ def refuse_channels(engine: str, recipe: Recipe) -> None:
         )
 
 
+def refuse_bicubic(engine: str, recipe: Recipe) -> None:
+    """UserError where a recipe's crops are bicubic, for an engine that samples them bilinearly."""
+    if recipe.interpolation != "bilinear":
+        raise UserError(
+            f"The engine '{engine}' has bilinear crops only: set --recipe.interpolation bilinear, or choose --data.engine fused."
+        )
+
+
 def refuse_deep(engine: str, shards: ShardSet) -> None:
     """UserError where a data set has other than 8-bit images, for an engine that decodes to 8 bits."""
     others = [kind for kind in shards.manifest.dtypes if kind != "uint8"]

@@ -26,6 +26,7 @@ class FusedEngine:
         std = np.array(recipe.std, dtype=np.float32)
         self._scale = 1 / std
         self._bias = -np.array(recipe.mean, dtype=np.float32) / std
+        self._fill = np.array(recipe.erased(), dtype=np.float32)
         self._local = threading.local()
 
     def __call__(self, data: memoryview, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
@@ -34,7 +35,7 @@ class FusedEngine:
         Args:
             data: an encoded JPEG, PNG or WebP image.
             draws: DRAW records (V,).
-            out: V arrays float32 (3, S, S), written.
+            out: V arrays float32 (3, S, S), written; S is each view's own.
 
         Raises:
             RuntimeError: the image does not decode.
@@ -47,25 +48,34 @@ class FusedEngine:
 
     def render(self, pixels: np.ndarray, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
         """Write the views of a decoded image, uint8 (H, W, 3), to `out`: V arrays float32 (3, S, S)."""
-        size = self.recipe.size
         for index, draw in enumerate(draws):
+            size = out[index].shape[-1]
             top, left = int(draw["top"]), int(draw["left"])
             # Copied by numpy, which stays in this thread: torch would start a team of threads for it in every loader thread.
             crop = np.ascontiguousarray(
                 pixels[top : top + int(draw["height"]), left : left + int(draw["width"])]
             )
             crop = torch.from_numpy(crop).permute(2, 0, 1)
-            view = F.interpolate(crop[None], (size, size), mode="bilinear", antialias=True)[0]
+            view = F.interpolate(crop[None], (size, size), mode=self.recipe.interpolation, antialias=True)[0]
             view = view.contiguous().numpy()
             cpu_kernels.make_view(
-                view, draws, index, self._scale, self._bias, noise_table(), self._spare(), out[index]
+                view,
+                draws,
+                index,
+                self._scale,
+                self._bias,
+                self._fill,
+                noise_table(),
+                self._spare(size),
+                out[index],
             )
 
-    def _spare(self) -> np.ndarray:
+    def _spare(self, size: int) -> np.ndarray:
         """Scratch planes of this thread, uint8 (2, S, S)."""
-        if not hasattr(self._local, "spare"):
-            self._local.spare = np.empty((2, self.recipe.size, self.recipe.size), dtype=np.uint8)
-        return self._local.spare
+        planes = self._local.__dict__.setdefault("planes", {})
+        if size not in planes:
+            planes[size] = np.empty((2, size, size), dtype=np.uint8)
+        return planes[size]
 
 
 class ReferenceEngine:
@@ -92,4 +102,4 @@ class ReferenceEngine:
 
         image = Image.fromarray(pixels)
         for view, draw in zip(out, draws, strict=True):
-            view[:] = reference.make_view(image, draw, self.recipe)
+            view[:] = reference.make_view(image, draw, self.recipe, view.shape[-1])

@@ -65,6 +65,7 @@ class GpuSlot:
         self._dtype = dtype
         self._kernels = kernels or choose_kernels(device)
         self._mean, self._std = (torch.tensor(x, device=device) for x in (recipe.mean, recipe.std))
+        self._erased = torch.tensor(recipe.erased(), device=device) if recipe.erase_p else None
         self._host, self._pixels = self._memory(0), torch.empty(0, dtype=torch.uint8, device=device)
         self._copied = torch.cuda.Event() if side is not None else None
         self._ids: np.ndarray = np.empty(0, dtype=np.int64)
@@ -106,20 +107,40 @@ class GpuSlot:
         self._place_strays()
         with torch.cuda.stream(self._side) if self._side is not None else contextlib.nullcontext():
             pixels, first_bytes = self._upload()
-            views, ids = self._draws.shape[0], self._ids
-            draws = self._draws.reshape(-1)  # view after view
-            params = pack(
-                draws,
-                np.tile(first_bytes, views),
-                np.tile(self._samples.shards.widths[ids], views),
-                pin=self._side is not None,
-            ).to(self._device)
-            out = make_views(
-                self._kernels, pixels, params, draws, self._recipe.size, self._mean, self._std, self._dtype
-            )
-            self._views = list(out.view(views, len(ids), *out.shape[1:]).unbind(0))
+            self._views = []
+            for views in self._groups():  # views of one side together
+                self._views += self._make(pixels, first_bytes, views)
             if self._copied is not None:
                 self._copied.record()
+
+    def _groups(self) -> list[range]:
+        if len(self._draws) == self._recipe.total_views:
+            return self._recipe.groups()
+        return [range(len(self._draws))]  # the view of evaluation
+
+    def _make(self, pixels: torch.Tensor, first_bytes: np.ndarray, group: range) -> list[torch.Tensor]:
+        """Launch the kernels of some views of one side."""
+        views, ids, recipe, size = len(group), self._ids, self._recipe, self._recipe.side(group.start)
+        draws = self._draws[group.start : group.stop].reshape(-1)  # view after view
+        params = pack(
+            draws,
+            np.tile(first_bytes, views),
+            np.tile(self._samples.shards.widths[ids], views),
+            pin=self._side is not None,
+        ).to(self._device)
+        out = make_views(
+            self._kernels,
+            pixels,
+            params,
+            draws,
+            size,
+            self._mean,
+            self._std,
+            self._dtype,
+            recipe.interpolation,
+            self._erased,
+        )
+        return list(out.view(views, len(ids), *out.shape[1:]).unbind(0))
 
     def views(self) -> list[torch.Tensor]:
         """As `Slot.views`: the current stream waits for the kernels, the host does not."""

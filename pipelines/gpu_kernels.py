@@ -34,6 +34,8 @@ class Params:
     symmetry: Tensor  # int32 (M,): turns + 4 * hflip + 8 * vflip
     noise_std: Tensor  # float32 (M,)
     noise_seed: Tensor  # int64 (M,): the bits of the uint64
+    erase: Tensor  # int32 (M, 4): top, left, height, width
+    erase_seed: Tensor  # int64 (M,)
 
     def to(self, device: torch.device) -> Params:
         """A copy on the device, asynchronous from pinned memory."""
@@ -62,11 +64,20 @@ def pack(draws: np.ndarray, first_bytes: np.ndarray, widths: np.ndarray, *, pin:
         tensor(symmetry.astype(np.int32)),
         tensor(draws["noise_std"]),
         tensor(draws["noise_seed"].view(np.int64)),
+        tensor(np.stack([draws[f"erase_{name}"] for name in ("top", "left", "height", "width")], axis=1)),
+        tensor(draws["erase_seed"].view(np.int64)),
     )
 
 
-def crop(pixels: Tensor, params: Params, size: int, heights: np.ndarray, widths: np.ndarray) -> Tensor:
-    """Cut and resize with the antialiased triangle filter, as two batched matrix products: uint8 (M, 3, S, S).
+def crop(
+    pixels: Tensor,
+    params: Params,
+    size: int,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    interpolation: str = "bilinear",
+) -> Tensor:
+    """Cut and resize with an antialiased filter, as two batched matrix products: uint8 (M, 3, S, S).
 
     Args:
         pixels: uint8, the bytes of all images, each (H, W, 3).
@@ -81,20 +92,29 @@ def crop(pixels: Tensor, params: Params, size: int, heights: np.ndarray, widths:
         at = first[:, None, None] + (y[:, :, None] * width[:, None, None] + x[:, None, :]) * 3
         channels = torch.arange(3, device=pixels.device)[None, :, None, None]
         cut = pixels[at[:, None] + channels].float()
-        rows = triangle_weights(box_h, high, size)[:, None]
-        columns = triangle_weights(box_w, wide, size)[:, None]
-        across = (cut @ columns.mT).round()  # Pillow keeps 8 bits between its two passes
+        rows = filter_weights(box_h, high, size, interpolation)[:, None]
+        columns = filter_weights(box_w, wide, size, interpolation)[:, None]
+        across = (cut @ columns.mT).round().clamp(0, 255)  # Pillow keeps 8 bits between its two passes
         views.append((rows @ across).round().clamp(0, 255).to(torch.uint8))
     return torch.cat(views)
 
 
-def triangle_weights(lengths: Tensor, longest: int, size: int) -> Tensor:
-    """Weights that resize `lengths` (M,) pixels to `size`: float32 (M, size, longest), rows of sum 1, 0 past a length."""
+def filter_weights(lengths: Tensor, longest: int, size: int, interpolation: str = "bilinear") -> Tensor:
+    """Weights that resize `lengths` (M,) pixels to `size`: float32 (M, size, longest), rows of sum 1, 0 past a length.
+
+    bilinear is a triangle of reach 1, bicubic Keys' cubic with a = -1/2 of reach 2, both wider where pixels are merged, as in Pillow.
+    """
     scale = lengths.float() / size
     reach = scale.clamp(min=1)[:, None, None]
     centre = (torch.arange(size, device=lengths.device) + 0.5)[None, :, None] * scale[:, None, None]
     place = torch.arange(longest, device=lengths.device)
-    weights = (1 - (place + 0.5 - centre).abs() / reach).clamp(min=0) * (place < lengths[:, None, None])
+    x = (place + 0.5 - centre).abs() / reach
+    if interpolation == "bilinear":
+        weights = (1 - x).clamp(min=0)
+    else:
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    weights = weights * (place < lengths[:, None, None])
     return weights / weights.sum(dim=2, keepdim=True)
 
 
@@ -149,6 +169,18 @@ def finish(views: Tensor, params: Params, mean: Tensor, std: Tensor, dtype: torc
     noisy = (pixels + noise.view_as(pixels)).clamp(0, 1)
     pixels = torch.where(params.noise_std[:, None, None, None] > 0, noisy, pixels)
     return ((pixels - mean[:, None, None]) / std[:, None, None]).to(dtype)
+
+
+def erase(views: Tensor, params: Params, erased: Tensor) -> Tensor:
+    """Fill the rectangles of finished views (M, 3, S, S) with `erased`, float32 (3,), or, where that is empty, with random numbers."""
+    size = views.shape[-1]
+    random = unit_noise(params.erase_seed, views[0].numel()).view_as(views) if not len(erased) else None
+    fill = erased[:, None, None].expand_as(views) if random is None else random
+    top, left, height, width = params.erase[:, :, None, None, None].unbind(1)
+    y = torch.arange(size, device=views.device)[:, None]
+    x = torch.arange(size, device=views.device)
+    inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    return torch.where(inside, fill.to(views.dtype), views)
 
 
 def source_of(symmetry: Tensor, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.batch_engine import ALONE, BatchEngine, BatchOptions
-from pipelines.engines import refuse_channels, refuse_unknown
+from pipelines.engines import refuse_bicubic, refuse_channels, refuse_unknown
 from pipelines.gpu_kernels import unit_noise
 from pipelines.recipe import Recipe
 
@@ -37,8 +37,9 @@ class KorniaEngine(BatchEngine):
     """The views of a recipe by Kornia's functions."""
 
     def __init__(self, recipe: Recipe, options: BatchOptions = ALONE):
-        """Raises UserError where the recipe has other than three channels."""
+        """Raises UserError where the recipe has other than three channels, or bicubic crops."""
         refuse_channels("kornia", recipe)
+        refuse_bicubic("kornia", recipe)
         self.recipe = recipe
         self._device = torch.device(options.device)
         self._mean, self._std = (torch.tensor(x, device=self._device) for x in (recipe.mean, recipe.std))
@@ -47,19 +48,19 @@ class KorniaEngine(BatchEngine):
     def render(self, items: Sequence[np.ndarray], draws: np.ndarray) -> list[Tensor]:
         """As `BatchEngine.render`."""
         refuse_unknown("kornia", draws, KNOWN)
-        size = self.recipe.size
         views = []
-        for of_view in draws:
+        for number, of_view in enumerate(draws):
+            size = self.recipe.side(number)
             made = torch.empty((len(items), 3, size, size), device=self._device)
             for start in range(0, len(items), CHUNK):
                 part = slice(start, start + CHUNK)
-                made[part] = self._view(items[part], of_view[part])
+                made[part] = self._view(items[part], of_view[part], size)
             views.append(made)
         return views
 
-    def _view(self, items: Sequence[np.ndarray], draws: np.ndarray) -> Tensor:
+    def _view(self, items: Sequence[np.ndarray], draws: np.ndarray, size: int) -> Tensor:
         """One view of some images: float32 (N, 3, S, S), normalised."""
-        x = self._crop(items, draws)
+        x = self._crop(items, draws, size)
         self._jitter(x, draws)
         for picked in self._where(draws["gray"] > 0):
             x[picked] = kornia.color.rgb_to_grayscale(x[picked]).expand(-1, 3, -1, -1)
@@ -88,14 +89,13 @@ class KorniaEngine(BatchEngine):
             x[picked] = (x[picked] + std * noise).clamp(0, 1)
         return kornia.enhance.normalize(x, self._mean, self._std)
 
-    def _crop(self, items: Sequence[np.ndarray], draws: np.ndarray) -> Tensor:
+    def _crop(self, items: Sequence[np.ndarray], draws: np.ndarray, size: int) -> Tensor:
         """Crop and resize by `crop_and_resize`: float32 (N, 3, S, S) in [0, 1].
 
         Its boxes name the centres of the corner pixels that are sampled. The centre of output pixel i lies at (i + 1/2) h / S - 1/2
         of a crop of h pixels, so the box reaches from h / 2S - 1/2 to h - h / 2S - 1/2: with the crop's own corners instead, the
         picture would be squeezed by a pixel. Where that leaves the crop, its outermost pixels repeat.
         """
-        size = self.recipe.size
         crops = [_cut(pixels, draw, size) for pixels, draw in zip(items, draws, strict=True)]
         heights, widths = (np.array([crop.shape[axis] - 2 for crop in crops]) for axis in (0, 1))
         canvas = np.zeros((len(crops), heights.max() + 2, widths.max() + 2, 3), dtype=np.uint8)

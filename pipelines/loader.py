@@ -191,7 +191,7 @@ def open_slots(
 
 def view_shapes(recipe: Recipe) -> list[tuple[int, int, int]]:
     """(C, S, S) of each view."""
-    return [(len(recipe.mean), recipe.size, recipe.size)] * recipe.num_views
+    return [(len(recipe.mean), recipe.side(view), recipe.side(view)) for view in range(recipe.total_views)]
 
 
 def host_slots(

@@ -11,6 +11,7 @@ from pipelines import reference
 from pipelines.draws import draw
 from pipelines.engines import make_engine
 from pipelines.faults import bad_sample
+from pipelines.loader import view_shapes
 from pipelines.recipe import Recipe
 from shards.errors import UserError
 from shards.files import atomic_write
@@ -40,15 +41,17 @@ def contact_sheet(
     make_views = make_engine(engine, recipe)
     ids = epoch_order(shards.num_samples, seed, 0)[:rows]
     cell = max(96, cell)
-    columns = 1 + epochs * recipe.num_views
+    columns = 1 + epochs * recipe.total_views
     sheet = Image.new("RGB", (GAP + columns * (cell + GAP), HEAD + len(ids) * (cell + FOOT + GAP)), PAPER)
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
-    heads = ["original"] + [f"epoch {e} view {v + 1}" for e in range(epochs) for v in range(recipe.num_views)]
+    heads = ["original"] + [
+        f"epoch {e} view {v + 1}" for e in range(epochs) for v in range(recipe.total_views)
+    ]
     for column, head in enumerate(heads):
         pen.text((GAP + column * (cell + GAP), 7), head, INK, font)
 
-    out = np.empty((recipe.num_views, 3, recipe.size, recipe.size), dtype=np.float32)
+    out = [np.empty(shape, dtype=np.float32) for shape in view_shapes(recipe)]
     for row, sample_id in enumerate(int(i) for i in ids):
         y = HEAD + row * (cell + FOOT + GAP)
         try:
@@ -71,9 +74,9 @@ def contact_sheet(
                 shards.widths[ids[row : row + 1]],
                 shards.heights[ids[row : row + 1]],
             )
-            make_views(shards.read(sample_id), np.ascontiguousarray(draws[:, 0]), list(out))
-            for v in range(recipe.num_views):
-                x = GAP + (1 + e * recipe.num_views + v) * (cell + GAP)
+            make_views(shards.read(sample_id), np.ascontiguousarray(draws[:, 0]), out)
+            for v in range(recipe.total_views):
+                x = GAP + (1 + e * recipe.total_views + v) * (cell + GAP)
                 sheet.paste(_fit(_to_image(out[v], recipe), cell), (x, y))
                 _caption(pen, (x, y + cell + 1), describe(draws[v, 0]), cell)
     atomic_write(path, lambda file: sheet.save(file, format="PNG"))

@@ -2,14 +2,18 @@
 
 A recipe says *what* may happen to an image; `pipelines.draws` decides what does happen to one sample, and an engine applies
 it. Order of the operations, the same in every engine: crop and resize, colour jitter (its four parts in the drawn order),
-greyscale, blur, solarise, horizontal flip, vertical flip, quarter turns, noise, normalise.
+greyscale, blur, solarise, horizontal flip, vertical flip, quarter turns, noise, normalise, erase a rectangle.
+
+With multi-crop a recipe makes two groups of views: `num_views` global ones of side `size`, then `local_views` local ones of side
+`local_size`, which cover less of the image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Literal
 
 from shards.errors import UserError, nearest
 
@@ -24,11 +28,21 @@ class Recipe:
     size: int = 224
     """Side of the square views, in pixels."""
     num_views: int = 2
-    """Views made of each image."""
+    """Views of that side made of each image: all of them, or, with local views, the global ones."""
+    crop: Literal["random", "center"] = "random"
+    """What is cut out: a random box, or the centred square of `eval_crop`, as in evaluation."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a random crop covers: least, most."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width / height of a random crop: least, most (drawn log-uniformly)."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How crops are resized; both filter out what the view is too small for (antialias)."""
+    local_views: int = 0
+    """Further, small views of each image (multi-crop: SwAV, DINO); they come after the others."""
+    local_size: int = 96
+    """Side of the local views, in pixels."""
+    local_crop_scale: tuple[float, float] = (0.05, 0.4)
+    """Share of the image's area that the crop of a local view covers: least, most."""
     jitter_p: float = 0.8
     """Probability of colour jitter."""
     brightness: float = 0.4
@@ -42,11 +56,11 @@ class Recipe:
     gray_p: float = 0.2
     """Probability of turning to greyscale."""
     blur_p: tuple[float, ...] = (1.0, 0.1)
-    """Probability of Gaussian blur; one value for all views, or one per view."""
+    """Probability of Gaussian blur: one value for all views, or one per view, or one per global view and one for all local ones."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur, in pixels of the view: least, most."""
     solarize_p: tuple[float, ...] = (0.0, 0.2)
-    """Probability of inverting every value of 128 (of 255) and above; one value for all views, or one per view."""
+    """Probability of inverting every value of 128 (of 255) and above: as many values as for blur_p."""
     hflip_p: float = 0.5
     """Probability of mirroring left and right."""
     vflip_p: float = 0.0
@@ -57,6 +71,14 @@ class Recipe:
     """Probability of additive Gaussian noise (before normalisation, clamped to [0, 1])."""
     noise_std: tuple[float, float] = (0.0, 0.05)
     """Standard deviation of the noise where pixels are in [0, 1]: least, most."""
+    erase_p: float = 0.0
+    """Probability of erasing a rectangle of the finished view (random erasing, Zhong et al. 2017, arXiv 1708.04896)."""
+    erase_scale: tuple[float, float] = (0.02, 0.33)
+    """Share of the view's area that is erased: least, most."""
+    erase_ratio: tuple[float, float] = (0.3, 3.3)
+    """Height / width of the rectangle: least, most (drawn log-uniformly)."""
+    erase_value: Literal["mean", "random"] | float = "mean"
+    """What fills it: mean (0 after normalisation), random (standard normal numbers after it), or a level in [0, 1] (before it)."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean per channel that normalisation subtracts."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -69,22 +91,26 @@ class Recipe:
             if not ok:
                 raise UserError(f"recipe.{name} is {getattr(self, name)}, but it must be {rule}.")
 
-        need(self.size >= 1, "size", "at least 1 pixel")
-        need(self.num_views >= 1, "num_views", "at least 1")
-        need(
-            0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
-            "crop_scale",
-            "two shares, 0 < least <= most <= 1",
-        )
-        need(0 < self.crop_ratio[0] <= self.crop_ratio[1], "crop_ratio", "two ratios, 0 < least <= most")
+        least = {"size": 1, "num_views": 1, "local_views": 0, "local_size": 1}
+        for name, low in least.items():
+            need(getattr(self, name) >= low, name, f"at least {low}")
+        for name in ("crop_scale", "local_crop_scale", "erase_scale"):
+            low, high = getattr(self, name)
+            need(0 < low <= high <= 1, name, "two shares, 0 < least <= most <= 1")
+        for name in ("crop_ratio", "erase_ratio"):
+            low, high = getattr(self, name)
+            need(0 < low <= high, name, "two ratios, 0 < least <= most")
         need(0 <= self.hue <= 0.5, "hue", "between 0 and 0.5 turns")
         for name in ("brightness", "contrast", "saturation"):
             need(getattr(self, name) >= 0, name, "at least 0")
-        for name in ("jitter_p", "gray_p", "hflip_p", "vflip_p", "noise_p"):
+        for name in ("jitter_p", "gray_p", "hflip_p", "vflip_p", "noise_p", "erase_p"):
             need(0 <= getattr(self, name) <= 1, name, "a probability between 0 and 1")
+        counts = f"one value, or {self.total_views} (one per view)"
+        if self.local_views > 1:
+            counts += f", or {self.num_views + 1} (the last for all local views)"
         for name in ("blur_p", "solarize_p"):
             values = getattr(self, name)
-            need(len(values) in (1, self.num_views), name, f"one value, or {self.num_views} (one per view)")
+            need(len(values) in self._counts(), name, counts)
             need(all(0 <= p <= 1 for p in values), name, "probabilities between 0 and 1")
         # Above sigma 2 the extended box filter of the CPU kernel would need more than its five taps.
         need(
@@ -93,32 +119,118 @@ class Recipe:
             "two widths, 0 <= least <= most <= 2 pixels",
         )
         need(0 <= self.noise_std[0] <= self.noise_std[1], "noise_std", "two widths, 0 <= least <= most")
+        level = self.erase_value
+        need(isinstance(level, str) or 0 <= level <= 1, "erase_value", "mean, random, or a level in [0, 1]")
         need(all(s > 0 for s in self.std), "std", "above 0 in every channel")
         need(0 < self.eval_crop <= 1, "eval_crop", "a share above 0 and at most 1")
+
+    @property
+    def total_views(self) -> int:
+        """Global and local views together."""
+        return self.num_views + self.local_views
+
+    def side(self, view: int) -> int:
+        """Side of view number `view`, in pixels."""
+        return self.size if view < self.num_views else self.local_size
+
+    def scale(self, view: int) -> tuple[float, float]:
+        """Share of the image's area that the crop of view number `view` covers: least, most."""
+        return self.crop_scale if view < self.num_views else self.local_crop_scale
+
+    def groups(self) -> list[range]:
+        """The numbers of the global views, and of the local ones where there are any."""
+        ranges = range(self.num_views), range(self.num_views, self.total_views)
+        return [views for views in ranges if views]
+
+    def erased(self) -> tuple[float, ...]:
+        """What erased pixels become after normalisation, per channel; empty where they become random numbers."""
+        if isinstance(self.erase_value, str):
+            return () if self.erase_value == "random" else (0.0,) * len(self.mean)
+        return tuple((self.erase_value - m) / s for m, s in zip(self.mean, self.std, strict=True))
+
+    def _counts(self) -> set[int]:
+        """How many values a setting with values per view may have."""
+        return {1, self.total_views, min(self.num_views + 1, self.total_views)}
 
     def per_view(self, name: str, view: int) -> float:
         """The probability `name` (`blur_p` or `solarize_p`) that holds for view number `view`."""
         values = getattr(self, name)
-        return values[view if len(values) > 1 else 0]
+        return values[min(view, len(values) - 1)]
 
+
+# What the supervised recipes share: no colours, no blur.
+_PLAIN = Recipe(num_views=1, jitter_p=0.0, gray_p=0.0, blur_p=(0.0,), solarize_p=(0.0,))
+_MOCO_V3 = Recipe()
+_SIMCLR = replace(
+    _MOCO_V3, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur_p=(0.5,), solarize_p=(0.0,)
+)
+# Overhead images have no up: all eight symmetries of the square. Tiles are already at scale, so crops stay large, hue moves little
+# (colour is signal there), and sensor noise is added before normalisation.
+_SATELLITE = replace(
+    _MOCO_V3,
+    crop_scale=(0.2, 1.0),
+    hue=0.05,
+    blur_p=(0.5, 0.1),
+    vflip_p=0.5,
+    quarter_turns=True,
+    noise_p=0.5,
+    eval_crop=1.0,
+)
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         # Chen, Xie, He 2021 (arXiv 2104.02057), the asymmetric BYOL augmentation; ViT runs crop down to 8 % of the area.
-        "moco_v3": Recipe(),
+        "moco_v3": _MOCO_V3,
         # The same paper's ResNet-50 runs: crops cover at least 20 %.
-        "moco_v3_resnet": Recipe(crop_scale=(0.2, 1.0)),
-        # Overhead images have no up: all eight symmetries of the square. Tiles are already at scale, so crops stay large, hue
-        # moves little (colour is signal there), and sensor noise is added before normalisation.
-        "satellite": Recipe(
-            crop_scale=(0.2, 1.0),
-            hue=0.05,
-            blur_p=(0.5, 0.1),
-            vflip_p=0.5,
-            quarter_turns=True,
-            noise_p=0.5,
-            eval_crop=1.0,
+        "moco_v3_resnet": replace(_MOCO_V3, crop_scale=(0.2, 1.0)),
+        # Chen, Fan, Girshick, He 2020 (arXiv 2003.04297): facebookresearch/moco, main_moco.py --aug-plus.
+        "moco_v2": replace(_MOCO_V3, crop_scale=(0.2, 1.0), saturation=0.4, blur_p=(0.5,), solarize_p=(0.0,)),
+        # Chen, Kornblith, Norouzi, Hinton 2020 (arXiv 2002.05709), appendix A: google-research/simclr, data_util.py, strength 1.
+        "simclr": replace(_SIMCLR, interpolation="bicubic"),
+        # Grill et al. 2020 (arXiv 2006.07733), appendix B and table 6. MoCo v3 took it over, with bilinear crops.
+        "byol": replace(_MOCO_V3, interpolation="bicubic"),
+        # Caron et al. 2021 (arXiv 2104.14294): facebookresearch/dino, main_dino.py, DataAugmentationDINO and its defaults.
+        "dino": replace(
+            _MOCO_V3,
+            crop_scale=(0.4, 1.0),
+            interpolation="bicubic",
+            local_views=8,
+            local_size=96,
+            local_crop_scale=(0.05, 0.4),
+            blur_p=(1.0, 0.1, 0.5),
+            solarize_p=(0.0, 0.2, 0.0),
         ),
+        # Caron et al. 2020 (arXiv 2006.09882): facebookresearch/swav, src/multicropdataset.py, 2 x 224 + 6 x 96 as in its 800 epochs.
+        # The deviation of red is 0.228 there, not 0.229.
+        "swav": replace(
+            _SIMCLR,
+            crop_scale=(0.14, 1.0),
+            local_views=6,
+            local_size=96,
+            local_crop_scale=(0.05, 0.14),
+            std=(0.228, 0.224, 0.225),
+        ),
+        # This project's own, for overhead images.
+        "satellite": _SATELLITE,
+        # As satellite, for any number of channels: without what needs red, green and blue.
+        "multispectral": replace(_SATELLITE, saturation=0.0, hue=0.0, gray_p=0.0),
+        # He et al. 2016 (arXiv 1512.03385) in today's form: the shorter side to 256, the centre of 224.
+        "eval": replace(_PLAIN, crop="center", hflip_p=0.0),
+        # Chen, Xie, He 2021: facebookresearch/moco-v3, main_lincls.py; the augmentation of ImageNet baselines.
+        "linear": _PLAIN,
+        # Touvron et al. 2021 (arXiv 2012.12877), table 9, without its RandAugment, which needs operations that no engine here has;
+        # mixup and cutmix act on batches. Erasing as timm's RandomErasing, mode 'pixel'.
+        "finetune": replace(
+            _PLAIN,
+            interpolation="bicubic",
+            erase_p=0.25,
+            erase_scale=(0.02, 1 / 3),
+            erase_ratio=(0.3, 1 / 0.3),
+            erase_value="random",
+        ),
+        # pytorch/vision, references/segmentation/presets.py: sides scaled by 0.5 to 2 of 520, a crop of 480, mirrored. As a share
+        # of the image's area that crop is at least (480 / 1040)^2; here its ratio varies too. Masks take the same crop and flips.
+        "segmentation": replace(_PLAIN, size=480, crop_scale=((480 / 1040) ** 2, 1.0), eval_crop=1.0),
     }
 )
 

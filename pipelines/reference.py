@@ -20,11 +20,11 @@ def decode(data: bytes | memoryview) -> Image.Image:
         raise RuntimeError(str(error)) from error
 
 
-def render(image: Image.Image, draw: np.void, size: int) -> Image.Image:
-    """Apply all of one draw that acts on 8-bit pixels: everything but noise and normalisation. RGB (size, size)."""
+def render(image: Image.Image, draw: np.void, size: int, interpolation: str = "bilinear") -> Image.Image:
+    """Apply all of one draw that acts on 8-bit pixels: everything up to the quarter turns. RGB (size, size)."""
     left, top = int(draw["left"]), int(draw["top"])
     image = image.crop((left, top, left + int(draw["width"]), top + int(draw["height"])))
-    image = image.resize((size, size), Image.Resampling.BILINEAR)
+    image = image.resize((size, size), Image.Resampling[interpolation.upper()])
     if draw["jitter"]:
         for part in draw["order"]:
             if part == 0:
@@ -51,13 +51,19 @@ def render(image: Image.Image, draw: np.void, size: int) -> Image.Image:
     return image
 
 
-def make_view(image: Image.Image, draw: np.void, recipe: Recipe) -> np.ndarray:
+def make_view(image: Image.Image, draw: np.void, recipe: Recipe, size: int) -> np.ndarray:
     """One normalised view of one image: float32 (3, size, size)."""
-    pixels = np.asarray(render(image, draw, recipe.size), dtype=np.float32).transpose(2, 0, 1) / np.float32(
-        255
-    )
+    levels = np.asarray(render(image, draw, size, recipe.interpolation), dtype=np.float32)
+    pixels = levels.transpose(2, 0, 1) / np.float32(255)
     if draw["noise_std"] > 0:
         noise = unit_noise(int(draw["noise_seed"]), pixels.size).reshape(pixels.shape)
         pixels = np.clip(pixels + draw["noise_std"] * noise, 0, 1)
     mean, std = (np.array(x, dtype=np.float32)[:, None, None] for x in (recipe.mean, recipe.std))
-    return (pixels - mean) / std
+    view = (pixels - mean) / std
+    top, left = int(draw["erase_top"]), int(draw["erase_left"])
+    box = np.s_[:, top : top + int(draw["erase_height"]), left : left + int(draw["erase_width"])]
+    if recipe.erased():
+        view[box] = np.array(recipe.erased())[:, None, None]
+    else:
+        view[box] = unit_noise(int(draw["erase_seed"]), view.size).reshape(view.shape)[box]
+    return view

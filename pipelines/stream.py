@@ -28,8 +28,8 @@ TASKS_PER_THREAD = (
 class Batch:
     """Some samples and their views.
 
-    `views`: float32 (N, C, S, S) each, normalised; `sample_ids` and `labels`: int64 (N,), label -1 where there is none. The ids are
-    those of the samples really used, where one stands in for a bad one.
+    `views`: float32 (N, C, S, S) each, normalised, the global views first; local ones have a smaller S. `sample_ids` and `labels`:
+    int64 (N,), label -1 where there is none. The ids are those of the samples really used, where one stands in for a bad one.
     On a CPU the views lie in buffers that are used again: they are valid until the next batch is asked for.
     """
 

@@ -37,6 +37,9 @@ class Method(nn.Module):
     backbone: nn.Module
     """The student's backbone, which is what a run is for: images (N, C, H, W) -> features (N, backbone.num_features)."""
 
+    def check_views(self, num_global: int, num_local: int) -> None:
+        """Raise UserError where the method cannot use so many global and, smaller, local views of each image."""
+
     def forward(self, views: list[Tensor], targets: Any = None, first: int = 0) -> StepOutput:
         """The loss of these views, each (N, C, H, W), against `targets`, or against their own where there are none."""
         raise NotImplementedError

@@ -90,6 +90,19 @@ class MoCoV3(Method):
         # them it is not: the paper's statistics are per view.
         self._join_views = not depends_on_batch(backbone)
 
+    def check_views(self, num_global: int, num_local: int) -> None:
+        """MoCo v3 compares two views of one size."""
+        if num_local:
+            raise UserError(
+                f"MoCo v3 compares 2 global views and the recipe makes {num_local} local ones too: set --recipe.local-views 0, or "
+                "choose another --recipe.preset."
+            )
+        if num_global != 2:
+            raise UserError(
+                f"MoCo v3 compares 2 views of each image but the recipe makes {num_global}: set --recipe.num-views 2, or choose "
+                "another --recipe.preset."
+            )
+
     def forward(self, views: list[Tensor], targets: Keys | None = None, first: int = 0) -> StepOutput:
         """Loss of two views of this rank's N images, each (N, C, H, W), against the keys of all ranks.
 
@@ -155,11 +168,7 @@ class MoCoV3(Method):
         return cosine_momentum(progress, self.cfg.momentum) if self.cfg.momentum_cosine else self.cfg.momentum
 
     def _features(self, backbone: nn.Module, views: list[Tensor]) -> list[Tensor]:
-        if len(views) != 2:
-            raise UserError(
-                f"MoCo v3 compares 2 views of each image but the recipe makes {len(views)}: "
-                "choose one that makes 2."
-            )
+        self.check_views(len(views), 0)
         if self._join_views:
             return list(backbone(torch.cat(views)).chunk(2))
         return [backbone(view) for view in views]

@@ -204,6 +204,10 @@ def test_a_shard_whose_bytes_changed_since(told, config, shards: Path, tmp_path:
             {"recipe": {"num_views": 3, "blur_p": 0.5, "solarize_p": 0.0}},
             "compares 2 views of each image but the recipe makes 3",
         ),
+        (
+            {"recipe": {"preset": "dino"}},
+            "compares 2 global views and the recipe makes 8 local ones too: set --recipe.local-views 0",
+        ),
     ],
 )
 def test_settings_that_cannot_be(changes: dict, expected: str, told, config) -> None:

@@ -1,5 +1,6 @@
 """Configuration: YAML is flags, flags win, and what is misspelt is told with the nearest name."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,17 @@ def test_a_micro_batch_is_a_number_or_auto(written: str, meant: int | str, tmp_p
     path.write_text(f"train:\n  micro_batch: {written}\n")
     for resolved in (load(path), load(None, ["--train.micro-batch", written]), from_tree(load(path).tree())):
         assert resolved.config.train.micro_batch == meant
+
+
+@pytest.mark.parametrize("preset", RECIPES)
+def test_every_preset_can_be_changed_in_the_file_and_by_flags(preset: str, tmp_path: Path) -> None:
+    text = f"recipe: {{preset: {preset}, crop_scale: [0.3, 0.9], erase_p: 0.5, erase_value: 0.25}}"
+    resolved = read(tmp_path, text, "--recipe.crop-scale", "0.2", "1", "--recipe.erase-ratio", "0.5", "2")
+    expected = dataclasses.replace(
+        RECIPES[preset], crop_scale=(0.2, 1.0), erase_p=0.5, erase_value=0.25, erase_ratio=(0.5, 2.0)
+    )
+    assert resolved.config.recipe == expected
+    assert from_tree(resolved.tree()).config.recipe == expected
 
 
 def test_a_tree_is_plain_and_left_as_it_is() -> None:

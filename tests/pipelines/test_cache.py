@@ -139,6 +139,16 @@ def views_of(loader: Loader, epoch: int) -> list[torch.Tensor]:
     return [view.clone() for view in batch.views]
 
 
+def test_batched_views_of_two_sizes_with_erasing(shard_set):
+    local = {"local_views": 2, "local_size": 8, "blur_p": (0.5,), "solarize_p": (0.2,)}
+    recipe = Recipe(size=16, interpolation="bicubic", erase_p=0.5, erase_value="random", **local)
+    [expected, *_] = open_loader(shard_set, recipe, batch=41, seed=0).epoch(0)
+    [batch] = batched(shard_set, store=False, recipe=recipe, batch=41).epoch(0)
+    assert [view.shape[-1] for view in batch.views] == [16, 16, 8, 8]
+    for ours, theirs in zip(batch.views, expected.views, strict=True):
+        assert (ours - theirs).abs().mean() * 255 * 0.226 < 0.5
+
+
 @pytest.mark.parametrize("store", [False, True])
 def test_stand_ins_of_other_sizes_in_batched_views(shard_set, monkeypatch, store):
     read = ShardSet.read

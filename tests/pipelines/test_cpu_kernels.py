@@ -11,6 +11,7 @@ from shards.hashing import mix64
 from tests.pictures import colours, photo
 
 SIDE = 64
+NOTHING = np.zeros(3, dtype=np.float32)
 PICTURES = {
     "photo": photo(SIDE, SIDE),
     "colours": colours(SIDE),
@@ -78,13 +79,13 @@ def test_blur_of_tiny_views_repeats_edges_as_pil(side):
     )
 
 
-def finish(view: np.ndarray, **fields) -> np.ndarray:
+def finish(view: np.ndarray, fill: np.ndarray = NOTHING, **fields) -> np.ndarray:
     draws = np.zeros(1, dtype=DRAW)
     for name, value in fields.items():
         draws[name] = value
     out, ones = np.empty(view.shape, dtype=np.float32), np.ones(3, dtype=np.float32)
     spare = np.empty((2, view.shape[1], view.shape[1]), dtype=np.uint8)
-    cpu_kernels.make_view(view.copy(), draws, 0, ones, 0 * ones, noise.noise_table(), spare, out)
+    cpu_kernels.make_view(view.copy(), draws, 0, ones, 0 * ones, fill, noise.noise_table(), spare, out)
     return out
 
 
@@ -124,3 +125,16 @@ def test_noise_has_the_stated_distribution_and_is_clamped():
 def test_compiled_hash_is_the_hash():
     words = np.arange(1000, dtype=np.uint64) * np.uint64(0x123456789ABCDEF)
     np.testing.assert_array_equal([cpu_kernels._mix(word) for word in words], mix64(words))
+
+
+def test_a_rectangle_is_erased_last():
+    """Its place is that of the finished view, whatever the flips and turns; it has neither noise nor the mean in it."""
+    view, fill = planar(PICTURES["photo"]), np.array([-1, 0.5, 2], dtype=np.float32)
+    box = {"erase_top": 5, "erase_left": 40, "erase_height": 20, "erase_width": 9}
+    rest = {"turns": 3, "hflip": 1, "noise_std": 0.1, "noise_seed": 7}
+    expected = finish(view, **rest)
+    expected[:, 5:25, 40:49] = fill[:, None, None]
+    np.testing.assert_array_equal(finish(view, fill, **rest, **box), expected)
+    expected[:, 5:25, 40:49] = noise.unit_noise(99, view.size).reshape(view.shape)[:, 5:25, 40:49]
+    none = np.empty(0, dtype=np.float32)
+    np.testing.assert_array_equal(finish(view, none, **rest, **box, erase_seed=99), expected)

@@ -1,9 +1,12 @@
+import dataclasses
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandomErasing, RandomResizedCrop
 
 from pipelines.draws import DRAW, draw, eval_draws
 from pipelines.recipe import RECIPES, Recipe
@@ -62,6 +65,70 @@ def test_golden_draw_never_changes():
     assert int(one["noise_seed"]) == GOLDEN_NOISE_SEED
 
 
+# SHA-256 of the first 18 fields of 200 samples, as the version drew them that had no others.
+OLD_DRAWS = {
+    "moco_v3": "e34fc7a65a80dade11909e6c4128d5b9d0c38236bf88154a85abaeb980dbbc56",
+    "moco_v3_resnet": "59437bd6e35d1055b78d947e737e0e5772dacc25f96e012c29f0a384586176ea",
+    "satellite": "1d4a5af5b5439b1074832ff86eb4972a65a3d64fdf7d2f686c1ddb70d2101d0c",
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"erase_p": 1.0}, {"local_views": 3}])
+@pytest.mark.parametrize("preset", OLD_DRAWS)
+def test_old_draws_are_the_same_to_the_byte(preset, changes):
+    """Erasing and local views have counters of their own."""
+    ids = np.arange(200) * 7919
+    recipe = RECIPES[preset]
+    if "local_views" in changes:
+        changes = changes | {n: (*getattr(recipe, n), 0.5) for n in ("blur_p", "solarize_p")}
+    recipe = dataclasses.replace(recipe, **changes)
+    draws = draw(recipe, 11, 3, ids, ids % 400 + 1, (ids * 31) % 300 + 1)[:2]
+    old = (np.ascontiguousarray(draws[name]).tobytes() for name in (DRAW.names or ())[:18])
+    assert hashlib.sha256(b"".join(old)).hexdigest() == OLD_DRAWS[preset]
+
+
+@pytest.mark.parametrize(("scale", "ratio"), [((0.02, 0.33), (0.3, 3.3)), ((0.2, 0.9), (0.2, 5.0))])
+def test_rectangles_are_distributed_as_torchvisions(scale, ratio):
+    count, side = 6000, 64
+    recipe = Recipe(size=side, erase_p=1.0, erase_scale=scale, erase_ratio=ratio)
+    ours = draw_many(recipe, count=count)[0]
+    torch.manual_seed(0)
+    view = torch.empty(3, side, side)
+    theirs = np.array(
+        [RandomErasing.get_params(view, list(scale), list(ratio), [0.0])[:4] for _ in range(count)]
+    )
+    # Where no try fits, torchvision erases nothing and returns the whole view.
+    theirs[theirs[:, 2] == side] = 0
+    for column, name in enumerate(("top", "left", "height", "width")):
+        kolmogorov_smirnov(ours[f"erase_{name}"], theirs[:, column], name)
+
+
+def test_erasing_has_the_rate_asked_for():
+    draws = draw_many(Recipe(erase_p=0.25))
+    assert abs((draws["erase_height"] > 0).mean() - 0.25) < 3 * np.sqrt(0.25 * 0.75 / draws.size)
+    assert not draw_many(Recipe())["erase_height"].any()
+
+
+def test_local_views_cover_less():
+    draws = draw_many(RECIPES["dino"], 300, 300, 2000)
+    assert draws.shape == (10, 2000)
+    area = draws["height"].astype(np.float64) * draws["width"] / 300**2
+    assert 0.39 < area[:2].min() < area[:2].max() <= 1
+    assert 0.048 < area[2:].min() < area[2:].max() < 0.405
+    rates = (draws["sigma"] > 0).mean(axis=1)
+    assert rates[0] == 1
+    assert rates[1] == pytest.approx(0.1, abs=0.03)
+    assert rates[2:] == pytest.approx([0.5] * 8, abs=0.05)
+    assert (draws["solarize"].mean(axis=1)[[0, 1, 5]] > 0).tolist() == [False, True, False]
+
+
+def test_the_centre_instead_of_a_random_crop_is_the_view_of_evaluation():
+    recipe, sizes = RECIPES["eval"], (np.array([500, 31]), np.array([375, 80]))
+    got = draw(recipe, 0, 0, np.arange(2), *sizes)
+    for name in ("top", "left", "height", "width"):
+        assert got[name].tolist() == eval_draws(recipe, *sizes)[name].tolist()
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.floats(0.01, 1), st.floats(0.05, 1))
 def test_boxes_lie_inside_the_image(width, height, scale, ratio):
@@ -93,11 +160,13 @@ def test_boxes_are_distributed_as_torchvisions(width, height):
         [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
     )
     for column, name in enumerate(("top", "left", "height", "width")):
-        values = np.unique(np.concatenate([ours[name], theirs[:, column]]))
-        cdfs = [
-            np.searchsorted(np.sort(x), values, side="right") / count for x in (ours[name], theirs[:, column])
-        ]
-        assert np.abs(cdfs[0] - cdfs[1]).max() < 1.95 * np.sqrt(2 / count), name
+        kolmogorov_smirnov(ours[name], theirs[:, column], name)
+
+
+def kolmogorov_smirnov(ours: np.ndarray, theirs: np.ndarray, name: str) -> None:
+    values = np.unique(np.concatenate([ours, theirs]))
+    cdfs = [np.searchsorted(np.sort(x), values, side="right") / len(x) for x in (ours, theirs)]
+    assert np.abs(cdfs[0] - cdfs[1]).max() < 1.95 * np.sqrt(2 / len(ours)), name
 
 
 def test_fallback_takes_the_largest_centred_box():

@@ -8,6 +8,7 @@ from PIL import Image
 
 from pipelines.draws import draw
 from pipelines.engines import make_engine
+from pipelines.loader import view_shapes
 from pipelines.recipe import RECIPES, Recipe
 from shards.errors import UserError
 from tests.pictures import colours, encoded, photo
@@ -18,22 +19,22 @@ UNNORMALISED = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 def both(
     recipe: Recipe, data: bytes, size: tuple[int, int], sample: int, **fields
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The views of one image by both engines, in levels: float32 (V, 3, S, S) each."""
+    """The global views of one image by both engines, in levels: float32 (V, 3, S, S) each."""
     draws = draw(recipe, 0, 0, np.array([sample]), np.array([size[0]]), np.array([size[1]]))[:, 0].copy()
     for name, value in fields.items():
         draws[name] = value
     views = []
     for name in ("fused", "reference"):
-        out = np.empty((recipe.num_views, 3, recipe.size, recipe.size), dtype=np.float32)
+        out = [np.empty(shape, dtype=np.float32) for shape in view_shapes(recipe)]
         make_engine(name, recipe)(memoryview(data), draws, out)
-        views.append(out * 255)
+        views.append(np.stack(out[: recipe.num_views]) * 255)
     return views[0], views[1]
 
 
 @pytest.mark.parametrize("preset", RECIPES)
-@pytest.mark.parametrize(("width", "height"), [(160, 120), (90, 200), (33, 47), (224, 224)])
+@pytest.mark.parametrize(("width", "height"), [(160, 120), (33, 47)])
 def test_whole_recipes_stay_within_a_level_on_average(preset, width, height):
-    recipe = dataclasses.replace(RECIPES[preset], size=64, **UNNORMALISED)
+    recipe = dataclasses.replace(RECIPES[preset], size=64, local_size=32, **UNNORMALISED)
     data = encoded(photo(width, height), "JPEG", quality=90)
     errors = [
         np.abs(np.subtract(*both(recipe, data, (width, height), sample))).mean(axis=(1, 2, 3))
@@ -43,13 +44,14 @@ def test_whole_recipes_stay_within_a_level_on_average(preset, width, height):
     assert np.max(errors) < 1.0
 
 
-def test_crop_and_resize_differ_by_one_level_at_most():
-    """Both filter with the same triangle; torch's 8-bit weights round another way than Pillow's."""
-    recipe = Recipe(size=56, **UNNORMALISED)
+@pytest.mark.parametrize(("interpolation", "most"), [("bilinear", 1), ("bicubic", 3)])
+def test_crop_and_resize_differ_by_rounding(interpolation, most):
+    """Both filter with the same weights; torch's 8-bit weights round another way than Pillow's."""
+    recipe = Recipe(size=56, interpolation=interpolation, **UNNORMALISED)
     still = {"jitter": 0, "gray": 0, "sigma": 0, "solarize": 0, "noise_std": 0}
     for sample in range(20):
         fused, reference = both(recipe, encoded(photo(200, 150, sample), "JPEG"), (200, 150), sample, **still)
-        assert np.abs(fused - reference).max() < 1.01
+        assert np.abs(fused - reference).max() < most + 0.01
         assert np.abs(fused - reference).mean() < 0.35
 
 

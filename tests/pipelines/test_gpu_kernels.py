@@ -27,18 +27,22 @@ PLAIN = {
 BARE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
-def both(images: list[Image.Image], draws: np.ndarray, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
+def both(
+    images: list[Image.Image], draws: np.ndarray, size: int = SIZE, recipe: Recipe = RECIPES["moco_v3"]
+) -> tuple[np.ndarray, np.ndarray]:
     """The views of images by their DRAW records (M,), batched and by the reference: float32 (M, 3, size, size), levels."""
     arrays = [np.asarray(image) for image in images]
     ends = np.cumsum([array.size for array in arrays])
     firsts = ends - [array.size for array in arrays]
     pixels = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
     params = gpu_kernels.pack(draws, firsts, np.array([image.width for image in images]))
-    views = gpu_kernels.crop(pixels, params, size, draws["height"], draws["width"])
+    views = gpu_kernels.crop(pixels, params, size, draws["height"], draws["width"], recipe.interpolation)
     views = gpu_kernels.blur(gpu_kernels.colour(views, params), params)
+    recipe = dataclasses.replace(recipe, size=size, **BARE)
+    erased = torch.tensor(recipe.erased())
     out = gpu_kernels.finish(views, params, torch.zeros(3), torch.ones(3), torch.float32)
-    recipe = Recipe(size=size, **BARE)
-    expected = [reference.make_view(image, one, recipe) for image, one in zip(images, draws, strict=True)]
+    out = gpu_kernels.erase(out, params, erased)
+    expected = [reference.make_view(i, one, recipe, size) for i, one in zip(images, draws, strict=True)]
     return out.numpy() * 255, np.stack(expected) * 255
 
 
@@ -136,8 +140,8 @@ def test_noise_is_the_same_as_on_the_cpu():
 
 @pytest.mark.parametrize("preset", RECIPES)
 def test_whole_recipes(preset):
-    images = PHOTOS * 6
-    ours, theirs = both(images, drawn(images, dataclasses.replace(RECIPES[preset], size=SIZE)))
+    images, recipe = PHOTOS * 6, dataclasses.replace(RECIPES[preset], size=SIZE)
+    ours, theirs = both(images, drawn(images, recipe), recipe=recipe)
     assert np.abs(ours - theirs).mean() < 0.5
 
 

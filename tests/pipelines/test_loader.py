@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import itertools
 import os
 import signal
@@ -52,6 +53,21 @@ def test_threads_and_batch_size_change_nothing(shard_set, engine):
     base = views(batch=10, threads=1)
     assert same([v[:40] for v in base], [v[:40] for v in views(batch=20, threads=3)])
     assert same([v[:40] for v in base], [v[:40] for v in views(batch=4, threads=2)])
+
+
+def test_multi_crop_gives_views_of_two_sizes(shard_set):
+    recipe = dataclasses.replace(RECIPES["dino"], size=24, local_size=8, local_views=3)
+    fused, reference = (
+        collect(open_loader(shard_set, recipe, batch=8, seed=3, engine=engine), 0)
+        for engine in ("fused", "reference")
+    )
+    sides = [view.shape for view in fused[0].views]
+    assert sides == [(8, 3, 24, 24)] * 2 + [(8, 3, 8, 8)] * 3
+    for a, b in zip(fused, reference, strict=True):
+        for x, y in zip(a.views, b.views, strict=True):
+            assert (x - y).abs().mean() * 255 * 0.226 < 0.4
+    again = collect(open_loader(shard_set, recipe, batch=8, seed=3, threads=3), 0, start_step=2)
+    assert all(same(a.views, b.views) for a, b in zip(fused[2:], again, strict=True))
 
 
 @pytest.mark.parametrize("world", [2, 4])
