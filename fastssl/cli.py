@@ -21,6 +21,7 @@ COMMANDS = {
         "shards.split_command",
         "Divide shards into train, val, test and nested label fractions, without leaks",
     ),
+    "verify": ("shards.verify_command", "Check every byte of shards, and say which sample is damaged"),
     "preview": ("fastssl.preview", "Draw originals beside the views a recipe makes of them, as a PNG"),
     "pretrain": ("fastssl.pretrain", "Pretrain a backbone on shards, without labels"),
     "eval": ("fastssl.eval.command", "Test what a checkpoint has learned: eval knn"),

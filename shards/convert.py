@@ -23,6 +23,7 @@ from shards.places import Place, open_place
 from shards.plan import Plan, check_same, read_plan, settings_for, write_plan
 from shards.policy import Policy
 from shards.sources import Source
+from shards.sums import write_sums
 from shards.workers import available_cpus, run_here, run_in_processes
 
 DEDUPE = ("mark", "drop", "keep")
@@ -184,6 +185,7 @@ class _Run:
                     )
                 self._make(sorted(dropped), dropped, every)
             manifest = merge(dest, plan)
+            write_sums(dest, manifest)
             manifest.save(dest)
         dest.remove_tree(layout.ROWS)
         return manifest
@@ -232,7 +234,7 @@ class _Run:
         listed = {number(file): file for file in manifest.shards}
         for shard in mended:
             marks = read_marks(self.dest, shard)
-            if marks is None or marks.shard != listed[shard]:
+            if marks is None or marks.shard is None or marks.shard.sha256 != listed[shard].sha256:
                 self.dest.remove(layout.shard_name(shard))
                 self.dest.remove(rows_path(shard))
                 raise UserError(

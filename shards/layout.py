@@ -23,6 +23,7 @@ PLAN = "plan.parquet"
 QUARANTINE = "quarantine.jsonl"
 DROPPED = "dropped.parquet"
 SPLITS = "splits.parquet"
+SUMS = "SHA256SUMS"
 ROWS = ".rows"
 LOCK = ".lock"
 MASK_EXT = "mask.png"
@@ -48,6 +49,10 @@ SCHEMA = pa.schema(
         ("pixels_hash", pa.string()),  # XXH3, 128 bit, of the decoded pixels, hexadecimal
         ("duplicate_of", pa.int64()),  # the first sample with the same pixels, or null
         ("stored", pa.string()),  # "kept", or "re-encoded: " and why
+        (
+            "tar_crc32",
+            pa.uint32(),
+        ),  # of all the sample's bytes in the tar, from its first header to its last padding
     ]
 )
 
@@ -88,6 +93,7 @@ class ShardFile:
     num_samples: int
     bytes: int
     sha256: str
+    index_sha256: str = ""  # of its DALI index
 
 
 @dataclass(frozen=True)
@@ -135,10 +141,14 @@ class Manifest:
             "or update fastssl where that is older."
         )
 
-    def save(self, folder: str | os.PathLike | Place) -> None:
-        """Writes `manifest.json`, atomically; the same facts give the same bytes."""
+    def to_bytes(self) -> bytes:
+        """The content of `manifest.json`; the same facts give the same bytes."""
         text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
-        open_place(folder).write(MANIFEST, (text + "\n").encode())
+        return (text + "\n").encode()
+
+    def save(self, folder: str | os.PathLike | Place) -> None:
+        """Writes `manifest.json`, atomically."""
+        open_place(folder).write(MANIFEST, self.to_bytes())
 
 
 def _no_manifest(place: Place) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ from shards.policy import Policy
 from shards.sources import Source
 from shards.statistics import Statistics
 from shards.workers import Count
-from shards.write import Member, Sample, write_index, write_shard
+from shards.write import Entry, Sample, write_index, write_shard
 
 NOT_YET = ("sample_id", "duplicate_of")  # known when all shards are
 _ROWS = [column for column in layout.SCHEMA if column.name not in NOT_YET]
@@ -55,9 +55,10 @@ class Maker:
         written = write_shard(self.dest, layout.shard_name(shard), work.samples())
         file = None
         if written:
-            file, members = written
-            write_index(self.dest, layout.index_name(shard), members)
-            work.locate(members)
+            file, entries = written
+            index = write_index(self.dest, layout.index_name(shard), [entry.members for entry in entries])
+            file = replace(file, index_sha256=index)
+            work.locate(entries)
         marks = Marks(file, work.quarantined, work.statistics.to_json(), len(dropped))
         write_rows(self.dest, shard, work.table(), marks)
 
@@ -109,12 +110,13 @@ class _Work:
         columns |= {"key": key, "source": name, "label": label, "group": row["group"]}
         return Sample(key, stored, name, label, class_name, mask, facts), columns
 
-    def locate(self, members: list[list[Member]]) -> None:
+    def locate(self, entries: list[Entry]) -> None:
         """Enters where each sample's files lie in the tar."""
-        for row, files in zip(self._rows, members, strict=True):
+        for row, entry in zip(self._rows, entries, strict=True):
             row["shard"] = self._shard
-            row["offset"] = files[0].offset
-            for member in files:
+            row["offset"] = entry.members[0].offset
+            row["tar_crc32"] = entry.crc32
+            for member in entry.members:
                 if member.name.endswith(f".{layout.MASK_EXT}"):
                     row["mask_offset"], row["mask_size"] = member.offset, member.size
 

@@ -93,9 +93,11 @@ def run_in_processes(
         ticker.flush()
     finally:
         for pipe, worker in workers.items():
-            worker.terminate()
-            worker.join()
+            # One that is about to wait for work may miss the signal, and then ends by the closed pipe.
             pipe.close()
+            worker.terminate()
+        for worker in workers.values():
+            worker.join()
 
 
 def _start(worker: BaseProcess) -> None:

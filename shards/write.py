@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -38,10 +39,16 @@ class Member:
     size: int
 
 
-def write_shard(
-    dest: Place, name: str, samples: Iterable[Sample]
-) -> tuple[ShardFile, list[list[Member]]] | None:
-    """Writes the tar `name`, whole or not at all, and returns its facts and each sample's members, the image first.
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A sample as it lies in the tar: its members, the image first, and the CRC-32 of all their bytes, headers and paddings too."""
+
+    members: list[Member]
+    crc32: int
+
+
+def write_shard(dest: Place, name: str, samples: Iterable[Sample]) -> tuple[ShardFile, list[Entry]] | None:
+    """Writes the tar `name`, whole or not at all, and returns its facts and where each sample lies.
 
     Takes the samples one by one, so only one image is held. Without samples nothing is written and None
     returned: readers refuse an empty shard.
@@ -53,34 +60,43 @@ def write_shard(
     return dest.write(name, lambda file: _write_tar(file, name, chain([first], samples)))
 
 
-def write_index(dest: Place, name: str, samples: list[list[Member]]) -> None:
-    """Writes the index of DALI's webdataset reader (v1.2): for each member `<ext> <offset> <size> <name>`."""
-    lines = [f"{INDEX_VERSION} {len(samples)}"]
-    for members in samples:
-        lines.append(" ".join(f"{m.name.partition('.')[2]} {m.offset} {m.size} {m.name}" for m in members))
-    dest.write(name, ("\n".join(lines) + "\n").encode("ascii"))
+def index_lines(samples: Iterable[list[Member]]) -> list[str]:
+    """The lines of the index of DALI's webdataset reader (v1.2): for each member `<ext> <offset> <size> <name>`."""
+    lines = [
+        " ".join(f"{m.name.partition('.')[2]} {m.offset} {m.size} {m.name}" for m in members)
+        for members in samples
+    ]
+    return [f"{INDEX_VERSION} {len(lines)}", *lines]
 
 
-def _write_tar(file: BinaryIO, name: str, samples: Iterator[Sample]) -> tuple[ShardFile, list[list[Member]]]:
+def write_index(dest: Place, name: str, samples: Iterable[list[Member]]) -> str:
+    """Writes the index `name`; returns its SHA-256."""
+    data = ("\n".join(index_lines(samples)) + "\n").encode("ascii")
+    dest.write(name, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_tar(file: BinaryIO, name: str, samples: Iterator[Sample]) -> tuple[ShardFile, list[Entry]]:
     digest = hashlib.sha256()
-    at = 0
+    at = crc32 = 0
     listing = []
 
     def put(data: bytes) -> None:
-        nonlocal at
+        nonlocal at, crc32
         file.write(data)
         digest.update(data)
+        crc32 = zlib.crc32(data, crc32)
         at += len(data)
 
     for sample in samples:
-        members = []
+        members, crc32 = [], 0
         for suffix, data in _files(sample):
             member = f"{sample.key}.{suffix}"
-            put(_header(member, len(data)))
+            put(header(member, len(data)))
             members.append(Member(member, at, len(data)))
             put(data)
             put(bytes(-len(data) % BLOCK))
-        listing.append(members)
+        listing.append(Entry(members, crc32))
     put(bytes(2 * BLOCK + -(at + 2 * BLOCK) % RECORD))
     return ShardFile(name, len(listing), at, digest.hexdigest()), listing
 
@@ -102,7 +118,7 @@ def _files(sample: Sample) -> Iterator[tuple[str, bytes]]:
         yield MASK_EXT, sample.mask
 
 
-def _header(name: str, size: int) -> bytes:
+def header(name: str, size: int) -> bytes:
     """A USTAR header (POSIX.1-1988) of a regular file, mode 0644, without owner and time.
 
     The same bytes as `tarfile` makes, in a third of the time: three of these are 5 % of decoding a small

@@ -29,7 +29,7 @@ def planned(names: list[str], seed: int) -> list[str]:
     return sorted(names, key=lambda name: int(hash_key(seed, PLAN_TAG, xxh3_64_intdigest(name.encode()))))
 
 
-FINAL = {layout.LOCK, layout.MANIFEST, layout.PLAN, layout.QUARANTINE, layout.TABLE}
+FINAL = {layout.LOCK, layout.MANIFEST, layout.PLAN, layout.QUARANTINE, layout.SUMS, layout.TABLE}
 
 
 def test_a_conversion_holds_every_image_once_in_the_planned_order(make_folder, tmp_path: Path):

@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from shards.image import Stored
 from shards.places import open_place
-from shards.write import MAX_MEMBER_BYTES, Member, Sample, _header, write_index, write_shard
+from shards.write import MAX_MEMBER_BYTES, Member, Sample, header, write_index, write_shard
 
 
 def sample(position: int, data: bytes, ext: str = "jpg", label: int | None = None) -> Sample:
@@ -26,10 +27,10 @@ SAMPLES = [sample(3, b"abc", label=1), sample(4, b"x" * 512, "png"), sample(5, b
     st.text("abcdefghijklmnopqrstuvwxyz0123456789.", min_size=1, max_size=100),
     st.integers(0, MAX_MEMBER_BYTES),
 )
-def test_headers_are_those_of_tarfile(name: str, size: int):
+def testheaders_are_those_of_tarfile(name: str, size: int):
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o644
-    assert _header(name, size) == info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+    assert header(name, size) == info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
 
 
 def test_the_archive_is_byte_for_byte_that_of_tarfile(tmp_path: Path):
@@ -63,7 +64,17 @@ def test_offsets_are_those_of_tarfile(tmp_path: Path):
     assert written is not None
     with tarfile.open(tmp_path / "a.tar") as tar:
         found = [Member(info.name, info.offset_data, info.size) for info in tar]
-    assert [member for members in written[1] for member in members] == found
+    assert [member for entry in written[1] for member in entry.members] == found
+
+
+def test_the_crc_covers_all_bytes_of_a_sample(tmp_path: Path):
+    written = write_shard(open_place(tmp_path), "a.tar", SAMPLES)
+    assert written is not None
+    data = (tmp_path / "a.tar").read_bytes()
+    starts = [entry.members[0].offset - 512 for entry in written[1]]
+    end = sum(512 + -(-member.size // 512) * 512 for entry in written[1] for member in entry.members)
+    for entry, start, stop in zip(written[1], starts, [*starts[1:], end], strict=True):
+        assert entry.crc32 == zlib.crc32(data[start:stop])
 
 
 def test_the_index_is_dalis_text(tmp_path: Path):
