@@ -1,12 +1,11 @@
 """Engines that make a batch of views at a time, and their place in the stream of batches.
 
-The threads of the stream load the images; the thread that loads the last one hands the batch to one worker thread, which makes the
+The threads of the stream load the images; when all are there, the batch goes to one worker thread, which makes the
 views while the next batch is being loaded and the caller works on the one before.
 """
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -95,10 +94,8 @@ class BatchSlot:
         self._samples, self._engine, self._worker = samples, engine, worker
         self._device, self._side, self._on_host = device, side, on_host
         self._used = torch.cuda.Event() if on_host and device.type == "cuda" else None
-        self._lock = threading.Lock()
         self._items: list[Any] = []
         self._draws = np.empty(0, dtype=DRAW)
-        self._missing = 0
         self._made: Future[tuple[list[torch.Tensor], torch.cuda.Event | None]] | None = None
 
     def begin(self, job: Job) -> None:
@@ -106,19 +103,21 @@ class BatchSlot:
         if self._used is not None:
             self._used.synchronize()
         self._items, self._draws = [None] * len(job.ids), job.draws.copy()
-        self._missing = len(job.ids)
 
     def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
-        """As `Slot.fill`: load one sample; with the last one the batch is under way."""
+        """As `Slot.fill`: load one sample."""
         self._items[i] = self._engine.load(self._samples, sample_id)
         self._draws[:, i] = draws
-        with self._lock:
-            self._missing -= 1
-            if not self._missing:
-                self._made = self._worker.submit(self._render)
+
+    def complete(self) -> list[int]:
+        """As `Slot.complete`: the batch is under way from here on."""
+        self._made = self._worker.submit(self._render)
+        return []
 
     def launch(self) -> None:
-        """As `Slot.launch`: it is under way since the last sample was loaded."""
+        """As `Slot.launch`: make a batch again whose bad samples have been replaced."""
+        if self._made is None:
+            self._made = self._worker.submit(self._render)
 
     def views(self) -> list[torch.Tensor]:
         """As `Slot.views`; waits for the making of the views on a CPU and for its launches on a GPU."""
@@ -126,7 +125,7 @@ class BatchSlot:
         try:
             views, ready = self._made.result()
         except BadItems as bad:
-            self._missing = len(bad.faults)
+            self._made = None
             raise Spoiled({i: Unreadable(reason) for i, reason in bad.faults.items()}) from bad
         self._made, self._items = None, []
         if ready is not None:

@@ -119,10 +119,13 @@ def open_samples(
     channels: int,
     cache: str = "none",
     cache_gb: float = 0,
+    *,
+    only_encoded: bool = False,
 ) -> Samples:
     """The data set's images, with the cache that is asked for: 'ram' holds pixels where they fit and encoded bytes where not.
 
     Args:
+        only_encoded: keep encoded bytes even where pixels would fit: another part decodes them.
         cache_gb: memory that the cache may fill, in 10^9 bytes; 0 means half of what is free now, shared among the ranks here.
 
     Raises:
@@ -139,7 +142,7 @@ def open_samples(
             f"data.cache ram: the {what}, more than the {allowed / GB:.2f} GB allowed: set --data.cache none (the system keeps what "
             "it can of the shards in memory) or raise --data.cache-gb."
         )
-    whole = decoded <= allowed and eight_bit(shards)
+    whole = decoded <= allowed and eight_bit(shards) and not only_encoded
     samples = (DecodedCache if whole else EncodedCache)(shards, decode, channels)
     samples.note = (
         f"cache in RAM: the {what}; {allowed / GB:.2f} GB are allowed, so {'pixels' if whole else 'encoded bytes'} are kept from "

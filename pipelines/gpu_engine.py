@@ -1,7 +1,7 @@
 """The fused engine on a GPU: the CPU decodes in threads, batched kernels make the views on a stream of their own, a step ahead.
 
-Decoded images of any sizes lie end to end in one buffer of bytes; a GPU cache is such a buffer of the whole data set. The same code
-runs on CPU tensors, for the tests.
+Decoded images of any sizes lie end to end in one buffer of bytes; a GPU cache is such a buffer of the whole data set. With a
+`BatchDecoder` the device decodes too, and the CPU only what it cannot. The same code runs on CPU tensors, for the tests.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from pipelines.batched import BatchedKernels, choose_kernels, make_views
 from pipelines.cache import GB, SHARE, Samples, decoded_sizes, eight_bit
 from pipelines.draws import DRAW
+from pipelines.gpu_decode import BatchDecoder
 from pipelines.gpu_kernels import pack
 from pipelines.recipe import Recipe
 from pipelines.stream import Job, hand_over
@@ -53,8 +54,12 @@ class GpuSlot:
         store: GpuStore | None = None,
         dtype: torch.dtype = torch.float32,
         kernels: BatchedKernels | None = None,
+        decoder: BatchDecoder | None = None,
     ):
-        """`side`: the stream of the copies and kernels; None on a CPU. `kernels`: without them the best for the device."""
+        """`side`: the stream of the copies and kernels; None on a CPU. `kernels`: without them the best for the device.
+
+        `decoder`: without it the CPU decodes everything.
+        """
         self._samples, self._recipe, self._device, self._side, self._store = (
             samples,
             recipe,
@@ -64,6 +69,9 @@ class GpuSlot:
         )
         self._dtype = dtype
         self._kernels = kernels or choose_kernels(device)
+        self._decoder = decoder
+        self._encoded: dict[int, np.ndarray] = {}  # to be decoded by the device
+        self._decoded: dict[int, torch.Tensor] = {}  # by the device
         self._mean, self._std = (torch.tensor(x, device=device) for x in (recipe.mean, recipe.std))
         self._erased = torch.tensor(recipe.erased(), device=device) if recipe.erase_p else None
         self._host, self._pixels = self._memory(0), torch.empty(0, dtype=torch.uint8, device=device)
@@ -83,6 +91,7 @@ class GpuSlot:
         sizes = self._sizes(self._ids)
         self._first_bytes = np.cumsum(sizes) - sizes
         self._strays, self._fresh = {}, []
+        self._encoded, self._decoded = {}, {}
         self._end = int(sizes.sum())  # bytes in use
         if (
             len(self._host) < self._end
@@ -90,17 +99,39 @@ class GpuSlot:
             self._host = self._memory(self._end * 5 // 4)
 
     def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
-        """As `Slot.fill`: decode only."""
+        """As `Slot.fill`: decode, or gather what the device will decode."""
         if self._store is None or not self._store.held[sample_id]:
-            pixels = self._samples.pixels(sample_id).reshape(-1)
-            if sample_id == self._ids[i]:
-                first = int(self._first_bytes[i])
-                self._host[first : first + len(pixels)].numpy()[:] = pixels
-            else:  # stands in for a bad sample and may be larger
-                self._strays[i] = pixels
-            self._fresh.append(i)
+            # What stands in for a bad sample, and what the device has refused, is decoded here.
+            if self._decoder is not None and sample_id == self._ids[i] and i not in self._encoded:
+                self._encoded[i] = np.frombuffer(self._samples.encoded(sample_id), np.uint8)
+            else:
+                self._fill_pixels(i, sample_id)
         self._ids[i] = sample_id
         self._draws[:, i] = draws
+
+    def _fill_pixels(self, i: int, sample_id: int) -> None:
+        pixels = self._samples.pixels(sample_id).reshape(-1)
+        if sample_id == self._ids[i]:
+            first = int(self._first_bytes[i])
+            self._host[first : first + len(pixels)].numpy()[:] = pixels
+        else:  # stands in for a bad sample and may be larger
+            self._strays[i] = pixels
+        self._fresh.append(i)
+
+    def complete(self) -> list[int]:
+        """As `Slot.complete`: let the device decode; what it refuses, and what is not of the size in the table, is filled again."""
+        if self._decoder is None or not self._encoded:
+            return []
+        places = list(self._encoded)
+        stream = self._side.cuda_stream if self._side is not None else 0
+        with torch.cuda.stream(self._side) if self._side is not None else contextlib.nullcontext():
+            made = self._decoder([self._encoded[i] for i in places], stream)
+        shards = self._samples.shards
+        for i, pixels in zip(places, made, strict=True):
+            size = int(shards.heights[self._ids[i]]), int(shards.widths[self._ids[i]]), 3
+            if pixels is not None and tuple(pixels.shape) == size:
+                self._decoded[i] = pixels
+        return [i for i in places if i not in self._decoded]
 
     def launch(self) -> None:
         """As `Slot.launch`."""
@@ -154,18 +185,34 @@ class GpuSlot:
 
     def _upload(self) -> tuple[torch.Tensor, np.ndarray]:
         """The bytes on the device and where each image of the batch begins in them."""
-        if self._store is None:
-            if len(self._pixels) < len(self._host):
-                self._pixels = torch.empty_like(self._host, device=self._device)
+        if self._store is not None:
+            self._place(self._store.pixels, self._store.first_bytes[self._ids])
+            # Later launches follow on the same stream, so what is marked as held here is there when they read it.
+            self._store.held[self._ids[[*self._fresh, *self._decoded]]] = True
+            return self._store.pixels, self._store.first_bytes[self._ids]
+        if len(self._pixels) < len(self._host):
+            self._pixels = torch.empty_like(self._host, device=self._device)
+        if self._decoded:
+            self._place(self._pixels, self._first_bytes)
+        else:
             self._pixels[: self._end].copy_(self._host[: self._end], non_blocking=True)
-            return self._pixels, self._first_bytes
+        return self._pixels, self._first_bytes
+
+    def _place(self, pixels: torch.Tensor, first_bytes: np.ndarray) -> None:
+        """Copy each image that was decoded for this batch to its place on the device."""
         for i in self._fresh:
-            size, first = int(self._sizes(self._ids[i : i + 1])[0]), int(self._first_bytes[i])
-            at = int(self._store.first_bytes[self._ids[i]])
-            self._store.pixels[at : at + size].copy_(self._host[first : first + size], non_blocking=True)
-        # Later launches follow on the same stream, so what is marked as held here is there when they read it.
-        self._store.held[self._ids[self._fresh]] = True
-        return self._store.pixels, self._store.first_bytes[self._ids]
+            size, first, at = (
+                int(x)
+                for x in (
+                    self._sizes(self._ids[i : i + 1])[0],
+                    self._first_bytes[i],
+                    first_bytes[i],
+                )
+            )
+            pixels[at : at + size].copy_(self._host[first : first + size], non_blocking=True)
+        for i, decoded in self._decoded.items():
+            at = int(first_bytes[i])
+            pixels[at : at + decoded.numel()].view(decoded.shape).copy_(decoded, non_blocking=True)
 
     def _place_strays(self) -> None:
         """Put the stand-ins behind all others."""

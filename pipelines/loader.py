@@ -42,6 +42,8 @@ class DataConfig:
     """Threads that decode and augment; 0 means one per core that this process may use, divided among the ranks here."""
     augment_on: Literal["cpu", "gpu"] = "cpu"
     """Where views are made ('reference': only 'cpu'): 'gpu' frees CPU cores and takes time of the GPU (8-bit images, 3 channels)."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """Where images are decoded with data.augment_on gpu: 'gpu' (nvImageCodec) helps where few CPU cores serve a GPU."""
     order: Literal["global", "blocks"] = "global"
     """'global' shuffles all samples; 'blocks' shuffles shards, and samples within a few shards, for cold remote storage."""
     block_shards: int = 16
@@ -86,6 +88,7 @@ def open_loader(
     engine: str = "fused",
     threads: int = 0,
     augment_on: str = "cpu",
+    decode: str = "cpu",
     order: str = "global",
     block_shards: int = 16,
     cache: str = "none",
@@ -125,6 +128,7 @@ def open_loader(
         batch=batch // world,
         threads=threads,
         augment_on=augment_on,
+        decode=decode,
         cache=cache,
         cache_gb=cache_gb,
         device=device,
@@ -154,6 +158,7 @@ def open_slots(
     threads: int,
     device: torch.device,
     augment_on: str = "cpu",
+    decode: str = "cpu",
     cache: str = "none",
     cache_gb: float = 0.0,
     on_host: bool = False,
@@ -174,6 +179,11 @@ def open_slots(
             "data.cache gpu needs the views to be made on the GPU by --data.engine fused: add --data.augment-on gpu, or set "
             "--data.cache ram."
         )
+    if decode == "gpu" and not (on_gpu and engine == "fused"):
+        raise UserError(
+            "data.decode gpu needs the views to be made on the GPU by --data.engine fused: add --data.augment-on gpu, or set "
+            "--data.decode cpu."
+        )
     channels = len(recipe.mean)
     if whole_batches(engine):
         refuse_deep(engine, shards)
@@ -183,9 +193,11 @@ def open_slots(
         samples = open_samples(shards, maker.decode, channels, cache, cache_gb)
         return samples, batch_slots(samples, maker, device, on_host=on_host)
     made = cast(ImageEngine, make_engine(engine, recipe))
-    samples = open_samples(shards, made.decode, channels, cache, cache_gb)
+    samples = open_samples(shards, made.decode, channels, cache, cache_gb, only_encoded=decode == "gpu")
     if on_gpu:
-        return samples, gpu_slots(samples, recipe, device, cache == "gpu", cache_gb)
+        decode_threads = threads if decode == "gpu" else 0
+        store = cache == "gpu"
+        return samples, gpu_slots(samples, recipe, device, store, cache_gb, decode_threads=decode_threads)
     return samples, partial(host_slots, samples, made, view_shapes(recipe), batch, device, on_host=on_host)
 
 
@@ -209,21 +221,34 @@ def host_slots(
 
 
 def gpu_slots(
-    samples: Samples, recipe: Recipe, device: torch.device, store: bool, cache_gb: float = 0
+    samples: Samples,
+    recipe: Recipe,
+    device: torch.device,
+    store: bool,
+    cache_gb: float = 0,
+    *,
+    decode_threads: int = 0,
 ) -> Callable[[], Sequence[Slot]]:
-    """What gives memory for a stream whose views the device makes; with `store` all streams share one cache on it."""
+    """What gives memory for a stream whose views the device makes.
+
+    Args:
+        store: all streams share one cache on the device.
+        decode_threads: host threads that help the device decode; 0 leaves decoding to the CPU.
+    """
+    from pipelines.gpu_decode import gpu_decoder
     from pipelines.gpu_engine import GpuSlot, GpuStore, check_gpu_views
 
     check_gpu_views(samples)
     kept = GpuStore(samples, device, cache_gb) if store else None
     if kept is not None:
         samples.note = kept.note
+    decoder = gpu_decoder(samples, device, decode_threads) if decode_threads else None
 
     # One for all streams of views, so that what one has put into the store is there for the next.
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def slots() -> Sequence[Slot]:
-        made = [GpuSlot(samples, recipe, device, side, kept) for _ in range(SLOTS)]
+        made = [GpuSlot(samples, recipe, device, side, kept, decoder=decoder) for _ in range(SLOTS)]
         if side is not None:
             side.wait_stream(
                 torch.cuda.current_stream(device)

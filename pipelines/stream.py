@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -63,6 +63,10 @@ class Slot(Protocol):
     def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
         """Make sample `i` of the batch, from DRAW records (V,); called by many threads. Raises Unreadable for a bad sample."""
 
+    def complete(self) -> list[int]:
+        """Do what is done for the whole batch, off the main thread; returns the samples that have to be filled once more."""
+        ...
+
     def launch(self) -> None:
         """Start what the device has to do, now that all samples are there; does not wait for it."""
 
@@ -116,7 +120,7 @@ def stream(
     stopped = threading.Event()
     main = threading.main_thread()
 
-    def fill(slot: Slot, ids: np.ndarray, job: Job, part: range) -> None:
+    def fill(slot: Slot, ids: np.ndarray, job: Job, part: Iterable[int]) -> None:
         for i in part:
             if (
                 stopped.is_set() or not main.is_alive()
@@ -126,6 +130,12 @@ def stream(
             ids[i] = _fill_one(
                 samples, slot, i, int(ids[i]), np.ascontiguousarray(job.draws[:, i]), job.epoch, bad
             )
+
+    def fill_part(slot: Slot, ids: np.ndarray, job: Job, part: range, left: Iterator[int]) -> None:
+        fill(slot, ids, job, part)
+        # A step of an iterator is atomic, so one thread alone sees the last part done.
+        if next(left) == 0 and not stopped.is_set():
+            fill(slot, ids, job, slot.complete())
 
     def start_next() -> None:
         job = next(jobs, None)
@@ -137,7 +147,9 @@ def stream(
             bad.expect(count)
         size = max(1, count // (threads * TASKS_PER_THREAD))
         parts = [range(a, min(a + size, count)) for a in range(0, count, size)]
-        waiting.append(_Filling(slot, job, ids, [pool.submit(fill, slot, ids, job, part) for part in parts]))
+        left = iter(range(len(parts) - 1, -1, -1))
+        futures = [pool.submit(fill_part, slot, ids, job, part, left) for part in parts]
+        waiting.append(_Filling(slot, job, ids, futures))
 
     def views(filling: _Filling) -> list[torch.Tensor]:
         while True:
@@ -259,6 +271,10 @@ class HostSlot:
     def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
         """As `Slot.fill`."""
         self._engine.render(self._samples.pixels(sample_id), draws, [view[i] for view in self._pixels])
+
+    def complete(self) -> list[int]:
+        """As `Slot.complete`: all is done sample by sample."""
+        return []
 
     def launch(self) -> None:
         """Copy to a GPU on a stream of its own: it overlaps with the step that the GPU is still at."""
