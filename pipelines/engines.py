@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the command line asks for the names only, and must not wait
     from pipelines.recipe import Recipe
     from shards.read import ShardSet
 
-EngineName = Literal["fused", "kornia", "reference"]
+EngineName = Literal["fused", "dali", "kornia", "reference"]
 
 
 class ImageEngine(Protocol):
@@ -57,6 +57,9 @@ class _Place:
 _PLACES: Mapping[str, _Place] = MappingProxyType(
     {
         "fused": _Place("pipelines.fused_engine", "FusedEngine"),
+        "dali": _Place(
+            "pipelines.dali_engine", "DaliEngine", True, "NVIDIA DALI (pip install nvidia-dali-cuda120)"
+        ),
         "kornia": _Place("pipelines.kornia_engine", "KorniaEngine", True, "Kornia (pip install kornia)"),
         "reference": _Place("pipelines.fused_engine", "ReferenceEngine"),
     }

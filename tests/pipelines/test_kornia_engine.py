@@ -1,12 +1,14 @@
 """The Kornia engine: what it measures against the reference, in 0..255 levels, and that batches change nothing."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from numpy.lib import recfunctions
 
 from pipelines.draws import draw
-from pipelines.engines import make_engine
+from pipelines.engines import make_engine, refuse_deep, refuse_unknown
 from pipelines.kornia_engine import KNOWN
 from pipelines.loader import open_loader
 from pipelines.recipe import RECIPES, Recipe
@@ -108,11 +110,15 @@ def test_an_image_that_does_not_decode():
     assert encoded(photo(9, 9), "PNG")
 
 
+def test_deep_images_are_refused():
+    deep = SimpleNamespace(manifest=SimpleNamespace(dtypes=["uint16", "uint8"]), folder="scans")
+    with pytest.raises(
+        UserError, match="'kornia' decodes to 8 bits a channel, and 'scans' has images of uint16"
+    ):
+        refuse_deep("kornia", deep)  # type: ignore[arg-type]
+
+
 def test_operations_that_an_engine_does_not_have_are_refused():
-    from numpy.lib import recfunctions
-
-    from pipelines.engines import refuse_unknown
-
     draws = recfunctions.append_fields(draws_of((9, 9)), "fog", np.array([0]), usemask=False)
     refuse_unknown("kornia", draws, KNOWN)
     draws["fog"] = 1

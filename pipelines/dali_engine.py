@@ -1,0 +1,274 @@
+"""NVIDIA DALI, driven by our draws: encoded bytes and records go in, views come out, all of it one DALI graph on the CPU or a GPU.
+
+Each operation with a probability is a DALI conditional, so that only the samples that were drawn are computed. What leaves the graph
+is handed to PyTorch without a copy. Seeds of DALI's own are not used: whatever is random comes from the records, and noise is made
+from their seeds and fed in.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import types
+from nvidia.dali.pipeline import Pipeline, pipeline_def
+from PIL import Image
+
+from pipelines import dali_ops
+from pipelines.batch_engine import ALONE, BadItems, BatchEngine, BatchOptions
+from pipelines.cache import Samples, Unreadable
+from pipelines.decode import decode_rgb
+from pipelines.draws import DRAW
+from pipelines.engines import refuse_channels, refuse_unknown
+from pipelines.noise import unit_noise
+from pipelines.recipe import Recipe
+from shards.errors import UserError
+
+KNOWN = (
+    "top left height width jitter order brightness contrast saturation hue gray sigma solarize hflip vflip"
+)
+KNOWN += " turns noise_std noise_seed"
+# Hue costs most by far and stands once in the graph: up to three parts of the jitter come before it and up to three after.
+SLOTS = 3
+_HUE = 3  # its number in DRAW's `order`
+_NONE = -1
+HARDWARE_SHARE = 0.9  # of the images that a JPEG engine of the GPU decodes, where it has one
+fn = dali_ops.fn
+_TYPES = {
+    np.dtype(np.uint8): types.DALIDataType.UINT8,
+    np.dtype(np.bool_): types.DALIDataType.BOOL,
+    np.dtype(np.int16): types.DALIDataType.INT16,
+    np.dtype(np.int32): types.DALIDataType.INT32,
+    np.dtype(np.float32): types.DALIDataType.FLOAT,
+}
+
+
+class DaliEngine(BatchEngine):
+    """The views of a recipe by a DALI graph."""
+
+    def __init__(self, recipe: Recipe, options: BatchOptions = ALONE):
+        """Raises UserError where the recipe has other than three channels."""
+        refuse_channels("dali", recipe)
+        self.recipe, self._options = recipe, options
+        self._device = torch.device(options.device)
+        self._pipeline: Pipeline | None = None
+        self._lock = (
+            threading.Lock()
+        )  # eager users may share an engine among threads; a pipeline runs one batch at a time
+
+    def load(self, samples: Samples, sample_id: int) -> np.ndarray:
+        """As `BatchEngine.load`: the encoded bytes, uint8 (B,), after a look at the size that their header states."""
+        data = samples.encoded(sample_id)
+        wanted = int(samples.shards.widths[sample_id]), int(samples.shards.heights[sample_id])
+        try:
+            with Image.open(io.BytesIO(data)) as header:
+                size = header.size
+        except (OSError, SyntaxError, ValueError) as fault:
+            raise Unreadable(str(fault)) from fault
+        if size != wanted:
+            raise Unreadable(f"it is {size[0]} x {size[1]}, but {wanted[0]} x {wanted[1]} in the table")
+        return self.prepare(data)
+
+    def prepare(self, data: memoryview) -> np.ndarray:
+        """As `BatchEngine.prepare`: the bytes as they are, uint8 (B,)."""
+        return np.frombuffer(data, dtype=np.uint8)
+
+    def render(self, items: Sequence[np.ndarray], draws: np.ndarray) -> list[torch.Tensor]:
+        """As `BatchEngine.render`."""
+        refuse_unknown("dali", draws, KNOWN)
+        inputs: dict[str, Any] = {"encoded": list(items)}
+        for view, of_view in enumerate(draws):
+            for name, values in _arguments(self.recipe, view, of_view).items():
+                inputs[f"{name}_{view}"] = values
+        with self._lock:
+            if self._pipeline is None:
+                self._pipeline = self._build(len(items))
+            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+            try:
+                made = self._pipeline.run(stream, **inputs)
+            except RuntimeError as fault:
+                self._pipeline = None  # a pipeline that failed cannot be used again
+                raise _faults(items, fault) from fault
+        return [torch.from_dlpack(output.as_tensor()) for output in made]
+
+    def _build(self, count: int) -> Pipeline:
+        gpu = self._device.type == "cuda"
+        pipeline = _graph(
+            self.recipe,
+            [_inputs(self.recipe, view) for view in range(self.recipe.num_views)],
+            gpu,
+            self._options.largest,
+            batch_size=max(self._options.batch, count),
+            num_threads=self._options.threads,
+            device_id=(self._device.index or 0) if gpu else None,
+            exec_dynamic=True,
+            prefetch_queue_depth=1,  # batches ahead are the stream's matter
+        )
+        pipeline.build()
+        return pipeline
+
+
+@pipeline_def(enable_conditionals=True)
+def _graph(recipe: Recipe, inputs: list[dict[str, tuple[Any, int]]], gpu: bool, largest: tuple[int, int]):
+    """The graph of a recipe: `if` of an input is a conditional of DALI, every other `if` is Python's.
+
+    Args:
+        inputs: of each view, the type and number of dimensions of each input by name; an operation without its input is left out.
+        largest: width and height of the largest image.
+    """
+    encoded = fn.external_source(name="encoded", dtype=_TYPES[np.dtype(np.uint8)], ndim=1)
+    options: dict[str, Any] = {}
+    if gpu:
+        options = {
+            "hw_decoder_load": HARDWARE_SHARE,
+            "preallocate_width_hint": largest[0],
+            "preallocate_height_hint": largest[1],
+            "jpeg_fancy_upsampling": True,  # as libjpeg-turbo does; the GPU's own way is another picture
+        }
+    images = fn.decoders.image(
+        encoded,
+        device="mixed" if gpu else "cpu",
+        output_type=types.DALIImageType.RGB,
+        adjust_orientation=False,  # was done when the shards were made
+        **options,
+    )
+    outputs = []
+    for view in range(recipe.num_views):
+        given = {
+            name: fn.external_source(name=f"{name}_{view}", dtype=kind, ndim=ndim)
+            for name, (kind, ndim) in inputs[view].items()
+        }
+        outputs.append(_view(images, recipe, given))
+    return tuple(outputs)
+
+
+def _view(images: Any, recipe: Recipe, given: dict[str, Any]) -> Any:
+    """One view of every image: float32 (3, S, S), normalised."""
+    # Pillow and torchvision filter with a triangle as wide as the scale; so does this, within the box only.
+    image = fn.resize(
+        images,
+        size=[recipe.size, recipe.size],
+        roi_start=given["start"],
+        roi_end=given["end"],
+        interp_type=types.DALIInterpType.INTERP_LINEAR,
+        antialias=True,
+    )
+    if "jitter" in given:
+        image = _jitter(image, given)
+    if given.get("gray"):
+        image = dali_ops.gray(image)
+    if "taps" in given and given["blurred"]:
+        image = dali_ops.blur(image, given["taps"])
+    if given.get("solarize"):
+        image = dali_ops.solarize(image)
+    if given.get("transposed"):
+        image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False)
+    if "vertical" in given:
+        image = fn.flip(image, horizontal=0, vertical=given["vertical"])
+    image = fn.crop_mirror_normalize(
+        image,
+        mirror=given["horizontal"],
+        mean=[255 * x for x in recipe.mean],
+        std=[255 * x for x in recipe.std],
+        dtype=types.DALIDataType.FLOAT,
+        output_layout="CHW",
+    )
+    if "noise" in given and given["noisy"]:
+        image = dali_ops.add_noise(image, given["noise"], recipe.mean, recipe.std)
+    return image
+
+
+def _jitter(image: Any, given: dict[str, Any]) -> Any:
+    """Colour jitter in the order of each sample."""
+    if given["jitter"]:
+        for slot in range(SLOTS):
+            image = _part(image, given, given[f"part{slot}"])
+        image = dali_ops.turn_hue(image, given["levels"])
+        for slot in range(SLOTS, 2 * SLOTS):
+            image = _part(image, given, given[f"part{slot}"])
+    return image
+
+
+def _part(image: Any, given: dict[str, Any], part: Any) -> Any:
+    if part == 0:
+        image = dali_ops.brightness(image, given["brightness"])
+    elif part == 1:
+        image = dali_ops.contrast(image, given["contrast"])
+    elif part == 2:
+        image = dali_ops.saturation(image, given["saturation"])
+    return image
+
+
+def _arguments(recipe: Recipe, view: int, draws: np.ndarray) -> dict[str, np.ndarray]:
+    """What DRAW records (N,) mean as inputs of the graph, by name: arrays (N, ...). Only what the recipe can draw."""
+    start = np.stack([draws["top"], draws["left"]], axis=1).astype(np.float32)
+    given: dict[str, np.ndarray] = {
+        "start": start,
+        "end": start + np.stack([draws["height"], draws["width"]], axis=1).astype(np.float32),
+    }
+    if recipe.jitter_p > 0:
+        given |= {
+            "jitter": draws["jitter"] > 0,
+            "brightness": draws["brightness"].astype(np.float32),
+            "contrast": draws["contrast"].astype(np.float32),
+            "saturation": dali_ops.saturation_matrix(draws["saturation"]),
+            "levels": np.trunc(draws["hue"] * 255).astype(np.int16),  # whole levels, as in Pillow's HSV
+        }
+        given |= {f"part{slot}": parts for slot, parts in enumerate(_slots(draws["order"]))}
+    if recipe.gray_p > 0:
+        given["gray"] = draws["gray"] > 0
+    if recipe.per_view("blur_p", view) > 0:
+        given |= {"blurred": draws["sigma"] > 0, "taps": dali_ops.blur_taps(draws["sigma"])}
+    if recipe.per_view("solarize_p", view) > 0:
+        given["solarize"] = draws["solarize"] > 0
+    transposed, horizontal, vertical = dali_ops.symmetry(draws)
+    given["horizontal"] = horizontal
+    if recipe.quarter_turns:
+        given["transposed"] = transposed
+    if recipe.quarter_turns or recipe.vflip_p > 0:
+        given["vertical"] = vertical
+    if recipe.noise_p > 0:
+        given["noisy"] = draws["noise_std"] > 0
+        shape = (len(draws), 3, recipe.size, recipe.size)
+        given["noise"] = np.zeros(shape, dtype=np.float32)
+        for i in np.flatnonzero(given["noisy"]):
+            noise = unit_noise(int(draws["noise_seed"][i]), int(np.prod(shape[1:])))
+            given["noise"][i] = draws["noise_std"][i] * noise.reshape(shape[1:])
+    return given
+
+
+def _inputs(recipe: Recipe, view: int) -> dict[str, tuple[Any, int]]:
+    """The type of each input and its dimensions for one sample."""
+    given = _arguments(recipe, view, np.zeros(1, dtype=DRAW))
+    return {name: (_TYPES[values.dtype], values.ndim - 1) for name, values in given.items()}
+
+
+def _slots(order: np.ndarray) -> np.ndarray:
+    """The parts of the jitter, of orders (N, 4), in the slots before and after hue: int32 (2 * SLOTS, N), -1 where nothing is."""
+    out = np.full((2 * SLOTS, len(order)), _NONE, dtype=np.int32)
+    hue = (order == _HUE).argmax(axis=1)
+    for place in range(order.shape[1]):
+        slot = np.where(place < hue, place, SLOTS + place - hue - 1)
+        chosen = np.flatnonzero((order[:, place] != _HUE) & (order == _HUE).any(axis=1))
+        out[slot[chosen], chosen] = order[chosen, place]
+    return out
+
+
+def _faults(items: Sequence[np.ndarray], fault: RuntimeError) -> Exception:
+    """Which items of a batch that DALI could not make do not decode; UserError where all do."""
+    faults: dict[int, str] = {}
+    for i, item in enumerate(items):
+        try:
+            decode_rgb(item.data)
+        except RuntimeError as reason:
+            faults[i] = str(reason)
+    if faults:
+        return BadItems(faults)
+    words = " ".join(str(fault).split())
+    return UserError(
+        f"DALI cannot make this batch, although its images decode: {words[:300]}. Choose --data.engine fused."
+    )

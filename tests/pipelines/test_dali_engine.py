@@ -1,0 +1,178 @@
+"""The DALI engine on the CPU: what it measures against the reference, in 0..255 levels; batches, bad samples, refusals."""
+
+import dataclasses
+from itertools import permutations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.batch_engine import BatchOptions
+from pipelines.draws import draw
+from pipelines.engines import make_engine
+from pipelines.loader import open_loader
+from pipelines.recipe import RECIPES, Recipe
+from shards.convert import convert
+from shards.errors import UserError
+from shards.read import ShardSet
+from tests.pictures import colours, encoded, photo
+from tests.pipelines.fidelity_check import UNNORMALISED, draws_of
+
+pytest.importorskip("nvidia.dali")
+SIZE = 48
+RECIPE = dataclasses.replace(
+    RECIPES["satellite"], size=SIZE, num_views=1, blur_p=(0.5,), solarize_p=(0.5,), **UNNORMALISED
+)
+
+
+@pytest.fixture(scope="module")
+def levels():
+    """A function: |DALI - reference| in levels, of pictures and one DRAW record each: float32 (N, 3, S, S). One graph serves all."""
+    dali = make_engine("dali", RECIPE, BatchOptions(batch=32, threads=2))
+    reference = make_engine("reference", RECIPE)
+
+    def differences(pictures: list[Image.Image], draws: np.ndarray) -> np.ndarray:
+        data = [memoryview(encoded(picture, "PNG")) for picture in pictures]
+        expected = np.empty((len(data), 3, SIZE, SIZE), dtype=np.float32)
+        for i, one in enumerate(data):
+            reference(one, draws[i : i + 1], [expected[i]])
+        [made] = dali.render([dali.prepare(one) for one in data], draws[None])
+        return np.abs(made.numpy() - expected) * 255
+
+    return differences
+
+
+def whole(count: int, **fields) -> np.ndarray:
+    """DRAW records (count,) that take the whole of a picture of the view's size; a field's values go round."""
+    draws = np.concatenate([draws_of((SIZE, SIZE), top=0, left=0, height=SIZE, width=SIZE)] * count)
+    for name, values in fields.items():
+        draws[name] = np.resize(np.array(values), draws[name].shape)
+    return draws
+
+
+PHOTOS = [photo(SIZE, SIZE, seed) for seed in range(8)]
+MIXED = [colours(SIZE, seed) for seed in range(4)] + PHOTOS[:4]
+
+
+def test_crops(levels):
+    """The same triangle filter: only the rounding differs, and at the border, where DALI sees what lies beyond the box."""
+    draws = np.concatenate([draws_of((120, 90), seed) for seed in range(12)])
+    made = levels([photo(120, 90, seed) for seed in range(12)], draws)
+    assert made.mean() < 0.25
+    assert made[:, :, 1:-1, 1:-1].max() < 1.01
+
+
+def test_flips_turns_and_solarise_are_exact(levels):
+    symmetries = {"turns": [0, 1, 2, 3], "hflip": np.repeat([0, 1], 4), "vflip": np.repeat([0, 1], 8)}
+    for solarize in (0, 1):
+        assert levels((MIXED * 2)[:16], whole(16, **symmetries, solarize=solarize)).max() < 0.01
+
+
+def test_grey(levels):
+    made = levels(MIXED, whole(8, gray=1))
+    assert made.mean() < 0.01
+    assert made.max() < 1.01
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "bound"),
+    [
+        ("brightness", (0.6, 0.9, 1.4), 0.01),
+        ("contrast", (0.6, 0.9, 1.4), 0.05),
+        ("saturation", (0.8, 1.2, 0.0), 0.25),
+        ("hue", (-0.1, -0.004, 0.1, 0.5), 0.1),
+    ],
+)
+def test_each_part_of_jitter(levels, part, values, bound):
+    neutral = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
+    draws = whole(8, jitter=1, **(neutral | {part: values}))
+    assert levels(MIXED, draws).mean() < bound
+
+
+def test_jitter_in_every_order(levels):
+    draws = draw(Recipe(num_views=1, blur_p=(0.0,), solarize_p=(0.0,)), 0, 0, *np.full((3, 24), SIZE))[0]
+    wholes = whole(24, jitter=1)
+    wholes["order"] = list(permutations(range(4)))
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        wholes[name] = draws[name]
+    made = levels([PHOTOS[i % 8] for i in range(24)], wholes).mean(axis=(1, 2, 3))
+    assert made.max() < 0.6
+
+
+def test_blur(levels):
+    made = levels(PHOTOS, whole(8, sigma=[0.1, 0.3, 0.6, 0.8, 1.0, 1.3, 1.7, 2.0]))
+    assert made.mean() < 0.5
+
+
+def test_noise_is_that_of_the_reference(levels):
+    draws = whole(8, noise_std=[0.0, 0.02, 0.05], noise_seed=np.arange(8, dtype=np.uint64) + 2**63)
+    assert levels(MIXED, draws).max() < 0.01
+
+
+@pytest.mark.parametrize("batch", [8, 20])
+def test_a_sample_gets_the_same_view_in_any_batch(shard_set, batch):
+    recipe = dataclasses.replace(RECIPES["satellite"], size=24)
+    loader = open_loader(shard_set, recipe, batch=batch, seed=3, engine="dali", threads=2)
+    engine = make_engine("dali", recipe)
+    for made in loader.steps(0, 2):
+        for i, sample_id in list(enumerate(made.sample_ids))[::5]:
+            size = shard_set.widths[[sample_id]], shard_set.heights[[sample_id]]
+            draws = draw(recipe, 3, 0, np.array([sample_id]), *size)[:, 0]
+            alone = np.empty((2, 3, 24, 24), dtype=np.float32)
+            engine(shard_set.read(int(sample_id)), draws, list(alone))
+            for view, expected in zip(made.views, alone, strict=True):
+                np.testing.assert_array_equal(view[i], expected)
+
+
+def test_normalised_views_are_near_those_of_the_default_engine(shard_set):
+    recipe = dataclasses.replace(RECIPES["satellite"], size=24)
+    batches = [
+        next(open_loader(shard_set, recipe, batch=20, seed=1, engine=name).steps(0, 1))
+        for name in ("dali", "fused")
+    ]
+    assert (batches[0].sample_ids == batches[1].sample_ids).all()
+    for view, expected in zip(batches[0].views, batches[1].views, strict=True):
+        assert (view - expected).abs().mean() * 0.225 * 255 < 0.6
+
+
+def test_bad_samples_are_replaced_as_by_the_default_engine(tmp_path):
+    """What only the decoder finds out, and what the header shows; both with the default engine's stand-ins."""
+    (tmp_path / "source").mkdir()
+    for i in range(24):
+        photo(60, 40, i).save(tmp_path / "source" / f"{i:02}.jpg")
+    convert(tmp_path / "source", tmp_path / "shards", workers=0)
+    shards = ShardSet.open(tmp_path / "shards")
+    path = shards.shard_path(0)
+    content = bytearray(path.read_bytes())
+    for sample_id, cut in ((5, 0), (7, 200)):  # no header; a header and no pixels
+        data = bytes(shards.read(sample_id))
+        at = content.find(data)
+        content[at + cut : at + len(data)] = bytes(len(data) - cut)
+    path.write_bytes(content)
+    seen = {}
+    for name in ("dali", "fused"):
+        log: list[str] = []
+        loader = open_loader(
+            ShardSet.open(tmp_path / "shards"),
+            Recipe(size=16),
+            batch=8,
+            seed=0,
+            engine=name,
+            threads=2,
+            log=log.append,
+        )
+        seen[name] = np.concatenate([batch.sample_ids for batch in loader.steps(0, 6)])
+        assert loader.bad.samples == 2, name
+        assert len(log) == 2
+    assert (seen["dali"] == seen["fused"]).all()
+    assert not set(seen["dali"]) & {5, 7}
+
+
+def test_other_channels_are_refused():
+    with pytest.raises(UserError, match="engine 'dali' makes RGB views"):
+        make_engine("dali", Recipe(mean=(0.5,) * 4, std=(0.5,) * 4))  # type: ignore[arg-type]
+
+
+def test_no_image():
+    with pytest.raises(RuntimeError):
+        make_engine("dali", RECIPE)(memoryview(b"no image at all"), draws_of((9, 9)), [])
