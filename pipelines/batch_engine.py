@@ -18,6 +18,8 @@ import torch
 from pipelines.cache import Samples, Unreadable
 from pipelines.decode import decode_rgb
 from pipelines.draws import DRAW
+from pipelines.noise import unit_noise
+from pipelines.recipe import Recipe
 from pipelines.stream import SLOTS, Job, Spoiled, hand_over
 
 
@@ -40,6 +42,12 @@ ALONE = BatchOptions()  # one image at a time, on the CPU
 
 class BatchEngine(ABC):
     """An engine that makes the views of a batch at a time."""
+
+    foreign_memory = False
+    """Whether the views lie in memory that PyTorch does not manage."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
 
     def __call__(self, data: memoryview, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
         """As `engines.Engine.__call__`: the views of one image, by a batch of one."""
@@ -68,6 +76,22 @@ class BatchEngine(ABC):
 
         Called by one thread at a time. Raises BadItems where some samples do not decode.
         """
+
+    def erase(self, view: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """Fill the rectangles of DRAW records (N,) in finished views (N, 3, S, S), in place; the last operation of a recipe."""
+        erased = self.recipe.erased()
+        for i in np.flatnonzero(draws["erase_height"]):
+            top, left, height, width = (
+                int(draws[f"erase_{name}"][i]) for name in ("top", "left", "height", "width")
+            )
+            box = np.s_[:, top : top + height, left : left + width]
+            if erased:
+                fill = torch.tensor(erased)[:, None, None]
+            else:
+                noise = unit_noise(int(draws["erase_seed"][i]), view[i].numel())
+                fill = torch.from_numpy(noise).view(view[i].shape)[box]
+            view[i][box] = fill.to(view.device, non_blocking=True)
+        return view
 
 
 class BadItems(Exception):
@@ -136,6 +160,9 @@ class BatchSlot:
         """As `Slot.done`: what was lent on the host may still be on its way to the GPU."""
         if self._used is not None:
             self._used.record(torch.cuda.current_stream(self._device))
+        if self._side is not None and self._engine.foreign_memory:
+            # It is given back in the order of the stream that it was made on, which knows nothing of the step that reads it.
+            self._side.wait_stream(torch.cuda.current_stream(self._device))
 
     def _render(self) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
         if self._side is None:

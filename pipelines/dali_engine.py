@@ -31,13 +31,17 @@ from shards.errors import UserError
 KNOWN = (
     "top left height width jitter order brightness contrast saturation hue gray sigma solarize hflip vflip"
 )
-KNOWN += " turns noise_std noise_seed"
+KNOWN += " turns noise_std noise_seed erase_top erase_left erase_height erase_width erase_seed"
 # Hue costs most by far and stands once in the graph: up to three parts of the jitter come before it and up to three after.
 SLOTS = 3
 _HUE = 3  # its number in DRAW's `order`
 _NONE = -1
 HARDWARE_SHARE = 0.9  # of the images that a JPEG engine of the GPU decodes, where it has one
 fn = dali_ops.fn
+_FILTERS = {
+    "bilinear": types.DALIInterpType.INTERP_LINEAR,
+    "bicubic": types.DALIInterpType.INTERP_CUBIC,
+}
 _TYPES = {
     np.dtype(np.uint8): types.DALIDataType.UINT8,
     np.dtype(np.bool_): types.DALIDataType.BOOL,
@@ -50,10 +54,13 @@ _TYPES = {
 class DaliEngine(BatchEngine):
     """The views of a recipe by a DALI graph."""
 
+    foreign_memory = True
+
     def __init__(self, recipe: Recipe, options: BatchOptions = ALONE):
         """Raises UserError where the recipe has other than three channels."""
         refuse_channels("dali", recipe)
-        self.recipe, self._options = recipe, options
+        super().__init__(recipe)
+        self._options = options
         self._device = torch.device(options.device)
         self._pipeline: Pipeline | None = None
         self._lock = (
@@ -93,13 +100,14 @@ class DaliEngine(BatchEngine):
             except RuntimeError as fault:
                 self._pipeline = None  # a pipeline that failed cannot be used again
                 raise _faults(items, fault) from fault
-        return [torch.from_dlpack(output.as_tensor()) for output in made]
+        views = [torch.from_dlpack(output.as_tensor()) for output in made]
+        return [self.erase(view, of_view) for view, of_view in zip(views, draws, strict=True)]
 
     def _build(self, count: int) -> Pipeline:
         gpu = self._device.type == "cuda"
         pipeline = _graph(
             self.recipe,
-            [_inputs(self.recipe, view) for view in range(self.recipe.num_views)],
+            [_inputs(self.recipe, view) for view in range(self.recipe.total_views)],
             gpu,
             self._options.largest,
             batch_size=max(self._options.batch, count),
@@ -137,24 +145,24 @@ def _graph(recipe: Recipe, inputs: list[dict[str, tuple[Any, int]]], gpu: bool, 
         **options,
     )
     outputs = []
-    for view in range(recipe.num_views):
+    for view in range(recipe.total_views):
         given = {
             name: fn.external_source(name=f"{name}_{view}", dtype=kind, ndim=ndim)
             for name, (kind, ndim) in inputs[view].items()
         }
-        outputs.append(_view(images, recipe, given))
+        outputs.append(_view(images, recipe, recipe.side(view), given))
     return tuple(outputs)
 
 
-def _view(images: Any, recipe: Recipe, given: dict[str, Any]) -> Any:
+def _view(images: Any, recipe: Recipe, size: int, given: dict[str, Any]) -> Any:
     """One view of every image: float32 (3, S, S), normalised."""
-    # Pillow and torchvision filter with a triangle as wide as the scale; so does this, within the box only.
+    # The filter is stretched by the scale, as Pillow's and torchvision's is; only at the border does it see beyond the box.
     image = fn.resize(
         images,
-        size=[recipe.size, recipe.size],
+        size=[size, size],
         roi_start=given["start"],
         roi_end=given["end"],
-        interp_type=types.DALIInterpType.INTERP_LINEAR,
+        interp_type=_FILTERS[recipe.interpolation],
         antialias=True,
     )
     if "jitter" in given:
@@ -233,7 +241,8 @@ def _arguments(recipe: Recipe, view: int, draws: np.ndarray) -> dict[str, np.nda
         given["vertical"] = vertical
     if recipe.noise_p > 0:
         given["noisy"] = draws["noise_std"] > 0
-        shape = (len(draws), 3, recipe.size, recipe.size)
+        size = recipe.side(view)
+        shape = (len(draws), 3, size, size)
         given["noise"] = np.zeros(shape, dtype=np.float32)
         for i in np.flatnonzero(given["noisy"]):
             noise = unit_noise(int(draws["noise_seed"][i]), int(np.prod(shape[1:])))

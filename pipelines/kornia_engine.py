@@ -30,7 +30,7 @@ BLUR_TAPS = 13  # 2 ceil(3 sigma) + 1 for the widest blur, sigma 2
 KNOWN = (
     "top left height width jitter order brightness contrast saturation hue gray sigma solarize hflip vflip"
 )
-KNOWN += " turns noise_std noise_seed"
+KNOWN += " turns noise_std noise_seed erase_top erase_left erase_height erase_width erase_seed"
 
 
 class KorniaEngine(BatchEngine):
@@ -40,7 +40,7 @@ class KorniaEngine(BatchEngine):
         """Raises UserError where the recipe has other than three channels, or bicubic crops."""
         refuse_channels("kornia", recipe)
         refuse_bicubic("kornia", recipe)
-        self.recipe = recipe
+        super().__init__(recipe)
         self._device = torch.device(options.device)
         self._mean, self._std = (torch.tensor(x, device=self._device) for x in (recipe.mean, recipe.std))
 
@@ -55,7 +55,7 @@ class KorniaEngine(BatchEngine):
             for start in range(0, len(items), CHUNK):
                 part = slice(start, start + CHUNK)
                 made[part] = self._view(items[part], of_view[part], size)
-            views.append(made)
+            views.append(self.erase(made, of_view))
         return views
 
     def _view(self, items: Sequence[np.ndarray], draws: np.ndarray, size: int) -> Tensor:

@@ -173,6 +173,31 @@ def test_other_channels_are_refused():
         make_engine("dali", Recipe(mean=(0.5,) * 4, std=(0.5,) * 4))  # type: ignore[arg-type]
 
 
+def test_multi_crop_bicubic_and_erasing():
+    """The presets' further operations: views of two sizes, bicubic crops, rectangles of random numbers."""
+    recipe = Recipe(
+        size=40,
+        local_views=2,
+        local_size=20,
+        blur_p=(0.5,),
+        solarize_p=(0.2,),
+        interpolation="bicubic",
+        erase_p=0.7,
+        erase_value="random",
+    )
+    ids = np.arange(6)
+    draws = draw(recipe, 0, 0, ids, np.full(6, 120), np.full(6, 90))
+    data = [memoryview(encoded(photo(120, 90, i), "PNG")) for i in ids]
+    dali, reference = make_engine("dali", recipe, BatchOptions(batch=6)), make_engine("reference", recipe)
+    made = dali.render([dali.prepare(one) for one in data], draws)
+    assert [view.shape for view in made] == [(6, 3, 40, 40)] * 2 + [(6, 3, 20, 20)] * 2
+    for i in ids:
+        expected = [np.empty(view.shape[1:], dtype=np.float32) for view in made]
+        reference(data[i], np.ascontiguousarray(draws[:, i]), expected)
+        for view, one in zip(made, expected, strict=True):
+            assert np.abs(view[i].numpy() - one).mean() * 0.225 * 255 < 1
+
+
 def test_no_image():
     with pytest.raises(RuntimeError):
         make_engine("dali", RECIPE)(memoryview(b"no image at all"), draws_of((9, 9)), [])

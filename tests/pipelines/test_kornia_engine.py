@@ -110,6 +110,17 @@ def test_an_image_that_does_not_decode():
     assert encoded(photo(9, 9), "PNG")
 
 
+@pytest.mark.parametrize("value", ["random", "mean", 0.5])
+def test_erasing_is_that_of_the_reference(value):
+    recipe = Recipe(size=48, num_views=1, blur_p=(0.0,), solarize_p=(0.0,), erase_value=value)
+    box = {"erase_top": 5, "erase_left": 30, "erase_height": 20, "erase_width": 7, "erase_seed": 99}
+    made, expected = np.empty((2, 1, 3, 48, 48), dtype=np.float32)
+    for name, out in (("kornia", made), ("reference", expected)):
+        data = memoryview(encoded(colours(48), "PNG"))
+        make_engine(name, recipe)(data, draws_of((48, 48), **WHOLE, **box), list(out))
+    np.testing.assert_allclose(made, expected, atol=2e-4)
+
+
 def test_deep_images_are_refused():
     deep = SimpleNamespace(manifest=SimpleNamespace(dtypes=["uint16", "uint8"]), folder="scans")
     with pytest.raises(
