@@ -15,7 +15,7 @@ COMMANDS = {
     ),
     "shard": (
         "shards.command",
-        "Turn a folder of images into WebDataset shards, each image proven to decode",
+        "Turn folders, lists, tars or rasters into WebDataset shards, each image proven to decode",
     ),
     "split": (
         "shards.split_command",

@@ -27,13 +27,15 @@ _SHOWN_REASONS = 5
 class Shard:
     """Convert images to WebDataset shards.
 
-    Folders directly below SOURCE become class labels, which pretraining does not need. Every image is decoded once as a proof;
+    In a folder of images the folders directly below it become class labels, which pretraining does not need; docs/sources.md tells of
+    lists, tars and rasters. Every image is decoded once as a proof;
     broken ones are set aside and listed in DEST/quarantine.jsonl. The same command again finishes an interrupted conversion, with the
     same bytes.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A folder with images in it and below; a list: .csv, .tsv or .parquet; with --tile rasters. A path or a URL."""
+    """A folder with images in it and below; a list (.csv, .tsv, .parquet); with --tile rasters; a .tar, 'x-*.tar' or a folder of
+    tars; a finished shard folder. A path or a URL."""
     dest: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
     """The folder for the shards: new, empty, or one to go on with."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -51,6 +53,8 @@ class Shard:
     """Folder of masks (class indices) with the images' relative names; for segmentation."""
     mask_suffix: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     """What follows an image's name in its mask's name, such as _mask."""
+    only: Annotated[str, tyro.conf.arg(metavar="IDS|SPLIT")] = ""
+    """Of a finished shard folder as SOURCE: the samples to take, as a file (one sample_id a line, or Parquet) or a split's name."""
     part: Annotated[str, tyro.conf.arg(metavar="I/N")] = ""
     """I/N: make every N-th shard, from the I-th on, and do not merge; for job arrays. The command without --part merges."""
 
@@ -81,6 +85,7 @@ def shard(args: Shard) -> None:
         dest,
         masks=args.masks,
         mask_suffix=args.mask_suffix,
+        only=args.only,
         lists=args.list,
         rasters=args.raster,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
+from shards.list_files import SUFFIXES as LISTS
 from shards.options import ListOptions, RasterOptions
 
 if TYPE_CHECKING:
@@ -18,48 +20,84 @@ def open_source(
     *,
     masks: str = "",
     mask_suffix: str = "",
+    only: str = "",
     lists: ListOptions | None = None,
     rasters: RasterOptions | None = None,
 ) -> Source:
     """The source that `where`, a path or URL, means.
 
-    A folder of images; a list (CSV, TSV, Parquet); with `rasters.tile` a folder of rasters, or one. `masks`: a folder of masks with
-    the images' relative names, followed by `mask_suffix`. Raises UserError where the shards would lie inside the source, and where an
-    option does not go with it.
+    A list (CSV, TSV, Parquet); with `rasters.tile` a folder of rasters, or one; a tar, a pattern of tars or a folder of nothing but
+    tars; a finished shard folder; else a folder of images. `masks`: a folder of masks with the images' relative names, followed by
+    `mask_suffix`. `only`: which samples of a shard folder, see `reshard.read_only`. Raises UserError where the shards would lie inside
+    the source, and where an option does not go with it.
     """
-    from shards.list_files import SUFFIXES as LISTS
-    from shards.lists import ListSource
     from shards.masks import MaskFolder
     from shards.places import open_place
-    from shards.rasters import RasterSource
     from shards.sources import FolderSource
 
     if mask_suffix and not masks:
         raise UserError(f"--mask-suffix '{mask_suffix}' needs --masks FOLDER.")
     lists, rasters = lists or ListOptions(), rasters or RasterOptions()
-    if where.partition("?")[0].lower().endswith(LISTS) and not _is_folder(where):
-        if masks:
-            raise UserError(
-                "--masks goes with a folder; in a list, --mask-column names the column of the masks."
-            )
-        _refuse(rasters, "rasters", where)
+    kind = _kind(where, rasters)
+    if kind != "list":
+        _refuse(lists, f"a list ({', '.join(LISTS)})", where)
+    if kind != "rasters":
+        _refuse(rasters, "rasters, which --tile N cuts into tiles", where)
+    if only and kind != "shards":
+        raise UserError(f"--only {only} goes with a finished shard folder, and '{where}' is none.")
+    if masks and kind == "list":
+        raise UserError("--masks goes with a folder; in a list, --mask-column names the column of the masks.")
+    if masks and kind in ("tars", "shards"):
+        raise UserError(f"--masks goes with a folder of images or rasters; '{where}' has its masks inside.")
+    if kind == "list":
+        from shards.lists import ListSource
+
         return ListSource(where, lists)
-    _refuse(lists, f"a list ({', '.join(LISTS)})", where)
     folder = MaskFolder(open_place(masks), mask_suffix) if masks else None
-    if rasters.tile:
+    if kind == "rasters":
+        from shards.rasters import RasterSource
+
         source = RasterSource(where, rasters, folder)
-        if not source.one:
-            check_apart(source.place, dest)
-        return source
-    _refuse(rasters, "--tile N, which cuts rasters into tiles", "")
+        whole = not source.one
+    elif kind == "tars":
+        from shards.tars import TarSource
+
+        source = TarSource(where)
+        whole = source.searches
+    elif kind == "shards":
+        from shards.reshard import ShardFolderSource, read_only
+
+        check_apart(open_place(where), dest)
+        return ShardFolderSource(where, read_only(where, only) if only else None)
+    else:
+        source, whole = FolderSource(open_place(where), folder), True
+    if whole:
+        check_apart(source.place, dest)
+    return source
+
+
+def _kind(where: str, rasters: RasterOptions) -> str:
+    from shards.places import open_place
+    from shards.reshard import is_shard_folder
+    from shards.tars import is_pattern, looks_like_tars
+
+    if not _is_folder(where):
+        name = where.partition("?")[0].lower()
+        if name.endswith(LISTS):
+            return "list"
+        if rasters.tile:
+            return "rasters"
+        if name.endswith(".tar") or is_pattern(where):
+            return "tars"
+    if rasters.tile:
+        return "rasters"
     place = open_place(where)
-    check_apart(place, dest)
-    return FolderSource(place, folder)
+    if is_shard_folder(place):
+        return "shards"
+    return "tars" if looks_like_tars(place) else "folder"
 
 
 def _is_folder(where: str) -> bool:
-    import os
-
     return "://" not in where and os.path.isdir(where)
 
 

@@ -123,11 +123,16 @@ def split_url(where: str) -> tuple[str, str]:
     return folder, name + mark + query
 
 
-def read_file(place: Place, name: str, planned_bytes: int) -> bytes:
-    """A whole file of a source; BadImage where it cannot be read, UserError where the source has gone away."""
+def read_file(place: Place, name: str, planned_bytes: int, offset: int | None = None) -> bytes:
+    """A whole file of a source, or `planned_bytes` from `offset` on.
+
+    Raises BadImage where it cannot be read, UserError where the source has gone away.
+    """
     if planned_bytes > MAX_FILE_BYTES:
         raise BadImage(f"{planned_bytes} bytes, more than the limit of {MAX_FILE_BYTES}")
     try:
+        if offset is not None:
+            return place.read_range(name, offset, planned_bytes)
         return place.read(name, planned_bytes)
     except OSError as fault:
         # One bad file is set aside; a disk that went away must not set aside all the rest.

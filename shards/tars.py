@@ -1,0 +1,315 @@
+"""WebDataset tars, to be sharded anew: their images with labels, masks, captions and JSON, read in place."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import pyarrow as pa
+from xxhash import xxh3_64_intdigest
+
+from shards import sources
+from shards.errors import UserError
+from shards.pixels import BadImage
+from shards.places import Place, open_place
+from shards.sources import Picture, Source, entry_batch, read_file, split_url
+from shards.tar_files import Cut, TarMember, expand_braces, members, split_name
+
+_IMAGES = {suffix.removeprefix(".") for suffix in sources.SUFFIXES}
+_MASKS = {"mask", "seg", "segmentation"}
+_TEXTS = ("txt", "caption")
+_MAX_LABEL_BYTES = 1 << 10
+_MAX_JSON_BYTES = 1 << 20
+_OWN = ("height", "width", "label", "source")  # what our JSON says itself
+_SHOWN = 3
+
+
+@dataclass
+class _Sample:
+    key: str
+    files: dict[str, TarMember] = field(default_factory=dict)
+
+    def images(self) -> list[TarMember]:
+        """Those that are no masks; .npy counts only where there are no others, since it may as well be a feature."""
+        found = {ext: file for ext, file in self.files.items() if _is_image(ext) and not _is_mask(ext)}
+        pictures = [file for ext, file in found.items() if not ext.endswith("npy")]
+        return pictures or list(found.values())
+
+    def mask(self) -> TarMember | None:
+        return next((file for ext, file in self.files.items() if _is_mask(ext)), None)
+
+
+def _is_image(ext: str) -> bool:
+    return ext.rpartition(".")[2] in _IMAGES
+
+
+def _is_mask(ext: str) -> bool:
+    return _is_image(ext) and not _MASKS.isdisjoint(ext.split(".")[:-1])
+
+
+class TarSource(Source):
+    """The images in one tar, in those of a folder, or in those that a pattern with `*` or `{000..012}` names.
+
+    Files that follow each other under one key are a sample. Each of its images becomes a sample of ours, called `TAR/MEMBER`, with the
+    class of `.json` (`label`, if that is text) or `.cls`, the mask of `.mask.png` (or `.seg.png`), and, in its JSON, all of `.json`
+    and the text of `.txt`. Of a damaged tar all that is whole is taken; where it breaks off stands in the quarantine.
+    """
+
+    kind = "tars"
+
+    def __init__(self, where: str):
+        if where.lower().endswith(".tar") or is_pattern(where):
+            folder, self._pattern = _split_pattern(where)
+            self.name = self._pattern
+            self.place = open_place(folder)
+            # Whether tars in folders below count too, so that DEST must not be one of these.
+            self.searches = "*" in self._pattern and "/" in self._pattern
+        else:
+            self.place = open_place(where)
+            self.place.check_folder("SOURCE")
+            self._pattern = "*.tar"
+            self.name = self.place.name
+            self.searches = True
+        self._clear()
+
+    def _clear(self) -> None:
+        self._num_tars = 0
+        self._others: Counter[str] = Counter()
+        self._cut: list[str] = []
+        self._again: list[str] = []
+        self._num_bad_json = 0
+
+    def settings(self) -> dict[str, Any]:
+        """Which tars."""
+        return {"tars": self._pattern}
+
+    def _tars(self) -> Iterator[tuple[str, int]]:
+        names = expand_braces(self._pattern)
+        if "*" not in self._pattern:
+            for name in names:
+                yield name, self._size(name)
+            return
+        found = False
+        for name, size in self._below():
+            if any(_matches(name, one) for one in names):
+                found = True
+                yield name, self._size(name) if size is None else size
+        if not found:
+            raise UserError(f"'{self.place.url}' holds no file '{self._pattern}'; check the path of SOURCE.")
+
+    def _below(self) -> Iterator[tuple[str, int | None]]:
+        return self.place.walk() if "/" in self._pattern else ((name, None) for name in self.place.names())
+
+    def _size(self, name: str) -> int:
+        size = self.place.size(name)
+        if size is None:
+            raise UserError(f"there is no file '{self.place / name}'; check the path of SOURCE.")
+        return size
+
+    def entries(self) -> Iterator[pa.RecordBatch]:
+        """See `Source.entries`. Reads the headers of all tars, and their small `.cls` and `.json`."""
+        self._clear()
+        rows: list[dict[str, Any]] = []
+        num_images = 0
+        for tar, size in self._tars():
+            self._num_tars += 1
+            for row in self._tar(tar, size):
+                num_images += len(row["window"]) > 1
+                rows.append(row)
+                if len(rows) == sources.BATCH_ROWS:
+                    yield _batch(rows)
+                    rows = []
+        if rows:
+            yield _batch(rows)
+        if not num_images:
+            reason = f": {self._cut[0]}" if self._cut else ""
+            seen = ", ".join(f"{count} {ext}" for ext, count in self._others.most_common(5))
+            raise UserError(
+                f"'{self.place / self._pattern}' holds no images{reason or (f', only {seen}' if seen else '')}. Images are files "
+                f"named {', '.join(sources.SUFFIXES)}."
+            )
+
+    def _tar(self, tar: str, size: int) -> Iterator[dict[str, Any]]:
+        seen: set[int] = set()
+        sample = _Sample("")
+        with self.place.open(tar) as file:
+            try:
+                for member in members(file, size):
+                    split = split_name(member.name)
+                    if split is None:
+                        continue
+                    key, ext = split
+                    if key != sample.key or ext in sample.files:
+                        yield from self._sample(tar, file, sample, seen)
+                        sample = _Sample(key)
+                    sample.files[ext] = member
+            except Cut as cut:
+                split = split_name(cut.name)
+                if not (split and split[0] == sample.key):
+                    yield from self._sample(tar, file, sample, seen)
+                where = f"'{tar}' is {cut.reason}"
+                if cut.offset:
+                    within = f", in '{cut.name}'" if cut.name else ""
+                    where += f" from byte {cut.offset:,} on{within}"
+                self._cut.append(where)
+                yield {
+                    "source": f"{tar}@{cut.offset}",
+                    "path": tar,
+                    "window": [cut.offset],
+                    "bytes": size - cut.offset,
+                }
+            except OSError as fault:
+                raise UserError(
+                    f"'{self.place / tar}' cannot be read ({fault.strerror or fault})."
+                ) from fault
+            else:
+                yield from self._sample(tar, file, sample, seen)
+
+    def _sample(self, tar: str, file: IO[bytes], sample: _Sample, seen: set[int]) -> Iterator[dict[str, Any]]:
+        images, mask = sample.images(), sample.mask()
+        used = {*(image.name for image in images), *([mask.name] if mask else [])}
+        for ext, member in sample.files.items():
+            if member.name not in used and ext not in ("cls", "json", *_TEXTS):
+                self._others[f".{ext}"] += 1
+        if not images:
+            return
+        notes = [
+            sample.files.get("json"),
+            next((sample.files[ext] for ext in _TEXTS if ext in sample.files), None),
+        ]
+        spans = [number for note in notes for number in ((note.offset, note.size) if note else (0, 0))]
+        label = self._label(file, sample.files.get("cls"), notes[0])
+        for image in images:
+            name = f"{tar}/{image.name}"
+            # A tar may hold a name twice.
+            digest = xxh3_64_intdigest(image.name.encode())
+            if digest in seen:
+                name += f"@{image.offset}"
+                self._again.append(name)
+            seen.add(digest)
+            row = {
+                "source": name,
+                "path": tar,
+                "window": [image.offset, image.size, *spans],
+                "bytes": image.size,
+                "label": label,
+            }
+            if mask:
+                row |= {"mask": f"{tar}/{mask.name}", "mask_window": [mask.offset, mask.size]}
+            if len(images) > 1:
+                row["group"] = f"{tar}/{sample.key}"
+            yield row
+
+    def _label(self, file: IO[bytes], cls: TarMember | None, note: TarMember | None) -> str | None:
+        """The class: its name in the JSON before its number, since numbers mean other classes in other data sets."""
+        facts = _facts(_content(file, note)) if note and note.size <= _MAX_JSON_BYTES else None
+        self._num_bad_json += facts == {}
+        named = (facts or {}).get("label")
+        if isinstance(named, str) and named:
+            return named
+        text = (
+            _content(file, cls).decode(errors="replace").strip()
+            if cls and cls.size <= _MAX_LABEL_BYTES
+            else ""
+        )
+        if text:
+            return text
+        return str(named) if isinstance(named, int) else None
+
+    def describe(self) -> list[str]:
+        """How many tars."""
+        return [f"Read from {self._num_tars:,} tar{'' if self._num_tars == 1 else 's'}, in place."]
+
+    def warnings(self) -> list[str]:
+        """Tars that break off, names that come twice, members that are not kept."""
+        found = []
+        if self._cut:
+            found.append(
+                f"what comes before is whole and taken, but {'; '.join(self._cut[:_SHOWN])}{_more(self._cut)}."
+            )
+        if self._again:
+            found.append(
+                f"{len(self._again):,} names come twice, and all are kept: {', '.join(self._again[:_SHOWN])}{_more(self._again)}."
+            )
+        if self._num_bad_json:
+            found.append(f"{self._num_bad_json:,} .json members hold no facts, or no JSON object: left out.")
+        if self._others:
+            kinds = ", ".join(f"{count:,} {ext}" for ext, count in self._others.most_common(5))
+            found.append(f"members of other kinds are left out: {kinds}.")
+        return found
+
+    def read(self, row: dict[str, Any]) -> Picture:
+        """One image with its mask; BadImage for the place where a tar breaks off."""
+        window, tar = row["window"], row["path"]
+        if len(window) == 1:
+            raise BadImage(
+                f"the archive is cut short or damaged (from byte {window[0]} on); what comes before is taken"
+            )
+        offset, size, note_offset, note_size, text_offset, text_size = window
+        data = read_file(self.place, tar, size, offset)
+        facts = {}
+        if note_size:
+            facts = _facts(read_file(self.place, tar, note_size, note_offset))
+            before = facts.get("source")
+            facts = {key: value for key, value in facts.items() if key not in _OWN}
+            if before is not None:
+                facts["original_source"] = before
+        if text_size:
+            facts["txt"] = read_file(self.place, tar, text_size, text_offset).decode(errors="replace")
+        mask = row["mask_window"] and read_file(self.place, tar, row["mask_window"][1], row["mask_window"][0])
+        return Picture(data, mask, facts)
+
+
+def _split_pattern(where: str) -> tuple[str, str]:
+    """The folder before the first part with `*` or `{`, and the pattern below it."""
+    parts = where.split("/")
+    magic = [i for i, part in enumerate(parts) if is_pattern(part)]
+    if not magic:
+        return split_url(where)
+    return "/".join(parts[: magic[0]]) or ("/" if where.startswith("/") else "."), "/".join(parts[magic[0] :])
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a name fits a pattern part by part: `*` stands for no slash."""
+    parts, wanted = name.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+
+def is_pattern(where: str) -> bool:
+    """Whether a SOURCE names several tars: with `*`, or with numbers in braces."""
+    return "*" in where or expand_braces(where) != [where]
+
+
+def _batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
+    names = ("source", "path", "window", "bytes", "label", "mask", "mask_window", "group")
+    return entry_batch({name: [row.get(name) for row in rows] for name in names})
+
+
+def _content(file: IO[bytes], member: TarMember) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)
+
+
+def _facts(data: bytes) -> dict[str, Any]:
+    try:
+        facts = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+
+
+def looks_like_tars(place: Place) -> bool:
+    """Whether a folder holds tars and neither images nor folders, hidden ones aside."""
+    names = [name for name in place.names() if not name.startswith(".")]
+    tars = [name for name in names if name.lower().endswith(".tar")]
+    if not tars or any(name.lower().endswith(sources.SUFFIXES) for name in names):
+        return False
+    return place.local is None or not any((place.local / name).is_dir() for name in names)
