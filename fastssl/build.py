@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import shutil
@@ -15,10 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl import distributed
 from fastssl.methods import Method, MoCoV3, get_method
 from fastssl.methods.parts import depends_on_batch
-from fastssl.models import architecture, build_backbone
+from fastssl.models import ModelConfig, architecture, build_backbone
 from fastssl.recompute import checkpoint_blocks, frozen_statistics
 from fastssl.step import Door
+from pipelines.channels import fit_recipe
 from shards.errors import UserError
+from shards.read import ShardSet
 
 if TYPE_CHECKING:
     from fastssl.config import Resolved
@@ -47,6 +50,23 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     return compute_dtype(precision, device) == torch.bfloat16
 
 
+def follow_shards(resolved: Resolved, shards: ShardSet) -> Resolved:
+    """The configuration with model.channels, and the recipe's mean, std and value range, of a data set: what a run is made with.
+
+    Raises:
+        UserError: see `pipelines.channels.fit_recipe`; or model.channels was set to another number.
+    """
+    cfg = resolved.config
+    recipe = fit_recipe(cfg.recipe, shards, cfg.data.value_range)
+    channels = len(recipe.mean)
+    if cfg.model.channels not in (ModelConfig.channels, channels):
+        raise UserError(
+            f"model.channels is {cfg.model.channels} and the images of '{shards.folder}' make views of {channels}: leave it out."
+        )
+    model = dataclasses.replace(cfg.model, channels=channels)
+    return dataclasses.replace(resolved, config=dataclasses.replace(cfg, recipe=recipe, model=model))
+
+
 def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict[str, Any]]:
     """The method with the initial weights of the run's seed, on the device, and its backbone's architecture.
 
@@ -54,9 +74,10 @@ def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict
         UserError: an unknown name, sizes that do not fit, or a number of channels that the engines do not make.
     """
     cfg = resolved.config
-    if cfg.model.channels != 3:
+    if cfg.model.channels != len(cfg.recipe.mean):
         raise UserError(
-            f"model.channels is {cfg.model.channels}, but views have 3 channels (grey images are repeated): leave it at 3."
+            f"model.channels is {cfg.model.channels} and the recipe makes views of {len(cfg.recipe.mean)} channels: leave it out, it "
+            "follows the shards."
         )
     torch.manual_seed(cfg.train.seed)
     backbone = build_backbone(cfg.model, cfg.recipe.size)

@@ -21,7 +21,7 @@ class ModelConfig:
     drop_path: float = 0.0
     """Stochastic depth: the chance to skip the last block, falling to 0 at the first. MoCo v3 uses none."""
     channels: int = 3
-    """Image channels."""
+    """Image channels; training takes those of the shards."""
     patch_size: int = 16
     """Pixels per patch side of the moco_vit family; small images want 4 or 8."""
     stem_stride: Literal[1, 2, 4] = 4

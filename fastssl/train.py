@@ -18,6 +18,7 @@ from fastssl.build import (
     build_method,
     compile_blocks,
     compute_dtype,
+    follow_shards,
     freeze_unused,
     prepare_backend,
     spread,
@@ -70,6 +71,8 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
             "No shards to train on: give --data.shards DIR, the folder that `fastssl shard` made."
         )
     shards = cfg.data.open()
+    resolved = follow_shards(resolved, shards)
+    cfg = resolved.config
     open_stream = partial(
         open_loader,
         shards,

@@ -15,7 +15,7 @@ from numba import njit
 
 from shards.hashing import GAMMA, mix64
 
-_F0, _F1, _F255 = np.float32(0), np.float32(1), np.float32(255)
+_F0, _F1, _F255, _HALF = np.float32(0), np.float32(1), np.float32(255), np.float32(0.5)
 _mix = njit(nogil=True, cache=True)(mix64)
 
 
@@ -72,30 +72,33 @@ def adjust_hue(view, shift):
     for i in range(r.size):
         ir, ig, ib = np.int32(r[i]), np.int32(g[i]), np.int32(b[i])
         top, low = max(ir, max(ig, ib)), min(ir, min(ig, ib))
-        span = np.float32(max(top - low, 1))  # grey pixels come out right with any hue: their saturation is 0
-        rc, gc, bc = np.float32(top - ir) / span, np.float32(top - ig) / span, np.float32(top - ib) / span
-        sector = (
-            np.float32(2.0 + np.float64(rc) - np.float64(bc))
-            if ig == top
-            else np.float32(4.0 + np.float64(gc) - np.float64(rc))
-        )
+        span = top - low
+        # Of the channels' distances from the top, in spans, one is 0, one is 1, and the third is `away`. Grey pixels come out right
+        # with any hue: their saturation is 0.
+        away = np.float32(top - (ir + ig + ib - top - low)) / np.float32(max(span, 1))
         if ir == top:
-            sector = bc - gc
-        turn = np.float64(sector) / 6.0 + 1.0  # in [5/6, 2): its fraction is the hue
-        turn = np.float64(np.float32(turn - 1.0 if turn >= 1.0 else turn))
-        hue = (np.int32(turn * 255.0) + level) & 255
-        sat = np.int32(np.float64(np.float32(top - low) / np.float32(max(top, 1))) * 255.0)
+            sector = _F1 - away if ib == low else away - _F1
+        elif ig == top:
+            sector = _F1 + away if ib == low else np.float32(3) - away
+        else:
+            sector = np.float32(3) + away if ir == low else np.float32(5) - away
+        # Pillow's C code computes the hue in doubles and stores a float: whole levels hang on that rounding, nothing else does.
+        turn = sector / np.float32(6)
+        turn = turn + _F1 if turn < 0 else turn
+        # floor(255 turn) = floor(256 turn - turn), which is exact where 255 turn would be rounded to a whole level.
+        wide = turn * np.float32(256)
+        whole = np.int32(wide)
+        hue = (whole - np.int32(wide - np.float32(whole) < turn) + level) & 255
 
-        six = np.float32(hue) * 6.0 / 255.0
-        part = np.float32(np.int32(six))
-        frac = np.float32(six - np.float64(part))
-        fs = np.float32(np.float64(sat) / 255.0)
-        value = np.float64(top)
-        p = np.int32(value * (1.0 - np.float64(fs)) + 0.5)
-        q = np.int32(value * (1.0 - np.float64(fs * frac)) + 0.5)
-        t = np.int32(value * (1.0 - np.float64(fs) * (1.0 - np.float64(frac))) + 0.5)
-        k = np.int32(part)
+        sat = np.float32(np.int32(np.float32(255 * span) / np.float32(max(top, 1)))) / _F255
+        six = 6 * hue
+        k = (six * 257 + 257) >> 16  # six // 255
+        frac = np.float32(six - 255 * k) / _F255
         k = 0 if k == 6 else k
+        value = np.float32(top)
+        p = np.int32(value * (_F1 - sat) + _HALF)
+        q = np.int32(value * (_F1 - sat * frac) + _HALF)
+        t = np.int32(value * (_F1 - sat * (_F1 - frac)) + _HALF)
         r[i] = top if (k == 0 or k == 5) else (q if k == 1 else (t if k == 4 else p))
         g[i] = top if (k == 1 or k == 2) else (q if k == 3 else (t if k == 0 else p))
         b[i] = top if (k == 3 or k == 4) else (q if k == 5 else (t if k == 2 else p))
@@ -185,17 +188,16 @@ def _normal(table, seed, place):
 
 
 @njit(nogil=True, cache=True)
-def finish(view, draw, scale, bias, fill, table, out):
-    """Flip, turn, add noise, normalise and erase into `out` float32 (3, S, S): out = pixel / 255 * scale + bias.
+def finish(view, draw, unit, scale, bias, fill, table, out):
+    """Flip, turn, add noise, normalise and erase into `out` float32 (C, S, S): out = view * unit * scale + bias.
 
-    `fill`: float32 (3,), what erased pixels become; empty: normal numbers by the draw's seed.
+    `fill`: float32 (C,), what erased pixels become; empty: normal numbers by the draw's seed.
     """
     size = view.shape[1]
     last = size - 1
     std = draw.noise_std
     seed = draw.noise_seed
-    byte = _F1 / _F255
-    for c in range(3):
+    for c in range(view.shape[0]):
         for y in range(size):
             row = out[c, y]
             # Undo the quarter turns, then the flips, to find the source of output pixel (y, x): y0 + x * dy, x0 + x * dx.
@@ -213,13 +215,14 @@ def finish(view, draw, scale, bias, fill, table, out):
                 x0, dx = last - x0, -dx
             if dy == 0 and dx == 1:
                 for x in range(size):
-                    row[x] = np.float32(view[c, y0, x]) * byte
+                    row[x] = np.float32(view[c, y0, x]) * unit
             elif dy == 0:
-                for x in range(size):
-                    row[last - x] = np.float32(view[c, y0, x]) * byte
+                source = view[c, y0]
+                for x in range(size):  # an unsigned index cannot be meant from the end: so this vectorises
+                    row[x] = np.float32(source[np.uint64(last - x)]) * unit
             else:
                 for x in range(size):
-                    row[x] = np.float32(view[c, y0 + x * dy, x0]) * byte
+                    row[x] = np.float32(view[c, y0 + x * dy, x0]) * unit
             first = (c * size + y) * size
             if std > 0:
                 for x in range(size):
@@ -252,4 +255,4 @@ def make_view(view, draws, index, scale, bias, fill, table, spare, out):
         gaussian_blur(view, draw.sigma, spare)
     if draw.solarize:
         solarize(view)
-    finish(view, draw, scale, bias, fill, table, out)
+    finish(view, draw, _F1 / _F255, scale, bias, fill, table, out)

@@ -1,4 +1,4 @@
-"""Decoding on a CPU: libjpeg-turbo, libpng and libwebp through torchvision's operator, or Pillow where that is gone."""
+"""Decoding on a CPU: libjpeg-turbo, libpng and libwebp through torchvision's operator, or Pillow where that is gone; arrays."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from functools import cache
 
 import numpy as np
 import torch
+
+from shards.pixels import NPY_MAGIC, BadImage, read_npy
 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
@@ -36,6 +38,27 @@ def decode_rgb(data: memoryview) -> torch.Tensor:
     # A copy of some 50 KB: torch refuses to promise not to write to the read-only map of a shard.
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return operator(encoded, _RGB, False)
+
+
+def decode_array(data: memoryview, channels: int) -> np.ndarray | None:
+    """The pixels (H, W, `channels`) of a stored array, uint8, uint16 or float32; None where the data are an encoded image.
+
+    One channel is repeated where three are wanted.
+
+    Raises:
+        RuntimeError: the array is damaged, or has another number of channels.
+    """
+    if bytes(data[: len(NPY_MAGIC)]) != NPY_MAGIC:
+        return None
+    try:
+        pixels = read_npy(data)
+    except BadImage as fault:
+        raise RuntimeError(fault.reason) from fault
+    if pixels.shape[2] == 1 and channels == 3:
+        pixels = np.repeat(pixels, 3, axis=2)
+    if pixels.shape[2] != channels:
+        raise RuntimeError(f"it has {pixels.shape[2]} channels, and {channels} are wanted")
+    return pixels
 
 
 def _decode_with_pillow(data: memoryview) -> torch.Tensor:

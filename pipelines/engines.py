@@ -104,7 +104,12 @@ def _place(name: str) -> _Place:
 
 
 def refuse_channels(engine: str, recipe: Recipe) -> None:
-    """UserError where the recipe's views do not have three channels, for an engine whose colour operations mean RGB."""
+    """UserError where the views do not have three channels over their full range, for an engine whose operations mean 8-bit RGB."""
+    if recipe.value_low:
+        raise UserError(
+            f"The engine '{engine}' takes pixels over the full range of their type, and the recipe has a value range: choose "
+            "--data.engine fused."
+        )
     if len(recipe.mean) != 3:
         raise UserError(
             f"The engine '{engine}' makes RGB views, and the recipe's mean and std have {len(recipe.mean)} channels: choose "

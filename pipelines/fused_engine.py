@@ -1,5 +1,7 @@
 """The default engine: decode once with libjpeg-turbo, crop each view with torchvision's SIMD resize, then our kernels.
 
+Images of 16 bits, of floats or of other than three channels take `deep_kernels` instead, in 32-bit floats.
+
 All three release the GIL, so plain threads use every core and no pixels travel between processes.
 """
 
@@ -12,10 +14,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipelines import cpu_kernels
-from pipelines.decode import decode_rgb
+from pipelines import cpu_kernels, deep_kernels
+from pipelines.channels import gain_and_offset, is_deep
+from pipelines.decode import decode_array, decode_rgb
 from pipelines.noise import noise_table
 from pipelines.recipe import Recipe
+
+
+def cut(pixels: np.ndarray, draw: np.void) -> np.ndarray:
+    """The crop of a draw, (h, w, C), not copied."""
+    top, left = int(draw["top"]), int(draw["left"])
+    return pixels[top : top + int(draw["height"]), left : left + int(draw["width"])]
 
 
 class FusedEngine:
@@ -43,19 +52,19 @@ class FusedEngine:
         self.render(self.decode(data), draws, out)
 
     def decode(self, data: memoryview) -> np.ndarray:
-        """The pixels of an encoded image, uint8 (H, W, 3), as the decoder laid them; RuntimeError where it does not decode."""
-        return decode_rgb(data).permute(1, 2, 0).numpy()
+        """The pixels of an image, (H, W, C), uint8 unless it is an array of another type; RuntimeError where it does not decode."""
+        pixels = decode_array(data, len(self.recipe.mean))
+        return decode_rgb(data).permute(1, 2, 0).numpy() if pixels is None else pixels
 
     def render(self, pixels: np.ndarray, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
-        """Write the views of a decoded image, uint8 (H, W, 3), to `out`: V arrays float32 (3, S, S)."""
+        """Write the views of a decoded image, (H, W, C), to `out`: V arrays float32 (C, S, S)."""
+        if is_deep(pixels, self.recipe):
+            self._render_deep(pixels, draws, out)
+            return
         for index, draw in enumerate(draws):
             size = out[index].shape[-1]
-            top, left = int(draw["top"]), int(draw["left"])
             # Copied by numpy, which stays in this thread: torch would start a team of threads for it in every loader thread.
-            crop = np.ascontiguousarray(
-                pixels[top : top + int(draw["height"]), left : left + int(draw["width"])]
-            )
-            crop = torch.from_numpy(crop).permute(2, 0, 1)
+            crop = torch.from_numpy(np.ascontiguousarray(cut(pixels, draw))).permute(2, 0, 1)
             view = F.interpolate(crop[None], (size, size), mode=self.recipe.interpolation, antialias=True)[0]
             view = view.contiguous().numpy()
             cpu_kernels.make_view(
@@ -67,6 +76,24 @@ class FusedEngine:
                 self._fill,
                 noise_table(),
                 self._spare(size),
+                out[index],
+            )
+
+    def _render_deep(self, pixels: np.ndarray, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
+        gain, offset = gain_and_offset(self.recipe, pixels.dtype)
+        for index, draw in enumerate(draws):
+            crop = cut(pixels, draw)
+            image = np.empty((len(gain), *crop.shape[:2]), dtype=np.float32)
+            deep_kernels.levels(crop, gain, offset, image)
+            deep_kernels.make_view(
+                image,
+                draws,
+                index,
+                self.recipe.interpolation == "bicubic",
+                self._scale,
+                self._bias,
+                self._fill,
+                noise_table(),
                 out[index],
             )
 
@@ -92,7 +119,8 @@ class ReferenceEngine:
         """As `FusedEngine.decode`."""
         from pipelines import reference
 
-        return np.asarray(reference.decode(data))
+        pixels = decode_array(data, len(self.recipe.mean))
+        return np.asarray(reference.decode(data)) if pixels is None else pixels
 
     def render(self, pixels: np.ndarray, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
         """As `FusedEngine.render`."""
@@ -100,6 +128,10 @@ class ReferenceEngine:
 
         from pipelines import reference
 
+        if is_deep(pixels, self.recipe):
+            for view, draw in zip(out, draws, strict=True):
+                view[:] = reference.deep_view(pixels, draw, self.recipe, view.shape[-1])
+            return
         image = Image.fromarray(pixels)
         for view, draw in zip(out, draws, strict=True):
             view[:] = reference.make_view(image, draw, self.recipe, view.shape[-1])

@@ -232,9 +232,10 @@ class GpuSlot:
         return torch.empty(count, dtype=torch.uint8, pin_memory=self._side is not None)
 
 
-def check_gpu_views(samples: Samples) -> None:
+def check_gpu_views(samples: Samples, recipe: Recipe) -> None:
     """UserError where the batched kernels cannot make the views of this data set."""
-    if samples.channels != 3 or not eight_bit(samples.shards):
+    if samples.channels != 3 or not eight_bit(samples.shards) or recipe.value_low:
         raise UserError(
-            "data.augment_on gpu works on 8-bit images of 3 channels, and these are others: set --data.augment-on cpu."
+            "data.augment_on gpu works on 8-bit images of 3 channels over their full range, and these are others: "
+            "set --data.augment-on cpu."
         )

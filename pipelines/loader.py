@@ -13,6 +13,7 @@ import torch
 
 from pipelines.batch_engine import BatchEngine, BatchOptions, batch_slots
 from pipelines.cache import Samples, open_samples
+from pipelines.channels import check_operations, fit_recipe
 from pipelines.draws import draw, eval_draws
 from pipelines.engines import EngineName, ImageEngine, make_engine, refuse_deep, whole_batches
 from pipelines.faults import BadSamples
@@ -52,6 +53,8 @@ class DataConfig:
     """Keep the data set in memory: 'ram' as pixels where they fit and as encoded bytes where not, 'gpu' as pixels on the GPU."""
     cache_gb: float = 0.0
     """Memory that the cache may fill, in 10^9 bytes; 0 is half of what is free at the start (the ranks of a machine share it)."""
+    value_range: Literal["type", "percentiles"] = "type"
+    """What becomes 0 and 1: the ends of the type's range (65535 for 16 bits), or the 1st and 99th percentile of each channel."""
     max_bad_share: float = 0.001
     """Stop when more than ten samples, and more than this share of those read, are bad; others stand in till then. 0: at the first."""
 
@@ -93,6 +96,7 @@ def open_loader(
     block_shards: int = 16,
     cache: str = "none",
     cache_gb: float = 0.0,
+    value_range: str = "type",
     max_bad_share: float = 0.001,
     device: torch.device | str = "cpu",
     on_host: bool = False,
@@ -110,7 +114,7 @@ def open_loader(
 
     Raises:
         UserError: the batch does not divide by the ranks, or the data set has fewer samples than one batch, or the engine is
-            unknown, or the cache does not fit.
+            unknown, or the cache does not fit, or the recipe's operations or values are not for the images' channels.
     """
     rank_positions(0, batch, rank, world)  # names both numbers where the batch does not divide
     if len(shards) < batch:
@@ -119,6 +123,8 @@ def open_loader(
             f"{part}'{shards.folder}' has {len(shards)} samples, fewer than one batch of {batch}: lower the batch size "
             f"(--train.batch) to at most {len(shards)}, or convert more images."
         )
+    recipe = fit_recipe(recipe, shards, value_range)
+    check_operations(recipe)
     device = torch.device(device)
     threads = threads or default_threads()
     samples, make_slots = open_slots(
@@ -238,7 +244,7 @@ def gpu_slots(
     from pipelines.gpu_decode import gpu_decoder
     from pipelines.gpu_engine import GpuSlot, GpuStore, check_gpu_views
 
-    check_gpu_views(samples)
+    check_gpu_views(samples, recipe)
     kept = GpuStore(samples, device, cache_gb) if store else None
     if kept is not None:
         samples.note = kept.note
@@ -345,6 +351,7 @@ def eval_batches(
             ids = sample_ids[start : start + batch]
             yield Job(ids, eval_draws(recipe, shards.widths[ids], shards.heights[ids]))
 
+    recipe = fit_recipe(recipe, shards)
     engine = FusedEngine(recipe)
     samples = open_samples(shards, engine.decode, len(recipe.mean))
     shapes = view_shapes(recipe)[:1]

@@ -79,10 +79,14 @@ class Recipe:
     """Height / width of the rectangle: least, most (drawn log-uniformly)."""
     erase_value: Literal["mean", "random"] | float = "mean"
     """What fills it: mean (0 after normalisation), random (standard normal numbers after it), or a level in [0, 1] (before it)."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean per channel that normalisation subtracts."""
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Standard deviation per channel that normalisation divides by."""
+    value_low: tuple[float, ...] = ()
+    """Value of each channel that becomes 0, as a share of its type's range (255, 65535, for floats 1); without: the type's 0."""
+    value_high: tuple[float, ...] = ()
+    """Value of each channel that becomes 1, likewise; without: the type's largest. data.value_range fills both in."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Mean per channel that normalisation subtracts; ImageNet's give way to the data set's where it has other than 3 channels."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Standard deviation per channel that normalisation divides by; as for mean."""
     eval_crop: float = 0.875
     """Share of the shorter side that the centred square for evaluation covers (224 of 256 is 0.875)."""
 
@@ -121,7 +125,16 @@ class Recipe:
         need(0 <= self.noise_std[0] <= self.noise_std[1], "noise_std", "two widths, 0 <= least <= most")
         level = self.erase_value
         need(isinstance(level, str) or 0 <= level <= 1, "erase_value", "mean, random, or a level in [0, 1]")
+        need(
+            len(self.std) == len(self.mean) > 0, "std", f"{len(self.mean)} values, as many as recipe.mean has"
+        )
         need(all(s > 0 for s in self.std), "std", "above 0 in every channel")
+        ranges = list(zip(self.value_low, self.value_high, strict=False))
+        need(
+            len(self.value_low) == len(self.value_high) == len(ranges) and all(a < b for a, b in ranges),
+            "value_high",
+            f"above recipe.value_low, {self.value_low}, in every channel",
+        )
         need(0 < self.eval_crop <= 1, "eval_crop", "a share above 0 and at most 1")
 
     @property

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import functional as tvf
 
+from pipelines.channels import FULL
 from pipelines.noise import unit_noise
 from pipelines.recipe import Recipe
 
@@ -54,7 +56,76 @@ def render(image: Image.Image, draw: np.void, size: int, interpolation: str = "b
 def make_view(image: Image.Image, draw: np.void, recipe: Recipe, size: int) -> np.ndarray:
     """One normalised view of one image: float32 (3, size, size)."""
     levels = np.asarray(render(image, draw, size, recipe.interpolation), dtype=np.float32)
-    pixels = levels.transpose(2, 0, 1) / np.float32(255)
+    return _finish(levels.transpose(2, 0, 1) / np.float32(255), draw, recipe)
+
+
+def deep_view(pixels: np.ndarray, draw: np.void, recipe: Recipe, size: int) -> np.ndarray:
+    """One normalised view of an image of any type and number of channels, (H, W, C): float32 (C, size, size).
+
+    Pillow's resize of planes of floats, torchvision's functions for tensors where there are three channels, and no rounding.
+    """
+    low = np.array(recipe.value_low or [0.0] * pixels.shape[2])
+    high = np.array(recipe.value_high or [1.0] * pixels.shape[2])
+    top, left = int(draw["top"]), int(draw["left"])
+    crop = pixels[top : top + int(draw["height"]), left : left + int(draw["width"])].astype(np.float64)
+    crop = np.nan_to_num((crop / FULL[pixels.dtype.name] - low) / (high - low), nan=0).clip(0, 1)
+    resample = Image.Resampling[recipe.interpolation.upper()]
+    planes = [
+        np.asarray(
+            Image.fromarray(np.ascontiguousarray(crop[:, :, c], dtype=np.float32)).resize(
+                (size, size), resample
+            )
+        )
+        for c in range(crop.shape[2])
+    ]
+    view = torch.from_numpy(np.stack(planes).clip(0, 1))
+    if draw["jitter"]:
+        for part in draw["order"]:
+            view = _deep_jitter(view, int(part), draw)
+    if draw["gray"] and len(view) == 3:
+        view = tvf.rgb_to_grayscale(view, num_output_channels=3)
+    image = view.numpy()
+    if draw["sigma"] > 0:
+        kernel = _box_kernel(float(draw["sigma"]))
+        for axis in (1, 2) * 3:
+            reach = len(kernel) // 2
+            edges = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
+            wide = np.pad(image, edges, mode="edge")
+            image = np.apply_along_axis(lambda line: np.convolve(line, kernel, "valid"), axis, wide)
+    if draw["solarize"]:
+        image = np.where(image >= 0.5, 1 - image, image)
+    image = image[:, :: -1 if draw["vflip"] else 1, :: -1 if draw["hflip"] else 1]
+    image = np.rot90(image, k=int(draw["turns"]), axes=(1, 2)).astype(np.float32)
+    return _finish(image, draw, recipe)
+
+
+def _deep_jitter(view: torch.Tensor, part: int, draw: np.void) -> torch.Tensor:
+    three = len(view) == 3
+    if part == 0:
+        return (view * float(draw["brightness"])).clamp(0, 1)
+    if part == 1:
+        if three:
+            return tvf.adjust_contrast(view, float(draw["contrast"]))
+        factor = float(draw["contrast"])
+        return (factor * view + (1 - factor) * view.mean()).clamp(0, 1)
+    if three:
+        adjust, name = ((tvf.adjust_saturation, "saturation"), (tvf.adjust_hue, "hue"))[part - 2]
+        return adjust(view, float(draw[name]))
+    return view
+
+
+def _box_kernel(sigma: float) -> np.ndarray:
+    """A box filter with a third of the variance sigma^2: whole pixels, and at both ends a share (Gwosdek et al. 2011)."""
+    variance = sigma * sigma / 3
+    whole = int((np.sqrt(12 * variance + 1) - 1) / 2)
+    share = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    kernel = np.ones(2 * whole + 3)
+    kernel[[0, -1]] = share
+    return kernel / kernel.sum()
+
+
+def _finish(pixels: np.ndarray, draw: np.void, recipe: Recipe) -> np.ndarray:
+    """Noise, normalisation, erasing, of float32 (C, size, size) in [0, 1]."""
     if draw["noise_std"] > 0:
         noise = unit_noise(int(draw["noise_seed"]), pixels.size).reshape(pixels.shape)
         pixels = np.clip(pixels + draw["noise_std"] * noise, 0, 1)

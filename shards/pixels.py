@@ -45,7 +45,7 @@ def sampled(pixels: npt.NDArray) -> npt.NDArray:
     return pixels[rows // 2 :: rows, columns // 2 :: columns].reshape(-1, channels)
 
 
-def read_npy(data: bytes) -> npt.NDArray:
+def read_npy(data: bytes | memoryview) -> npt.NDArray:
     """The array of a .npy file as (H, W, C), not copied; BadImage for pickles, other shapes and other types of number."""
     file = io.BytesIO(data)
     try:
