@@ -265,6 +265,34 @@ def test_preview_draws_a_preset_or_a_configuration(
         assert out.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (
+            ["--recipe", "dino", "--epochs", "1", "--recipe.local-views", "1", "--recipe.size", "32"],
+            "1 epochs of 2 views at 32 px and 1 at 96 px",
+        ),
+        (["--ops", "--size", "32"], "2 images, each operation by itself"),
+        (["--engines", "reference,fused", "--size", "32"], "2 images by reference, fused"),
+    ],
+)
+def test_preview_shows_operations_and_engines(
+    flags: list, line: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sheet.png"
+    assert main(["preview", str(shards), "--rows", "2", "--out", str(out), *flags]) == 0
+    assert line in capsys.readouterr().out
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_preview_names_engines_it_cannot_compare(told, shards: Path) -> None:
+    assert "Did you mean 'fused'" in told("preview", shards, "--engines", "fussed,reference")
+    for flags in (("--engines", "fused"), ("--engines", "fused,reference", "--ops")):
+        assert told("preview", shards, *flags).startswith("--engines needs two or more names")
+    told_of = told("preview", shards, "--recipe.crop-scal", "0.1")
+    assert "Did you mean 'recipe.crop_scale'" in told_of
+
+
 def test_preview_names_unknown_recipes(told, shards: Path) -> None:
     assert (
         told("preview", shards, "--recipe", "satelite")
