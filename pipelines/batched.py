@@ -24,7 +24,13 @@ class BatchedKernels(Protocol):
     """The operations on a batch of views, uint8 (M, 3, S, S); see `gpu_kernels`, whose functions are the plainest form."""
 
     def crop(
-        self, pixels: Tensor, params: Params, size: int, heights: np.ndarray, widths: np.ndarray
+        self,
+        pixels: Tensor,
+        params: Params,
+        size: int,
+        heights: np.ndarray,
+        widths: np.ndarray,
+        interpolation: str = "bilinear",
     ) -> Tensor:
         """Cut and resize."""
         ...
@@ -60,14 +66,11 @@ def make_views(
         pixels: uint8, the bytes of all images, each (H, W, 3).
         draws: the DRAW records (M,) of `params`, for what the host has to know.
         mean, std: float32 (3,).
-        interpolation: bicubic crops are torch's work, whatever the kernels.
+        interpolation: of the crops, bilinear or bicubic.
         erased: as for `gpu_kernels.erase`; None erases nothing.
     """
     heights, widths = draws["height"], draws["width"]
-    if interpolation == "bilinear":
-        views = kernels.crop(pixels, params, size, heights, widths)
-    else:
-        views = gpu_kernels.crop(pixels, params, size, heights, widths, interpolation)
+    views = kernels.crop(pixels, params, size, heights, widths, interpolation)
     views = kernels.blur(kernels.colour(views, params), params)
     views = kernels.finish(views, params, mean, std, dtype)
     return views if erased is None else gpu_kernels.erase(views, params, erased)

@@ -28,17 +28,25 @@ _GAMMA, _FIRST, _SECOND = (tl.constexpr(int(word)) for word in (GAMMA, FIRST, SE
 _EXACT = {"enable_fp_fusion": False}
 
 
-def crop(pixels: Tensor, params: Params, size: int, heights: np.ndarray, widths: np.ndarray) -> Tensor:
+def crop(
+    pixels: Tensor,
+    params: Params,
+    size: int,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    interpolation: str = "bilinear",
+) -> Tensor:
     """As `gpu_kernels.crop`: along x into 8-bit scratch rows, then along y."""
+    cubic = interpolation == "bicubic"
     views = torch.empty((len(heights), 3, size, size), dtype=torch.uint8, device=pixels.device)
     columns = triton.next_power_of_2(size)
     for a, b, rows in chunks(heights, 3 * size):
         scratch = torch.empty((rows, 3, size), dtype=torch.uint8, device=pixels.device)
         source = params.source[a:b]
         grid = (b - a, triton.cdiv(int(heights[a:b].max()), ROWS))
-        _crop_x[grid](pixels, source, scratch, size, columns, ROWS, **_EXACT)
+        _crop_x[grid](pixels, source, scratch, size, columns, ROWS, cubic, **_EXACT)
         grid = (b - a, triton.cdiv(size, ROWS))
-        _crop_y[grid](scratch, source, views[a:b], size, columns, ROWS, **_EXACT)
+        _crop_y[grid](scratch, source, views[a:b], size, columns, ROWS, cubic, **_EXACT)
     return views
 
 
@@ -93,15 +101,26 @@ def finish(views: Tensor, params: Params, mean: Tensor, std: Tensor, dtype: torc
 
 
 @triton.jit
-def _tap(first, k, length, centre, reach):
-    """Where tap `k` of a triangle filter lies, and its weight; 0 past the ends."""
+def _tap(first, k, length, centre, reach, CUBIC: tl.constexpr):
+    """Where tap `k` of a filter lies, and its weight, as `gpu_kernels.filter_weights`; 0 past the ends."""
     at = first + k
-    weight = 1.0 - tl.abs(at.to(tl.float32) + 0.5 - centre) / reach
-    return at, tl.where((at < length) & (weight > 0), weight, 0.0)
+    x = tl.abs(at.to(tl.float32) + 0.5 - centre) / reach
+    if CUBIC:
+        near, far = (1.5 * x - 2.5) * x * x + 1.0, ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+        weight = tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
+    else:
+        weight = tl.maximum(1.0 - x, 0.0)
+    return at, tl.where(at < length, weight, 0.0)
 
 
 @triton.jit
-def _crop_x(pixels, source, scratch, size, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def _level(weighted, total):
+    """The weighted mean, rounded to 0 .. 255."""
+    return tl.minimum(tl.maximum(tl.floor(weighted / total + 0.5), 0.0), 255.0).to(tl.uint8)
+
+
+@triton.jit
+def _crop_x(pixels, source, scratch, size, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CUBIC: tl.constexpr):
     """Some rows of one crop box (h, w, 3) become rows (3, size) of `scratch`; a view's rows follow those of the view before."""
     box = source + tl.program_id(0) * 7
     start, width = tl.load(box), tl.load(box + 1)
@@ -112,30 +131,31 @@ def _crop_x(pixels, source, scratch, size, COLUMNS: tl.constexpr, ROWS: tl.const
     scale = wide.to(tl.float32) / size
     reach = tl.maximum(scale, 1.0)
     centre = (x.to(tl.float32) + 0.5) * scale
-    first = tl.maximum(tl.floor(centre - reach), 0.0).to(tl.int64)
+    span = 2 * reach if CUBIC else reach
+    first = tl.maximum(tl.floor(centre - span), 0.0).to(tl.int64)
     there = (y < high)[:, None] & (x < size)[None, :]
     r = tl.zeros((ROWS, COLUMNS), tl.float32)
     g = tl.zeros((ROWS, COLUMNS), tl.float32)
     b = tl.zeros((ROWS, COLUMNS), tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
-    for k in range(0, tl.ceil(2 * reach).to(tl.int32) + 1):
-        at, weight = _tap(first, k, wide, centre, reach)
+    for k in range(0, tl.ceil(2 * span).to(tl.int32) + 1):
+        at, weight = _tap(first, k, wide, centre, reach, CUBIC)
         total += weight
-        here = there & (weight > 0)[None, :]
+        here = there & (weight != 0)[None, :]
         place = pixels + start + ((top + y)[:, None] * width + (left + at)[None, :]) * 3
         r += weight[None, :] * tl.load(place, mask=here, other=0).to(tl.float32)
         g += weight[None, :] * tl.load(place + 1, mask=here, other=0).to(tl.float32)
         b += weight[None, :] * tl.load(place + 2, mask=here, other=0).to(tl.float32)
-    total = tl.where(total > 0, total, 1.0)[None, :]
+    total = tl.where(total != 0, total, 1.0)[None, :]
     out = scratch + (to + y)[:, None] * (3 * size) + x[None, :]
     # Pillow keeps 8 bits between its two passes.
-    tl.store(out, tl.floor(r / total + 0.5).to(tl.uint8), mask=there)
-    tl.store(out + size, tl.floor(g / total + 0.5).to(tl.uint8), mask=there)
-    tl.store(out + 2 * size, tl.floor(b / total + 0.5).to(tl.uint8), mask=there)
+    tl.store(out, _level(r, total), mask=there)
+    tl.store(out + size, _level(g, total), mask=there)
+    tl.store(out + 2 * size, _level(b, total), mask=there)
 
 
 @triton.jit
-def _crop_y(scratch, source, views, size, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def _crop_y(scratch, source, views, size, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CUBIC: tl.constexpr):
     """Some rows of one view, in its three channels."""
     m = tl.program_id(0).to(tl.int64)
     high = tl.load(source + m * 7 + 4)
@@ -146,24 +166,25 @@ def _crop_y(scratch, source, views, size, COLUMNS: tl.constexpr, ROWS: tl.conste
     scale = high.to(tl.float32) / size
     reach = tl.maximum(scale, 1.0)
     centre = (y.to(tl.float32) + 0.5) * scale
-    first = tl.maximum(tl.floor(centre - reach), 0.0).to(tl.int64)
+    span = 2 * reach if CUBIC else reach
+    first = tl.maximum(tl.floor(centre - span), 0.0).to(tl.int64)
     r = tl.zeros((ROWS, COLUMNS), tl.float32)
     g = tl.zeros((ROWS, COLUMNS), tl.float32)
     b = tl.zeros((ROWS, COLUMNS), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for k in range(0, tl.ceil(2 * reach).to(tl.int32) + 1):
-        at, weight = _tap(first, k, high, centre, reach)
+    for k in range(0, tl.ceil(2 * span).to(tl.int32) + 1):
+        at, weight = _tap(first, k, high, centre, reach, CUBIC)
         total += weight
-        here = there & (weight > 0)[:, None]
+        here = there & (weight != 0)[:, None]
         place = scratch + (rows + at)[:, None] * (3 * size) + x[None, :]
         r += weight[:, None] * tl.load(place, mask=here, other=0).to(tl.float32)
         g += weight[:, None] * tl.load(place + size, mask=here, other=0).to(tl.float32)
         b += weight[:, None] * tl.load(place + 2 * size, mask=here, other=0).to(tl.float32)
-    total = tl.where(total > 0, total, 1.0)[:, None]
+    total = tl.where(total != 0, total, 1.0)[:, None]
     out = views + m * (3 * size * size) + y[:, None] * size + x[None, :]
-    tl.store(out, tl.floor(r / total + 0.5).to(tl.uint8), mask=there)
-    tl.store(out + size * size, tl.floor(g / total + 0.5).to(tl.uint8), mask=there)
-    tl.store(out + 2 * size * size, tl.floor(b / total + 0.5).to(tl.uint8), mask=there)
+    tl.store(out, _level(r, total), mask=there)
+    tl.store(out + size * size, _level(g, total), mask=there)
+    tl.store(out + 2 * size * size, _level(b, total), mask=there)
 
 
 @triton.jit

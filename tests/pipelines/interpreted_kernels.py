@@ -37,18 +37,17 @@ def levels(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.float() - b.float()).abs()
 
 
-def test_crop(monkeypatch):
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crop(monkeypatch, interpolation):
     pixels, params, draws = batch()
-    wanted = gpu_kernels.crop(pixels, params, SIZE, draws["height"], draws["width"])
-    made = triton_kernels.crop(pixels, params, SIZE, draws["height"], draws["width"])
+    how = (pixels, params, SIZE, draws["height"], draws["width"], interpolation)
+    wanted, made = gpu_kernels.crop(*how), triton_kernels.crop(*how)
     assert levels(made, wanted).max() <= 2  # two roundings meet where an axis is enlarged many times
     assert levels(made, wanted).mean() < 0.1  # a half is rounded up here, to even there
     cut = triton_kernels.chunks(draws["height"], 3 * SIZE, limit=3 * SIZE * 50)
     assert len(cut) > 1
     monkeypatch.setattr(triton_kernels, "chunks", lambda *_: cut)
-    torch.testing.assert_close(
-        triton_kernels.crop(pixels, params, SIZE, draws["height"], draws["width"]), made, rtol=0, atol=0
-    )
+    torch.testing.assert_close(triton_kernels.crop(*how), made, rtol=0, atol=0)
 
 
 def test_colours_are_those_of_torch():

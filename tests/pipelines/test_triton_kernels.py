@@ -63,8 +63,8 @@ def test_without_triton_a_warning_and_torchs_functions(monkeypatch):
 BYTES, LONGS, INTS, FLOATS, WORDS, BOOLS = "*u8", "*i64", "*i32", "*fp32", "*u64", "*i1"
 COLOUR = [BYTES, LONGS, FLOATS, INTS, BOOLS, "i32"]
 KERNELS = {
-    "_crop_x": ([BYTES, LONGS, BYTES, "i32"], {"COLUMNS": 256, "ROWS": 8}),
-    "_crop_y": ([BYTES, LONGS, BYTES, "i32"], {"COLUMNS": 256, "ROWS": 8}),
+    "_crop_x": ([BYTES, LONGS, BYTES, "i32"], {"COLUMNS": 256, "ROWS": 8, "CUBIC": True}),
+    "_crop_y": ([BYTES, LONGS, BYTES, "i32"], {"COLUMNS": 256, "ROWS": 8, "CUBIC": True}),
     "_luma_before_contrast": (COLOUR, {"BLOCK": 1024}),
     "_colour": (COLOUR, {"BLOCK": 1024}),
     "_box": ([BYTES, BYTES, LONGS, LONGS, LONGS, "i32"], {"ALONG_X": True, "BLOCK": 1024}),
