@@ -30,7 +30,10 @@ COMMANDS = {
         "Check driver, packages, limits, disks and a data set, with a way out of each fault",
     ),
     "report": ("fastssl.report", "Draw the curves of runs as a PNG: loss, accuracy, collapse, speed"),
-    "bench": ("fastssl.bench.command", "Measure images per second: bench loader, bench step"),
+    "bench": (
+        "fastssl.bench.command",
+        "Find what limits a run, rung by rung: bench CONFIG; compare loaders: bench loader",
+    ),
 }
 
 

@@ -10,8 +10,8 @@ def test_a_failing_job_is_listed_and_does_not_stop_the_next(capfd):
     assert failed == ["fastssl bench nothing (exit code 2)"]
     out, err = capfd.readouterr()
     assert out.startswith("\n$ fastssl --version\nfastssl ")
-    assert "usage: fastssl bench loader" in out.partition("$ fastssl bench --help")[2]
-    assert err.startswith("fastssl: There is no 'fastssl bench nothing'.")
+    assert "usage: fastssl bench CONFIG" in out.partition("$ fastssl bench --help")[2]
+    assert err.startswith("fastssl: There is no 'fastssl bench nothing'")
 
 
 def test_a_job_that_a_signal_ends_is_listed(monkeypatch, tmp_path):

@@ -1,23 +1,31 @@
-"""`fastssl bench loader` and `fastssl bench step`: finds the sub-command and only then imports what it needs."""
+"""`fastssl bench`: finds what is to be measured and only then imports what it needs."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
-SUBCOMMANDS = {"loader": "fastssl.bench.loader", "step": "fastssl.bench.step"}
-USAGE = """usage: fastssl bench loader SHARDS [options]     images per second from shards to views, beside other loaders
-       fastssl bench step CONFIG [options]       images per second of a training step, part by part
+LADDER = "fastssl.bench.ladder"
+SUBCOMMANDS = {"loader": "fastssl.bench.loader", "step": LADDER}
+USAGE = """usage: fastssl bench CONFIG [options]            where a run's time goes, rung by rung, and the switch to try
+       fastssl bench loader SHARDS [options]     images per second from shards to views, beside other loaders
 
-`fastssl bench loader --help` and `fastssl bench step --help` explain the options."""
+`fastssl bench CONFIG --help` and `fastssl bench loader --help` explain the options."""
 
 
 def run(argv: list[str]) -> int:
-    """Run the sub-command that `argv` begins with."""
+    """Run what `argv` begins with: a sub-command, or a configuration for the ladder."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
     from shards.errors import UserError, nearest
 
-    if argv[0] not in SUBCOMMANDS:
-        raise UserError(f"There is no 'fastssl bench {argv[0]}'.{nearest(argv[0], SUBCOMMANDS)}")
-    return import_module(SUBCOMMANDS[argv[0]]).run(argv[1:]) or 0
+    name, rest = argv[0], argv[1:]
+    if name in SUBCOMMANDS:
+        return import_module(SUBCOMMANDS[name]).run(rest) or 0
+    if name.endswith((".yaml", ".yml")):
+        # `bench CONFIG --help` asks about the ladder, not about the settings.
+        wants_help = any(token in ("-h", "--help") for token in rest)
+        return import_module(LADDER).run(["--help"] if wants_help else argv) or 0
+    raise UserError(
+        f"There is no 'fastssl bench {name}', and it is no .yaml file.{nearest(name, [*SUBCOMMANDS, 'CONFIG.yaml'])}"
+    )

@@ -1,75 +1,118 @@
-"""The parts of a training step, each as a function that is timed: ours, and a plain one to compare with."""
+"""The step's rungs of the ladder, and the clock that times every rung."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastssl.bench.hardware import bytes_of
 from fastssl.bench.report import Row, Stopwatch
-from fastssl.build import build_method, compile_blocks, prepare_backend, use_bf16
+from fastssl.bench.verdict import STUDENT, TEACHER, UPDATE
+from fastssl.build import build_method, compute_dtype, prepare_backend
 from fastssl.config import Resolved
+from fastssl.distributed import Dist
+from fastssl.fit import choose_micro_batch
 from fastssl.methods import MoCoV3
 from fastssl.optim import build_optimizer, set_lr
-from pipelines.loader import open_loader
+from fastssl.step import Door, Step, chunks
 
-WARM_UP_STEPS = 3  # compiling, cuDNN's choice of algorithms, the allocator's first blocks
 FORWARDS = 8  # per image: student 2 views x (forward + backward = 3), teacher 2 x 1
-# Dense bf16 multiplications and additions per second, in 10^12; NVIDIA's data sheets.
-PEAK_TFLOPS = {
-    "NVIDIA H100 80GB HBM3": 989,
-    "NVIDIA H100 PCIe": 756,
-    "NVIDIA H200": 989,
-    "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA A100-SXM4-40GB": 312,
-}
-STUDENT, TEACHER = "student forward + backward", "teacher forward"
-UPDATE, FULL = "optimiser + EMA", "full step"
-LOADER, END_TO_END, PLAIN = "loader", "end to end", "plain eager step"
-EMA, EMA_LOOP = "EMA", "EMA as a Python loop"
 
 
 @dataclass(frozen=True)
 class Trainee:
-    """What a step needs."""
+    """What a step needs, and what it costs an image."""
 
     method: MoCoV3
     optimizer: torch.optim.Optimizer
+    step: Step
     device: torch.device
-    bf16: bool
-    compiled: bool
-    forward_flops: int
-    """Floating-point operations of one forward of one view through backbone and heads."""
+    dtype: torch.dtype
+    batch: int
+    """Images a step."""
+    chunk: int
+    """Images on the device at a time."""
+    flops: int
+    """Floating-point operations of an image's share of a step: 8 forwards; recomputing does not count."""
+    bytes_per_image: float
+    """Bytes that the student's and the teacher's operations read and write for an image, each operation by itself."""
+    bytes_per_step: float
+    """Bytes that they move once a step, whatever the batch: weights and their gradients."""
+    update_bytes: int
+    """Bytes that the optimiser and the average move."""
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether a step takes its batch in chunks."""
+        return self.chunk < self.batch
+
+    def traffic(self, batch: int) -> float:
+        """Bytes that a full step of `batch` images moves where nothing is fused."""
+        return batch * self.bytes_per_image + self.bytes_per_step + self.update_bytes
 
 
 def build(resolved: Resolved, device: torch.device) -> Trainee:
-    """Method and optimiser as `fastssl.train.pretrain` sets them up."""
+    """Method, optimiser and step as the trainer sets them up, uncompiled; costs are counted on two and four images."""
     train = resolved.config.train
     prepare_backend(device)
     method, _ = build_method(resolved, device)
-    flops = forward_flops(method, views(resolved, device, 2)[0])
-    compiled = compile_blocks(method, device) if train.compile else False
+    dtype = compute_dtype(train.precision, device)
     optimizer = build_optimizer(method.parameters(), resolved.config.optim)
     set_lr(optimizer, 0.0)  # the same work, and the weights stay where they are
-    return Trainee(method, optimizer, device, use_bf16(train.precision, device), compiled, flops)
+    shape = (resolved.config.model.channels, resolved.config.recipe.size, resolved.config.recipe.size)
+    chunk = choose_micro_batch(train.micro_batch, method, resolved, Dist(0, 1, 0, device), dtype, shape)
+    options = {"micro_batch": chunk, "exact_heads": train.exact_heads, "clip_grad": train.clip_grad}
+    step = Step(method, Door(method), optimizer, device, dtype, **options)
+    few, more = (_moved(step, views(resolved, device, count)) for count in (2, 4))
+    per_image = (more - few) / 2
+    step.gradients(views(resolved, device, 2))
+    update_bytes = bytes_of(lambda: step.update(0.99))
+    size = max(part.stop - part.start for part in chunks(train.batch, chunk))
+    return Trainee(
+        method,
+        optimizer,
+        step,
+        device,
+        dtype,
+        train.batch,
+        size,
+        FORWARDS * forward_flops(method, views(resolved, device, 2)[0]),
+        per_image,
+        few - 2 * per_image,
+        update_bytes,
+    )
 
 
-def views(resolved: Resolved, device: torch.device, batch: int) -> list[Tensor]:
+def _moved(step: Step, images: list[Tensor]) -> int:
+    moved = bytes_of(lambda: step.gradients(images))
+    step.optimizer.zero_grad(set_to_none=True)
+    return moved
+
+
+def views(resolved: Resolved, device: torch.device | str, batch: int) -> list[Tensor]:
     """Synthetic views in the form the loader gives: float32 (batch, C, S, S) each."""
     cfg = resolved.config
     shape = (batch, cfg.model.channels, cfg.recipe.size, cfg.recipe.size)
     return [torch.randn(shape, device=device) for _ in range(cfg.recipe.num_views)]
+
+
+def step_views(resolved: Resolved, trainee: Trainee) -> list[Tensor]:
+    """The synthetic views of a whole step, where the loader would leave them: on the host for a batch in chunks."""
+    if not trainee.in_chunks or trainee.device.type == "cpu":
+        return views(resolved, trainee.device, trainee.batch)
+    return [view.pin_memory() for view in views(resolved, "cpu", trainee.batch)]
 
 
 def forward_flops(method: MoCoV3, images: Tensor) -> int:
@@ -79,12 +122,6 @@ def forward_flops(method: MoCoV3, images: Tensor) -> int:
     return counter.get_total_flops() // len(images)
 
 
-def utilisation(images_per_s: float, forward_flops: int, gpu: str | None) -> float | None:
-    """Model FLOPs utilisation, 0 to 1, counting 8 forwards an image; None where the peak of the device is not known."""
-    peak = PEAK_TFLOPS.get(gpu or "")
-    return images_per_s * FORWARDS * forward_flops / (peak * 1e12) if peak else None
-
-
 class Clock:
     """Times a function that does one step, always in the same way."""
 
@@ -92,177 +129,122 @@ class Clock:
         self.device, self.batch, self.console = device, batch, console
         self.steps, self.repeats = steps, repeats
 
-    def row(self, name: str, step: Callable[[], Any]) -> Row:
-        """Rates per repeat over wall time, and the times of single steps; between CUDA events, so that the host does not wait."""
+    def row(self, name: str, step: Callable[[], Any], *, batch: int = 0, warm_up: int = 3) -> Row:
+        """Rates per repeat over wall time, and the times of single steps; between CUDA events, so that the host does not wait.
+
+        Args:
+            batch: images that `step` does, where it is not the clock's batch.
+            warm_up: calls before: compiling, cuDNN's choice of algorithms, the allocator's first blocks.
+        """
         row, times_ms = Row(name), []
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         with self.console.status(f"measuring {name}"):
-            for _ in range(WARM_UP_STEPS):
+            for _ in range(warm_up):
                 step()
             for _ in range(self.repeats):
-                self._wait()
-                watch, marks = Stopwatch(), [self._mark()]
+                self.wait()
+                watch, marks = Stopwatch(), [self.mark()]
                 for _ in range(self.steps):
                     step()
-                    marks.append(self._mark())
-                self._wait()
-                row.add(self.batch * self.steps / watch.wall_s(), watch.cores())
-                times_ms += [self._between_ms(a, b) for a, b in itertools.pairwise(marks)]
-        times_ms.sort()
+                    marks.append(self.mark())
+                self.wait()
+                row.add((batch or self.batch) * self.steps / watch.wall_s(), watch.cores())
+                times_ms += [self.between_ms(a, b) for a, b in itertools.pairwise(marks)]
         row.more = {
-            "ms_median": statistics.median(times_ms),
-            "ms_p95": times_ms[max(0, -(-95 * len(times_ms) // 100) - 1)],
+            "ms_p50": statistics.median(times_ms),
+            "ms_p95": percentile(times_ms, 95),
+            "memory_bytes": memory_bytes(self.device),
         }
         return row
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the device has done all it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _mark(self) -> Any:
+    def mark(self) -> Any:
+        """A point in time, of the device's work where there is one."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _between_ms(self, a: Any, b: Any) -> float:
+    def between_ms(self, a: Any, b: Any) -> float:
+        """Milliseconds from one mark to another; after `wait`."""
         return a.elapsed_time(b) if self.device.type == "cuda" else 1000 * (b - a)
 
 
-def measure(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, Row]:
-    """All rows of ours, by name."""
-    method, optimizer, device = trainee.method, trainee.optimizer, trainee.device
-    clip = resolved.config.train.clip_grad
-    synthetic = views(resolved, device, clock.batch)
+def percentile(values: list[float], share: int) -> float:
+    """The least of the values that `share` per cent of them do not exceed."""
+    return sorted(values)[max(0, -(-share * len(values) // 100) - 1)]
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The GPU memory that was in use at most since the last reset; on a CPU what this process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, Row]:
+    """Student, teacher and update by themselves, each on as many images as are on the device at a time."""
+    method, step, chunk = trainee.method, trainee.step, trainee.chunk
+    synthetic = views(resolved, trainee.device, chunk)
     rows: dict[str, Row] = {}
+    whole = Step(
+        method, Door(method), trainee.optimizer, trainee.device, trainee.dtype
+    )  # a chunk is all it gets
 
-    def forward_backward(images: list[Tensor]) -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=trainee.bf16):
-            output = method(images)
-        output.loss.backward()
+    def teacher() -> Any:
+        with _autocast(trainee):
+            return method.targets(method.teacher_features(synthetic))
 
-    def teacher() -> list[Tensor]:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=trainee.bf16):
-            return method.keys(synthetic)
+    with _given_targets(whole, teacher()):
 
-    def student() -> None:
-        forward_backward(synthetic)
-        optimizer.zero_grad(set_to_none=True)
+        def student() -> None:
+            whole.gradients(synthetic)
+            trainee.optimizer.zero_grad(set_to_none=True)
+
+        rows[STUDENT] = clock.row(STUDENT, student, batch=chunk)
+    rows[TEACHER] = clock.row(TEACHER, teacher, batch=chunk)
+    whole.gradients(synthetic)
+    grads = [(p, p.grad) for p in method.parameters() if p.grad is not None]
 
     def update() -> None:
-        if clip:
-            torch.nn.utils.clip_grad_norm_(method.parameters(), clip)
-        optimizer.step()
-        method.update_teacher(method.teacher_momentum(0.5))
+        for parameter, grad in grads:  # which a step clears
+            parameter.grad = grad
+        step.update(method.teacher_momentum(0.5))
 
-    def full(images: list[Tensor]) -> None:
-        forward_backward(images)
-        update()
-        optimizer.zero_grad(set_to_none=True)
-
-    def add(name: str, step: Callable[[], Any]) -> None:
-        rows[name] = clock.row(name, step)
-
-    with _given_keys(method, teacher()):
-        add(STUDENT, student)
-    add(TEACHER, teacher)
-    forward_backward(synthetic)  # leaves the gradients that the optimiser needs
-    add(UPDATE, update)
-    optimizer.zero_grad(set_to_none=True)
-    add(FULL, lambda: full(synthetic))
-    pairs = ema_pairs(method)
-    add(EMA, lambda: method.update_teacher(0.99))
-    add(EMA_LOOP, lambda: ema_loop(pairs, 0.99))
-    rows[EMA].compare(rows[EMA_LOOP])
-    if resolved.config.data.shards:
-        with contextlib.closing(_endless(resolved, device)) as batches:  # pyright: ignore[reportArgumentType]
-            add(LOADER, lambda: next(batches))
-            add(END_TO_END, lambda: full(next(batches)))
+    rows[UPDATE] = clock.row(UPDATE, update, batch=trainee.batch)
+    for parameter in method.parameters():
+        parameter.grad = None
     return rows
 
 
+def _autocast(trainee: Trainee) -> torch.autocast:
+    return torch.autocast(trainee.device.type, dtype=trainee.dtype, enabled=trainee.dtype != torch.float32)
+
+
 @contextlib.contextmanager
-def _given_keys(method: MoCoV3, keys: list[Tensor]) -> Iterator[None]:
-    """Within, the method compares with these keys and its teacher rests."""
-    vars(method)["keys"] = lambda views: keys
+def _given_targets(step: Step, targets: Any) -> Iterator[None]:
+    """Within, the step compares with these targets and its teacher rests."""
+    vars(step)["_targets"] = lambda views, parts: targets
     try:
         yield
     finally:
-        del vars(method)["keys"]
+        del vars(step)["_targets"]
 
 
-def _endless(resolved: Resolved, device: torch.device) -> Iterator[list[Tensor]]:
-    cfg = resolved.config
-    shards = cfg.data.open()
-    options = cfg.data.options()
-    loader = open_loader(
-        shards, cfg.recipe, batch=cfg.train.batch, seed=cfg.train.seed, device=device, **options
-    )
-    for epoch in itertools.count():
-        for made in loader.epoch(epoch):
-            yield made.views
-
-
-def ema_pairs(method: MoCoV3) -> list[tuple[Tensor, Tensor]]:
-    """(teacher, student) of every averaged parameter: module `teacher_x` follows module `x`."""
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for name, teacher in method.named_children():
-        if name.startswith("teacher_"):
-            student = method.get_submodule(name.removeprefix("teacher_"))
-            pairs += zip(teacher.parameters(), student.parameters(), strict=True)
-    return pairs
-
-
-def ema_loop(pairs: list[tuple[Tensor, Tensor]], momentum: float) -> None:
-    """The average as it is often written: one tensor after the other, into new memory."""
-    for teacher, student in pairs:
-        teacher.data = teacher.data * momentum + student.data * (1 - momentum)
-
-
-def _in_nchw(resolved: Resolved) -> Resolved:
-    train = dataclasses.replace(resolved.config.train, channels_last=False)
-    return dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, train=train))
-
-
-def plain_row(resolved: Resolved, clock: Clock) -> Row:
-    """The same model and optimiser in a plain eager step, in MoCo v3's manner, or why it did not run.
-
-    NCHW, one forward per view, float32 on a CPU and fp16 autocast with a GradScaler on CUDA, the average tensor by tensor before the
-    teacher's forward, and two numbers read by the host at every step.
-    """
-    device = clock.device
-    note = (
-        "plain PyTorch in MoCo v3's manner: NCHW, no compiling, a forward per view, "
-        f"{'fp16 autocast and GradScaler' if device.type == 'cuda' else 'float32'}, EMA as a Python loop, two .item() a step"
-    )
-    try:
-        method, _ = build_method(_in_nchw(resolved), device)
-        optimizer = build_optimizer(method.parameters(), resolved.config.optim)
-        set_lr(optimizer, 0.0)
-        scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
-        images, pairs = views(resolved, device, clock.batch), ema_pairs(method)
-
-        def side(query: Tensor, key: Tensor) -> Tensor:
-            temperature = method.cfg.temperature
-            logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / temperature
-            return 2 * temperature * F.cross_entropy(logits, torch.arange(len(logits), device=device))
-
-        def step() -> None:
-            with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
-                queries = [method.predictor(method.projector(method.backbone(view))) for view in images]
-                with torch.no_grad():
-                    ema_loop(pairs, 0.99)
-                    keys = [method.teacher_projector(method.teacher_backbone(view)) for view in images]
-                loss = side(queries[0], keys[1]) + side(queries[1], keys[0])
-            loss.item()
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            torch.isfinite(loss).item()
-
-        row = clock.row(PLAIN, step)
-    except torch.OutOfMemoryError:
-        row = Row(PLAIN, error=f"a batch of {clock.batch} does not fit in the memory of the device")
-    row.note = note
-    return row
+def is_cnn(method: nn.Module) -> bool:
+    """Whether most of the weights are convolutions'."""
+    sizes = [
+        (isinstance(m, nn.Conv2d), m.weight.numel())
+        for m in method.modules()
+        if isinstance(m, nn.Conv2d | nn.Linear)
+    ]
+    return sum(n for conv, n in sizes if conv) > sum(n for conv, n in sizes if not conv)

@@ -11,30 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl import config
-from fastssl.bench import command, loader, parts, peers, report, step
+from fastssl.bench import command, loader, peers, report
 from fastssl.bench.report import Row
 from fastssl.bench.work import Source, Work
-from fastssl.methods.parts import ema_update
 from pipelines.recipe import Recipe, get_recipe
 from shards.convert import convert
 from shards.errors import UserError
 from shards.read import ShardSet
-from tests.fastssl.tiny import Plain, make_method
 from tests.pictures import photo
 
 TINY = ["--size", "16", "--batch", "4", "--threads", "1", "--repeats", "1", "--seconds", "0.02"]
-STEP = [
-    "--model.backbone",
-    "resnet10_w32",
-    "--recipe.size",
-    "16",
-    "--method.hidden_dim",
-    "8",
-    "--method.dim",
-    "4",
-]
-STEP += ["--train.batch", "4", "--train.device", "cpu", "--steps", "2", "--repeats", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +32,6 @@ def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         photo(40 + i, 32, seed=i).save(root / "pictures" / f"{i}.jpg")
     convert(root / "pictures", root / "shards", workers=0)
     return root / "shards"
-
-
-@pytest.fixture
-def config_file(tmp_path: Path) -> str:
-    (tmp_path / "run.yaml").write_text("train:\n  precision: fp32\n")
-    return str(tmp_path / "run.yaml")
 
 
 def loader_report(shard_folder: Path, tmp_path: Path, *flags: str) -> dict:
@@ -201,124 +181,8 @@ def test_unknown_subcommand_and_help(capsys):
     with pytest.raises(UserError, match="Did you mean 'loader'"):
         command.run(["loadr"])
     assert command.run(["--help"]) == 0
-    assert command.run(["step", "--help"]) == 0
-    assert "bench step CONFIG" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------------------------------------- step
-
-
-def test_step_report(shard_folder, tmp_path, config_file, capsys):
-    path = tmp_path / "step.json"
-    assert (
-        command.run(["step", config_file, *STEP, "--data.shards", str(shard_folder), "--json", str(path)])
-        == 0
-    )
-    report = json.loads(path.read_text())
-    rows = {row["name"]: row for row in report["rows"]}
-    assert list(rows) == [
-        "student forward + backward",
-        "teacher forward",
-        "optimiser + EMA",
-        "full step",
-        "EMA",
-        "EMA as a Python loop",
-        "loader",
-        "end to end",
-        "plain eager step",
-    ]
-    for row in rows.values():
-        check_row(row)
-        assert 0 < row["ms_median"] <= row["ms_p95"]
-    for ours, other in (("full step", "plain eager step"), ("EMA", "EMA as a Python loop")):
-        assert rows[ours]["ratio"] == pytest.approx(rows[ours]["images_per_s"] / rows[other]["images_per_s"])
-        assert rows[ours]["ratio_to"] == other
-    assert report["kind"] == "step"
-    assert report["settings"]["config"]["train"]["batch"] == 4
-    assert report["settings"]["forward_flops"] > 0
-    assert report["mfu"] is None
-    assert report["peak_memory_bytes"] is None
-    assert "is the bottleneck" in report["conclusion"]
-    shown = " ".join(capsys.readouterr().out.split())
-    assert report["conclusion"] in shown
-
-
-def test_step_needs_no_shards(config_file, capsys):
-    assert command.run(["step", config_file, *STEP]) == 0
-    assert "Give --data.shards to learn" in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--steps", "2"], "Give the configuration file first"),
-        (["none.yaml"], "no configuration file 'none.yaml'"),
-        (["CONFIG", "--steps", "0"], "--steps is 0"),
-        (["CONFIG", "--train.bach", "4"], "Did you mean 'train.batch'"),
-        (["CONFIG", "--json", "no/such/x.json"], "no folder 'no/such'"),
-    ],
-)
-def test_step_names_mistakes(config_file, argv, words):
-    with pytest.raises(UserError, match=words):
-        command.run(["step", *(config_file if token == "CONFIG" else token for token in argv)])
-
-
-def test_step_refuses_several_processes(config_file, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="without torchrun"):
-        command.run(["step", config_file])
-
-
-def fake(device: str, **rates: float) -> tuple:
-    """(trainee, rows) with these rates and an update that takes a tenth of the step."""
-    rows = {name.replace("_", " "): Row(name, rates=[rate]) for name, rate in rates.items()}
-    rows[parts.FULL].more = {"ms_median": 10.0}
-    rows[parts.UPDATE] = Row(parts.UPDATE, more={"ms_median": 1.0})
-    trainee = parts.Trainee(make_method(Plain()), None, torch.device(device), True, True, 1)  # type: ignore[arg-type]
-    return trainee, rows
-
-
-def test_conclusion_names_the_slower_side_and_a_switch(config_file):
-    trainee, rows = fake("cuda", full_step=3000.0, loader=1000.0, end_to_end=900.0)
-    resolved = config.load(config_file, ["--data.engine", "reference"])
-    assert step.conclusion(resolved, trainee, rows) == (
-        "The loader is the bottleneck (1,000 images/s, the step makes 3,000); together 900, 90% of what these two allow. "
-        "Try --data.engine fused."
-    )
-    trainee, rows = fake("cpu", full_step=1000.0, loader=1000.0 * 3, end_to_end=375.0)
-    resolved = config.load(config_file, ["--train.compile", "True"])
-    # Sharing the cores, 1 ms and 1/3 ms an image allow 750 images/s.
-    assert "The step is the bottleneck (1,000 images/s, the loader makes 3,000); together 375, 50% of" in (
-        step.conclusion(resolved, trainee, rows)
-    )
-    assert "--train.compile True" in step.step_advice(
-        config.load(config_file), fake("cuda", full_step=1.0)[0], rows
-    )
-
-
-def test_mfu_counts_eight_forwards():
-    # 1000 images/s x 8 x 12.3625 GFLOP = 98.9 TFLOP/s, a tenth of 989.
-    assert parts.utilisation(1000, 12_362_500_000, "NVIDIA H100 80GB HBM3") == pytest.approx(0.1)
-    assert parts.utilisation(1000, 12_362_500_000, "another GPU") is None
-    assert parts.utilisation(1000, 12_362_500_000, None) is None
-
-
-def test_forward_flops_of_linear_layers():
-    # Backbone 48 -> 6, projector 6 -> 7 -> 7 -> 5, predictor 5 -> 7 -> 5; a multiply-add is two operations.
-    method = make_method(Plain())
-    expected = 2 * (48 * 6 + 6 * 7 + 7 * 7 + 7 * 5 + 5 * 7 + 7 * 5)
-    assert parts.forward_flops(method, torch.randn(2, 3, 4, 4)) == expected
-
-
-def test_ema_loop_does_what_ours_does():
-    pairs = parts.ema_pairs(make_method(Plain()))
-    for _, student in pairs:
-        student.data += torch.randn_like(student)
-    copies = [teacher.detach().clone() for teacher, _ in pairs]
-    ema_update(copies, [student for _, student in pairs], 0.9)
-    parts.ema_loop(pairs, 0.9)
-    for (teacher, _), copy in zip(pairs, copies, strict=True):
-        torch.testing.assert_close(teacher.detach(), copy)
+    assert command.run(["run.yaml", "--help"]) == 0
+    assert "usage: fastssl bench CONFIG [--data.shards DIR]" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------- report

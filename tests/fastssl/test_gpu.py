@@ -118,16 +118,18 @@ def test_views_on_a_gpu_outlive_the_next_batches(shard_folder):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_bench_step_on_a_gpu(shard_folder, tmp_path):
+def test_the_ladder_on_a_gpu(shard_folder, tmp_path):
     (tmp_path / "run.yaml").write_text("train:\n  precision: bf16\n")
-    path = tmp_path / "step.json"
+    path = tmp_path / "ladder.json"
     flags = ["--data.shards", str(shard_folder), "--steps", "2", "--repeats", "1", "--json", str(path)]
-    assert command.run(["step", str(tmp_path / "run.yaml"), *SMALL, *flags]) == 0
+    assert command.run([str(tmp_path / "run.yaml"), *SMALL, *flags]) == 0
     report = json.loads(path.read_text())
     assert report["machine"]["gpu"] == torch.cuda.get_device_name()
-    assert report["peak_memory_bytes"] > 0
     for row in report["rows"]:
-        assert row["error"] is None
+        if row["error"] is not None:
+            assert row["error"].startswith("not installed")
+            continue
         low, high = row["spread"]
         assert 0 < low <= row["images_per_s"] <= high
-        assert 0 < row["ms_median"] <= row["ms_p95"]
+        assert 0 < row["ms_p50"] <= row["ms_p95"]
+        assert row["memory_bytes"] > 0

@@ -1,0 +1,127 @@
+"""The data path's rungs of the ladder: what each stage makes by itself, on some images of the run's own shards."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.bench.loader import _decode, _read
+from fastssl.bench.report import Row
+from fastssl.bench.verdict import AUGMENT, DECODE, READ, TO_DEVICE
+from fastssl.bench.work import Work
+from pipelines.cache import Samples
+from pipelines.draws import draw
+from pipelines.engines import make_engine, whole_batches
+from pipelines.loader import default_threads, gpu_slots, host_slots, open_loader, view_shapes
+from pipelines.stream import Job, stream
+from shards.order import epoch_order
+from shards.read import ShardSet
+
+if TYPE_CHECKING:
+    from fastssl.bench.parts import Clock
+    from fastssl.config import Resolved
+
+RESIDENT_BATCHES = 4
+
+
+class Resident(Samples):
+    """Some images decoded beforehand, so that making their views needs neither disk nor decoder."""
+
+    def __init__(
+        self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int, ids: np.ndarray
+    ):
+        super().__init__(shards, decode, channels)
+        self._pixels = {int(i): super(Resident, self).pixels(int(i)) for i in ids}
+
+    def pixels(self, sample_id: int) -> np.ndarray:
+        """As `Samples.pixels`."""
+        return self._pixels[sample_id]
+
+
+def open_work(resolved: Resolved) -> Work:
+    """Some batches of the run's images, the same for every rung."""
+    cfg = resolved.config
+    shards = cfg.data.open()
+    ids = epoch_order(shards.num_samples, cfg.train.seed, 0)[: RESIDENT_BATCHES * cfg.train.batch]
+    return Work(
+        shards, cfg.recipe, ids, min(cfg.train.batch, len(ids)), cfg.data.threads or default_threads()
+    )
+
+
+def data_rows(resolved: Resolved, work: Work, clock: Clock) -> dict[str, Row]:
+    """Read, decode, to device and augment."""
+    rows = {}
+    for name, make in ((READ, _read), (DECODE, _decode)):
+        with contextlib.closing(make(work)) as batches:
+            rows[name] = clock.row(name, lambda made=batches: next(made), batch=work.batch)
+    rows[TO_DEVICE] = _copy_row(resolved, clock)
+    try:
+        with contextlib.closing(resident_views(resolved, work, clock.device)) as made:
+            rows[AUGMENT] = clock.row(AUGMENT, lambda: next(made), batch=work.batch)
+    except NotImplementedError as fault:
+        rows[AUGMENT] = Row(AUGMENT, error=str(fault))
+    return rows
+
+
+def _copy_row(resolved: Resolved, clock: Clock) -> Row:
+    from fastssl.bench.parts import views
+
+    if clock.device.type == "cpu":
+        return Row(TO_DEVICE, error="nothing is copied: the views are made where they are used")
+    if resolved.config.data.augment_on == "gpu":
+        return Row(TO_DEVICE, error="pixels are copied within the augment rung: data.augment_on is gpu")
+    images = [view.pin_memory() for view in views(resolved, "cpu", clock.batch)]
+    target = [torch.empty_like(view, device=clock.device) for view in images]
+
+    def copy() -> None:
+        for to, view in zip(target, images, strict=True):
+            to.copy_(view, non_blocking=True)
+
+    row = clock.row(TO_DEVICE, copy)
+    row.more["bytes"] = sum(view.nbytes for view in images)
+    return row
+
+
+def resident_views(resolved: Resolved, work: Work, device: torch.device) -> Generator[list[Tensor]]:
+    """Views of images that lie decoded in memory, made as the run makes them, batch after batch without end.
+
+    Raises:
+        NotImplementedError: the engine decodes and augments in one graph.
+    """
+    data, recipe, shards = resolved.config.data, work.recipe, work.shards
+    if whole_batches(data.engine):
+        raise NotImplementedError(f"the engine '{data.engine}' decodes and augments in one go")
+    engine: Any = make_engine(data.engine, recipe)
+    samples = Resident(shards, engine.decode, len(recipe.mean), work.sample_ids)
+    if data.augment_on == "gpu":
+        slots = gpu_slots(samples, recipe, device, False)()
+    else:
+        slots = host_slots(samples, engine, view_shapes(recipe), work.batch, device)
+    jobs = (
+        Job(ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]), epoch)
+        for epoch, ids in work.batches()
+    )
+    return _views(stream(samples, slots, jobs, work.threads))
+
+
+def _views(batches: Any) -> Generator[list[Tensor]]:
+    with contextlib.closing(batches):
+        for made in batches:
+            yield made.views
+
+
+def loader_views(resolved: Resolved, device: torch.device, on_host: bool) -> Iterator[list[Tensor]]:
+    """The run's own loader, epoch after epoch."""
+    cfg = resolved.config
+    shards = cfg.data.open()
+    options = {**cfg.data.options(), "batch": cfg.train.batch, "seed": cfg.train.seed}
+    loader = open_loader(shards, cfg.recipe, device=device, on_host=on_host, **options)
+    for epoch in itertools.count():
+        for made in loader.epoch(epoch):
+            yield made.views

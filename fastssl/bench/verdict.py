@@ -1,0 +1,140 @@
+"""What bounds a run, in one sentence: a pure function of the measured ladder and of the switches in use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastssl.bench.report import brief
+
+# The rungs, from the bottom up.
+READ, DECODE, TO_DEVICE, AUGMENT, LOADER = "read", "decode", "to device", "augment", "loader"
+STUDENT, TEACHER, UPDATE = "student forward + backward", "teacher forward", "EMA + optimiser"
+FULL, FULL_AUGMENT, END_TO_END = "full step, synthetic", "full step + augment", "end to end"
+RUNGS = (READ, DECODE, TO_DEVICE, AUGMENT, LOADER, STUDENT, TEACHER, UPDATE, FULL, FULL_AUGMENT, END_TO_END)
+
+BESIDE = 1.1  # a step this much slower beside the loader competes with it
+WELL = 0.95  # of what the slower side allows: nothing is lost between them
+
+
+@dataclass(frozen=True)
+class Switches:
+    """The settings that the advice may change, and what this machine allows."""
+
+    on_gpu: bool = False
+    engine: str = "fused"
+    augment_on: str = "cpu"
+    cache: str = "none"
+    threads: int = 1
+    cores: int = 1
+    in_chunks: bool = False
+    fits_in_ram: bool = False
+    """Whether the decoded images would."""
+    half: bool = True
+    """The step computes in 16 bits."""
+    half_is_fast: bool = True
+    compiled: bool = True
+    can_compile: bool = True
+    channels_last: bool = True
+    is_cnn: bool = False
+    checkpointing: str = "none"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The numbers that the sentence rests on, and the sentence."""
+
+    bottleneck: str
+    """The name of a rung; "contention" where both sides are fast alone."""
+    overlap: float | None
+    """end to end / what the slower of loader and step allows."""
+    contention: float | None
+    """Time of a step beside the loader / alone."""
+    sentence: str
+
+
+def judge(rates: Mapping[str, float | None], switches: Switches, contention: float | None = None) -> Verdict:
+    """Name the bottleneck and the switch to try.
+
+    Args:
+        rates: images per second of each rung; None or absent where it was not measured. The full step must be there.
+        contention: time of a step while the loader works / of the step alone.
+    """
+    step, loader, whole = rates.get(FULL), rates.get(LOADER), rates.get(END_TO_END)
+    assert step
+    if not loader or not whole:
+        part, advice = _slow_part_of_step(rates, switches)
+        start = f"The step makes {brief(step)} images/s, of which {part} takes the most"
+        return Verdict(
+            part, None, None, f"{start}: {advice}. Give --data.shards to learn whether the loader keeps up."
+        )
+    # On a CPU both share the cores, so their times add up; beside a GPU the slower one decides.
+    allowed = min(step, loader) if switches.on_gpu else 1 / (1 / step + 1 / loader)
+    overlap = whole / allowed
+    told = (
+        f"the loader makes {brief(loader)} images/s, the step {brief(step)}, together {brief(whole)}: "
+        f"{overlap:.0%} of what they allow"
+    )
+    if overlap < WELL and switches.on_gpu and contention and contention >= BESIDE:
+        what = "GPU" if switches.augment_on == "gpu" else "CPU cores"
+        advice = (
+            "try --data.augment-on cpu"
+            if what == "GPU"
+            else f"try --data.threads {max(1, switches.threads * 3 // 4)}, which leaves cores to launch kernels"
+        )
+        sentence = (
+            f"Loader and step compete for the {what} (a step takes {contention:.2f} times as long beside the loader): "
+            f"{advice}; {told}."
+        )
+        return Verdict("contention", overlap, contention, sentence)
+    if loader < step:
+        part, advice = _slow_part_of_loader(rates, switches)
+        sentence = f"The loader is the bottleneck, and in it {part}: {advice}; {told}."
+    else:
+        part, advice = _slow_part_of_step(rates, switches)
+        sentence = f"The step is the bottleneck, and in it {part}: {advice}; {told}."
+    return Verdict(part, overlap, contention, sentence)
+
+
+def _slowest(rates: Mapping[str, float | None], names: tuple[str, ...]) -> str:
+    measured = {name: rate for name in names if (rate := rates.get(name))}
+    return min(measured, key=lambda name: measured[name]) if measured else names[-1]
+
+
+def _slow_part_of_loader(rates: Mapping[str, float | None], switches: Switches) -> tuple[str, str]:
+    part = _slowest(rates, (READ, DECODE, TO_DEVICE, AUGMENT))
+    if switches.engine == "reference":
+        return part, "try --data.engine fused"
+    if switches.threads < switches.cores:
+        return part, f"try --data.threads {switches.cores}"
+    if part == READ:
+        return part, "try --data.cache ram, or a faster disk and --data.order blocks"
+    if part == DECODE:
+        if switches.fits_in_ram and switches.cache == "none":
+            return part, "try --data.cache ram, which decodes each image once"
+        return part, "convert with `fastssl shard --short-side 256`, or use more cores"
+    if switches.on_gpu and switches.augment_on == "cpu" and not switches.in_chunks:
+        return part, "try --data.augment-on gpu" + (
+            ", which sends bytes instead of floats" if part == TO_DEVICE else ""
+        )
+    return part, "try a smaller --recipe.size, or more cores"
+
+
+def _slow_part_of_step(rates: Mapping[str, float | None], switches: Switches) -> tuple[str, str]:
+    part = _slowest(rates, (STUDENT, TEACHER, UPDATE))
+    if part == UPDATE or _share_of_update(rates) > 0.2:
+        return UPDATE, "try a larger --train.batch, so that it comes less often"
+    if not switches.half and switches.half_is_fast:
+        return part, "try --train.precision bf16"
+    if not switches.compiled and switches.can_compile:
+        return part, "try --train.compile True"
+    if not switches.channels_last and switches.is_cnn:
+        return part, "try --train.channels-last True"
+    if switches.checkpointing != "none":
+        return part, "try --train.checkpointing none, if the memory allows"
+    return part, "every switch is on: try a smaller --model.backbone or --recipe.size, or more devices"
+
+
+def _share_of_update(rates: Mapping[str, float | None]) -> float:
+    update, full = rates.get(UPDATE), rates.get(FULL)
+    return full / update if update and full else 0.0
