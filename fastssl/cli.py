@@ -24,6 +24,10 @@ COMMANDS = {
     "verify": ("shards.verify_command", "Check every byte of shards, and say which sample is damaged"),
     "preview": ("fastssl.preview", "Draw originals beside the views a recipe makes of them, as a PNG"),
     "pretrain": ("fastssl.pretrain", "Pretrain a backbone on shards, without labels"),
+    "launch": (
+        "fastssl.launch",
+        "Start a run on a cluster: launch slurm, which saves, queues itself again and goes on",
+    ),
     "eval": ("fastssl.eval.command", "Test what a checkpoint has learned: eval knn"),
     "doctor": (
         "fastssl.doctor.command",
