@@ -39,6 +39,9 @@ def build(cfg: ModelConfig, image_size: int) -> nn.Module:
         _shrink_stem(backbone, cfg)
     if cfg.stop_grad_conv1:
         _freeze_patch_embedding(backbone)
+    for module in backbone.modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):  # as timm's attention layers call it
+            module.fused_attn = cfg.attention == "sdpa"  # pyright: ignore[reportArgumentType]
     return backbone
 
 

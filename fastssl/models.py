@@ -20,6 +20,9 @@ class ModelConfig:
     effect on conv stems and convolutional networks."""
     drop_path: float = 0.0
     """Stochastic depth: the chance to skip the last block, falling to 0 at the first. MoCo v3 uses none."""
+    attention: Literal["sdpa", "explicit"] = "sdpa"
+    """ViTs: PyTorch's fused attention, which chooses the fastest kernel for the device, or the products written out, for comparison;
+    no effect on convolutional networks."""
     channels: int = 3
     """Image channels; training takes those of the shards."""
     patch_size: int = 16

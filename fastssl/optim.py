@@ -35,6 +35,9 @@ class OptimConfig:
     """lars: the length of a step relative to the length of the weight, before the learning rate."""
     warmup_epochs: float = 40
     """Epochs of linear warm-up from 0."""
+    implementation: Literal["auto", "fused", "foreach", "loop"] = "auto"
+    """adamw and sgd: one fused kernel, multi-tensor operations, or a loop over the tensors, for comparison. auto takes fused on a
+    GPU and foreach on a CPU; lars is multi-tensor operations."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "trust_coefficient"):
@@ -47,6 +50,11 @@ class OptimConfig:
             value = getattr(self, name)
             if not all(0 <= x < 1 for x in (value if isinstance(value, tuple) else (value,))):
                 raise UserError(f"optim.{name} is {value} but must be at least 0 and less than 1.")
+        if self.name == "lars" and self.implementation in ("fused", "loop"):
+            raise UserError(
+                f"optim.implementation is {self.implementation}, but lars has multi-tensor operations only: leave it auto, or set "
+                "--optim.name adamw."
+            )
 
 
 def scaled_lr(cfg: OptimConfig, batch: int) -> float:
@@ -63,8 +71,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
     """The optimiser `cfg` names, over those of `parameters` that are trained, in one group.
 
-    The rate starts at cfg.lr; set it before each step with `set_lr`. Steps run as one fused kernel for AdamW
-    and SGD on CUDA, and as multi-tensor operations otherwise. Raises UserError when nothing is to be trained.
+    The rate starts at cfg.lr; set it before each step with `set_lr`. Steps run as cfg.implementation says.
+    Raises UserError when nothing is to be trained.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
@@ -77,8 +85,12 @@ def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimConfig) -> tor
             momentum=cfg.momentum,
             trust_coefficient=cfg.trust_coefficient,
         )
-    fused = all(parameter.is_cuda for parameter in trained)
-    how = {"fused": True} if fused else {"foreach": True}
+    how = {
+        "auto": {"fused": True} if all(parameter.is_cuda for parameter in trained) else {"foreach": True},
+        "fused": {"fused": True},
+        "foreach": {"foreach": True},
+        "loop": {"foreach": False},
+    }[cfg.implementation]
     if cfg.name == "adamw":
         return torch.optim.AdamW(trained, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, **how)
     return torch.optim.SGD(trained, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, **how)

@@ -116,8 +116,9 @@ class Step:
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif self.device.type == "cuda":
-            # As GradScaler tells them: the fused optimisers and LARS decide on the device. On a CPU there is nothing to wait for.
+        elif self.device.type == "cuda" and getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # As GradScaler tells them: the fused optimisers and LARS decide on the device. The others have to wait for it, and on a
+            # CPU there is nothing to wait for.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # pyright: ignore[reportAttributeAccessIssue]
             self.optimizer.step()
         elif not bad:

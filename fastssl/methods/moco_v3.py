@@ -33,6 +33,8 @@ class Config:
     head: Literal["auto", "resnet", "vit"] = "auto"
     """resnet: projector of 2 layers, predictor without a last BatchNorm; vit: projector of 3 layers,
     predictor with one. auto takes vit for ViTs and for backbones without BatchNorm, resnet for the others."""
+    ema: Literal["foreach", "loop"] = "foreach"
+    """How the teacher's average is computed: one multi-tensor operation, or a loop over the tensors, for comparison."""
     queue: int = 0
     """Keys of earlier steps that serve as further negatives, a multiple of train.batch; 0 takes the batch's own only,
     as the paper does. For small batches: 65536 is MoCo v2's."""
@@ -161,7 +163,7 @@ class MoCoV3(Method):
         """
         student = [*self.backbone.parameters(), *self.projector.parameters()]
         teacher = [*self.teacher_backbone.parameters(), *self.teacher_projector.parameters()]
-        ema_update(teacher, student, momentum)
+        ema_update(teacher, student, momentum, self.cfg.ema)
 
     def teacher_momentum(self, progress: float) -> float:
         """Momentum at `progress`, the share of the run done in [0, 1]; see `schedules.cosine_momentum`."""

@@ -72,9 +72,18 @@ def batch_statistics(features: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def ema_update(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, in place, as one multi-tensor operation."""
-    torch._foreach_lerp_(list(teacher), list(student), 1 - momentum)
+def ema_update(
+    teacher: Iterable[Tensor],
+    student: Iterable[Tensor],
+    momentum: float,
+    how: Literal["foreach", "loop"] = "foreach",
+) -> None:
+    """teacher = momentum * teacher + (1 - momentum) * student, in place, as one multi-tensor operation or tensor by tensor."""
+    if how == "foreach":
+        torch._foreach_lerp_(list(teacher), list(student), 1 - momentum)
+        return
+    for average, new in zip(teacher, student, strict=True):
+        average.lerp_(new, 1 - momentum)
 
 
 def depends_on_batch(module: nn.Module) -> bool:
