@@ -36,7 +36,9 @@ class Samples:
         try:
             pixels = self._decode(self._read(sample_id))
         except _FAULTS as fault:
-            raise Unreadable(str(fault)) from fault
+            if not self.shards.mend(sample_id):
+                raise Unreadable(str(fault)) from fault
+            return self.pixels(sample_id)
         width, height = int(self.shards.widths[sample_id]), int(self.shards.heights[sample_id])
         if pixels.shape[:2] != (height, width):
             raise Unreadable(

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 
+from pipelines.ahead import Ahead, Uses, choose_window
 from pipelines.batch_engine import BatchEngine, BatchOptions, batch_slots
 from pipelines.cache import Samples, open_samples
 from pipelines.channels import check_operations, fit_recipe
@@ -20,10 +21,12 @@ from pipelines.faults import BadSamples
 from pipelines.fused_engine import FusedEngine
 from pipelines.recipe import Recipe
 from pipelines.stream import SLOTS, Batch, HostSlot, Job, Renderer, Slot, default_threads, stream
+from shards.cache_settings import CacheSettings
 from shards.errors import UserError
 from shards.order import block_order, epoch_order, rank_positions, steps_per_epoch
 from shards.read import ShardSet
 from shards.splits import open_split
+from shards.units import parse_bytes
 
 __all__ = ["Batch", "DataConfig", "Loader", "default_threads", "eval_batches", "open_loader", "open_slots"]
 
@@ -33,9 +36,13 @@ class DataConfig:
     """Where the samples come from and how they become views."""
 
     shards: str = ""
-    """Folder of shards that `fastssl shard` made."""
+    """Folder of shards that `fastssl shard` made, or its URL, such as s3://bucket/shards."""
     split: str = ""
     """Part of the shards that `fastssl split` made, such as train or labelled-0.1; empty: all of them."""
+    cache_dir: str = ""
+    """Where remote shards are kept on this machine; empty is $FASTSSL_CACHE_DIR, or else ~/.cache/fastssl/shards."""
+    cache_bytes: str = ""
+    """How much of them, such as 200GB; empty is $FASTSSL_CACHE_BYTES, or else half of what is free there."""
     engine: EngineName = "fused"
     """What makes the views: 'fused' (ours), 'dali' or 'kornia' (NVIDIA's and Kornia's operations, the same draws), or 'reference'
     (PIL and torchvision, one image at a time)."""
@@ -45,8 +52,9 @@ class DataConfig:
     """Where views are made ('reference': only 'cpu'): 'gpu' frees CPU cores and takes time of the GPU (8-bit images, 3 channels)."""
     decode: Literal["cpu", "gpu"] = "cpu"
     """Where images are decoded with data.augment_on gpu: 'gpu' (nvImageCodec) helps where few CPU cores serve a GPU."""
-    order: Literal["global", "blocks"] = "global"
-    """'global' shuffles all samples; 'blocks' shuffles shards, and samples within a few shards, for cold remote storage."""
+    order: Literal["auto", "global", "blocks"] = "auto"
+    """'global' shuffles all samples; 'blocks' shuffles shards, and samples within a few shards, so that few are in use at a time.
+    'auto' is 'blocks' for remote shards."""
     block_shards: int = 16
     """Shards whose samples are shuffled together with data.order blocks."""
     cache: Literal["none", "ram", "gpu"] = "none"
@@ -63,6 +71,8 @@ class DataConfig:
             raise UserError(f"data.threads is {self.threads}, but it must be 0 (one per core) or more.")
         if self.block_shards < 1:
             raise UserError(f"data.block_shards is {self.block_shards}, but it must be at least 1.")
+        if self.cache_bytes:
+            parse_bytes(self.cache_bytes)
         if self.cache_gb < 0:
             raise UserError(f"data.cache_gb is {self.cache_gb}, but it must be 0 (automatic) or more.")
         if not 0 <= self.max_bad_share <= 1:
@@ -70,14 +80,14 @@ class DataConfig:
                 f"data.max_bad_share is {self.max_bad_share}, but it must be a share between 0 and 1."
             )
 
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of `open_loader` that this section sets: all but the folder and its part."""
-        given = ("shards", "split")
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in given}
-
     def open(self) -> ShardSet:
-        """The samples to train on."""
-        return open_split(self.shards, self.split)
+        """The samples to train on; UserError as `open_split`."""
+        return open_split(self.shards, self.split, CacheSettings(self.cache_dir, self.cache_bytes))
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `open_loader` that this section sets: all but those of `open`."""
+        opening = ("shards", "split", "cache_dir", "cache_bytes")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in opening}
 
 
 def open_loader(
@@ -92,7 +102,7 @@ def open_loader(
     threads: int = 0,
     augment_on: str = "cpu",
     decode: str = "cpu",
-    order: str = "global",
+    order: str = "auto",
     block_shards: int = 16,
     cache: str = "none",
     cache_gb: float = 0.0,
@@ -140,6 +150,8 @@ def open_loader(
         device=device,
         on_host=on_host,
     )
+    window, note = choose_window(shards, order, block_shards)
+    samples.note = "\n".join(filter(None, (note, samples.note)))
     return Loader(
         samples,
         make_slots,
@@ -151,7 +163,7 @@ def open_loader(
         world=world,
         threads=threads,
         device=device,
-        block_shards=block_shards if order == "blocks" else 0,
+        block_shards=window,
     )
 
 
@@ -318,14 +330,23 @@ class Loader:
         if start >= stop:
             return
         first, last = start // self.steps_per_epoch, (stop - 1) // self.steps_per_epoch
-        with ThreadPoolExecutor(1, thread_name_prefix="order") as ahead:
-            coming = ahead.submit(self.order, first)
+        ahead = Ahead(self.shards, self._block_shards)
+
+        def plan(epoch: int) -> tuple[np.ndarray, Uses | None]:
+            order = self.order(epoch)
+            return order, ahead.uses(order[: self.steps_per_epoch * self.batch])
+
+        with ThreadPoolExecutor(1, thread_name_prefix="order") as pool:
+            coming = pool.submit(plan, first)
             for epoch in range(first, last + 1):
-                order = coming.result()
+                order, uses = coming.result()
                 if epoch < last:
-                    coming = ahead.submit(self.order, epoch + 1)
+                    coming = pool.submit(plan, epoch + 1)
                 begin = epoch * self.steps_per_epoch
                 for step in range(max(start, begin), min(stop, begin + self.steps_per_epoch)):
+                    at = (step - begin) * self.batch
+                    then = coming.result()[1] if epoch < last and coming.done() else None
+                    ahead.at(uses, at, at + self.batch, then)
                     ids = order[rank_positions(step - begin, self.batch, self.rank, self.world)]
                     widths, heights = self.shards.widths[ids], self.shards.heights[ids]
                     yield Job(ids, draw(self.recipe, self.seed, epoch, ids, widths, heights), epoch)
@@ -347,7 +368,10 @@ def eval_batches(
     """
 
     def jobs() -> Iterator[Job]:
+        ahead = Ahead(shards)
+        uses = ahead.uses(sample_ids)
         for start in range(0, len(sample_ids), batch):
+            ahead.at(uses, start, start + batch)
             ids = sample_ids[start : start + batch]
             yield Job(ids, eval_draws(recipe, shards.widths[ids], shards.heights[ids]))
 

@@ -125,7 +125,7 @@ def _print_summary(
     from rich.text import Text
 
     from shards import layout
-    from shards.progress import human_size
+    from shards.units import human_size
 
     table = Table(
         title=Text(dest.url), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)

@@ -151,6 +151,17 @@ class Manifest:
         open_place(folder).write(MANIFEST, self.to_bytes())
 
 
+def check_size(where: str, found_bytes: int | None, expected_bytes: int) -> None:
+    """Raises UserError unless the file `where` has the bytes that the manifest says; None where it is missing."""
+    if found_bytes is None:
+        raise UserError(f"'{where}' is missing; run the same `fastssl shard` command again to make it.")
+    if found_bytes != expected_bytes:
+        raise UserError(
+            f"'{where}' has {found_bytes:,} bytes and should have {expected_bytes:,}; run the same `fastssl shard` command again to "
+            "mend it."
+        )
+
+
 def _no_manifest(place: Place) -> str:
     if not place.is_there():
         return f"there is no folder '{place.url}'; give the folder that `fastssl shard SOURCE DEST` made."

@@ -24,6 +24,14 @@ def epoch_order(num_samples: int, seed: int, epoch: int, tag: int = EPOCH_TAG) -
     return _stable_argsort(_keys(num_samples, seed, epoch, tag))
 
 
+def shard_blocks(num_shards: int, seed: int, epoch: int, window: int) -> list[npt.NDArray[np.int64]]:
+    """The shards in the order of an epoch, `window` at a time; `block_order` shuffles the samples of each such block."""
+    if window < 1:
+        raise UserError(f"the number of shards in a block must be at least 1, got {window}.")
+    shards = epoch_order(num_shards, seed, epoch, SHARD_TAG)
+    return [shards[start : start + window] for start in range(0, num_shards, window)]
+
+
 def block_order(
     shard_sizes: npt.NDArray[np.integer], seed: int, epoch: int, window: int
 ) -> npt.NDArray[np.int64]:
@@ -32,16 +40,13 @@ def block_order(
     The shards are permuted and taken `window` at a time; the samples of a window are shuffled among themselves, by the same
     keys as in `epoch_order`. `shard_sizes`: samples in each shard; sample ids count through the shards in turn.
     """
-    if window < 1:
-        raise UserError(f"the number of shards in a block must be at least 1, got {window}.")
     sizes = np.asarray(shard_sizes, dtype=np.int64)
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
     keys = _keys(total, seed, epoch, EPOCH_TAG)
-    shards = epoch_order(len(sizes), seed, epoch, SHARD_TAG)
     order, done = np.empty(total, dtype=np.int64), 0
-    for start in range(0, len(shards), window):
-        block = np.sort(shards[start : start + window])  # equal keys then keep the order of their ids
+    for shards in shard_blocks(len(sizes), seed, epoch, window):
+        block = np.sort(shards)  # equal keys then keep the order of their ids
         ids = np.concatenate([np.arange(int(ends[s] - sizes[s]), int(ends[s])) for s in block])
         order[done : done + len(ids)] = ids[_stable_argsort(keys[ids])]
         done += len(ids)

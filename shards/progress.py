@@ -13,6 +13,7 @@ from shards.estimate import estimate
 from shards.plan import Plan
 from shards.policy import Policy
 from shards.sources import Source, looks_like_splits
+from shards.units import human_size
 
 PLAIN_INTERVAL_S = 30.0
 
@@ -115,12 +116,3 @@ class Screen(Report):
         if time.monotonic() >= self._next_s:
             self._console.print(text, markup=False)
             self._next_s = time.monotonic() + PLAIN_INTERVAL_S
-
-
-def human_size(num_bytes: float) -> str:
-    """Bytes with a unit that suits them: 1,234 B, 12.3 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.1f} TB"

@@ -1,20 +1,28 @@
-"""Random access to a finished shard folder, by sample id."""
+"""Random access to a finished shard folder, by sample id; remote shards come through a cache on this machine."""
+
+from __future__ import annotations
 
 import copy
 import mmap
 import os
 import sys
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.cache_settings import CacheSettings
 from shards.errors import UserError
-from shards.layout import TABLE, Manifest, shard_name
+from shards.layout import TABLE, Manifest, check_size, shard_name
+from shards.places import open_place
+
+if TYPE_CHECKING:
+    from shards.near import Near
 
 # Python 3.13 can map a file without keeping it open.
 _MAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
@@ -26,10 +34,11 @@ class ShardSet:
 
     Columns, each (num_samples,): `labels` int64, -1 where there is none; `widths` and `heights` int32,
     pixels; `sizes` int64, bytes; `channels` int16. `classes` names the labels. `split`: the name of the subset in use, "" for all;
-    the columns and ids are those of the whole folder all the same, and `len` counts the samples in use.
+    the columns and ids are those of the whole folder all the same, and `len` counts the samples in use. `folder` is a Path, or the URL
+    of remote shards.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, table: pa.Table):
+    def __init__(self, folder: Path | str, manifest: Manifest, table: pa.Table, near: Near | None = None):
         self.folder = folder
         self.manifest = manifest
         self.num_samples = manifest.num_samples
@@ -46,39 +55,45 @@ class ShardSet:
         self._shard = table["shard"].to_numpy()
         self._offset = table["offset"].to_numpy()
         self._maps: dict[int, memoryview] = {}
+        self.near = near
 
     @classmethod
-    def open(cls, folder: str | os.PathLike) -> "ShardSet":
-        """Opens a shard folder; raises UserError when it is unfinished or a shard is missing or cut short."""
-        folder = Path(folder)
-        manifest = Manifest.load(folder)
-        _allow_open_files(folder, len(manifest.shards))
+    def open(cls, folder: str | os.PathLike, cache: CacheSettings | None = None) -> ShardSet:
+        """Opens a shard folder or the URL of one; raises UserError when it is unfinished or a shard is missing or cut short.
+
+        `cache`: where remote shards are kept; nothing for local ones.
+        """
+        place = open_place(folder)
+        if place.local is None:
+            from shards.near import open_near
+
+            manifest, near = open_near(place, cache or CacheSettings())
+            _allow_open_files(place.url, len(manifest.shards))
+            with near.open_table() as file:
+                return cls(place.url, manifest, _read_table(file, place / TABLE, manifest), near)
+        folder = place.local
+        manifest = Manifest.load(place)
+        _allow_open_files(place.url, len(manifest.shards))
         for shard in manifest.shards:
-            _check_size(folder / shard.name, shard.bytes)
+            check_size(str(folder / shard.name), place.size(shard.name), shard.bytes)
         if not (folder / TABLE).is_file():
             raise UserError(
                 f"'{folder / TABLE}' is missing; run the same `fastssl shard` command again to mend it."
             )
-        table = pq.read_table(folder / TABLE, columns=_COLUMNS)
-        if table.num_rows != manifest.num_samples:
-            raise UserError(
-                f"'{folder / TABLE}' has {table.num_rows} samples, the manifest {manifest.num_samples}; the "
-                "files are of different conversions: convert to a new folder."
-            )
-        return cls(folder, manifest, table)
+        return cls(folder, manifest, _read_table(folder / TABLE, place / TABLE, manifest))
 
     def __len__(self) -> int:
         return self.num_samples if self._ids is None else len(self._ids)
 
     def __reduce__(self):
-        return _open_subset, (self.folder, self._ids, self.split)
+        return _open_subset, (self.folder, self.near and self.near.settings, self._ids, self.split)
 
     @property
     def ids(self) -> npt.NDArray[np.int64]:
         """The samples in use, ascending; (len(self),)."""
         return np.arange(self.num_samples) if self._ids is None else self._ids
 
-    def subset(self, ids: npt.NDArray[np.int64], split: str) -> "ShardSet":
+    def subset(self, ids: npt.NDArray[np.int64], split: str) -> ShardSet:
         """The same folder with these samples in use: ascending ids without repeats."""
         part = copy.copy(self)  # shares the columns and the maps
         part._ids, part.split = ids, split
@@ -99,10 +114,31 @@ class ShardSet:
         offset = int(self._mask_offset[sample_id])
         return self._map(int(self._shard[sample_id]))[offset : offset + int(self._mask_size[sample_id])]
 
-    def shard_path(self, sample_id: int) -> Path:
-        """The tar that holds the image."""
+    def shard_path(self, sample_id: int) -> Path | str:
+        """The tar that holds the image: its path, or its URL."""
         self._check_id(sample_id)
-        return self.folder / shard_name(int(self._shard[sample_id]))
+        name = shard_name(int(self._shard[sample_id]))
+        return self.folder / name if isinstance(self.folder, Path) else f"{self.folder.rstrip('/')}/{name}"
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Begins to bring remote shards, by their numbers, onto this machine, in this order; nothing to do for local ones.
+
+        What was asked for before and not begun is forgotten.
+        """
+        if self.near is not None:
+            self.near.prefetch(shards)
+
+    def shard_numbers(self, sample_ids: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+        """The number of the shard of each sample, (N,)."""
+        return self._shard[sample_ids]
+
+    def mend(self, sample_id: int) -> bool:
+        """Whether the sample should be read again, because its shard's copy on this machine was damaged; it is removed then."""
+        shard = int(self._shard[sample_id])
+        if self.near is None or not self.near.is_damaged(shard):
+            return False
+        self._maps.pop(shard, None)
+        return True
 
     def name(self, sample_id: int) -> str:
         """The image's path below the source folder, with forward slashes."""
@@ -113,7 +149,10 @@ class ShardSet:
     def _sources(self) -> pa.ChunkedArray:
         # Names are wanted for messages and reports only; at 10 million samples they would be most of the
         # memory.
-        return pq.read_table(self.folder / TABLE, columns=["source"])["source"]
+        if self.near is None:
+            return pq.read_table(f"{self.folder}/{TABLE}", columns=["source"])["source"]
+        with self.near.open_table() as file:
+            return pq.read_table(file, columns=["source"])["source"]
 
     def _check_id(self, sample_id: int) -> None:
         if not 0 <= sample_id < self.num_samples:
@@ -122,19 +161,40 @@ class ShardSet:
     def _map(self, shard: int) -> memoryview:
         view = self._maps.get(shard)
         if view is None:
-            with open(self.folder / shard_name(shard), "rb") as file:
+            with self._open(shard) as file:
                 mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **_MAP_OPTIONS))
             # Two threads may both map it; the one that comes second uses the first one's.
             view = self._maps.setdefault(shard, mapped)
+            if self.near is not None:
+                self.near.forget(self._maps)
+        elif self.near is not None:
+            self.near.used(shard)
         return view
 
+    def _open(self, shard: int) -> IO[bytes]:
+        if self.near is not None:
+            return self.near.open(shard)
+        return open(Path(self.folder) / shard_name(shard), "rb")
 
-def _open_subset(folder: Path, ids: npt.NDArray[np.int64] | None, split: str) -> ShardSet:
-    shards = ShardSet.open(folder)
+
+def _read_table(file: Path | IO[bytes], where: str, manifest: Manifest) -> pa.Table:
+    table = pq.read_table(file, columns=_COLUMNS)
+    if table.num_rows != manifest.num_samples:
+        raise UserError(
+            f"'{where}' has {table.num_rows} samples, the manifest {manifest.num_samples}; the files are of different conversions: "
+            "convert to a new folder."
+        )
+    return table
+
+
+def _open_subset(
+    folder: str | Path, cache: CacheSettings | None, ids: npt.NDArray[np.int64] | None, split: str
+) -> ShardSet:
+    shards = ShardSet.open(folder, cache)
     return shards if ids is None else shards.subset(ids, split)
 
 
-def _allow_open_files(folder: Path, needed: int) -> None:
+def _allow_open_files(folder: str, needed: int) -> None:
     """Raise this process's limit of open files where the shards need more: a map keeps its file open (before Python 3.13)."""
     if _MAP_OPTIONS or sys.platform == "win32":
         return
@@ -151,17 +211,3 @@ def _allow_open_files(folder: Path, needed: int) -> None:
             "convert with more --samples-per-shard."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-
-
-def _check_size(path: Path, expected_bytes: int) -> None:
-    try:
-        found_bytes = path.stat().st_size
-    except FileNotFoundError:
-        raise UserError(
-            f"'{path}' is missing; run the same `fastssl shard` command again to make it."
-        ) from None
-    if found_bytes != expected_bytes:
-        raise UserError(
-            f"'{path}' has {found_bytes:,} bytes and should have {expected_bytes:,}; run the same "
-            "`fastssl shard` command again to mend it."
-        )

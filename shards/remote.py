@@ -22,6 +22,7 @@ FIRST_PAUSE_S = 0.2  # doubled after each failed try, up to LONGEST_PAUSE_S: som
 LONGEST_PAUSE_S = 10.0
 SILENCE_S = 30.0  # a connection that gives no byte for so long counts as dropped
 READ_AHEAD_BYTES = 1 << 20
+PIECE_BYTES = 16 << 20  # of a download: what a dropped connection costs
 _HTTP = ("http", "https")
 _HOPELESS = (TypeError, ValueError, NotImplementedError, IsADirectoryError, NotADirectoryError)
 
@@ -169,6 +170,23 @@ class RemotePlace(Place):
             return whole(data, self / name, offset, size)
 
         return self._try(work, self / name)
+
+    def pieces(self, name: str, size: int) -> Iterator[bytes]:
+        """A file of a known size, piece by piece; UserError where it has another."""
+        found = self._try(lambda: self._size(name), self / name)
+        if found not in (None, size):
+            raise UserError(
+                f"'{self / name}' has {found:,} bytes and should have {size:,}: it was cut or changed after the conversion; put it "
+                "there again."
+            )
+        if size > PIECE_BYTES and self.protocol in _HTTP and not self._gives_ranges(name):
+            yield self.read(name, size)
+            return
+        for offset in range(0, size, PIECE_BYTES):
+            yield self.read_range(name, offset, min(PIECE_BYTES, size - offset))
+
+    def _gives_ranges(self, name: str) -> bool:
+        return self._try(lambda: len(self._store.cat_file(self._at(name), start=0, end=1)), self / name) == 1
 
     def open(self, name: str) -> IO[bytes]:
         size = self._try(lambda: self._size(name), self / name)

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards import layout
+from shards.cache_settings import CacheSettings
 from shards.errors import UserError, nearest
 from shards.layout import Manifest
 from shards.places import Place, open_place
@@ -138,12 +139,12 @@ def subsets(place: Place, manifest: Manifest) -> dict[str, tuple[str, str | floa
     return known
 
 
-def open_split(folder: str | os.PathLike, split: str = "") -> ShardSet:
+def open_split(folder: str | os.PathLike, split: str = "", cache: CacheSettings | None = None) -> ShardSet:
     """Opens a shard folder, all of it or the samples of one split: `val`, `labelled-0.01`, or `NAME/val` for a split of another name.
 
     Sample ids stay those of the folder. Raises UserError as `ShardSet.open` does, where there is no such split, and where it is empty.
     """
-    shards = ShardSet.open(folder)
+    shards = ShardSet.open(folder, cache)
     if not split:
         return shards
     place = open_place(folder)

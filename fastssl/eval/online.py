@@ -25,10 +25,10 @@ class OnlineKNN:
         threads: int = 0,
     ):
         self._recipe, self._device, self._bf16, self._threads = recipe, device, bf16, threads
-        where = cfg.shards or training.folder
-        self._bank = open_split(where, cfg.split) if cfg.shards or cfg.split else training
+        where, near = cfg.shards or training.folder, training.near and training.near.settings
+        self._bank = open_split(where, cfg.split, near) if cfg.shards or cfg.split else training
         test = cfg.test_shards or (where if cfg.test_split else "")
-        self._queries = open_split(test, cfg.test_split) if test else None
+        self._queries = open_split(test, cfg.test_split, near) if test else None
         self._bank_ids = labelled_ids(self._bank, cfg.max_samples)
         self._query_ids = labelled_ids(self._queries, cfg.max_samples) if self._queries else None
         for name, shards, ids in (

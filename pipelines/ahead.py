@@ -1,0 +1,87 @@
+"""Remote shards are brought near before a stream wants them, and the order keeps the number wanted at a time small."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shards.errors import UserError
+from shards.read import ShardSet
+from shards.units import human_size
+
+REACH = 8  # shards asked for before they are in use, at least
+
+
+def choose_window(shards: ShardSet, order: str, block_shards: int) -> tuple[int, str]:
+    """The shards in a block, 0 for the global order, and what to tell the user of it.
+
+    'auto' depends on nothing but whether the shards are remote, so that a run goes on in the same order on another machine.
+
+    Raises:
+        UserError: the cache of remote shards is too small for the order.
+    """
+    window = block_shards if order == "blocks" or (order == "auto" and shards.near is not None) else 0
+    if shards.near is None:
+        return window, ""
+    total, limit = shards.near.num_bytes, shards.near.cache.limit_bytes
+    sizes = (
+        f"'{shards.folder}' has {human_size(total)} of shards and their cache may hold {human_size(limit)}"
+    )
+    if not window:
+        if total > limit:
+            raise UserError(
+                f"data.order global needs all shards near, but {sizes}: set --data.order blocks, or raise --data.cache-bytes."
+            )
+        return 0, f"remote shards: {sizes} in '{shards.near.cache.folder}'"
+    block = shards.near.largest_bytes(window)
+    if block > limit:
+        raise UserError(
+            f"A block of {window} shards takes up to {human_size(block)}, but {sizes}: lower --data.block-shards, or raise "
+            "--data.cache-bytes."
+        )
+    fits = "; --data.order global shuffles all of them" if total <= limit else ""
+    note = f"remote shards: {sizes} in '{shards.near.cache.folder}'; the order is by blocks of {window} shards{fits}"
+    return window, note
+
+
+class Uses:
+    """From where to where a stream uses each shard: `shards`, in the order of their first use, `first`, `last`; (S,) each."""
+
+    def __init__(self, numbers: np.ndarray):
+        """`numbers`: the shard's number at each position (N,)."""
+        positions = np.arange(len(numbers))
+        first, last = np.full((2, int(numbers.max()) + 1), -1)
+        first[numbers[::-1]] = positions[::-1]  # of values for one place the last one stays
+        last[numbers] = positions
+        used = np.flatnonzero(first >= 0)
+        self.shards = used[np.argsort(first[used])]
+        self.first, self.last = first[self.shards], last[self.shards]
+
+    def wanted(self, start: int, stop: int, reach: int) -> list[int]:
+        """The shards that positions start .. stop - 1 and later ones use and earlier ones did, and the next `reach`."""
+        begun = int(np.searchsorted(self.first, stop))
+        in_use = self.shards[:begun][self.last[:begun] >= start]
+        return [*in_use.tolist(), *self.shards[begun : begun + reach].tolist()]
+
+
+class Ahead:
+    """Asks for remote shards while batches are made: for those in use first, then for the next ones."""
+
+    def __init__(self, shards: ShardSet, reach: int = REACH):
+        self._shards, self._reach = shards, max(reach, REACH)
+        self._asked: list[int] = []
+
+    def uses(self, sample_ids: np.ndarray) -> Uses | None:
+        """When a stream of these samples (N,) uses which shard; None for local shards."""
+        return Uses(self._shards.shard_numbers(sample_ids)) if self._shards.near is not None else None
+
+    def at(self, uses: Uses | None, start: int, stop: int, then: Uses | None = None) -> None:
+        """The stream is about to read positions start .. stop - 1; what comes `then`, after all of `uses`."""
+        if uses is None:
+            return
+        wanted = uses.wanted(start, stop, self._reach)
+        if then is not None and stop > uses.first[-1]:
+            following = then.shards[: self._reach].tolist()
+            wanted += [shard for shard in following if shard not in wanted]
+        if wanted != self._asked:
+            self._asked = wanted
+            self._shards.prefetch(wanted)
