@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
 
     from shards.layout import Manifest
     from shards.places import Place
+    from shards.sources import Source
 
 _SHOWN_REASONS = 5
 
@@ -69,18 +70,11 @@ def run(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def shard(args: Shard) -> None:
-    """Runs one conversion with progress on the screen."""
-    from rich.console import Console
-
-    from shards.convert import Part, convert
+def source_of(args: Shard, dest: Place) -> Source:
+    """The source that the arguments name; UserError where they contradict one another."""
     from shards.opening import open_source
-    from shards.places import open_place
-    from shards.progress import Screen
 
-    console = Console(highlight=False, soft_wrap=True)
-    dest = open_place(args.dest)
-    source = open_source(
+    return open_source(
         args.source,
         dest,
         masks=args.masks,
@@ -89,6 +83,19 @@ def shard(args: Shard) -> None:
         lists=args.list,
         rasters=args.raster,
     )
+
+
+def shard(args: Shard) -> None:
+    """Runs one conversion with progress on the screen."""
+    from rich.console import Console
+
+    from shards.convert import Part, convert
+    from shards.places import open_place
+    from shards.progress import Screen
+
+    console = Console(highlight=False, soft_wrap=True)
+    dest = open_place(args.dest)
+    source = source_of(args, dest)
     part = Part.parse(args.part) if args.part else None
     start_s = time.monotonic()
     with Screen(console, args.source, args.policy) as screen:

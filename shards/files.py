@@ -16,6 +16,7 @@ from shards.errors import UserError
 T = TypeVar("T")
 _UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 
 
 def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], T]) -> T | None:
@@ -23,7 +24,7 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], 
 
     `content` is the bytes, or a function that writes them to the open file; its result is returned. Written
     beside the target, flushed to the disk, renamed over it, and the folder flushed too. Raises UserError when
-    the disk is full; the unfinished file is then removed.
+    the disk is full, read-only or failing, or the file too large for it; the unfinished file is then removed.
     """
     path = Path(path)
     # The process id keeps two writers apart; whatever a killed one leaves is removed by `remove_unfinished`.
@@ -47,6 +48,16 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], 
             raise UserError(
                 f"the disk is full: '{path}' could not be written, {free:,} bytes are free. Make room there; "
                 "what is finished is kept, and the same command goes on from it."
+            ) from fault
+        if isinstance(fault, OSError) and fault.errno == errno.EFBIG:
+            raise UserError(
+                f"'{path}' became larger than its file system or this shell (ulimit -f) allows; choose another place, or fewer "
+                "--samples-per-shard."
+            ) from fault
+        # Whatever `content` reads has a name of its own.
+        if isinstance(fault, OSError) and fault.errno in _REFUSED and fault.filename in (None, str(tmp)):
+            raise UserError(
+                f"'{path}' could not be written ({fault.strerror}): mend that, or choose another place. What is finished is kept."
             ) from fault
         raise
     return result

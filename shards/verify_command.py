@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from rich.console import Console
 
     from shards.examine import Finding
+    from shards.places import Place
+    from shards.repair import Repair
+    from shards.sources import Source
     from shards.verify import Verdict
 
 _SHOWN = 40
@@ -27,7 +30,10 @@ _SHOWN_PER_FILE = 8
 class Verify:
     """Check shards: every byte of every file against its SHA-256.
 
-    Says which sample is damaged, and what of it. Exit code 0: all is well; 1: something is damaged.
+    Says which sample is damaged, and what of it. Exit code 0: all is well, or is again; 1: something is damaged.
+
+    --repair makes damaged shards again, byte for byte, from the images: give --source SOURCE and with it the options that
+    `fastssl shard` had, such as --masks or --tile. What cannot be made with the same bytes stays as it is.
     """
 
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
@@ -38,62 +44,113 @@ class Verify:
     """Decode every image and mask, too."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Processes to use; 0 for none beside this one. None: one a CPU."""
+    repair: bool = False
+    """Mend what is damaged, and remove what killed runs left. Without --source: only indexes and checksums."""
+    source: Annotated[str, tyro.conf.arg(metavar="SOURCE")] = ""
+    """With --repair: what the shards were made of, wherever it lies now."""
     json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Write all findings to this file, too."""
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Parses the arguments after `fastssl verify` and runs it; returns the exit code. UserError passes."""
-    return verify_command(
-        tyro.cli(Verify, prog="fastssl verify", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    args, source_options = tyro.cli(
+        Verify,
+        prog="fastssl verify",
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
+        return_unknown_args=True,
     )
+    return verify_command(args, source_options)
 
 
-def verify_command(args: Verify) -> int:
-    """Checks one folder with progress on the screen; 0 where all is well, 1 where something is damaged."""
+def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
+    """Checks one folder, and mends it where that is wanted; 0 where all is well, 1 where something stays damaged.
+
+    source_options: those of `fastssl shard` that say how to read `args.source`.
+    """
     from rich.console import Console
 
-    from shards.errors import UserError
+    from shards.errors import UserError, nearest
     from shards.files import atomic_write, check_output
     from shards.places import open_place
+    from shards.repair import repair
     from shards.verify import verify
 
     if args.fast and args.decode:
         raise UserError("--fast looks at lengths only and --decode at every pixel: choose one.")
     if args.workers is not None and args.workers < 0:
         raise UserError(f"the number of workers must be 0 or more, got {args.workers}.")
+    if args.source and not args.repair:
+        raise UserError("--source goes with --repair.")
+    if source_options and not args.source:
+        known = (f"--{name.replace('_', '-')}" for name in vars(args))
+        raise UserError(f"there is no option '{source_options[0]}'.{nearest(source_options[0], known)}")
     if args.json:
         check_output(args.json, "--json")
     console = Console(highlight=False, soft_wrap=True)
+    place = open_place(args.shards)
+    source = _open_source(args, source_options, place) if args.source else None
     level = "fast" if args.fast else "decode" if args.decode else "hash"
     with _bar(console, "Decoding" if args.decode else "Reading") as progress:
-        verdict = verify(open_place(args.shards), level=level, workers=args.workers, progress=progress)
-    if args.json:
-        text = json.dumps({"folder": args.shards} | verdict.to_json(), indent=1, ensure_ascii=False)
-        atomic_write(args.json, (text + "\n").encode())
+        verdict = verify(place, level=level, workers=args.workers, progress=progress)
+    told = {"folder": args.shards} | verdict.to_json()
     _print(console, args.shards, verdict)
-    return 1 if verdict.damaged else 0
+    still_damaged = verdict.damaged
+    if args.repair and verdict.findings:
+        with _bar(console, "Making again", "images") as progress:
+            done = repair(place, verdict, source, workers=args.workers, progress=progress)
+        told |= {"mended": done.mended, "failed": [asdict(finding) for finding in done.failed]}
+        _print_repair(console, args.shards, done)
+        still_damaged = bool(done.failed)
+    if args.json:
+        atomic_write(args.json, (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
+    return 1 if still_damaged else 0
+
+
+def _open_source(args: Verify, options: Sequence[str], place: Place) -> Source:
+    """The source that the shards were made of, by the options of `fastssl shard`."""
+    from shards.command import Shard, source_of
+
+    words = [args.source, args.shards, *options]
+    shard = tyro.cli(Shard, prog="fastssl shard", args=words, config=(tyro.conf.OmitArgPrefixes,))
+    return source_of(shard, place)
+
+
+def _print_repair(console: Console, folder: str, done: Repair) -> None:
+    for finding in done.failed:
+        console.print(f"{finding.file}: {finding.what}.", style="red", markup=False)
+    if done.mended:
+        names = ", ".join(done.mended[:_SHOWN_PER_FILE])
+        more = (
+            f" and {len(done.mended) - _SHOWN_PER_FILE:,} more" if len(done.mended) > _SHOWN_PER_FILE else ""
+        )
+        console.print(f"Mended, byte for byte: {names}{more}.", markup=False)
+    if not done.failed:
+        console.print(f"{folder} is whole again.", style="green", markup=False)
 
 
 @contextmanager
-def _bar(console: Console, what: str) -> Iterator[Callable[[int, int, int], None]]:
-    """A bar of bytes; gives the function of (done, total, findings) that moves it. None without a terminal."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn as Speed
+def _bar(console: Console, what: str, of: str = "bytes") -> Iterator[Callable[[int, int, int], None]]:
+    """A bar of bytes or images; gives the function of (done, total, findings) that moves it. None without a terminal."""
+    from rich import progress
 
     if not console.is_terminal:
         yield lambda *_: None
         return
-    found = TextColumn("[yellow]{task.fields[found]}")
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        DownloadColumn(),
-        Speed(),
-        TimeRemainingColumn(compact=True),
-        found,
+    counts = (
+        (progress.DownloadColumn(), progress.TransferSpeedColumn())
+        if of == "bytes"
+        else (progress.MofNCompleteColumn(), progress.TextColumn(of))
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    columns = (
+        progress.TextColumn(what),
+        progress.BarColumn(),
+        *counts,
+        progress.TimeRemainingColumn(compact=True),
+        progress.TextColumn("[yellow]{task.fields[found]}"),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None, found="")
 
         def show(done: int, total: int, findings: int) -> None:

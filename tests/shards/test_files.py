@@ -44,6 +44,34 @@ def test_a_full_disk_names_the_file_and_the_free_bytes(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EROFS, r"'.*/a' could not be written \(Read-only file system\)"),
+        (errno.EIO, r"'.*/a' could not be written \(Input/output error\)"),
+        (errno.EFBIG, r"'.*/a' became larger than .*ulimit -f.* allows"),
+    ],
+)
+def test_a_disk_that_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+):
+    def refuse(descriptor: int):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match=message):
+        atomic_write(tmp_path / "a", b"one")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_fault_of_what_is_read_is_not_taken_for_one_of_the_disk(tmp_path: Path):
+    def content(file):
+        raise PermissionError(errno.EACCES, "Permission denied", "photos/1.jpg")
+
+    with pytest.raises(PermissionError):
+        atomic_write(tmp_path / "a", content)
+
+
 def test_other_system_errors_pass_unchanged(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         atomic_write(tmp_path / "missing" / "a", b"one")
