@@ -209,9 +209,15 @@ class ListSource(Source):
     def read(self, row: dict[str, Any]) -> Picture:
         """The file's bytes, and its mask's."""
         place, name = self._find(row["source"])
-        if not row["bytes"] and place is not self._root and not place.is_there():
+        if place.local is None and place is not self._root:
+            try:
+                data = place.read(name)
+            except FileNotFoundError:  # nor is its folder there, in a store that knows files only
+                raise BadImage("cannot be read: there is no such file") from None
+        elif place is not self._root and not row["bytes"] and not place.is_there():
             raise BadImage("cannot be read: its folder is not there")
-        data = read_file(place, name, row["bytes"])
+        else:
+            data = read_file(place, name, row["bytes"])
         return Picture(data, read_mask(*self._find(row["mask"])) if row["mask"] else None)
 
     def _find(self, path: str) -> tuple[Place, str]:

@@ -208,6 +208,8 @@ def test_root_absolute_paths_and_urls(folder: Path, tmp_path: Path):
     for i, row in enumerate(rows):
         assert row["source"] == paths[i]
         assert source.read(row).data == (folder / f"{i}.jpg").read_bytes()
+    with pytest.raises(BadImage, match="there is no such file"):
+        source.read(rows[4] | {"source": "memory://none/at/all.jpg"})
     nowhere = rows[2] | {"source": f"{tmp_path}/none/9.jpg", "bytes": 0}
     with pytest.raises(BadImage, match="its folder is not there"):
         source.read(nowhere)
