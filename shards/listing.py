@@ -204,14 +204,27 @@ def _digest(batch: pa.RecordBatch, names: npt.NDArray[np.uint64]) -> npt.NDArray
         if name == "source" or column.null_count == len(column):
             continue
         values = hash_values(column)
-        rows = [fold(row, values) for row in rows]
+        folded = [fold(row, values) for row in rows]
+        if column.null_count:
+            # Nulls are passed over row by row: which rows share a batch depends on the order in which they were found.
+            known = column.is_valid().to_numpy(zero_copy_only=False)
+            folded = [np.where(known, new, row) for new, row in zip(folded, rows, strict=True)]
+        rows = folded
     return np.array([row.sum(dtype=np.uint64) for row in rows])
 
 
 def hash_values(column: pa.Array) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of each value, (N,) uint64: XXH3 of strings, the bits of integers, XXH3 of JSON for all else."""
-    if pa.types.is_integer(column.type) and not column.null_count:
-        return column.to_numpy(zero_copy_only=False).astype(np.uint64)
+    """A 64-bit hash of each value, (N,) uint64: XXH3 of strings, the bits of integers, XXH3 of JSON for all else.
+
+    A value's hash does not hang on the others of the column; nulls have one of their own.
+    """
+    if pa.types.is_integer(column.type):
+        bits = column.fill_null(0).to_numpy(zero_copy_only=False).astype(np.uint64)
+        return (
+            np.where(column.is_valid().to_numpy(zero_copy_only=False), bits, np.uint64(_NULL))
+            if column.null_count
+            else bits
+        )
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         values = column.cast(pa.large_binary()).to_pylist()
     else:

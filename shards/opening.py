@@ -91,6 +91,10 @@ def _kind(where: str, rasters: RasterOptions) -> str:
             return "tars"
     if rasters.tile:
         return "rasters"
+    if os.path.isfile(where):
+        raise UserError(
+            f"'{where}' is one file: SOURCE is a folder, a list ({', '.join(LISTS)}) or a .tar; one raster needs --tile N."
+        )
     place = open_place(where)
     if is_shard_folder(place):
         return "shards"

@@ -66,6 +66,26 @@ def test_folders_named_as_splits_are_warned_about(tmp_path: Path, capsys: pytest
     assert "Warning: the folders train, val look like splits" in capsys.readouterr().out
 
 
+def test_every_kind_of_source(make_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("rasterio")
+    photos = make_folder(6)
+    out = [str(tmp_path / f"out{i}") for i in range(5)]
+    (tmp_path / "list.csv").write_text("file;kind;camera\nant/0000.jpg;a;7\nbee/0001.jpg;b;8\n")
+    run([str(tmp_path / "list.csv"), out[0], "--root", str(photos), "--label-column", "kind"])
+    text = capsys.readouterr().out
+    assert "Found 2 images in 2 classes" in text
+    assert "Columns: path 'file', label 'kind'; kept as well: camera." in text
+    run([str(photos), out[1], "--tile", "8", "--stride", "6", "--edge", "shift", "--bands", "3,1"])
+    assert "6 of 2 x uint8. " in capsys.readouterr().out
+    run([f"{out[0]}/shard-*.tar", out[2]])
+    assert "Read from 1 tar, in place." in capsys.readouterr().out
+    (tmp_path / "ids.txt").write_text("1\n")
+    run([out[2], out[3], "--only", str(tmp_path / "ids.txt")])
+    assert "Finished shards: 1 of their 2 samples" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"is one file: SOURCE is a folder, a list .* needs --tile N"):
+        run([str(photos / "ant" / "0000.jpg"), out[4]])
+
+
 def test_mistakes_are_user_errors(make_folder, tmp_path: Path):
     with pytest.raises(UserError, match="there is no folder"):
         run([str(tmp_path / "nowhere"), str(tmp_path / "out")])
