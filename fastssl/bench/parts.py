@@ -75,9 +75,12 @@ def build(resolved: Resolved, device: torch.device) -> Trainee:
     chunk = choose_micro_batch(train.micro_batch, method, resolved, Dist(0, 1, 0, device), dtype, shape)
     options = {"micro_batch": chunk, "exact_heads": train.exact_heads, "clip_grad": train.clip_grad}
     step = Step(method, Door(method), optimizer, device, dtype, **options)
-    few, more = (_moved(step, views(resolved, device, count)) for count in (2, 4))
+    if method.queue is not None:
+        method.queue.count = method.queue.size  # as in all but a run's first steps
+    with _forgetful(method):
+        few, more = (_moved(step, views(resolved, device, count)) for count in (2, 4))
+        step.gradients(views(resolved, device, 2))
     per_image = (more - few) / 2
-    step.gradients(views(resolved, device, 2))
     update_bytes = bytes_of(lambda: step.update(0.99))
     size = max(part.stop - part.start for part in chunks(train.batch, chunk))
     return Trainee(
@@ -204,15 +207,16 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, R
         with _autocast(trainee):
             return method.targets(method.teacher_features(synthetic))
 
-    with _given_targets(whole, teacher()):
+    with _forgetful(method):
+        with _given_targets(whole, teacher()):
 
-        def student() -> None:
-            whole.gradients(synthetic)
-            trainee.optimizer.zero_grad(set_to_none=True)
+            def student() -> None:
+                whole.gradients(synthetic)
+                trainee.optimizer.zero_grad(set_to_none=True)
 
-        rows[STUDENT] = clock.row(STUDENT, student, batch=chunk)
-    rows[TEACHER] = clock.row(TEACHER, teacher, batch=chunk)
-    whole.gradients(synthetic)
+            rows[STUDENT] = clock.row(STUDENT, student, batch=chunk)
+        rows[TEACHER] = clock.row(TEACHER, teacher, batch=chunk)
+        whole.gradients(synthetic)
     grads = [(p, p.grad) for p in method.parameters() if p.grad is not None]
 
     def update() -> None:
@@ -228,6 +232,16 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, R
 
 def _autocast(trainee: Trainee) -> torch.autocast:
     return torch.autocast(trainee.device.type, dtype=trainee.dtype, enabled=trainee.dtype != torch.float32)
+
+
+@contextlib.contextmanager
+def _forgetful(method: MoCoV3) -> Iterator[None]:
+    """Within, a step leaves the queue of keys alone: it takes whole batches only."""
+    vars(method)["remember"] = lambda targets: None
+    try:
+        yield
+    finally:
+        del vars(method)["remember"]
 
 
 @contextlib.contextmanager

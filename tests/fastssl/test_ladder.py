@@ -256,10 +256,12 @@ def test_the_whole_ladder(config_file, shards, tmp_path, monkeypatch, capsys):
     assert found["conclusion"] in " ".join(capsys.readouterr().out.split())
 
 
-def test_chunks_and_exact_heads_run_too(config_file, capsys):
+def test_chunks_exact_heads_and_a_queue_run_too(config_file, capsys):
     extra = [
         "--train.micro-batch",
         "2",
+        "--method.queue",
+        "16",
         "--train.exact-heads",
         "True",
         "--train.precision",
