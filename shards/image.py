@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import posixpath
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from shards.headers import TIFF_MAGIC, TiffHeader, check_png, png_colour, png_depth, tiff_header
-from shards.jpeg import decode_jpeg, unreadable
+from shards.jpeg import JPEG_MAGIC, decode_jpeg, simple_jpeg, unreadable
 from shards.pixels import (
     NPY_MAGIC,
     BadImage,
@@ -87,6 +87,10 @@ def prove(data: bytes | npt.NDArray, name: str, policy: Policy = _DEFAULT) -> St
     if data.startswith(NPY_MAGIC):
         stored = prove_pixels(read_npy(data), policy)
         return replace(stored, how="kept") if stored.data == data else stored
+    if data.startswith(JPEG_MAGIC) and policy.store in ("keep", "jpeg") and not policy.short_side:
+        pixels = simple_jpeg(data, policy.max_pixels)
+        if pixels is not None and min(pixels.shape[:2]) >= policy.min_side:
+            return _stored(data, "jpg", pixels, _kept("JPEG", name), (pixels.shape[1], pixels.shape[0]), 0)
     with strict_pillow():
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -340,7 +344,7 @@ def encode(image: Image.Image, kind: str, quality: int) -> bytes:
 
 
 def _kept(kind: str, name: str) -> str:
-    suffix = PurePosixPath(name).suffix.lower()
+    suffix = posixpath.splitext(name)[1].lower()
     return "kept" if suffix in _SUFFIXES[kind] else f"kept: {kind} named {suffix or 'without extension'}"
 
 

@@ -19,8 +19,14 @@ from shards.places import Place
 from shards.plan import Plan
 from shards.statistics import Statistics
 
-_HEX = np.zeros(256, np.uint64)
-_HEX[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
+_ALL_DIFFERENT = {
+    "sample_id",
+    "key",
+    "offset",
+    "source",
+    "sha256",
+    "pixels_hash",
+}  # no dictionary makes these smaller
 
 
 def merge(dest: Place, plan: Plan) -> Manifest:
@@ -47,7 +53,8 @@ def merge(dest: Place, plan: Plan) -> Manifest:
 
     def write(file: BinaryIO) -> None:
         schema = pa.schema([*layout.SCHEMA, *plan.extra_fields()])
-        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        few: Any = [name for name in schema.names if name not in _ALL_DIFFERENT]  # the stub knows bool alone
+        with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=few) as writer:
             for shard in made:
                 rows = read_rows(dest, shard)
                 ids = np.arange(sums.num_samples, sums.num_samples + rows.num_rows)
@@ -133,9 +140,7 @@ def first_of_equal(hashes: Iterable[pa.Array | pa.ChunkedArray]) -> npt.NDArray[
 
 def _halves(hashes: pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """The high and low 64 bits of hashes of 32 hexadecimal digits."""
-    digits = np.array(hashes.to_pylist(), "S32").view(np.uint8).reshape(-1, 2, 16)
-    shifts = np.arange(60, -1, -4, dtype=np.uint64)
-    words = np.bitwise_or.reduce(_HEX[digits] << shifts, axis=2)
+    words = np.frombuffer(bytes.fromhex("".join(hashes.to_pylist())), ">u8").reshape(-1, 2).astype(np.uint64)
     return words[:, 0], words[:, 1]
 
 

@@ -149,7 +149,9 @@ class LocalPlace(Place):
         yield from _walk(str(self.local), "", frozenset())
 
     def read(self, name: str, listed_bytes: int = 0) -> bytes:
-        with open(self.local / name, "rb", buffering=0) as file:
+        with open(
+            f"{self.local}/{name}", "rb", buffering=0
+        ) as file:  # joining paths takes as long as reading a small image
             return file.readall()
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:

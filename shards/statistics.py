@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _FLOAT_BINS = 1 << 16
+_HELD_BYTES = (
+    1 << 18
+)  # of 8-bit samples, which are counted many at a time: a call costs more than counting one sample
 
 
 class Statistics:
@@ -24,11 +28,18 @@ class Statistics:
 
     def __init__(self):
         self._counts: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
+        self._held: dict[int, list[npt.NDArray[np.uint8]]] = {}  # by number of channels
+        self._held_bytes = 0
 
     def add(self, sample: npt.NDArray) -> None:
-        """Counts pixels (k, C), uint8, uint16 or float32."""
-        num_bins = 256 if sample.dtype == np.uint8 else _FLOAT_BINS
-        counts = self._of((sample.dtype.name, sample.shape[1]), num_bins)
+        """Counts pixels (k, C), uint8, uint16 or float32; the array must not change afterwards."""
+        if sample.dtype == np.uint8:
+            self._held.setdefault(sample.shape[1], []).append(sample)
+            self._held_bytes += sample.size
+            if self._held_bytes >= _HELD_BYTES:
+                self._count_held()
+            return
+        counts = self._of((sample.dtype.name, sample.shape[1]), _FLOAT_BINS)
         if sample.dtype == np.float32:
             sample = np.ascontiguousarray(sample)
             values = (sample.view(np.uint32) >> 16).astype(np.int64)
@@ -37,11 +48,23 @@ class Statistics:
             values = sample.astype(np.int64)
         for channel in range(sample.shape[1]):
             column = values[:, channel]
-            counts[channel] += np.bincount(column[column >= 0], minlength=num_bins)
+            counts[channel] += np.bincount(column[column >= 0], minlength=_FLOAT_BINS)
+
+    def _count_held(self) -> None:
+        for channels, samples in self._held.items():
+            counts = self._of(("uint8", channels), 256)
+            for row, column in zip(counts, np.concatenate(samples).T, strict=True):
+                # Pillow counts bytes as they are, several times as fast as numpy, which widens them to 64 bits first.
+                row += np.array(Image.fromarray(np.ascontiguousarray(column)[None]).histogram())
+        self._held, self._held_bytes = {}, 0
+
+    def _all(self) -> dict[tuple[str, int], npt.NDArray[np.int64]]:
+        self._count_held()
+        return self._counts
 
     def merge(self, other: Statistics) -> None:
         """Adds what another one has counted."""
-        for key, counts in other._counts.items():
+        for key, counts in other._all().items():
             self._of(key, counts.shape[1])[:] += counts
 
     def _of(self, key: tuple[str, int], num_bins: int) -> npt.NDArray[np.int64]:
@@ -52,7 +75,7 @@ class Statistics:
     def to_json(self) -> dict[str, Any]:
         """JSON values from which `from_json` makes the same again."""
         packed = {}
-        for (dtype, channels), counts in self._counts.items():
+        for (dtype, channels), counts in self._all().items():
             data = zlib.compress(counts.astype("<i8").tobytes(), 6)
             packed[f"{dtype}/{channels}"] = base64.b64encode(data).decode("ascii")
         return packed
@@ -74,7 +97,7 @@ class Statistics:
         """
         return {
             f"{dtype}/{channels}": _summary(dtype, counts)
-            for (dtype, channels), counts in sorted(self._counts.items())
+            for (dtype, channels), counts in sorted(self._all().items())
         }
 
 

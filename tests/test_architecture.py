@@ -27,6 +27,8 @@ SETTINGS = {
     "shards/options.py": ("ListOptions", "RasterOptions"),
     "pipelines/loader.py": ("DataConfig",),
     "shards/split_command.py": ("Split",),
+    "fastssl/bench/shard.py": ("BenchShard",),
+    "fastssl/bench/plan.py": ("BenchPlan",),
     "pipelines/recipe.py": ("Recipe",),
 }
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 from importlib import import_module
 
 LADDER = "fastssl.bench.ladder"
-SUBCOMMANDS = {"loader": "fastssl.bench.loader", "step": LADDER}
+SUBCOMMANDS = {
+    "loader": "fastssl.bench.loader",
+    "step": LADDER,
+    "shard": "fastssl.bench.shard",
+    "plan": "fastssl.bench.plan",
+}
 USAGE = """usage: fastssl bench CONFIG [options]            where a run's time goes, rung by rung, and the switch to try
        fastssl bench loader SHARDS [options]     images per second from shards to views, beside other loaders
+       fastssl bench shard FOLDER [options]      images per second from JPEG files to shards, beside other writers
+       fastssl bench plan [options]              time and memory of planning for 10 million images
 
-`fastssl bench CONFIG --help` and `fastssl bench loader --help` explain the options."""
+`fastssl bench CONFIG --help`, `fastssl bench loader --help` and so on explain the options."""
 
 
 def run(argv: list[str]) -> int:

@@ -27,6 +27,10 @@ _VERSIONS = {
     "kornia": ("kornia",),
     "numba": ("numba",),
     "pillow": ("pillow",),
+    "simplejpeg": ("simplejpeg",),
+    "pyarrow": ("pyarrow",),
+    "webdataset": ("webdataset",),
+    "litdata": ("litdata",),
 }
 
 

@@ -1,0 +1,155 @@
+"""`fastssl bench plan`: time and memory of planning a conversion of millions of images, which need not exist."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from fastssl.bench.report import busy, machine, write_report
+from shards.errors import UserError
+from shards.files import check_output
+from shards.sources import BATCH_ROWS, Source, entry_batch
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+NUM_CLASSES = 1000
+ABOUT_BYTES = 110_000  # of an image, for the sums
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """Plan a conversion of many images that exist in name only: list them, sort them into their shuffled order, write the plan.
+
+    It runs in a process of its own, whose peak memory is measured.
+    """
+
+    entries: int = 10_000_000
+    """Images to plan for."""
+    out: str = ""
+    """Folder for the plan, which is removed again; empty: the system's for temporary files."""
+    json: str = ""
+    """File for the results."""
+
+
+class Names(Source):
+    """So many names of images in 1,000 classes; nothing can be read from it."""
+
+    kind = "names"
+    name = "names"
+
+    def __init__(self, num_entries: int):
+        self.num_entries = num_entries
+
+    def entries(self) -> Iterator[pa.RecordBatch]:
+        """See `Source.entries`."""
+        for start in range(0, self.num_entries, BATCH_ROWS):
+            numbers = range(start, min(start + BATCH_ROWS, self.num_entries))
+            labels = [f"n{number % NUM_CLASSES:08d}" for number in numbers]
+            names = [f"{label}/{label}_{number}.JPEG" for label, number in zip(labels, numbers, strict=True)]
+            sizes = [ABOUT_BYTES + number % 1000 for number in numbers]
+            yield entry_batch({"source": names, "bytes": sizes, "label": labels})
+
+
+def run(argv: list[str]) -> int:
+    """Run the sub-command."""
+    args = tyro.cli(BenchPlan, prog="fastssl bench plan", args=argv)
+    if args.json:
+        check_output(args.json, "--json")
+    if args.entries < 1:
+        raise UserError(f"--entries is {args.entries}, but it must be at least 1.")
+    if args.out and not Path(args.out).is_dir():
+        raise UserError(f"there is no folder '{args.out}' for --out: make it first.")
+    from rich.console import Console
+    from rich.table import Table
+
+    where, console = machine(), Console(highlight=False)
+    with console.status(f"planning {args.entries:,} images"):
+        found = measure(args.entries, args.out)
+    table = Table(title=f"{args.entries:,} images planned", title_justify="left", show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("list, hash, spill", f"{found['survey_s']:,.1f} s")
+    table.add_row("sort, write the plan", f"{found['write_s']:,.1f} s")
+    table.add_row("CPU time", f"{found['cpu_s']:,.1f} s")
+    table.add_row("peak memory", f"{found['peak_bytes'] / 1e6:,.0f} MB")
+    table.add_row("of these before", f"{found['before_bytes'] / 1e6:,.0f} MB")
+    table.add_row("plan.parquet", f"{found['plan_bytes'] / 1e6:,.0f} MB")
+    table.add_row("shards", f"{found['num_shards']:,}")
+    console.print(table)
+    console.print(f"{where['cpu']}, {where['cores']} cores{busy(where)}.", style="dim", markup=False)
+    if args.json:
+        settings = {"entries": args.entries, "classes": NUM_CLASSES}
+        write_report(args.json, "plan", where, settings, [], plan=found)
+        console.print(f"[dim]Written to {args.json}[/]")
+    return 0
+
+
+def measure(num_entries: int, out: str = "", in_memory: int | None = None) -> dict[str, Any]:
+    """Plans in a fresh process: seconds, bytes of memory at the peak and before, size of the plan, number of shards.
+
+    `in_memory`: entries above which they are sorted on disk, in place of `shards.listing.IN_MEMORY`.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    with tempfile.TemporaryDirectory(dir=out or None, prefix="fastssl-bench-") as folder:
+        process = context.Process(target=_plan, args=(theirs, num_entries, folder, in_memory))
+        process.start()
+        theirs.close()
+        try:
+            return ours.recv()
+        except EOFError:
+            process.join()
+            raise UserError(
+                f"planning ended with exit code {process.exitcode}; if memory or disk ran out, take fewer --entries."
+            ) from None
+        finally:
+            process.join()
+
+
+def _plan(pipe: Connection, num_entries: int, folder: str, in_memory: int | None) -> None:
+    from shards import listing
+    from shards.layout import PLAN
+    from shards.places import open_place
+    from shards.plan import settings_for, write_plan
+    from shards.policy import Policy
+
+    if in_memory is not None:
+        listing.IN_MEMORY = in_memory
+    before, start_s, start_cpu_s = _peak_bytes(), time.perf_counter(), time.process_time()
+    place, source = open_place(folder), Names(num_entries)
+    with listing.Survey(source, 0, place.local) as survey:
+        survey_s = time.perf_counter() - start_s
+        settings = settings_for(source, survey.listing, 0, None, Policy(), "mark")
+        plan = write_plan(place, survey, settings)
+    pipe.send(
+        {
+            "survey_s": survey_s,
+            "write_s": time.perf_counter() - start_s - survey_s,
+            "cpu_s": time.process_time() - start_cpu_s,
+            "before_bytes": before,
+            "peak_bytes": _peak_bytes(),
+            "plan_bytes": (Path(folder) / PLAN).stat().st_size,
+            "num_shards": plan.num_shards,
+        }
+    )
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has held at once."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        [peak] = [line for line in lines if line.startswith("VmHWM:")]
+        return int(peak.split()[1]) * 1024
+    except (OSError, ValueError):  # a system without /proc
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
