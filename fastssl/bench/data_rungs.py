@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.bench.loader import _decode, _read
+from fastssl.bench.loader import _in_threads, _read
 from fastssl.bench.report import Row
 from fastssl.bench.verdict import AUGMENT, DECODE, READ, TO_DEVICE
 from fastssl.bench.work import Work
@@ -20,6 +20,7 @@ from pipelines.draws import draw
 from pipelines.engines import make_engine, whole_batches
 from pipelines.loader import default_threads, gpu_slots, host_slots, open_loader, view_shapes
 from pipelines.stream import Job, stream
+from shards.errors import UserError
 from shards.order import epoch_order
 from shards.read import ShardSet
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from fastssl.bench.parts import Clock
     from fastssl.config import Resolved
 
-RESIDENT_BATCHES = 4
+RESIDENT_BATCHES, RESIDENT_IMAGES = 4, 2048  # decoded, an image of 500 x 375 takes half a megabyte
 
 
 class Resident(Samples):
@@ -48,18 +49,30 @@ def open_work(resolved: Resolved) -> Work:
     """Some batches of the run's images, the same for every rung."""
     cfg = resolved.config
     shards = cfg.data.open()
-    ids = epoch_order(shards.num_samples, cfg.train.seed, 0)[: RESIDENT_BATCHES * cfg.train.batch]
-    return Work(
-        shards, cfg.recipe, ids, min(cfg.train.batch, len(ids)), cfg.data.threads or default_threads()
-    )
+    if len(shards) < cfg.train.batch:
+        raise UserError(
+            f"'{cfg.data.shards}' has {len(shards)} samples in use, fewer than one batch of {cfg.train.batch}: lower --train.batch, "
+            "or convert more images."
+        )
+    count = max(cfg.train.batch, min(RESIDENT_BATCHES * cfg.train.batch, RESIDENT_IMAGES))
+    ids = shards.ids[epoch_order(len(shards), cfg.train.seed, 0)[:count]]
+    return Work(shards, cfg.recipe, ids, cfg.train.batch, cfg.data.threads or default_threads())
 
 
 def data_rows(resolved: Resolved, work: Work, clock: Clock) -> dict[str, Row]:
     """Read, decode, to device and augment."""
     rows = {}
-    for name, make in ((READ, _read), (DECODE, _decode)):
-        with contextlib.closing(make(work)) as batches:
+    data = resolved.config.data
+    engine: Any = make_engine("fused" if whole_batches(data.engine) else data.engine, work.recipe)
+
+    def decode(sample_id: int) -> Any:
+        return engine.decode(work.shards.read(sample_id))
+
+    for name, made in ((READ, _read(work)), (DECODE, _in_threads(work, decode))):
+        with contextlib.closing(made) as batches:
             rows[name] = clock.row(name, lambda made=batches: next(made), batch=work.batch)
+    if data.decode == "gpu":
+        rows[DECODE] = Row(DECODE, error="the GPU decodes, within the loader's rate: data.decode is gpu")
     rows[TO_DEVICE] = _copy_row(resolved, clock)
     try:
         with contextlib.closing(resident_views(resolved, work, clock.device)) as made:

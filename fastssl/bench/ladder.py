@@ -85,8 +85,11 @@ def report(resolved: Resolved, steps: int, repeats: int, json_path: str, *, comp
     from fastssl.bench.parts import Clock, build
     from fastssl.bench.report import machine, write_report
     from fastssl.bench.verdict import judge
+    from fastssl.build import follow_shards
     from fastssl.distributed import choose_device
 
+    if resolved.config.data.shards:
+        resolved = follow_shards(resolved, resolved.config.data.open())
     train = resolved.config.train
     device = choose_device(train.device)
     where = machine(device)

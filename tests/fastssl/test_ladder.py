@@ -309,6 +309,11 @@ def test_mistakes_are_named(config_file, argv, words):
         command.run([config_file if token == "CONFIG" else token for token in argv])
 
 
+def test_a_batch_beyond_the_images_is_told_before_anything_is_measured(config_file, shards):
+    with pytest.raises(UserError, match="has 60 samples in use, fewer than one batch of 64"):
+        command.run([config_file, *STEP, "--train.batch", "64", "--data.shards", str(shards), "--quick"])
+
+
 def test_it_refuses_several_processes(config_file, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):
