@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,18 @@ FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})\.pt")
 
 
+class DamagedError(UserError):
+    """A checkpoint that was cut short, or in which bits have changed."""
+
+
 def checkpoint_path(run: Path, step: int) -> Path:
     """Where the checkpoint after `step` optimiser steps lies."""
     return run / "checkpoints" / f"step-{step:09d}.pt"
+
+
+def step_of(path: Path) -> int:
+    """The number of optimiser steps that a checkpoint's name tells."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -40,8 +50,10 @@ def find_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
-def save(path: Path, state: dict[str, Any], keep: int = 0) -> None:
+def save(path: Path, state: dict[str, Any], keep: int = 0, lasting: int = 0) -> None:
     """Write a checkpoint; afterwards only the newest `keep` of its folder remain (0 keeps all).
+
+    Those of every `lasting`-th step, if not 0, remain besides.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written; older checkpoints stay as they were.
@@ -59,21 +71,31 @@ def save(path: Path, state: dict[str, Any], keep: int = 0) -> None:
         ) from error
     if keep:
         for old in list_checkpoints(path.parent.parent)[:-keep]:
-            old.unlink(missing_ok=True)
+            if not lasting or step_of(old) % lasting:
+                old.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, without running any code that it may hold (`weights_only`).
 
     Raises:
-        UserError: the file is damaged, or no checkpoint of fastssl, or of a newer format.
+        DamagedError: the file was cut short, or a bit of it has changed.
+        UserError: it is no checkpoint of fastssl, or of a newer format.
     """
     try:
+        # torch writes a sum of each tensor and does not look at it when it reads.
+        with zipfile.ZipFile(path) as parts:
+            if (part := parts.testzip()) is not None:
+                raise DamagedError(
+                    f"{_unreadable(path)} The part '{part}' does not have the sum it was written with."
+                )
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"There is no checkpoint '{path}'.") from None
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(_unreadable(path)) from error
+    except UserError:
+        raise
+    except Exception as error:  # torch and zipfile raise many kinds for a damaged file
+        raise (DamagedError if _NAME.fullmatch(path.name) else UserError)(_unreadable(path)) from error
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"'{path}' is no checkpoint of fastssl: it lacks the entry 'format'.")
     if state["format"] != FORMAT:

@@ -29,6 +29,7 @@ METHOD_NAME, PRESET = "method.name", "recipe.preset"
 # Settings by their former names, which older files and checkpoints hold: the name of now, and the values.
 RENAMED = {
     "model.grad_checkpointing": ("train.checkpointing", {"true": "blocks", "false": "none"}),
+    "train.keep": ("train.keep_last", {}),
 }
 
 

@@ -1,17 +1,19 @@
 """The processes of a run: who we are, all ranks' keys, means over ranks. World 1 needs no process group."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shards.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,28 @@ def any_over_ranks(flag: Tensor) -> Tensor:
     seen = flag.float()
     dist.all_reduce(seen, dist.ReduceOp.MAX)
     return seen > 0
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call `function` on the first rank alone and return its result, which must be picklable, on every rank.
+
+    A UserError there ends the others too, in silence: the first one tells it.
+    """
+    if not _joined():
+        return function()
+    answer: list[Any] = [None, None]
+    fault = None
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except UserError as error:
+            fault = answer[1] = error
+    dist.broadcast_object_list(answer)
+    if fault is not None:
+        raise fault
+    if answer[1] is not None:
+        raise SystemExit(2)
+    return answer[0]
 
 
 def smallest_over_ranks(value: int, device: torch.device) -> int:

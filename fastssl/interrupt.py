@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM ask a run to stop after the step at hand (several processes: within eight steps); a later one at once."""
+"""Signals that ask a run to stop after the step at hand (several processes: within eight steps); a second Ctrl-C or SIGTERM at once.
+
+SIGUSR1 is what Slurm sends ahead of the end of a job's time, where `sbatch --signal=USR1@120` asks for it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ GRACE_S = 1.0
 
 
 class StopRequest:
-    """A context in which SIGINT and SIGTERM set `signal` instead of ending the process; the second one does."""
+    """A context in which SIGINT, SIGTERM and SIGUSR1 set `signal` instead of ending the process.
+
+    A second SIGINT or SIGTERM ends it, but the SIGTERM that follows Slurm's warning is no second one: the save may be under way.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -22,7 +28,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -32,7 +38,9 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.signal:
+        if number == signal.SIGUSR1:
+            self.signal = self.signal or number
+        elif self.signal in (0, signal.SIGUSR1):
             self.signal, self._noted_s = number, time.monotonic()
         elif time.monotonic() - self._noted_s > GRACE_S:
             self._restore()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +44,11 @@ class Meters:
         self._started_s += time.perf_counter() - began_s
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to report the same means."""
+        """What a resumed run needs to report the same means; all ranks call it, and hold the means of their sums from then on.
+
+        So a run on any number of ranks goes on from what one file says.
+        """
+        self._sums = mean_over_ranks(self._sums)
         return {"sums": {k: v.cpu() for k, v in self._sums.items()}, "count": self._count}
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
@@ -67,12 +72,13 @@ class Meters:
 class MetricsLog:
     """`metrics.jsonl`: one JSON object a line, appended; cut back to the checkpoint's step on resume.
 
-    `last` is the newest row that was there before, empty where there was none.
+    `last` is the newest row that was there before, empty where there was none; `highest` the highest value of each name so far.
     """
 
     def __init__(self, path: Path, resume_step: int):
         self._path = path
         self.last: dict[str, Any] = {}
+        self.highest: dict[str, float] = {}
         if path.exists():
             # Lines after the checkpoint belong to steps that are about to be done again; the last may be half a line.
             rows = [
@@ -81,18 +87,39 @@ class MetricsLog:
                 if row and row["step"] <= resume_step
             ]
             self.last = rows[-1] if rows else {}
+            for row in rows:
+                self._note(row)
             atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; it must hold `step`. Numbers keep six significant digits. Raises UserError for a full disk."""
-        short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+        short = {k: six_digits(v) if isinstance(v, float) else v for k, v in row.items()}
+        with self._told(), open(self._path, "a") as file:
+            file.write(json.dumps(short) + "\n")
+        self._note(short)
+
+    def flush(self) -> None:
+        """Make sure that the rows so far survive a loss of power."""
+        with self._told(), open(self._path, "a") as file:
+            os.fsync(file.fileno())
+
+    def _note(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            self.highest[name] = max(value, self.highest.get(name, value))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            with open(self._path, "a") as file:
-                file.write(json.dumps(short) + "\n")
+            yield
         except OSError as error:
             raise UserError(
                 f"'{self._path}' cannot be written ({error.strerror}): make room or mend it, then continue with --resume."
             ) from error
+
+
+def six_digits(value: float) -> float:
+    """The value as the log keeps it."""
+    return float(f"{value:.6g}")
 
 
 def _parse(line: str) -> dict[str, Any] | None:

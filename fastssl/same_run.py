@@ -50,7 +50,8 @@ def check_same_run(
             "log_every",
             "save_every",
             "save_every_steps",
-            "keep",
+            "keep_last",
+            "keep_every",
             "compile",
             "checkpointing",
         )

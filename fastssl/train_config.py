@@ -46,8 +46,10 @@ class TrainConfig:
     """Epochs between two checkpoints; the last step is always saved."""
     save_every_steps: int = 0
     """Steps between two checkpoints within an epoch; 0 saves at ends of epochs only."""
-    keep: int = 2
-    """Newest checkpoints that are kept; 0 keeps all."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept; 0 keeps all. With knn.every the best weights so far are in checkpoints/best.pt besides."""
+    keep_every: int = 0
+    """Epochs between two checkpoints that are saved and kept for good; 0 keeps none for good."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -68,6 +70,6 @@ class TrainConfig:
             raise UserError(
                 "train.exact_heads is for batches in chunks, and train.micro_batch is 0: set --train.micro-batch, or leave it False."
             )
-        for name in ("save_every_steps", "keep"):
+        for name in ("save_every_steps", "keep_last", "keep_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}, but it must not be negative.")

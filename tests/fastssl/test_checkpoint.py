@@ -151,7 +151,7 @@ def _fail_from(monkeypatch: pytest.MonkeyPatch, step: int, error: OSError) -> No
 def test_a_failed_save_leaves_the_older_checkpoint(
     error: OSError, message: str, shards: Path, finished: Path, tmp_path: Path
 ) -> None:
-    resolved = resolve(shards, tmp_path / "run", {"train": {"keep": 1}})
+    resolved = resolve(shards, tmp_path / "run", {"train": {"keep_last": 1}})
     with pytest.MonkeyPatch.context() as patch:
         _fail_from(patch, 2 * SAVE_STEPS, error)
         with pytest.raises(UserError, match=message):

@@ -165,8 +165,8 @@ def crash_after_saving(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let training die when the checkpoint of `step` has been written, before anything else is done."""
     save = checkpoint.save
 
-    def save_and_die(path: Path, state: dict[str, Any], keep: int = 0) -> None:
-        save(path, state, keep)
+    def save_and_die(path: Path, state: dict[str, Any], *kept: int) -> None:
+        save(path, state, *kept)
         if state["step"] == step:
             raise Crash
 
@@ -268,7 +268,7 @@ def test_settings_of_the_machine_may_change_in_silence(shards: Path, finished: P
     _short_run(shards, tmp_path / "run")
     changed = {
         "data": {"threads": 2},
-        "train": {"keep": 1, "save_every": 2},
+        "train": {"keep_last": 1, "save_every": 2},
         "knn": {"k": 5, "max_samples": 0},
     }
     pretrain(resolve(shards, tmp_path / "run", changed), resume=True)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl import checkpoint, train
+from fastssl import checkpoint, run_folder, training
 from fastssl.cli import main
-from tests.fastssl.runs import SAVE_STEPS, STEPS, TOTAL, newest, rows
+from shards.files import lock_file
+from tests.fastssl.runs import SAVE_STEPS, STEPS, TOTAL, assert_same_end, newest, rows
 
 
 @pytest.fixture
@@ -18,8 +19,8 @@ def stopped(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that died after its second checkpoint."""
     save = checkpoint.save
 
-    def save_and_die(path, state, keep=0):
-        save(path, state, keep)
+    def save_and_die(path, state, *kept):
+        save(path, state, *kept)
         if state["step"] == 2 * SAVE_STEPS:
             raise RuntimeError("killed")
 
@@ -96,18 +97,54 @@ def test_changes_are_told_in_a_line_each(stopped: Path, config, capsys: pytest.C
     assert capsys.readouterr().err == "fastssl: note: optim.lr was 0.06 until here and is 0.03 from now on.\n"
 
 
-def test_a_damaged_checkpoint_and_the_way_out(stopped: Path, told, config, finished: Path) -> None:
+def _cut(data: bytes) -> bytes:
+    return data[:5000]
+
+
+def _flip(data: bytes) -> bytes:
+    """One bit of a weight; torch itself would not notice."""
+    changed = bytearray(data)
+    changed[len(data) // 2] ^= 4
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    damage, stopped: Path, config, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     last = checkpoint.checkpoint_path(stopped, 2 * SAVE_STEPS)
-    last.write_bytes(last.read_bytes()[:5000])
-    sentence = told("pretrain", config(), "--resume")
-    before = checkpoint.checkpoint_path(stopped, SAVE_STEPS).name
-    assert (
-        sentence
-        == f"The checkpoint '{last}' is damaged: remove it, and the one before it, '{before}', is used."
+    damaged = damage(last.read_bytes())
+    last.write_bytes(damaged)
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["pretrain", str(config()), "--resume"]) == 0
+    out, err = capsys.readouterr()
+    assert err == (
+        f"fastssl: note: The checkpoint '{last}' is damaged: it is now called '{last.name}.damaged', and the run goes on from "
+        "'step-000000003.pt', the one before it.\n"
     )
-    last.unlink()
+    assert f"resuming after step {SAVE_STEPS} of {TOTAL}" in out
+    assert last.with_name(f"{last.name}.damaged").read_bytes() == damaged
+    assert_same_end(stopped, finished)
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_touched(stopped: Path, told, config) -> None:
+    for path in checkpoint.list_checkpoints(stopped):
+        path.write_bytes(_cut(path.read_bytes()))
+    first = checkpoint.checkpoint_path(stopped, SAVE_STEPS)
+    assert told("pretrain", config(), "--resume") == (
+        f"The checkpoint '{first}' is damaged and the oldest of its run: remove it, and --resume starts from the beginning."
+    )
+    assert len(checkpoint.list_checkpoints(stopped)) == 2
+
+
+def test_two_trainers_in_one_folder(stopped: Path, told, config) -> None:
+    with lock_file(stopped / ".lock"):
+        assert told("pretrain", config(), "--resume") == (
+            f"Another trainer is at work in '{stopped}': wait for it or stop it, or choose another --train.out."
+        )
     assert main(["pretrain", str(config()), "--resume"]) == 0
-    assert torch.equal(newest(stopped)["rng"], newest(finished)["rng"])
 
 
 def test_a_full_disk(told, config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,12 +179,12 @@ def test_a_run_folder_that_cannot_be_written(
     def refuse(path, content):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(train, "atomic_write", refuse)
+    monkeypatch.setattr(run_folder, "atomic_write", refuse)
     assert "cannot be written (Permission denied)" in told("pretrain", config())
 
 
 def test_a_loss_that_is_no_number(told, config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "scaled_lr", lambda cfg, batch: 1e30)
+    monkeypatch.setattr(training, "scaled_lr", lambda cfg, batch: 1e30)
     sentence = told("pretrain", config({"optim": {"warmup_epochs": 0}}))
     assert "lower --optim.lr (now 0.06) or set --train.clip_grad" in sentence
     assert "keeps the checkpoints from before" in sentence

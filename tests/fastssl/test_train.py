@@ -125,10 +125,12 @@ def test_the_run_folder_holds_its_configuration(shards: Path, finished: Path) ->
     ("settings", "steps"),
     [
         ({"save_every_steps": 0}, [14, 21]),
-        ({"save_every_steps": 0, "keep": 0}, [7, 14, 21]),
-        ({"save_every_steps": 0, "save_every": 2, "keep": 0}, [14, 21]),
-        ({"save_every_steps": 5, "save_every": 100, "keep": 0}, [5, 10, 15, 20, 21]),
-        ({"save_every_steps": 0, "save_every": 100, "keep": 1}, [21]),
+        ({"save_every_steps": 0, "keep_last": 0}, [7, 14, 21]),
+        ({"save_every_steps": 0, "save_every": 2, "keep_last": 0}, [14, 21]),
+        ({"save_every_steps": 5, "save_every": 100, "keep_last": 0}, [5, 10, 15, 20, 21]),
+        ({"save_every_steps": 0, "save_every": 100, "keep_last": 1}, [21]),
+        ({"save_every_steps": 5, "save_every": 100, "keep_last": 1, "keep_every": 1}, [7, 14, 21]),
+        ({"save_every_steps": 2, "save_every": 100, "keep_last": 2, "keep_every": 2}, [14, 20, 21]),
     ],
 )
 def test_checkpoints_come_as_often_as_asked(
@@ -321,7 +323,7 @@ def test_an_echo_is_ignored_and_a_later_interrupt_is_not_held_back(monkeypatch: 
         ({"seed": -1}, "train.seed is -1, but it must be at least 0"),
         ({"micro_batch": 1}, "train.micro_batch is 1, but it must be 0 .*, auto, or at least 2"),
         ({"exact_heads": True}, "train.exact_heads is for batches in chunks, and train.micro_batch is 0"),
-        ({"keep": -1}, "train.keep is -1, but it must not be negative"),
+        ({"keep_last": -1}, "train.keep_last is -1, but it must not be negative"),
         ({"save_every_steps": -5}, "train.save_every_steps is -5, but it must not be negative"),
     ],
 )
