@@ -86,7 +86,9 @@ def test_a_run_continues_only_as_itself(changes: dict, expected: str, stopped: P
 
 def test_a_run_continues_only_on_its_shards(stopped: Path, told, config, unlabelled_shards: Path) -> None:
     sentence = told("pretrain", config({"knn": {"every": 0}}, data=unlabelled_shards), "--resume")
-    assert f"was trained on 60 samples of another conversion or split, '{unlabelled_shards}' has 20" in sentence
+    assert (
+        f"was trained on 60 samples of another conversion or split, '{unlabelled_shards}' has 20" in sentence
+    )
 
 
 def test_changes_are_told_in_a_line_each(stopped: Path, config, capsys: pytest.CaptureFixture[str]) -> None:
