@@ -33,6 +33,7 @@ COMMANDS = {
         "fastssl.doctor.command",
         "Check driver, packages, limits, disks and a data set, with a way out of each fault",
     ),
+    "replay": ("fastssl.replay", "Do a step again that was not finite, and say where it went wrong"),
     "report": ("fastssl.report", "Draw the curves of runs as a PNG: loss, accuracy, collapse, speed"),
     "bench": (
         "fastssl.bench.command",

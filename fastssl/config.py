@@ -19,6 +19,7 @@ from fastssl.methods import METHODS, get_method
 from fastssl.methods.moco_v3 import Config as MoCoV3Config
 from fastssl.models import ModelConfig
 from fastssl.optim import OptimConfig
+from fastssl.sinks import LogConfig
 from fastssl.train_config import TrainConfig
 from pipelines.loader import DataConfig
 from pipelines.recipe import RECIPES, Recipe, get_recipe
@@ -44,6 +45,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     knn: KNNConfig = field(default_factory=KNNConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
     """
     tree = _read_yaml(Path(path)) if path is not None else {}
     where = f"'{path}'" if path is not None else "the defaults"
-    named = dict(_leaves(tree))
+    named = dict(leaves(tree))
     tokens = list(overrides or [])
     sections = {field.name for field in dataclasses.fields(RunConfig)}
     named = {k: v for k, v in named.items() if v != "" or k not in sections}  # `train:` with nothing below it
@@ -84,7 +86,7 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
     recipe = get_recipe(chosen[PRESET]) if chosen[PRESET] else Recipe()
     start = RunConfig(recipe=recipe, method=get_method(method_name).Config())
 
-    known = dict(_leaves(_plain(dataclasses.asdict(start)))).keys()
+    known = dict(leaves(_plain(dataclasses.asdict(start)))).keys()
     names = [*known, METHOD_NAME, PRESET]
     for key in named:
         if key not in known:
@@ -102,7 +104,7 @@ def from_tree(tree: dict[str, Any]) -> Resolved:
     tree = {section: dict(values) for section, values in tree.items()}
     method_name = tree["method"].pop("name")
     start = RunConfig(method=get_method(method_name).Config())
-    return Resolved(_parse(start, list(_flags(_of_now(dict(_leaves(tree))))), prog="checkpoint"), method_name)
+    return Resolved(_parse(start, list(_flags(_of_now(dict(leaves(tree))))), prog="checkpoint"), method_name)
 
 
 def _of_now(named: dict[str, Any]) -> dict[str, Any]:
@@ -152,11 +154,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """{'train': {'lr': 1}} -> ('train.lr', 1)."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -169,7 +171,7 @@ def _flags(named: dict[str, Any]) -> Iterator[str]:
 
 def _spell_booleans(tokens: list[str], default: RunConfig) -> list[str]:
     """`true` and `false` as tyro spells them, where a switch is set; a folder called `true` keeps its name."""
-    switches = {f"--{key}" for key, value in _leaves(dataclasses.asdict(default)) if isinstance(value, bool)}
+    switches = {f"--{key}" for key, value in leaves(dataclasses.asdict(default)) if isinstance(value, bool)}
     spelled, before = [], ""
     for token in tokens:
         name, equals, value = token.partition("=")

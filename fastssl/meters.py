@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastssl.distributed import mean_over_ranks
+from fastssl.distributed import mean_over_ranks, rank, world
 from shards.errors import UserError
 from shards.files import atomic_write
 
@@ -24,17 +25,30 @@ class Meters:
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
+        self._count: torch.Tensor | int = 0
+        self._replaced = 0
         self._started_s = time.perf_counter()
         self._wait_s = 0.0
 
-    def add(self, metrics: dict[str, torch.Tensor], wait_s: float) -> None:
-        """Count one step: detached scalars, and the seconds it waited for data."""
+    def add(
+        self,
+        metrics: dict[str, torch.Tensor],
+        wait_s: float,
+        applied: torch.Tensor | bool = True,
+        replaced: int = 0,
+    ) -> None:
+        """Count one step: detached scalars, the seconds it waited for data, and how many of its samples others stood in for.
+
+        Means leave out a step that was not `applied`, a boolean on the device the same on every rank.
+        """
         for name, value in metrics.items():
             value = value.detach().float()
+            if isinstance(applied, torch.Tensor):
+                value = torch.where(applied, value, 0.0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._count += 1
+        self._count = self._count + (applied if isinstance(applied, torch.Tensor) else int(applied))
         self._wait_s += wait_s
+        self._replaced += replaced
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -48,25 +62,44 @@ class Meters:
 
         So a run on any number of ranks goes on from what one file says.
         """
-        self._sums = mean_over_ranks(self._sums)
-        return {"sums": {k: v.cpu() for k, v in self._sums.items()}, "count": self._count}
+        self._sums, self._replaced = self._over_ranks()
+        if rank():
+            self._replaced = 0  # the first rank has them all
+        return {
+            "sums": {k: v.cpu() for k, v in self._sums.items()},
+            "count": int(self._count),
+            "replaced": self._replaced,
+        }
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
         """The reverse of `state`. Times start afresh."""
         self._sums = {k: v.to(device) for k, v in state["sums"].items()}
-        self._count = state["count"]
+        self._count, self._replaced = state["count"], 0 if rank() else state.get("replaced", 0)
         self._started_s, self._wait_s = time.perf_counter(), 0.0
 
     def read(self, images_per_step: int, steps_timed: int) -> dict[str, float]:
-        """Means over steps and ranks, images/s of the whole run and the share of time spent waiting for data; then reset."""
-        means = mean_over_ranks({k: v / max(1, self._count) for k, v in self._sums.items()})
-        values = {k: float(v) for k, v in means.items()}  # the one wait for the device
+        """Means over steps and ranks, images/s of the whole run, the share of time spent waiting for data, and the number of samples
+        that others stood in for; then reset. Where no step was applied there are no means."""
+        sums, replaced = self._over_ranks()
+        values = {k: float(v / self._count) for k, v in sums.items()}  # the one wait for the device
+        values = {k: v for k, v in values.items() if math.isfinite(v)}
         seconds = max(1e-9, time.perf_counter() - self._started_s)
         values["images_per_s"] = images_per_step * steps_timed / seconds
         values["data_wait"] = min(1.0, self._wait_s / seconds)
-        self._sums, self._count = {}, 0
+        values["stand_ins"] = replaced
+        self._sums, self._count, self._replaced = {}, 0, 0
         self._started_s, self._wait_s = time.perf_counter(), 0.0
         return values
+
+    def _over_ranks(self) -> tuple[dict[str, torch.Tensor], int]:
+        """The means over ranks of the sums, and the number of stand-ins on all of them."""
+        if world() == 1:
+            return dict(self._sums), self._replaced
+        if not self._sums:  # the same on every rank: no step since the last reading
+            return {}, self._replaced
+        like = next(iter(self._sums.values()))
+        means = mean_over_ranks({**self._sums, "": torch.full_like(like, self._replaced)})
+        return means, round(float(means.pop("")) * world())
 
 
 class MetricsLog:
@@ -130,6 +163,14 @@ def _parse(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and "step" in row else None
 
 
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "ce_norm": "ce/lnN {:.3f}",
+    "acc": "acc {:.0%}",
+    "feature_std": "std {:.2f}",
+    "images_per_s": "{:,.0f} img/s",
+    "data_wait": "wait {:.0%}",
+}
 WIDE = 120  # columns from which all values fit beside the bar
 
 
@@ -167,16 +208,14 @@ class Screen:
 
     def log(self, step: int, epoch: int, epochs: int, values: dict[str, float]) -> None:
         """Show the newest values."""
-        shown = [
-            f"loss {values['loss']:.3f}",
-            f"acc {values['acc']:.0%}",
-            f"{values['images_per_s']:,.0f} img/s",
-        ]
-        if self.console.width >= WIDE or not self._live:
-            shown[1:1] = [f"ce/lnN {values['ce_norm']:.3f}"]
-            shown[3:3] = [f"std {values['feature_std']:.2f}"]
-            shown.append(f"wait {values['data_wait']:.0%}")
-        status = "  ".join(shown)
+        narrow = ("loss", "acc", "images_per_s")
+        wide = self.console.width >= WIDE or not self._live
+        # A value may be missing: there are no means where every step was skipped.
+        status = "  ".join(
+            text.format(values[name])
+            for name, text in SHOWN.items()
+            if name in values and (wide or name in narrow)
+        )
         self._bar.update(self._task, description=f"epoch {epoch + 1}/{epochs}", status=status)
         if not self._live and time.perf_counter() - self._spoke_s >= self.QUIET_S:
             self._spoke_s = time.perf_counter()

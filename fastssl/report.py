@@ -17,10 +17,17 @@ PANELS = {
     "ce_norm": ("cross-entropy / ln N", "1 is chance"),
     "acc": ("contrastive accuracy", "share of queries that find their key"),
     "feature_std": ("spread of the features", "a fall to 0 is collapse"),
+    "rank_me": ("rank of the features (RankMe)", "a fall is collapse"),
     "knn_accuracy": ("kNN accuracy", "labels that training never sees"),
+    "linear_accuracy": ("accuracy of a linear classifier", "labels that training never sees"),
+    "grad_norm": ("norm of the gradient", "before clipping"),
+    "teacher_distance": ("distance of teacher and student", "share of the student's length"),
     "lr": ("learning rate", ""),
     "images_per_s": ("images/s", ""),
+    "stand_ins": ("samples replaced by others", "bad ones, per line of the log"),
+    "skipped": ("steps skipped", "not finite"),
 }
+FAULTS = ("stand_ins", "skipped")  # drawn only where there were some
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,14 @@ def draw(runs: tuple[str, ...], out: Path) -> Path:
     from matplotlib import pyplot
 
     logs = {name: read_metrics(name) for name in runs}
-    shown = [m for m in PANELS if any(m in row for rows in logs.values() for row in rows)]
+    told = {
+        name
+        for rows in logs.values()
+        for row in rows
+        for name, value in row.items()
+        if value or name not in FAULTS
+    }
+    shown = [name for name in PANELS if name in told]
     columns = 3
     lines = -(-len(shown) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 2.9 * lines), squeeze=False)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from fastssl import checkpoint, distributed
+from fastssl.config import leaves
 from fastssl.meters import MetricsLog, six_digits
+from fastssl.sinks import Sinks
 from shards.errors import UserError
 from shards.files import atomic_write, lock_file, remove_unfinished
 
@@ -31,6 +34,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self.log: MetricsLog | None = None
         """metrics.jsonl, on the first rank, once the run has begun."""
+        self.sinks: Sinks | None = None
 
     def __enter__(self) -> RunFolder:
         distributed.on_main(self._take)
@@ -39,6 +43,8 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.sinks is not None:
+            self.sinks.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -59,6 +65,13 @@ class RunFolder:
     def begin(self, step: int) -> None:
         """Write the configuration, and cut the log back to `step`, the one to go on from."""
         distributed.on_main(lambda: self._begin(step))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Log a row of metrics, which holds `step`, on the first rank: to metrics.jsonl, and to what else is asked for."""
+        if self.log is not None and self.sinks is not None:
+            row = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
+            self.log.write(row)
+            self.sinks.write(row)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint of `state["step"]`, all that was logged before it, and remove what need not be kept."""
@@ -119,6 +132,8 @@ class RunFolder:
                 remove_unfinished(folder)
             atomic_write(self.path / "config.yaml", self._resolved.to_yaml().encode())
             self.log = MetricsLog(self.path / "metrics.jsonl", step)
+            settings = dict(leaves(self._resolved.tree()))
+            self.sinks = Sinks(self._resolved.config.log, self.path, settings, step)
         except OSError as error:
             raise self._unwritable(error) from error
 

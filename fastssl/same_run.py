@@ -52,6 +52,7 @@ def check_same_run(
             "save_every_steps",
             "keep_last",
             "keep_every",
+            "max_skipped",
             "compile",
             "checkpointing",
         )
@@ -59,7 +60,7 @@ def check_same_run(
     for section, values in now.items():
         for key, value in values.items():
             old = before.get(section, {}).get(key)
-            if old == value or section in ("data", "knn") or (section, key) in free:
+            if old == value or section in ("data", "knn", "log") or (section, key) in free:
                 continue
             if section in ("recipe", "method") or (section, key) in fixed:
                 raise UserError(

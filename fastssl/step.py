@@ -6,10 +6,11 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.distributed import any_over_ranks
@@ -44,6 +45,11 @@ class Step:
       image): the gradient of the undivided batch but for BatchNorm in the backbones. Running statistics follow the first forward only.
 
     Under DDP only the last chunk's backward pass sums gradients over ranks. Nothing here waits for a GPU, fp16's scaler included.
+
+    A step whose loss or gradient is not finite changes no weight and no state of the optimiser. With `nonfinite` "stop" no later
+    one does either, so that the weights of that moment can be looked at; with "skip" the teacher and the statistics of BatchNorm
+    stay as well, and the next step is taken. After each update `loss`, `features`, `grad_norm` (before clipping) and `applied`
+    (bool: the optimiser has stepped) tell of it, as tensors on the device.
     """
 
     def __init__(
@@ -57,13 +63,24 @@ class Step:
         micro_batch: int = 0,
         exact_heads: bool = False,
         clip_grad: float = 0.0,
+        nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.method, self.model, self.optimizer = method, model, optimizer
         self.device, self.dtype = device, dtype
         self.micro_batch, self.exact_heads, self.clip_grad = micro_batch, exact_heads, clip_grad
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._loss = torch.zeros((), device=device)
+        self.loss = self.grad_norm = torch.zeros((), device=device)
+        self.applied = torch.ones((), dtype=torch.bool, device=device)
+        self.features = torch.zeros((0, 0), device=device)
+        self._skip = nonfinite == "skip"
+        self._stopped = torch.zeros((), dtype=torch.bool, device=device)
+        self._statistics = (
+            [b for m in method.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
+            if self._skip
+            else []
+        )
+        self._before: list[Tensor] = []
 
     def gradients(self, views: list[Tensor], seed: Callable[[int], None] | None = None) -> dict[str, Tensor]:
         """Leave the gradients of the batch in the parameters and return its metrics (see `StepOutput.metrics`).
@@ -73,22 +90,23 @@ class Step:
             seed: called with the number of a chunk before its student's forward, to fix what that draws.
         """
         parts = chunks(len(views[0]), self.micro_batch)
+        self._before = [buffer.clone() for buffer in self._statistics]
         targets = self._targets(views, parts)
         run = self._exact if self.exact_heads and len(parts) > 1 else self._by_chunk
         outputs = run(views, parts, targets, seed or (lambda number: None))
         self.method.remember(targets)
         if len(outputs) == 1:
-            self._loss = outputs[0].loss
+            self.loss, self.features = outputs[0].loss, outputs[0].features
             return outputs[0].metrics
         shares = [(rows.stop - rows.start) / parts[-1].stop for rows in parts]
-        self._loss = torch.stack(
-            [output.loss for output in outputs]
-        ).sum()  # only whether it is finite matters
+        # Whether it is finite matters, and its value where it is not.
+        self.loss = torch.stack([output.loss for output in outputs]).sum()
         metrics = {
             name: torch.stack([o.metrics[name] * s for o, s in zip(outputs, shares, strict=True)]).sum()
             for name in outputs[0].metrics
         }
-        return metrics | batch_statistics(torch.cat([output.features for output in outputs]))
+        self.features = torch.cat([output.features for output in outputs])
+        return metrics | batch_statistics(self.features)
 
     def update(self, momentum: float) -> Tensor:
         """Clip, step and clear the gradients, then move the teacher; returns whether the step was unusable.
@@ -100,17 +118,30 @@ class Step:
         parameters = [p for p in self.method.parameters() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        bad = ~self._loss.isfinite()
+        bad = ~self.loss.isfinite()
         if self.scaler.is_enabled():
             bad = any_over_ranks(bad)  # the gradients are summed over ranks, each loss is a rank's own
         else:
             bad |= ~norm.isfinite()
+        if not self._skip:
+            self._stopped = bad = bad | self._stopped
         if self.clip_grad:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self._apply(bad)
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.update_teacher(momentum)
+        self._move_teacher(momentum, bad)
+        self.grad_norm, self.applied = norm, norm.isfinite() & ~bad
         return bad
+
+    def _move_teacher(self, momentum: float, bad: Tensor) -> None:
+        if self.device.type == "cpu":  # there is nothing to wait for
+            self.method.update_teacher(1.0 if bad else momentum)
+        elif self._skip:
+            self.method.update_teacher(torch.where(bad, 1.0, momentum))
+        else:  # the fast way: a run that is about to stop may move its teacher once more
+            self.method.update_teacher(momentum)
+        for now, before in zip(self._statistics, self._before, strict=True):
+            now.copy_(torch.where(bad, before, now))
 
     def _apply(self, bad: Tensor) -> None:
         if self.scaler.is_enabled():
@@ -224,7 +255,7 @@ def steady_statistics(method: Method, num_chunks: int, exact_heads: bool) -> Non
     """Let running statistics that are updated once a chunk follow as fast as if once a step: momentum 1 - (1 - m)^(1 / chunks)."""
     for module in [*method.backbones(), *([] if exact_heads else method.heads())]:
         for norm in module.modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum:
+            if isinstance(norm, _BatchNorm) and norm.momentum:
                 norm.momentum = 1 - (1 - norm.momentum) ** (1 / num_chunks)
 
 

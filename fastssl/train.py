@@ -14,7 +14,7 @@ import torch
 
 from fastssl import checkpoint, distributed
 from fastssl.build import follow_shards
-from fastssl.eval.online import OnlineKNN
+from fastssl.eval.online import OnlineTests
 from fastssl.interrupt import StopRequest
 from fastssl.meters import Screen
 from fastssl.run_folder import RunFolder
@@ -79,16 +79,16 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
         return _loop(training, loader, folder, online)
 
 
-def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineKNN | None) -> Summary:
+def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineTests | None) -> Summary:
     train, knn, ranks = training.resolved.config.train, training.resolved.config.knn, training.ranks
     start, steps, total = training.done, training.steps_per_epoch, training.total
-    log, meters = folder.log, training.meters
+    meters = training.meters
     screen = Screen(total, start, show=ranks.is_main)
     _greet(screen, training, loader)
 
     def save() -> None:
         with meters.paused():
-            training.check()
+            training.check(folder, to_save=True)
             folder.save(training.state())
 
     def finish(signal: int = 0) -> Summary:
@@ -102,7 +102,7 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineK
     began = time.perf_counter()
     saved, timed = start, 0
     first_epoch = start // steps
-    if online and log and start and start % steps == 0 and "knn_accuracy" not in log.last:
+    if online and folder.log and start and start % steps == 0 and "knn_accuracy" not in folder.log.last:
         first_epoch -= 1  # it was saved and then stopped before its test: nothing is left of it but that
     stop, stop_of_any = StopRequest(), distributed.LargestOverRanks()
     # One stream for the whole run: the next epoch's first batches are made while this one's last are trained on.
@@ -116,10 +116,13 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineK
                 step, timed = training.done, timed + 1
                 screen.step(step)
                 if step % train.log_every == 0 or step == total:
+                    training.check(folder)
                     values, timed = training.row(timed), 0
                     screen.log(step, epoch, train.epochs, values)
-                    if log:
-                        log.write({"step": step, "epoch": round(step / steps, 4), **values})
+                    folder.write({"step": step, "epoch": round(step / steps, 4), **values})
+                if step % steps == 0:
+                    with meters.paused():
+                        folder.write({"step": step, "epoch": epoch + 1, "rank_me": training.rank_me()})
                 stopping = stop_of_any.poll(step, stop.signal)
                 if stopping or (train.save_every_steps and step % train.save_every_steps == 0):
                     save()
@@ -129,13 +132,10 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineK
             last, step = epoch + 1 == train.epochs, training.done
             if online and (last or (epoch + 1) % knn.every == 0):
                 with meters.paused():
-                    accuracy = online.test(training.method.backbone)
-                    folder.save_best(training.weights(), accuracy)
-                screen.say(
-                    f"epoch {epoch + 1}/{train.epochs}  kNN accuracy {accuracy:.1%} (k = {online.k}, {online.what})"
-                )
-                if log:
-                    log.write({"step": step, "epoch": epoch + 1, "knn_accuracy": accuracy})
+                    found = online.test(training.method.backbone)
+                    folder.save_best(training.weights(), found["knn_accuracy"])
+                screen.say(f"epoch {epoch + 1}/{train.epochs}  {online.tell(found)}")
+                folder.write({"step": step, "epoch": epoch + 1, **found})
             due = any(every and (epoch + 1) % every == 0 for every in (train.save_every, train.keep_every))
             if saved != step and (last or due):
                 save()
@@ -143,7 +143,7 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineK
     return finish()
 
 
-def _online_tests(training: Training) -> OnlineKNN | None:
+def _online_tests(training: Training) -> OnlineTests | None:
     """What tests the student while it is trained, on the first rank, if asked for."""
     cfg, ranks = training.resolved.config, training.ranks
     if not cfg.knn.every or not ranks.is_main:
@@ -152,7 +152,7 @@ def _online_tests(training: Training) -> OnlineKNN | None:
         warnings.warn(
             "knn.max_samples is 0 (all): every process waits while the first one tests.", stacklevel=2
         )
-    return OnlineKNN(
+    return OnlineTests(
         cfg.knn,
         cfg.recipe,
         training.shards,

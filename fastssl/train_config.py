@@ -51,6 +51,12 @@ class TrainConfig:
     keep_every: int = 0
     """Epochs between two checkpoints that are saved and kept for good; 0 keeps none for good."""
 
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does: stop ends the run; skip leaves weights, optimiser and teacher as they were
+    before that step and goes on. Either writes the batch to a file for `fastssl replay`."""
+    max_skipped: int = 20
+    """Steps of the run that may be skipped; one more stops it."""
+
     def __post_init__(self) -> None:
         for name, least in (
             ("epochs", 1),
@@ -70,6 +76,6 @@ class TrainConfig:
             raise UserError(
                 "train.exact_heads is for batches in chunks, and train.micro_batch is 0: set --train.micro-batch, or leave it False."
             )
-        for name in ("save_every_steps", "keep_last", "keep_every"):
+        for name in ("save_every_steps", "keep_last", "keep_every", "max_skipped"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}, but it must not be negative.")

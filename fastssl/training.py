@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastssl import checkpoint
+from fastssl import checkpoint, distributed
 from fastssl.build import (
     build_method,
     compile_blocks,
@@ -18,10 +18,13 @@ from fastssl.build import (
     prepare_backend,
     spread,
 )
-from fastssl.distributed import Dist
+from fastssl.distributed import Dist, gather_keys
 from fastssl.fit import choose_micro_batch
+from fastssl.health import Watch, rank_me
 from fastssl.meters import Meters
 from fastssl.optim import build_optimizer, match_layout, scaled_lr, set_lr
+from fastssl.replay import capture
+from fastssl.run_folder import RunFolder
 from fastssl.same_run import check_same_run, data_set_of
 from fastssl.schedules import lr_at, progress_at
 from fastssl.step import Step, chunks, steady_statistics
@@ -86,8 +89,9 @@ class Training:
             micro_batch=micro_batch,
             exact_heads=train.exact_heads,
             clip_grad=train.clip_grad,
+            nonfinite=train.nonfinite,
         )
-        self.meters = Meters()
+        self.meters, self.watch = Meters(), Watch(ranks.device)
         self._peak_lr = scaled_lr(cfg.optim, train.batch)
         self._warmup = min(cfg.optim.warmup_epochs, train.epochs)
         if self._warmup != cfg.optim.warmup_epochs and ranks.is_main:
@@ -95,8 +99,6 @@ class Training:
                 f"The warm-up of {cfg.optim.warmup_epochs:g} epochs is longer than the run: all of it warms up.",
                 stacklevel=2,
             )
-        # Looked at where a line is logged: no step waits for it.
-        self.unusable = torch.zeros((), dtype=torch.bool, device=ranks.device)
         if found is not None:
             self._restore(found[1])
 
@@ -112,34 +114,60 @@ class Training:
         )
         set_lr(self.optimizer, rate)
         draws = (
-            _draws(train.seed, self.done, self.ranks.rank) if self.resolved.config.model.drop_path else None
+            depth_draws(train.seed, self.done, self.ranks.rank)
+            if self.resolved.config.model.drop_path
+            else None
         )
         metrics = self.stepper.gradients(batch.views, draws)
         self.done += 1
         progress = progress_at(self.done, steps_per_epoch=self.steps_per_epoch, epochs=train.epochs)
-        self.unusable |= self.stepper.update(self.method.teacher_momentum(progress))
-        self.meters.add(metrics, wait_s)
+        stepper = self.stepper
+        bad = stepper.update(self.method.teacher_momentum(progress))
+        self.watch.note(self.done, bad, stepper.loss, batch.sample_ids)
+        metrics["grad_norm"] = stepper.grad_norm
+        self.meters.add(metrics, wait_s, stepper.applied, batch.replaced)
 
     def row(self, steps_timed: int) -> dict[str, float]:
-        """The values of a line of metrics since the last one; every rank calls it, and it waits for the device.
+        """The values of a line of metrics since the last one; every rank calls it, and it waits for the device."""
+        values = {"lr": self.optimizer.param_groups[0]["lr"]}
+        values |= self.meters.read(self.resolved.config.train.batch, steps_timed)
+        distance = self.method.teacher_distance()
+        if distance is not None:
+            values["teacher_distance"] = float(distance)
+        if self.resolved.config.train.nonfinite == "skip":
+            values["skipped"] = self.watch.count
+        return values
+
+    def rank_me(self) -> float:
+        """RankMe of the newest batch's features, of all ranks; every rank calls it, and it waits for the device."""
+        return rank_me(gather_keys(self.stepper.features))
+
+    def check(self, folder: RunFolder, to_save: bool = False) -> None:
+        """Look for steps since the last look that were not finite, and write the first one's batch for `fastssl replay`.
+
+        Every rank looks, and `to_save` also at the weights: all of them leave, or none. A checkpoint is worth having only if it can
+        go on.
 
         Raises:
-            UserError: a step was not finite.
+            UserError: a step was not finite where that stops the run, or too many were, or a weight is not finite.
         """
-        values = self.meters.read(self.resolved.config.train.batch, steps_timed)
-        if not torch.isfinite(torch.tensor(values["loss"])):
-            raise self._diverged(f"The loss is {values['loss']} at step {self.done}")
-        if bool(self.unusable):
-            raise self._diverged(f"The gradient was not finite in a step up to {self.done}")
-        return {"lr": self.optimizer.param_groups[0]["lr"], **values}
-
-    def check(self) -> None:
-        """Refuse to save what cannot go on; every rank looks, at the same weights: all of them leave, or none.
-
-        Raises:
-            UserError: a weight is not finite.
-        """
-        if not all(bool(p.isfinite().all()) for p in self.method.parameters()):
+        train = self.resolved.config.train
+        bad = self.watch.look()
+        if bad is not None:
+            path = folder.path / f"nonfinite-step-{bad.step:09d}.pt"
+            distributed.on_main(lambda: capture(path, bad, self.weights(), self.shards))
+            if train.nonfinite == "stop":
+                raise self._diverged(f"{bad}, replay it with `fastssl replay {path}`")
+            if bad.skipped > train.max_skipped:
+                raise self._diverged(
+                    f"{bad}, and {bad.skipped} steps of the run had to be skipped, more than train.max_skipped ({train.max_skipped})"
+                )
+            if self.ranks.is_main:
+                warnings.warn(
+                    f"{bad}: skipped. Replay it: fastssl replay {path} ({bad.skipped} skipped in this run so far)",
+                    stacklevel=2,
+                )
+        if to_save and not all(bool(p.isfinite().all()) for p in self.method.parameters()):
             raise self._diverged(f"The weights are no longer finite at step {self.done}")
 
     def weights(self) -> dict[str, Any]:
@@ -159,6 +187,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.stepper.scaler.state_dict(),
             "meters": self.meters.state(),
+            "skipped": self.watch.count,
             "rng": torch.get_rng_state(),
         }
 
@@ -170,6 +199,7 @@ class Training:
         if state.get("scaler"):
             self.stepper.scaler.load_state_dict(state["scaler"])
         self.meters.restore(state["meters"], self.ranks.device)
+        self.watch.restore(state.get("skipped", 0))
         torch.set_rng_state(state["rng"])
         self.done = state["step"]
 
@@ -181,7 +211,7 @@ class Training:
         )
 
 
-def _draws(seed: int, step: int, rank: int) -> Callable[[int], None]:
+def depth_draws(seed: int, step: int, rank: int) -> Callable[[int], None]:
     """Seeds random depths by chunk: a function of the step, another on each rank, so that there is nothing to save."""
 
     def draw(chunk: int) -> None:

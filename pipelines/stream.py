@@ -29,13 +29,14 @@ class Batch:
     """Some samples and their views.
 
     `views`: float32 (N, C, S, S) each, normalised, the global views first; local ones have a smaller S. `sample_ids` and `labels`:
-    int64 (N,), label -1 where there is none. The ids are those of the samples really used, where one stands in for a bad one.
-    On a CPU the views lie in buffers that are used again: they are valid until the next batch is asked for.
+    int64 (N,), label -1 where there is none. The ids are those of the samples really used, where one stands in for a bad one, and
+    `replaced` counts these. On a CPU the views lie in buffers that are used again: they are valid until the next batch is asked for.
     """
 
     views: list[torch.Tensor]
     sample_ids: np.ndarray
     labels: np.ndarray
+    replaced: int = 0
 
 
 class Job(NamedTuple):
@@ -172,7 +173,8 @@ def stream(
             made = views(filling)
             if bad is not None:
                 bad.speak()
-            yield Batch(made, filling.ids, samples.shards.labels[filling.ids])
+            replaced = int((filling.ids != filling.job.ids).sum())
+            yield Batch(made, filling.ids, samples.shards.labels[filling.ids], replaced)
             del made
             filling.slot.done()
             free.append(filling.slot)

@@ -19,6 +19,8 @@ FORBIDDEN = {
 }
 SETTINGS = {
     "fastssl/models.py": ("ModelConfig",),
+    "fastssl/replay.py": ("Replay",),
+    "fastssl/sinks.py": ("LogConfig",),
     "fastssl/optim.py": ("OptimConfig",),
     "fastssl/train_config.py": ("TrainConfig",),
     "fastssl/eval/knn.py": ("KNNConfig",),

@@ -19,7 +19,7 @@ MAX_SIMILARITIES = 2**28  # at a time: 1 GiB of float32
 
 @dataclass(frozen=True)
 class KNNConfig:
-    """kNN accuracy on labelled shards while pretraining goes on."""
+    """kNN accuracy, and a linear classifier's, on labelled shards while pretraining goes on."""
 
     every: int = 0
     """Epochs between two tests; 0 means never. The last epoch is always tested when this is set."""
@@ -33,6 +33,8 @@ class KNNConfig:
     """Split to classify, such as val: of `test_shards`, or where that is empty of the shards that vote."""
     k: int = 20
     """Neighbours that vote; clamped to the number there are."""
+    linear: bool = True
+    """Also fit a linear classifier to the same features, in closed form (ridge regression), and log its accuracy."""
     max_samples: int = 10_000
     """Samples used of each shard set, chosen once and for all; 0 means all."""
 

@@ -1,4 +1,4 @@
-"""kNN accuracy of the student while it is being trained, on labels that the training never sees."""
+"""Accuracy of the student while it is being trained, on labels that the training never sees: kNN and a linear classifier."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from fastssl.eval.features import backbone_encoder, check_labels, check_same_classes, extract, labelled_ids
 from fastssl.eval.knn import KNNConfig, classify
+from fastssl.eval.ridge import probe_accuracy
 from pipelines.recipe import Recipe
 from shards.read import ShardSet
 from shards.splits import open_split
 
 
-class OnlineKNN:
+class OnlineTests:
     """Tests a backbone on the same labelled samples each time; made once at the start, so that a mistake shows at once."""
 
     def __init__(
@@ -24,6 +25,7 @@ class OnlineKNN:
         bf16: bool,
         threads: int = 0,
     ):
+        self._probe = cfg.linear
         self._recipe, self._device, self._bf16, self._threads = recipe, device, bf16, threads
         where, near = cfg.shards or training.folder, training.near and training.near.settings
         self._bank = open_split(where, cfg.split, near) if cfg.shards or cfg.split else training
@@ -46,8 +48,8 @@ class OnlineKNN:
             else f"leave one out of {len(self._bank_ids)}"
         )
 
-    def test(self, backbone: nn.Module) -> float:
-        """Accuracy in [0, 1] of the backbone as it is now."""
+    def test(self, backbone: nn.Module) -> dict[str, float]:
+        """Accuracies in [0, 1] of the backbone as it is now: `knn_accuracy` and, if asked for, `linear_accuracy`."""
 
         def features(shards: ShardSet, ids) -> tuple[Tensor, Tensor]:
             encode = backbone_encoder(backbone, self._device, self._bf16)
@@ -59,4 +61,13 @@ class OnlineKNN:
         result = classify(
             *bank, *queries, num_classes=len(self._bank.classes), ks=(self.k,), device=self._device
         )
-        return result.accuracy[self.k]
+        found = {"knn_accuracy": result.accuracy[self.k]}
+        if self._probe:
+            num_classes = len(self._bank.classes)
+            found["linear_accuracy"] = probe_accuracy(*bank, *queries, num_classes, self._device)
+        return found
+
+    def tell(self, found: dict[str, float]) -> str:
+        """The accuracies as a line for people."""
+        linear = f", linear {found['linear_accuracy']:.1%}" if "linear_accuracy" in found else ""
+        return f"kNN accuracy {found['knn_accuracy']:.1%}{linear} (k = {self.k}, {self.what})"

@@ -71,8 +71,12 @@ class Method(nn.Module):
     def remember(self, targets: Any) -> None:
         """Called after the last backward of a step; a method with a memory of earlier steps fills it here."""
 
-    def update_teacher(self, momentum: float) -> None:
-        """Move the teacher towards the student; nothing where there is no teacher."""
+    def update_teacher(self, momentum: float | Tensor) -> None:
+        """Move the teacher towards the student; nothing where there is no teacher. A tensor: a scalar on the device."""
+
+    def teacher_distance(self) -> Tensor | None:
+        """How far the teacher's parameters are from the student's, as a share of those (see `parts.relative_distance`)."""
+        return None
 
     def teacher_momentum(self, progress: float) -> float:
         """The momentum for `update_teacher` at `progress`, the share of the run done in [0, 1]."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 
 from fastssl.distributed import gather_keys, rank, world
 from fastssl.methods.contract import Method, StepOutput
-from fastssl.methods.parts import batch_statistics, depends_on_batch, ema_update, info_nce, mlp
+from fastssl.methods.parts import (
+    batch_statistics,
+    depends_on_batch,
+    ema_update,
+    info_nce,
+    mlp,
+    relative_distance,
+)
 from fastssl.methods.queue import KeyQueue
 from fastssl.schedules import cosine_momentum
 from shards.errors import UserError
@@ -156,14 +164,20 @@ class MoCoV3(Method):
         if self.queue is not None:
             self.queue.push(torch.stack([keys[: targets.num_batch] for keys in targets[:2]]))
 
-    def update_teacher(self, momentum: float) -> None:
+    def update_teacher(self, momentum: float | Tensor) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, over parameters; buffers are left alone.
 
         Call it after optimizer.step(), with teacher_momentum of the progress after that step.
         """
+        ema_update(*self._averaged(), momentum, self.cfg.ema)
+
+    def teacher_distance(self) -> Tensor:
+        return relative_distance(*self._averaged())
+
+    def _averaged(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The teacher's parameters, and those of the student that they are averages of."""
         student = [*self.backbone.parameters(), *self.projector.parameters()]
-        teacher = [*self.teacher_backbone.parameters(), *self.teacher_projector.parameters()]
-        ema_update(teacher, student, momentum, self.cfg.ema)
+        return [*self.teacher_backbone.parameters(), *self.teacher_projector.parameters()], student
 
     def teacher_momentum(self, progress: float) -> float:
         """Momentum at `progress`, the share of the run done in [0, 1]; see `schedules.cosine_momentum`."""

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fastssl import meters
+from fastssl.distributed import Dist, alone
 from fastssl.meters import Meters, MetricsLog, Screen
 from shards.errors import UserError
+from tests.gloo import run_ranks
 
 VALUES = {
     "loss": 1.5,
@@ -29,9 +31,48 @@ def test_means_start_anew_after_each_reading(monkeypatch: pytest.MonkeyPatch) ->
     for loss, wait_s in ((1.0, 0.5), (2.0, 0.0), (6.0, 0.5)):
         found.add({"loss": torch.tensor(loss)}, wait_s)
     # 3 steps of 8 images in 4 s, of which 1 s was spent waiting.
-    assert found.read(8, 3) == {"loss": 3.0, "images_per_s": 6.0, "data_wait": 0.25}
+    assert found.read(8, 3) == {"loss": 3.0, "images_per_s": 6.0, "data_wait": 0.25, "stand_ins": 0}
     found.add({"loss": torch.tensor(5.0)}, 9.0)
-    assert found.read(8, 1) == {"loss": 5.0, "images_per_s": 4.0, "data_wait": 1.0}
+    assert found.read(8, 1) == {"loss": 5.0, "images_per_s": 4.0, "data_wait": 1.0, "stand_ins": 0}
+
+
+def test_steps_that_were_not_applied_are_left_out_of_the_means() -> None:
+    found = Meters()
+    for loss, applied, replaced in ((1.0, True, 0), (float("nan"), False, 2), (4.0, True, 1)):
+        found.add({"loss": torch.tensor(loss)}, 0.0, torch.tensor(applied), replaced)
+    again = Meters()
+    again.restore(found.state(), torch.device("cpu"))
+    for read in (found.read(1, 3), again.read(1, 3)):
+        assert (read["loss"], read["stand_ins"]) == (2.5, 3)
+    found.add({"loss": torch.tensor(float("nan"))}, 0.0, torch.tensor(False))
+    assert "loss" not in found.read(1, 1)
+
+
+def _rank_means(here: Dist) -> list[dict]:
+    """Rows with a save within the first window, and of a run that goes on from it on rank 0 alone."""
+    found, rows = Meters(), []
+    for step in range(4):
+        found.add({"loss": torch.tensor(float(step + 10 * here.rank))}, 0.0, torch.tensor(True), here.rank)
+        if step == 0:
+            state = found.state()
+            if here.is_main:
+                with alone():
+                    rows.append(_on_from(state))
+        if step % 2:
+            rows.append({k: v for k, v in found.read(1, 1).items() if k in ("loss", "stand_ins")})
+    return rows
+
+
+def _on_from(state: dict) -> dict:
+    again = Meters()
+    again.restore(state, torch.device("cpu"))
+    return {k: v for k, v in again.read(1, 1).items() if k in ("loss", "stand_ins")}
+
+
+def test_means_and_counts_are_of_all_ranks_and_go_on_on_any_number_of_them() -> None:
+    first, second = run_ranks(_rank_means)
+    assert second == [{"loss": 5.5, "stand_ins": 2}, {"loss": 7.5, "stand_ins": 2}]
+    assert first == [{"loss": 5.0, "stand_ins": 1}, *second]
 
 
 def test_added_values_are_kept_though_the_tensor_changes() -> None:

@@ -49,7 +49,7 @@ def _rank_steps(here: Dist, exact_heads: bool) -> dict:
     return {"targets": (targets.first, targets.second), **train(method, step, views_of)}
 
 
-@pytest.mark.parametrize(("num_ranks", "exact_heads"), [(2, False), (2, True), (3, False)])
+@pytest.mark.parametrize(("num_ranks", "exact_heads"), [(2, False), (2, True), (4, False)])
 def test_chunks_on_several_ranks_equal_one_process_on_the_whole_batch(
     num_ranks: int, exact_heads: bool
 ) -> None:

@@ -1,0 +1,200 @@
+"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, trackio. None of them can stop a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from shards.files import atomic_write
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go besides metrics.jsonl, which is always written; extra `log`. A resumed run goes on in the same place."""
+
+    tensorboard: bool = False
+    """Write TensorBoard's events to the folder `tensorboard` of the run."""
+    wandb: str = ""
+    """Weights & Biases project to log to; empty: none. WANDB_MODE=offline and its other variables act as usual."""
+    mlflow: str = ""
+    """MLflow experiment to log to; empty: none. The server is MLFLOW_TRACKING_URI's."""
+    trackio: str = ""
+    """trackio project to log to; empty: none."""
+    name: str = ""
+    """Name of the run there; empty: the name of the run's folder."""
+
+
+class Sink(Protocol):
+    """One place for metrics."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the values of a step. After a resume, steps come again from the checkpoint's on."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
+class Sinks:
+    """All sinks that a configuration asks for. One that raises is left out from then on, with one warning."""
+
+    def __init__(self, cfg: LogConfig, run: Path, config: dict[str, Any], start: int) -> None:
+        """`run`: the run's folder, where ids are kept; `config`: its settings by full name; `start`: the step before the first row."""
+        self._sinks: dict[str, Sink] = {}
+        name = cfg.name or run.resolve().name
+        for kind, make in OPENERS.items():
+            project = getattr(cfg, kind)
+            if project:
+                self._try(
+                    kind, lambda make=make, project=project: make(str(project), name, run, config, start)
+                )
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Hand on a row of metrics, which holds `step`; values that are no finite numbers are left out."""
+        values = {
+            k: v for k, v in row.items() if k != "step" and isinstance(v, int | float) and math.isfinite(v)
+        }
+        for kind, sink in list(self._sinks.items()):
+            self._try(kind, lambda sink=sink: sink.write(row["step"], values))
+
+    def close(self) -> None:
+        """Let each sink finish."""
+        for kind, sink in list(self._sinks.items()):
+            self._try(kind, sink.close)
+        self._sinks = {}
+
+    def _try(self, kind: str, act: Callable[[], Any]) -> None:
+        try:
+            made = act()
+            if made is not None:
+                self._sinks[kind] = made
+        except (Exception, SystemExit) as fault:  # whatever a logger does, training goes on
+            self._sinks.pop(kind, None)
+            reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
+            missing = isinstance(fault, ImportError)
+            way_out = " (pip install 'fastssl-pretrain[log]')" if missing else ""
+            warnings.warn(
+                f"log.{kind} takes no more metrics: {reason}{way_out}; metrics.jsonl goes on.", stacklevel=4
+            )
+
+
+class TensorBoard:
+    """Events in a folder of the run; those after the checkpoint are dropped on resume."""
+
+    def __init__(self, run: Path, config: dict[str, Any], start: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
+        if not start:
+            text = json.dumps(config, indent=1).replace("\n", "\n    ")
+            self._writer.add_text("config", f"    {text}", 0)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, found again by its id."""
+
+    def __init__(self, project: str, name: str, run: Path, config: dict[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            id=_run_id(run, "wandb", project),
+            resume="allow",
+            config=config,
+            allow_val_change=True,
+            dir=str(run),
+        )
+        # With an axis of its own: W&B refuses rows below its internal step, and a resumed run repeats some.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """A run of an MLflow experiment, found again by its id."""
+
+    def __init__(self, experiment: str, name: str, run: Path, config: dict[str, Any]) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        mlflow.set_experiment(experiment)
+        ids = _read_ids(run)
+        known = ids.get("mlflow", {}).get(experiment)
+        active = mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=name)
+        if not known:
+            _keep_id(run, "mlflow", experiment, active.info.run_id)
+            mlflow.log_params(config)  # they may be given once only
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class Trackio:
+    """A run of trackio, found again by its name, to which an id is added: two runs of one name stay two."""
+
+    def __init__(self, project: str, name: str, run: Path, config: dict[str, Any]) -> None:
+        import trackio
+
+        self._trackio = trackio
+        own = f"{name}-{_run_id(run, 'trackio', project)[:6]}"
+        trackio.init(project=project, name=own, config=config, resume="allow")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._trackio.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+OPENERS: dict[str, Callable[[str, str, Path, dict[str, Any], int], Sink]] = {
+    "tensorboard": lambda _project, _name, run, config, start: TensorBoard(run, config, start),
+    "wandb": lambda project, name, run, config, _start: WandB(project, name, run, config),
+    "mlflow": lambda project, name, run, config, _start: MLflow(project, name, run, config),
+    "trackio": lambda project, name, run, config, _start: Trackio(project, name, run, config),
+}
+
+
+def _ids_path(run: Path) -> Path:
+    return run / "sinks.json"
+
+
+def _read_ids(run: Path) -> dict[str, dict[str, str]]:
+    path = _ids_path(run)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _keep_id(run: Path, kind: str, project: str, run_id: str) -> None:
+    ids = _read_ids(run)
+    ids.setdefault(kind, {})[project] = run_id
+    atomic_write(_ids_path(run), (json.dumps(ids, indent=1) + "\n").encode())
+
+
+def _run_id(run: Path, kind: str, project: str) -> str:
+    """The id of this run at a service that lets us choose: the one kept in the run's folder, or a new one that is kept from now on."""
+    known = _read_ids(run).get(kind, {}).get(project)
+    if known is None:
+        known = uuid.uuid4().hex[:12]
+        _keep_id(run, kind, project, known)
+    return known
