@@ -10,8 +10,9 @@ import torch
 
 from fastssl import checkpoint, run_folder, training
 from fastssl.cli import main
+from fastssl.meters import MetricsLog
 from shards.files import lock_file
-from tests.fastssl.runs import SAVE_STEPS, STEPS, TOTAL, assert_same_end, newest, rows
+from tests.fastssl.runs import SAVE_STEPS, STEPS, TOTAL, assert_same_end, differences, newest, rows
 
 
 @pytest.fixture
@@ -129,6 +130,33 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert f"resuming after step {SAVE_STEPS} of {TOTAL}" in out
     assert last.with_name(f"{last.name}.damaged").read_bytes() == damaged
     assert_same_end(stopped, finished)
+
+
+def test_the_best_weights_are_kept(finished: Path) -> None:
+    accuracies = {row["step"]: row["knn_accuracy"] for row in rows(finished) if "knn_accuracy" in row}
+    step = max(accuracies, key=lambda s: accuracies[s])  # the first of equals
+    best = checkpoint.load(finished / "checkpoints" / "best.pt")
+    assert best["step"] == step
+    assert best["knn_accuracy"] == pytest.approx(accuracies[step], rel=1e-5)
+    assert "optimizer" not in best
+    if step == TOTAL:
+        assert differences(best["method"], newest(finished)["method"]) == []
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_follows_them(
+    config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of power must not leave a checkpoint without the rows before it."""
+    done: list[str] = []
+    flush, write = MetricsLog.flush, checkpoint.atomic_write
+    monkeypatch.setattr(MetricsLog, "flush", lambda self: (flush(self), done.append("rows"))[0])
+    monkeypatch.setattr(
+        checkpoint,
+        "atomic_write",
+        lambda path, content: (write(path, content), done.append(Path(path).name))[0],
+    )
+    assert main(["pretrain", str(config({"train": {"epochs": 1}, "knn": {"every": 0}}))]) == 0
+    assert done == ["rows", "step-000000003.pt", "rows", "step-000000006.pt", "rows", "step-000000007.pt"]
 
 
 def test_where_all_checkpoints_are_damaged_nothing_is_touched(stopped: Path, told, config) -> None:
