@@ -42,7 +42,8 @@ def open_source(
     if kind != "list":
         _refuse(lists, f"a list ({', '.join(LISTS)})", where)
     if kind != "rasters":
-        _refuse(rasters, "rasters, which --tile N cuts into tiles", where)
+        what = ("rasters", where) if rasters.tile else ("--tile N, which cuts rasters into tiles", "")
+        _refuse(rasters, *what)
     if only and kind != "shards":
         raise UserError(f"--only {only} goes with a finished shard folder, and '{where}' is none.")
     if masks and kind == "list":

@@ -300,6 +300,9 @@ def test_options_that_do_not_go_together(tmp_path: Path):
     scenes = str(tmp_path / "scenes")
     with pytest.raises(UserError, match="--stride 4 goes with --tile N"):
         open_source(scenes, dest, rasters=RasterOptions(stride=4))
+    (tmp_path / "list.csv").write_text("path\n")
+    with pytest.raises(UserError, match=r"--tile 4 goes with rasters, and '.*list\.csv' is none"):
+        open_source(str(tmp_path / "list.csv"), dest, rasters=RasterOptions(tile=4))
     with pytest.raises(UserError, match="--label-column x goes with a list"):
         open_source(scenes, dest, rasters=RasterOptions(tile=4), lists=ListOptions(label_column="x"))
     with pytest.raises(UserError, match="lies inside SOURCE"):
