@@ -37,7 +37,7 @@ COMMANDS = {
     "report": ("fastssl.report", "Draw the curves of runs as a PNG: loss, accuracy, collapse, speed"),
     "bench": (
         "fastssl.bench.command",
-        "Find what limits a run, rung by rung: bench CONFIG; compare loaders: bench loader",
+        "Find what limits a run, rung by rung: bench CONFIG; compare loaders and engines: bench loader, bench fidelity",
     ),
 }
 

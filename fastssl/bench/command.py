@@ -7,12 +7,14 @@ from importlib import import_module
 LADDER = "fastssl.bench.ladder"
 SUBCOMMANDS = {
     "loader": "fastssl.bench.loader",
+    "fidelity": "fastssl.bench.fidelity",
     "step": LADDER,
     "shard": "fastssl.bench.shard",
     "plan": "fastssl.bench.plan",
 }
 USAGE = """usage: fastssl bench CONFIG [options]            where a run's time goes, rung by rung, and the switch to try
        fastssl bench loader SHARDS [options]     images per second from shards to views, beside other loaders
+       fastssl bench fidelity SHARDS [options]   how far each engine's views are from the reference, in grey levels
        fastssl bench shard FOLDER [options]      images per second from JPEG files to shards, beside other writers
        fastssl bench plan [options]              time and memory of planning for 10 million images
 

@@ -205,9 +205,6 @@ def write_report(
     **more: Any,
 ) -> None:
     """Write a report as JSON, whole or not at all; UserError where the folder is missing or cannot be written."""
-    from shards.errors import UserError
-    from shards.files import atomic_write
-
     report = {
         "kind": kind,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -217,8 +214,20 @@ def write_report(
         "rows": [row.as_json() for row in rows],
         **more,
     }
+    _write(path, report)
+
+
+def write_rows(path: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a list of rows as JSON, whole or not at all; UserError where the folder is missing or cannot be written."""
+    _write(path, list(rows))
+
+
+def _write(path: str, values: Any) -> None:
+    from shards.errors import UserError
+    from shards.files import atomic_write
+
     try:
-        atomic_write(path, (json.dumps(report, indent=2) + "\n").encode())
+        atomic_write(path, (json.dumps(values, indent=2) + "\n").encode())
     except OSError as fault:
         raise UserError(
             f"The report '{path}' cannot be written ({fault.strerror}): choose another --json."

@@ -1,0 +1,127 @@
+"""`fastssl bench fidelity`: how far each engine's views are from the per-image reference, operation by operation."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from fastssl.bench.report import versions, write_rows
+from shards.errors import UserError, nearest
+from shards.files import check_output
+
+if TYPE_CHECKING:
+    from pipelines.fidelity import Difference
+
+
+@dataclass(frozen=True)
+class BenchFidelity:
+    """Measure how far each engine's views are from those of the reference (PIL and torchvision, one image at a time).
+
+    Both get the same draws. Figures are mean absolute differences in levels of 0..255, over all pixels and channels.
+    """
+
+    shards: Annotated[str, tyro.conf.Positional]
+    """Folder of shards of 8-bit images."""
+    recipe: str = "moco_v3"
+    """Name of a preset, from whose ranges is drawn."""
+    size: int = 224
+    """Side of the views in pixels."""
+    images: int = 64
+    """Images of the shards to measure on; generated edge cases come on top."""
+    engines: str = "fused,dali,kornia"
+    """Engines to measure, with commas."""
+    json: str = ""
+    """File for the results: a list of rows."""
+
+
+def run(argv: list[str]) -> int:
+    """Run the sub-command."""
+    args = tyro.cli(BenchFidelity, prog="fastssl bench fidelity", args=argv)
+    if args.json:
+        check_output(args.json, "--json")
+    for name in ("size", "images"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}, but it must be at least 1.")
+    from rich.console import Console
+
+    from pipelines.engines import engine_names, refuse_deep
+    from pipelines.fidelity import classify, encode, measure
+    from pipelines.pictures import edge_cases
+    from pipelines.recipe import get_recipe
+    from shards.order import epoch_order
+    from shards.read import ShardSet
+
+    engines = choose_engines(args.engines, engine_names())
+    recipe = dataclasses.replace(get_recipe(args.recipe), size=args.size)
+    shards = ShardSet.open(args.shards)
+    refuse_deep("reference", shards)
+    ids = epoch_order(shards.num_samples, 0, 0)[: args.images]
+    sets = {
+        f"{len(ids)} images": [bytes(shards.read(int(i))) for i in ids],
+        "edge cases": [encode(pixels) for pixels in edge_cases().values()],
+    }
+    console = Console(highlight=False)
+    rows: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    for engine in engines:
+        with console.status(f"measuring {engine}"):
+            for pictures, data in sets.items():
+                try:
+                    made = measure(engine, recipe, data)
+                except UserError as fault:
+                    failures[engine] = str(fault)
+                    break
+                rows += [_row(engine, pictures, name, one, classify) for name, one in made.items()]
+    _show(console, rows, engines, list(sets), args)
+    for engine, reason in failures.items():
+        console.print(f"{engine} could not be measured: {reason}", style="yellow", markup=False)
+    if args.json:
+        write_rows(args.json, [row | {"recipe": args.recipe, "versions": versions()} for row in rows])
+        console.print(f"[dim]Written to {args.json}[/]")
+    return 0
+
+
+def choose_engines(names: str, known: list[str]) -> list[str]:
+    """The engines that `names` lists with commas; UserError for an unknown one."""
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",")))
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"There is no engine called '{name}'.{nearest(name, known)}")
+    return chosen
+
+
+def _row(engine: str, pictures: str, operation: str, made: Difference, classify: Any) -> dict[str, Any]:
+    return {
+        "name": f"{engine}, {operation}, {pictures}",
+        "engine": engine,
+        "operation": operation,
+        "pictures": pictures,
+        "mean_levels": made.mean,
+        "p99_levels": made.p99,
+        "max_levels": made.most,
+        "fidelity": classify(made.mean),
+    }
+
+
+def _show(console: Any, rows: list[dict[str, Any]], engines: list[str], sets: list[str], args: Any) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    title = f"Mean difference to the reference in levels of 0..255, recipe {args.recipe}, {args.size} px"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("operation", no_wrap=True)
+    for engine in engines:
+        for pictures in sets:
+            table.add_column(f"{engine}\n{pictures}", justify="right")
+    found = {(row["engine"], row["pictures"], row["operation"]): row["mean_levels"] for row in rows}
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        cells = [found.get((engine, pictures, operation)) for engine in engines for pictures in sets]
+        table.add_row(operation, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
+    console.print(table)
+    console.print(
+        "Operations alone act on pictures of the view's size. Half a level is the rounding to 8 bits.",
+        style="dim",
+    )
