@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 
-def table(report: dict) -> str:
+def table(rows: list[dict]) -> str:
     """One row per loader: images/s, spread, ratio to the moco-v3 loader, CPU time an image, fidelity."""
     lines = [
         "| loader | images/s | spread | x moco-v3's | core-ms per image | fidelity |",
         "|---|---:|---:|---:|---:|---|",
     ]
-    for row in report["rows"]:
+    for row in rows:
         if row.get("images_per_s") is None:
             lines.append(f"| {row['name']} | failed: {row['error']} | | | | |")
             continue

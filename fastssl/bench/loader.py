@@ -13,17 +13,29 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastssl.bench.report import Row, Stopwatch, brief, busy, machine, tell_failures, write_report
+from fastssl.bench.report import (
+    PeakMemory,
+    Row,
+    Stopwatch,
+    brief,
+    busy,
+    machine,
+    tell_failures,
+    today,
+    versions,
+    write_rows,
+)
 from fastssl.bench.work import Source, Work
 from shards.errors import UserError, nearest
 from shards.files import check_output
 
+FIDELITY_IMAGES = 16
 WARM_UP_S = 1.0  # twice, each at least one round: the first includes compiling and starting workers
 
 
 @dataclass(frozen=True)
 class BenchLoader:
-    """Measure how fast images become views: ours step by step, and other loaders on the same images.
+    """Measure how fast images become views: reading, decoding, each of our engines, and other loaders on the same images.
 
     A source image counts once, however many views are made of it. All images in use are read once beforehand: a warm page cache.
     """
@@ -44,10 +56,13 @@ class BenchLoader:
     """Least length of one measurement."""
     images: int = 2048
     """Images used, over and over; fewer where the shards hold fewer."""
+    engines: str = "all"
+    """Our engines to measure: all, none, or names with commas: fused, dali, kornia, reference."""
     peers: str = "all"
-    """Others to measure: all, none, or names with commas: moco-v3, torchvision-v2, dali, dali-decode, kornia."""
+    """Others to measure: all, none, or names with commas: moco-v3, torchvision-v2, lightly, webdataset, dali-graph, dali-decode,
+    kornia-modules, ffcv."""
     json: str = ""
-    """File for the results."""
+    """File for the results: a list with a row for each loader."""
 
 
 def run(argv: list[str]) -> int:
@@ -59,12 +74,14 @@ def run(argv: list[str]) -> int:
     from rich.console import Console
 
     from fastssl.bench.peers import MOCO_V3, PEERS
+    from pipelines.engines import engine_names
     from pipelines.loader import default_threads
     from pipelines.recipe import get_recipe
     from shards.order import epoch_order
     from shards.read import ShardSet
 
-    peers = choose(args.peers, PEERS)
+    peers = choose(args.peers, PEERS, "peer")
+    engines = choose(args.engines, {name: name for name in engine_names()}, "engine")
     recipe = dataclasses.replace(get_recipe(args.recipe), size=args.size)
     shards = ShardSet.open(args.shards)
     sample_ids = epoch_order(shards.num_samples, 0, 0)[: args.images]
@@ -79,12 +96,9 @@ def run(argv: list[str]) -> int:
     ours = [
         Source("read", "", _read, "encoded bytes copied from the shards, no more"),
         Source("decode", "", _decode, "our decoder in threads, no views"),
-        Source("fused", "exact", _engine("fused"), "what `fastssl pretrain` uses"),
-        Source(
-            "reference", "exact", _engine("reference"), "our oracle: PIL, one image at a time, in threads"
-        ),
+        *engine_sources(engines, work),
     ]
-    where = machine()
+    where = machine(GPU) if has_gpu() else machine()
     console = Console(highlight=False)
     sources = [*ours, *peers]
     rows = [Row(source.name, source.fidelity, note=source.note) for source in sources]
@@ -107,7 +121,8 @@ def run(argv: list[str]) -> int:
             "images": len(sample_ids),
             "page_cache": "warm",
         }
-        write_report(args.json, "loader", where, settings, rows)
+        shared = {"date": today(), "versions": versions(), "machine": where, "settings": settings}
+        write_rows(args.json, [row.as_json() | shared for row in rows])
         console.print(f"[dim]Written to {args.json}[/]")
     return 0
 
@@ -121,14 +136,14 @@ def check(args: BenchLoader) -> None:
         raise UserError(f"--seconds is {args.seconds:g}, but it must be above 0.")
 
 
-def choose(names: str, known: dict[str, Any]) -> list[Any]:
-    """The peers that `names` means: all, none, or names with commas. UserError for an unknown name."""
+def choose(names: str, known: dict[str, Any], kind: str) -> list[Any]:
+    """What `names` means: all, none, or names with commas. UserError for an unknown name; `kind`: engine or peer."""
     if names in ("all", "none"):
         return list(known.values()) if names == "all" else []
     chosen = dict.fromkeys(name.strip() for name in names.split(","))
     for name in chosen:
         if name not in known:
-            raise UserError(f"There is no peer called '{name}'.{nearest(name, [*known, 'all', 'none'])}")
+            raise UserError(f"There is no {kind} called '{name}'.{nearest(name, [*known, 'all', 'none'])}")
     return [known[name] for name in chosen]
 
 
@@ -147,10 +162,13 @@ def measure(source: Source, work: Work, seconds: float, row: Row, *, is_peer: bo
                 return images / watch.wall_s(), watch.cores()
 
     try:
-        with contextlib.closing(source.open(work)) as batches:
+        if is_peer:
+            work.refuse_local_views_and_erasing(source.name)
+        with PeakMemory() as memory, contextlib.closing(source.open(work)) as batches:
             for _ in range(2):
                 spend(min(WARM_UP_S, seconds))
             row.add(*spend(seconds))
+        row.more["peak_memory_bytes"] = max(memory.most_bytes, row.more.get("peak_memory_bytes", 0))
     except Exception as fault:  # others' code fails in its own ways, and a loss must stay in the table
         if not is_peer:
             raise
@@ -201,7 +219,53 @@ def _in_threads(work: Work, function: Callable[[int], Any]) -> Generator[int]:
         pool.shutdown(cancel_futures=True)
 
 
-def _engine(name: str) -> Callable[[Work], Generator[int]]:
+GPU = "cuda:0"
+_NOTES = {
+    "fused": "what `fastssl pretrain` uses",
+    "dali": "the DALI graph of --data.engine dali",
+    "kornia": "Kornia's functions of --data.engine kornia",
+    "reference": "our oracle: PIL and torchvision, one image at a time, in threads",
+}
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch has a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def engine_sources(engines: list[str], work: Work) -> list[Source]:
+    """Our engines, each with the fidelity that is measured on some of the images; where there is a GPU, also with the copy to it."""
+    sources = []
+    for name in engines:
+        fidelity, levels = measured_fidelity(name, work)
+        note = f"{_NOTES[name]}; {levels}" if levels else _NOTES[name]
+        sources.append(Source(name, fidelity, _engine(name), note))
+        if has_gpu():
+            sources.append(
+                Source(f"{name} to GPU", fidelity, _engine(name, GPU), "the same, and copied to the GPU")
+            )
+            if name != "reference":
+                sources.append(
+                    Source(f"{name} on GPU", fidelity, _engine(name, GPU, "gpu"), "views made on the GPU")
+                )
+    return sources
+
+
+def measured_fidelity(name: str, work: Work) -> tuple[str, str]:
+    """The class of an engine's whole recipe on some of the images, and the figure in words; empty where it cannot make them."""
+    from pipelines.fidelity import WHOLE, classify, measure
+
+    data = [bytes(work.shards.read(int(i))) for i in work.sample_ids[:FIDELITY_IMAGES]]
+    try:
+        made = measure(name, work.recipe, data, [WHOLE])[WHOLE]
+    except UserError:  # measuring its speed will say why
+        return "", ""
+    return classify(made.mean), f"on average {made.mean:.2f} grey levels from the reference"
+
+
+def _engine(name: str, device: str = "cpu", augment_on: str = "cpu") -> Callable[[Work], Generator[int]]:
     def batches(work: Work) -> Generator[int]:
         import torch
 
@@ -215,11 +279,19 @@ def _engine(name: str) -> Callable[[Work], Generator[int]]:
             for epoch, ids in work.batches()
         )
         samples, slots = open_slots(
-            shards, recipe, name, batch=work.batch, threads=work.threads, device=torch.device("cpu")
+            shards,
+            recipe,
+            name,
+            batch=work.batch,
+            threads=work.threads,
+            device=torch.device(device),
+            augment_on=augment_on,
         )
         made = stream(samples, slots(), jobs, work.threads)
         with contextlib.closing(made):  # pyright: ignore[reportArgumentType]
             for batch in made:
+                if device != "cpu":
+                    torch.cuda.synchronize(device)
                 yield len(batch.sample_ids)
 
     return batches
@@ -241,7 +313,7 @@ def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: Ben
     title = f"{len(ids):,} images of {width} x {height}, {recipe.num_views} views of {recipe.size} px, recipe {args.recipe}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("loader", no_wrap=True)
-    for name in ("images/s", "spread", f"vs\n{MOCO_V3}", "cores", "core ms"):
+    for name in ("images/s", "spread", f"vs\n{MOCO_V3}", "cores", "core ms", "GB"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fidelity", no_wrap=True)
     notes = []
@@ -249,7 +321,7 @@ def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: Ben
         notes.append(row.note)
         name = f"{row.name} [dim]{len(notes)}[/]"
         if row.images_per_s is None:
-            table.add_row(name, "failed", "", "", "", "", row.fidelity)
+            table.add_row(name, "failed", "", "", "", "", "", row.fidelity)
             continue
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         table.add_row(
@@ -259,6 +331,7 @@ def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: Ben
             ratio,
             f"{row.cpu_cores:.2f}",
             f"{row.core_ms:.2f}",
+            f"{row.more['peak_memory_bytes'] / 1e9:.1f}",
             row.fidelity or "[dim]part only[/]",
         )
     console.print(table)
@@ -266,7 +339,8 @@ def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: Ben
     console.print(
         f"{where['cpu']}, {where['cores']} cores{busy(where)}; {work.threads} threads or worker processes, "
         f"batches of {work.batch}; median and spread of {args.repeats} turns of {args.seconds:g} s after "
-        "warm-up, page cache warm. cores, core ms: CPU time per second, per image.",
+        "warm-up, page cache warm. cores, core ms: CPU time per second, per image. GB: peak memory of all processes "
+        "together. Fidelity of our engines is measured: exact is within half a grey level of PIL on average, close within two.",
         style="dim",
         markup=False,
     )

@@ -93,6 +93,31 @@ class PILViews(Dataset):
         return [transform(image) for transform in self.transforms]
 
 
+class LightlyViews(PILViews):
+    """The same with Lightly's MoCo transform: torchvision's and Pillow's operations, the same chance of blur in both views."""
+
+    def __init__(self, shards: ShardSet, recipe: Recipe):
+        from lightly.transforms.moco_transform import MoCoV2Transform
+
+        self.shards = shards
+        transform = MoCoV2Transform(
+            input_size=recipe.size,
+            cj_prob=recipe.jitter_p,
+            cj_bright=recipe.brightness,
+            cj_contrast=recipe.contrast,
+            cj_sat=recipe.saturation,
+            cj_hue=recipe.hue,
+            min_scale=recipe.crop_scale[0],
+            random_gray_scale=recipe.gray_p,
+            gaussian_blur=sum(recipe.per_view("blur_p", view) for view in range(2)) / 2,
+            sigmas=recipe.blur_sigma,
+            vf_prob=recipe.vflip_p,
+            hf_prob=recipe.hflip_p,
+            normalize={"mean": list(recipe.mean), "std": list(recipe.std)},
+        )
+        self.transforms = transform.transforms
+
+
 class TensorViews(PILViews):
     """The same with torchvision's v2 transforms on tensors."""
 
@@ -162,6 +187,54 @@ def _data_loader(views: type[PILViews]) -> Callable[[Work], Generator[int]]:
     return batches
 
 
+class _ViewsOf:
+    """An image -> its views, for a chain of WebDataset's."""
+
+    def __init__(self, transforms: list[v1.Compose]):
+        self.transforms = transforms
+
+    def __call__(self, sample: tuple[Image.Image]) -> list[Any]:
+        return [transform(sample[0]) for transform in self.transforms]
+
+
+def _web_loader(work: Work) -> Generator[int]:
+    import webdataset
+
+    wds: Any = webdataset  # whose stubs name no classes
+    # Whole shards, endlessly: WebDataset reads on and knows no sample numbers.
+    urls = sorted({str(work.shards.shard_path(int(i))) for i in work.sample_ids})
+    views = PILViews(work.shards, work.recipe)
+    data = (
+        wds.WebDataset(urls, resampled=True, shardshuffle=False)
+        .shuffle(1000)
+        .decode("pilrgb")
+        .to_tuple("jpg;jpeg;png;webp;tif;tiff")
+        .map(_ViewsOf(views.transforms))
+        .batched(work.batch, partial=False)
+    )
+    loader = wds.WebLoader(data, batch_size=None, num_workers=work.threads, multiprocessing_context="spawn")
+    batches = iter(loader)
+    try:
+        for made in batches:
+            yield len(made[0])
+    finally:
+        stop = getattr(batches, "_shutdown_workers", None)
+        if stop is not None:
+            stop()
+
+
+def _ffcv(work: Work) -> Generator[int]:
+    """FFCV reads a format of its own, with its own resizing; it is named so that nobody wonders. Raises what keeps it out."""
+    try:
+        import ffcv  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError as fault:
+        raise ImportError(
+            "FFCV has had no release since 2023 and needs its OpenCV and TurboJPEG built from source"
+        ) from fault
+    raise NotImplementedError("FFCV reads .beton files, not tar shards: measure it with its own tools")
+    yield 0
+
+
 # --------------------------------------------------------------------------------------------------------- Kornia
 
 
@@ -227,19 +300,35 @@ PEERS: dict[str, Source] = {
             workers=True,
         ),
         Source(
-            "dali",
+            "lightly",
+            "exact",
+            _data_loader(LightlyViews),
+            "Lightly's MoCoV2Transform in DataLoader workers of one thread each; no solarise, one chance of blur",
+            workers=True,
+        ),
+        Source(
+            "webdataset",
+            "exact",
+            _web_loader,
+            "WebDataset's WebLoader over the same shards with MoCo v3's transforms on PIL images, worker processes of one thread each",
+            workers=True,
+        ),
+        Source(
+            "dali-graph",
             "approximate",
             view_batches,
-            "DALI's CPU operators; color_twist is one matrix: jitter in a fixed order, contrast about a constant, a linear hue, some "
+            "DALI's CPU operators as its users and solo-learn write them; "
+            "color_twist is one matrix: jitter in a fixed order, contrast about a constant, a linear hue, some "
             "10 grey levels from PIL's",
         ),
         Source("dali-decode", "", decoded_batches, "DALI's CPU decoder alone, no views"),
         Source(
-            "kornia",
+            "kornia-modules",
             "approximate",
             _kornia_views,
             "Kornia's modules on images decoded and squeezed to one size in threads: crops without antialiasing, one order of jitter "
             "a batch, a true Gaussian blur",
         ),
+        Source("ffcv", "", _ffcv, "FFCV, which reads .beton files"),
     )
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ _VERSIONS = {
     "pyarrow": ("pyarrow",),
     "webdataset": ("webdataset",),
     "litdata": ("litdata",),
+    "lightly": ("lightly",),
 }
 
 
@@ -129,6 +132,46 @@ class Stopwatch:
         return max(0.0, _cpu_s() - self._cpu) / self.wall_s()
 
 
+class PeakMemory:
+    """The greatest memory (resident set) of this process and its children together, looked at every `EVERY_S` while it is entered.
+
+    Pages that processes share count in each of them.
+    """
+
+    EVERY_S = 0.1
+
+    def __init__(self) -> None:
+        self.most_bytes = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        import psutil
+
+        own = psutil.Process()
+        while True:
+            total = 0
+            for process in (own, *own.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):  # ended just now
+                    total += process.memory_info().rss
+            self.most_bytes = max(self.most_bytes, total)
+            if self._over.wait(self.EVERY_S):
+                return
+
+
+def today() -> str:
+    """Date and time of a report, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def _cpu_s() -> float:
     times = os.times()
     total = times.user + times.system + times.children_user + times.children_system
@@ -157,7 +200,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def machine(device: torch.device | None = None) -> dict[str, Any]:
+def machine(device: torch.device | str | None = None) -> dict[str, Any]:
     """The processor, the cores this process may use, how busy they were in the last minute, and the GPU in use."""
     from pipelines.loader import default_threads
 
@@ -167,10 +210,11 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": None,
     }
-    if device is not None and device.type == "cuda":
+    if device is not None:
         import torch
 
-        info["gpu"] = torch.cuda.get_device_name(device)
+        if torch.device(device).type == "cuda":
+            info["gpu"] = torch.cuda.get_device_name(device)
     return info
 
 
@@ -207,7 +251,7 @@ def write_report(
     """Write a report as JSON, whole or not at all; UserError where the folder is missing or cannot be written."""
     report = {
         "kind": kind,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": today(),
         "versions": versions(),
         "machine": machine,
         "settings": settings,

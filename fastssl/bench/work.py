@@ -35,6 +35,13 @@ class Work:
             for start in range(0, len(ids) - self.batch + 1, self.batch):
                 yield epoch, ids[start : start + self.batch]
 
+    def refuse_local_views_and_erasing(self, peer: str) -> None:
+        """Raise NotImplementedError where the recipe has operations that the peers are not written with."""
+        if self.recipe.local_views or self.recipe.erase_p or self.recipe.interpolation != "bilinear":
+            raise NotImplementedError(
+                f"the recipe has local views, erasing or bicubic crops, with which {peer} is not written here"
+            )
+
     def refuse_turns_and_noise(self, peer: str) -> None:
         """Raise NotImplementedError where the recipe has them, for a peer without operations of the same meaning."""
         if self.recipe.quarter_turns or self.recipe.noise_p:
@@ -49,7 +56,8 @@ class Source:
 
     name: str
     fidelity: str
-    """exact: the same operations with Pillow's semantics, drawn per image; approximate: not quite; empty: part of the work."""
+    """Of our engines the measured class, see `pipelines.fidelity.classify`; of others exact for Pillow's own operations, drawn per
+    image, else approximate; empty: part of the work."""
     open: Callable[[Work], Generator[int]]
     """Yields the number of source images of each batch, without end; closing it stops its workers."""
     note: str = ""
