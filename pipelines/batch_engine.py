@@ -20,7 +20,7 @@ from pipelines.decode import decode_rgb
 from pipelines.draws import DRAW
 from pipelines.noise import unit_noise
 from pipelines.recipe import Recipe
-from pipelines.stream import SLOTS, Job, Spoiled, hand_over
+from pipelines.stream import SLOTS, Job, Spoiled, hand_over, work_stream
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,16 @@ class BatchSlot:
 
 
 def batch_slots(
-    samples: Samples, engine: BatchEngine, device: torch.device, *, on_host: bool = False
+    samples: Samples,
+    engine: BatchEngine,
+    device: torch.device,
+    *,
+    on_host: bool = False,
+    side_stream: bool = True,
 ) -> Callable[[], Sequence[BatchSlot]]:
     """What gives memory for a stream whose views `engine` makes; all streams share the one worker that calls it."""
     worker = ThreadPoolExecutor(1, thread_name_prefix="engine")
-    side = torch.cuda.Stream(device) if device.type == "cuda" and not on_host else None
+    side = None if on_host else work_stream(device, side_stream)
 
     def slots() -> Sequence[BatchSlot]:
         return [BatchSlot(samples, engine, worker, device, side, on_host) for _ in range(SLOTS)]

@@ -20,7 +20,7 @@ from pipelines.engines import EngineName, ImageEngine, make_engine, refuse_deep,
 from pipelines.faults import BadSamples
 from pipelines.fused_engine import FusedEngine
 from pipelines.recipe import Recipe
-from pipelines.stream import SLOTS, Batch, HostSlot, Job, Renderer, Slot, default_threads, stream
+from pipelines.stream import SLOTS, Batch, HostSlot, Job, Renderer, Slot, default_threads, stream, work_stream
 from shards.cache_settings import CacheSettings
 from shards.errors import UserError
 from shards.order import block_order, epoch_order, rank_positions, steps_per_epoch
@@ -63,6 +63,8 @@ class DataConfig:
     """Memory that the cache may fill, in 10^9 bytes; 0 is half of what is free at the start (the ranks of a machine share it)."""
     value_range: Literal["type", "percentiles"] = "type"
     """What becomes 0 and 1: the ends of the type's range (65535 for 16 bits), or the 1st and 99th percentile of each channel."""
+    side_stream: bool = True
+    """Let a GPU copy, and make views where data.augment_on is gpu, on a stream beside the step's; False does it between the steps."""
     max_bad_share: float = 0.001
     """Stop when more than ten samples, and more than this share of those read, are bad; others stand in till then. 0: at the first."""
 
@@ -107,6 +109,7 @@ def open_loader(
     cache: str = "none",
     cache_gb: float = 0.0,
     value_range: str = "type",
+    side_stream: bool = True,
     max_bad_share: float = 0.001,
     device: torch.device | str = "cpu",
     on_host: bool = False,
@@ -149,6 +152,7 @@ def open_loader(
         cache_gb=cache_gb,
         device=device,
         on_host=on_host,
+        side_stream=side_stream,
     )
     window, note = choose_window(shards, order, block_shards)
     samples.note = "\n".join(filter(None, (note, samples.note)))
@@ -180,6 +184,7 @@ def open_slots(
     cache: str = "none",
     cache_gb: float = 0.0,
     on_host: bool = False,
+    side_stream: bool = True,
 ) -> tuple[Samples, Callable[[], Sequence[Slot]]]:
     """The images as an engine wants them, and what gives memory for a stream of its views; `batch`: samples in the largest batch.
 
@@ -209,14 +214,17 @@ def open_slots(
         options = BatchOptions(device if on_gpu else "cpu", threads, batch, largest)
         maker = cast(BatchEngine, make_engine(engine, recipe, options))
         samples = open_samples(shards, maker.decode, channels, cache, cache_gb)
-        return samples, batch_slots(samples, maker, device, on_host=on_host)
+        return samples, batch_slots(samples, maker, device, on_host=on_host, side_stream=side_stream)
     made = cast(ImageEngine, make_engine(engine, recipe))
     samples = open_samples(shards, made.decode, channels, cache, cache_gb, only_encoded=decode == "gpu")
     if on_gpu:
-        decode_threads = threads if decode == "gpu" else 0
-        store = cache == "gpu"
-        return samples, gpu_slots(samples, recipe, device, store, cache_gb, decode_threads=decode_threads)
-    return samples, partial(host_slots, samples, made, view_shapes(recipe), batch, device, on_host=on_host)
+        more: dict[str, Any] = {
+            "decode_threads": threads if decode == "gpu" else 0,
+            "side_stream": side_stream,
+        }
+        return samples, gpu_slots(samples, recipe, device, cache == "gpu", cache_gb, **more)
+    where = {"on_host": on_host, "side_stream": side_stream}
+    return samples, partial(host_slots, samples, made, view_shapes(recipe), batch, device, **where)
 
 
 def view_shapes(recipe: Recipe) -> list[tuple[int, int, int]]:
@@ -232,9 +240,10 @@ def host_slots(
     device: torch.device,
     *,
     on_host: bool = False,
+    side_stream: bool = True,
 ) -> list[HostSlot]:
     """Memory for a stream of views that the CPU makes; `shapes`: (C, S, S) of each view; `batch`: samples in the largest batch."""
-    copies = torch.cuda.Stream(device) if device.type == "cuda" and not on_host else None
+    copies = None if on_host else work_stream(device, side_stream)
     return [HostSlot(samples, engine, shapes, batch, device, copies) for _ in range(SLOTS)]
 
 
@@ -246,6 +255,7 @@ def gpu_slots(
     cache_gb: float = 0,
     *,
     decode_threads: int = 0,
+    side_stream: bool = True,
 ) -> Callable[[], Sequence[Slot]]:
     """What gives memory for a stream whose views the device makes.
 
@@ -263,7 +273,7 @@ def gpu_slots(
     decoder = gpu_decoder(samples, device, decode_threads) if decode_threads else None
 
     # One for all streams of views, so that what one has put into the store is there for the next.
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    side = work_stream(device, side_stream)
 
     def slots() -> Sequence[Slot]:
         made = [GpuSlot(samples, recipe, device, side, kept, decoder=decoder) for _ in range(SLOTS)]

@@ -299,6 +299,13 @@ class HostSlot:
             self._copied.record(torch.cuda.current_stream(self._device))
 
 
+def work_stream(device: torch.device, own: bool) -> torch.cuda.Stream | None:
+    """Where a GPU copies and makes views: a stream of its `own`, which overlaps with the step, or the step's; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Stream(device) if own else torch.cuda.current_stream(device)
+
+
 def hand_over(views: list[torch.Tensor], made: torch.cuda.Event, device: torch.device) -> None:
     """Let the current stream use tensors that another stream made."""
     compute = torch.cuda.current_stream(device)

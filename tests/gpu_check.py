@@ -45,6 +45,7 @@ SWITCHES = {
     "adamw_foreach": [*ADAMW, "--optim.implementation", "foreach"],
     "adamw_loop": [*ADAMW, "--optim.implementation", "loop"],
     "attention_explicit": ["--model.attention", "explicit"],
+    "side_stream_off": ["--data.side_stream", "False"],
 }
 ON_CPU = (
     "base",
@@ -113,7 +114,11 @@ class Plan:
             return [self._switch(model, name) for name in names if _concerns(name, model)]
         path, batch = MODELS[part]
         flags = ["--data.shards", str(self.shards), "--train.batch", self.batch(batch)]
-        return [self._bench(f"ladder-{part}", path, flags)]
+        jobs = [self._bench(f"ladder-{part}", path, flags)]
+        if self.on_gpu:  # its end to end beside the ladder's
+            off = [*flags, *SWITCHES["side_stream_off"], "--quick", "--steps", "20"]
+            jobs.append(self._bench(f"ladder-{part}-side_stream_off", path, off))
+        return jobs
 
     def path(self, name: str) -> Path:
         """The file of a result."""
@@ -146,7 +151,9 @@ class Plan:
 
 
 def _concerns(switch: str, model: str) -> bool:
-    """Whether a switch has an effect on a model."""
+    """Whether a switch has an effect on a model's step; the side stream is measured with the ladder, which has a loader."""
+    if switch == "side_stream_off":
+        return False
     return not (
         (switch == "channels_first" and "vit" in model)
         or (switch == "attention_explicit" and "vit" not in model)

@@ -7,6 +7,9 @@ from fastssl.methods.moco_v3 import Config
 from fastssl.models import ModelConfig, build_backbone
 from fastssl.optim import OptimConfig, build_optimizer
 from fastssl.step import Door, Step
+from pipelines.loader import DataConfig, open_loader
+from pipelines.recipe import Recipe
+from pipelines.stream import work_stream
 from shards.errors import UserError
 from tests.fastssl.tiny import Plain, make_method, make_views
 
@@ -89,3 +92,21 @@ def test_no_implementation_applies_an_unusable_step(how):
     assert any(
         not torch.equal(old, new) for old, new in zip(before, method.backbone.parameters(), strict=True)
     )
+
+
+def test_a_stream_beside_the_steps_or_the_steps_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "its own")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the step's")
+    cuda = torch.device("cuda", 0)
+    assert [work_stream(cuda, own) for own in (True, False)] == ["its own", "the step's"]
+    assert work_stream(torch.device("cpu"), True) is None
+
+
+def test_the_side_stream_is_a_setting_of_the_loader(shards, monkeypatch):
+    asked = []
+    monkeypatch.setattr("pipelines.loader.work_stream", lambda device, own: asked.append(own))
+    for own in (True, False):
+        data = DataConfig(shards=str(shards), side_stream=own, threads=1)
+        loader = open_loader(data.open(), Recipe(size=16), batch=4, seed=0, **data.options())
+        next(loader.epoch(0))
+    assert asked == [True, False]
