@@ -22,6 +22,10 @@ COMMANDS = {
         "Divide shards into train, val, test and nested label fractions, without leaks",
     ),
     "verify": ("shards.verify_command", "Check every byte of shards, and say which sample is damaged"),
+    "inspect": (
+        "shards.inspect_command",
+        "Show what shards hold: tables, and a contact sheet with histograms",
+    ),
     "preview": ("fastssl.preview", "Draw originals beside the views a recipe makes of them, as a PNG"),
     "pretrain": ("fastssl.pretrain", "Pretrain a backbone on shards, without labels"),
     "launch": (

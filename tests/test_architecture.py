@@ -29,6 +29,8 @@ SETTINGS = {
     "shards/options.py": ("ListOptions", "RasterOptions"),
     "pipelines/loader.py": ("DataConfig",),
     "shards/split_command.py": ("Split",),
+    "shards/verify_command.py": ("Verify",),
+    "shards/inspect_command.py": ("Inspect",),
     "fastssl/bench/shard.py": ("BenchShard",),
     "fastssl/bench/plan.py": ("BenchPlan",),
     "pipelines/recipe.py": ("Recipe",),

@@ -1,13 +1,18 @@
-"""Other people's readers read our shards: webdataset, DALI, tarfile."""
+"""Other people's readers read our shards: webdataset, DALI, tarfile, sha256sum; and our table: pandas, DuckDB, datasets."""
 
+import hashlib
 import json
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from shards import layout
 from shards.convert import convert
+from shards.policy import Policy
 from shards.read import ShardSet
 
 
@@ -84,3 +89,74 @@ def test_index_and_table_agree_with_tarfile(folder: Path):
             sample_id += 1
         assert indexed == members
     assert sample_id == 11
+
+
+def test_sha256sum_checks_every_file(folder: Path):
+    if not shutil.which("sha256sum"):
+        pytest.skip("no sha256sum")
+    command = ["sha256sum", "--check", "--strict", layout.SUMS]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    checked = {line.removesuffix(": OK") for line in done.stdout.splitlines()}
+    assert checked == {path.name for path in folder.iterdir()} - {layout.SUMS, layout.LOCK}
+
+
+@pytest.fixture
+def rows(folder: Path) -> list[dict]:
+    return pq.read_table(folder / layout.TABLE).to_pylist()
+
+
+def image_of(folder: Path, row) -> bytes:
+    """The stored image, by what the table says alone."""
+    with open(folder / layout.shard_name(int(row["shard"])), "rb") as tar:
+        tar.seek(int(row["offset"]))
+        return tar.read(int(row["size"]))
+
+
+def test_pandas_opens_the_table(folder: Path, rows: list[dict]):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.read_parquet(folder / layout.TABLE)
+    assert list(frame.columns) == layout.SCHEMA.names
+    assert frame["source"].tolist() == [row["source"] for row in rows]
+    for _, row in frame.iterrows():
+        assert hashlib.sha256(image_of(folder, row)).hexdigest() == row["sha256"]
+
+
+def test_duckdb_opens_the_table(folder: Path, rows: list[dict]):
+    duckdb = pytest.importorskip("duckdb")
+    with duckdb.connect() as connection:
+        found = connection.execute(
+            "SELECT ext, count(*), sum(size) FROM read_parquet($1) GROUP BY ext ORDER BY ext",
+            [str(folder / layout.TABLE)],
+        ).fetchall()
+    wanted = {ext: [row["size"] for row in rows if row["ext"] == ext] for ext in ("jpg", "png")}
+    assert found == [(ext, len(sizes), sum(sizes)) for ext, sizes in sorted(wanted.items())]
+
+
+def test_hugging_face_datasets_opens_the_table(folder: Path, rows: list[dict], tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    loaded = datasets.Dataset.from_parquet(str(folder / layout.TABLE), cache_dir=str(tmp_path / "cache"))
+    assert loaded.to_list() == rows
+
+
+# It leaves closing its files to the garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_hugging_face_datasets_opens_shards_of_one_format(make_folder, tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "jpegs"
+    convert(make_folder(11), folder, samples_per_shard=4, policy=Policy(store="jpeg"))
+    rows = pq.read_table(folder / layout.TABLE).to_pylist()
+    files = [str(folder / layout.shard_name(i)) for i in range(3)]
+    streamed = datasets.load_dataset(
+        "webdataset",
+        data_files={"train": files},
+        split="train",
+        streaming=True,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    samples = list(streamed.decode(False))
+    assert [sample["__key__"] for sample in samples] == [row["key"] for row in rows]
+    for sample, row in zip(samples, rows, strict=True):
+        assert sample["json"]["source"] == row["source"]
+        assert sample["cls"] == row["label"]
+        assert sample[row["ext"]]["bytes"] == image_of(folder, row)
