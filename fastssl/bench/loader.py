@@ -313,7 +313,7 @@ def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: Ben
     title = f"{len(ids):,} images of {width} x {height}, {recipe.num_views} views of {recipe.size} px, recipe {args.recipe}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("loader", no_wrap=True)
-    for name in ("images/s", "spread", f"vs\n{MOCO_V3}", "cores", "core ms", "GB"):
+    for name in ("images\nper s", "spread", f"vs\n{MOCO_V3}", "cores", "core\nms", "GB"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fidelity", no_wrap=True)
     notes = []
