@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from shards.errors import UserError
 from shards.options import ListOptions, RasterOptions
 from shards.policy import Policy
 
@@ -42,7 +43,11 @@ class Shard:
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Decides the order of the samples in the shards."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Processes to use; 0 for none beside this one. None: one a CPU."""
+    """Processes to use; 0 for none beside this one. None: one a CPU. With --engine ray: shards at a time, None for two a CPU."""
+    engine: Literal["local", "ray"] = "local"
+    """Where shards are made: in processes of this machine, or on all nodes of a running Ray cluster."""
+    ray_address: Annotated[str, tyro.conf.arg(metavar="auto|HOST:PORT")] = "auto"
+    """The Ray cluster; auto: the one that this machine is a node of."""
     samples_per_shard: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Images in one shard. None: 64 shards of 128 to 4096 images each."""
     dedupe: Literal["mark", "drop", "keep"] = "mark"
@@ -97,6 +102,8 @@ def shard(args: Shard) -> None:
     dest = open_place(args.dest)
     source = source_of(args, dest)
     part = Part.parse(args.part) if args.part else None
+    if args.engine != "ray" and args.ray_address != "auto":
+        raise UserError(f"--ray-address {args.ray_address} goes with --engine ray.")
     start_s = time.monotonic()
     with Screen(console, args.source, args.policy) as screen:
         manifest = convert(
@@ -108,6 +115,7 @@ def shard(args: Shard) -> None:
             policy=args.policy,
             dedupe=args.dedupe,
             part=part,
+            ray_address=args.ray_address if args.engine == "ray" else None,
             report=screen,
         )
     if manifest is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shards import layout
@@ -22,6 +22,7 @@ from shards.opening import open_source
 from shards.places import Place, open_place
 from shards.plan import Plan, check_same, read_plan, settings_for, write_plan
 from shards.policy import Policy
+from shards.ray_engine import Cluster, connect
 from shards.sources import Source
 from shards.sums import write_sums
 from shards.workers import available_cpus, run_here, run_in_processes
@@ -87,6 +88,7 @@ def convert(
     policy: Policy | None = None,
     dedupe: str = "mark",
     part: Part | None = None,
+    ray_address: str | None = None,
     report: Report | None = None,
 ) -> Manifest | None:
     """Converts `source` (a folder, or any Source) to shards in `dest`; returns the manifest, or None after a `part`.
@@ -99,6 +101,7 @@ def convert(
         policy: what is stored, and what is refused.
         dedupe: images with the same pixels as an earlier one are marked in the table, dropped, or kept unmarked.
         part: makes some of the shards only; when all parts are done, the same call without `part` merges them.
+        ray_address: of a Ray cluster, whose nodes make the shards, at most `workers` at a time; see `ray_engine.connect`.
 
     Raises:
         UserError: whatever the user can mend.
@@ -108,42 +111,56 @@ def convert(
         source = open_source(os.fspath(source), place)
     if workers is not None and workers < 0:
         raise UserError(f"the number of workers must be 0 or more, got {workers}.")
+    if workers == 0 and ray_address is not None:
+        raise UserError("--workers 0 means this process alone, which does not go with --engine ray.")
     if samples_per_shard is not None and samples_per_shard < 1:
         raise UserError(f"the samples per shard must be 1 or more, got {samples_per_shard}.")
     if dedupe not in DEDUPE:
         raise UserError(f"there is no --dedupe '{dedupe}'.{nearest(dedupe, DEDUPE)}")
     report, policy = report or Report(), policy or Policy()
-    _make_folder(place)
-    own_lock = place.lock(f"{layout.LOCK}-{part.index}-of-{part.count}") if part else contextlib.nullcontext()
-    with place.lock(layout.LOCK, shared=part is not None), own_lock:
-        if part is None:
-            place.remove_unfinished("")
-            for name in place.names():
-                if name.startswith(SCRATCH):
-                    place.remove_tree(name)
-        planned = place.exists(layout.PLAN)
-        with Survey(source, seed, place.local, report.listed, keep=not planned) as survey:
-            settings = settings_for(source, survey.listing, seed, samples_per_shard, policy, dedupe)
-            if planned:
-                plan = read_plan(place)
-                check_same(plan, settings)
-            else:
-                plan = write_plan(place, survey, settings)
-        run = _Run(source, place, plan, policy, workers, report)
-        return run.part(part) if part else run.whole()
+    connected = connect(ray_address) if ray_address is not None else contextlib.nullcontext()
+    with connected as cluster:
+        _make_folder(place)
+        own_lock = (
+            place.lock(f"{layout.LOCK}-{part.index}-of-{part.count}") if part else contextlib.nullcontext()
+        )
+        with place.lock(layout.LOCK, shared=part is not None), own_lock:
+            if part is None:
+                place.remove_unfinished("")
+                for name in place.names():
+                    if name.startswith(SCRATCH):
+                        place.remove_tree(name)
+            planned = place.exists(layout.PLAN)
+            with Survey(source, seed, place.local, report.listed, keep=not planned) as survey:
+                settings = settings_for(source, survey.listing, seed, samples_per_shard, policy, dedupe)
+                if planned:
+                    plan = read_plan(place)
+                    check_same(plan, settings)
+                else:
+                    plan = write_plan(place, survey, settings)
+            run = _Run(source, place, plan, policy, workers, cluster, report)
+            return run.part(part) if part else run.whole()
 
 
 class _Run:
     """One call of `convert`, its plan made."""
 
     def __init__(
-        self, source: Source, dest: Place, plan: Plan, policy: Policy, workers: int | None, report: Report
+        self,
+        source: Source,
+        dest: Place,
+        plan: Plan,
+        policy: Policy,
+        workers: int | None,
+        cluster: Cluster | None,
+        report: Report,
     ):
         self.source = source
         self.dest = dest
         self.plan = plan
         self.policy = policy
         self.workers = workers
+        self.cluster = cluster
         self.report = report
         self._quarantined = 0  # images, in shards that were finished before
 
@@ -153,10 +170,7 @@ class _Run:
             self.report.planned(self.plan, self.source, 0)
             return
         own = part.shards(self.plan.num_shards)
-        for shard in own:
-            for name in (layout.shard_name(shard), layout.index_name(shard)):
-                self.dest.remove_unfinished("", name)
-            self.dest.remove_unfinished(layout.ROWS, layout.rows_name(shard))
+        self._remove_unfinished(own)
         self._make(self._unfinished(own, None), {}, own)
 
     def whole(self) -> Manifest:
@@ -223,12 +237,21 @@ class _Run:
             self.source, self.dest, plan, self.policy, {s: dropped[s] for s in todo if s in dropped}
         )
         workers = self.workers
+        if self.cluster:
+            self.cluster.run(maker, todo, workers, show)
+            self._remove_unfinished(todo)  # of nodes that died
+            return
         if workers is None:
             workers = 0 if todo_images < SMALL else available_cpus()
         if workers:
             run_in_processes(maker, todo, workers, show)
         else:
             run_here(maker, todo, show)
+
+    def _remove_unfinished(self, shards: Sequence[int]) -> None:
+        names = {name(shard) for shard in shards for name in (layout.shard_name, layout.index_name)}
+        self.dest.remove_unfinished("", names)
+        self.dest.remove_unfinished(layout.ROWS, {layout.rows_name(shard) for shard in shards})
 
     def _check_mended(self, manifest: Manifest, mended: list[int]) -> None:
         listed = {number(file): file for file in manifest.shards}

@@ -5,9 +5,10 @@ import errno
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, BinaryIO, TypeVar
 
@@ -15,6 +16,7 @@ from shards.errors import UserError
 
 T = TypeVar("T")
 _UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
+_SALT = secrets.randbelow(10**6)  # process ids of two machines, or containers, may be equal
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 
@@ -27,8 +29,8 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], 
     the disk is full, read-only or failing, or the file too large for it; the unfinished file is then removed.
     """
     path = Path(path)
-    # The process id keeps two writers apart; whatever a killed one leaves is removed by `remove_unfinished`.
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Process id and salt keep two writers apart; whatever a killed one leaves is removed by `remove_unfinished`.
+    tmp = path.with_name(f".{path.name}.{os.getpid()}{_SALT:06d}.tmp")
     try:
         with open(tmp, "wb", buffering=1 << 20) as file:
             if callable(content):
@@ -84,13 +86,13 @@ def check_output(path: str | os.PathLike, flag: str) -> None:
         ) from fault
 
 
-def remove_unfinished(folder: Path, name: str = "") -> None:
-    """Removes what killed processes left of `atomic_write` in `folder`: of the file `name`, or of all.
+def remove_unfinished(folder: Path, names: Collection[str] | None = None) -> None:
+    """Removes what killed processes left of `atomic_write` in `folder`: of the files `names`, or of all.
 
-    No writer may be at work there.
+    No writer of them may be at work there.
     """
     for path in folder.iterdir():
-        if is_unfinished(path.name) and path.name.startswith(f".{name}"):
+        if is_unfinished(path.name) and (names is None or path.name[1:].rsplit(".", 2)[0] in names):
             path.unlink(missing_ok=True)
 
 

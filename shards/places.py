@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -96,8 +96,8 @@ class Place:
         """Removes a folder and all in it; one that is missing is no error."""
         raise NotImplementedError
 
-    def remove_unfinished(self, folder: str = "", name: str = "") -> None:
-        """Removes what killed writers left in a folder, of the file `name` or of all files."""
+    def remove_unfinished(self, folder: str = "", names: Collection[str] | None = None) -> None:
+        """Removes what killed writers left in a folder, of the files `names` or of all files."""
 
     def make(self) -> None:
         """Creates the folder, where there is such a thing."""
@@ -113,6 +113,10 @@ class LocalPlace(Place):
     def __init__(self, path: str | os.PathLike):
         self.url = os.fspath(path)
         self.local: Path = Path(self.url.removeprefix("file://"))
+
+    def __reduce__(self):
+        # Whoever unpickles it may work in another folder, on another machine even.
+        return LocalPlace, (os.path.abspath(self.local),)
 
     @property
     def name(self) -> str:
@@ -174,9 +178,9 @@ class LocalPlace(Place):
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.local / folder)
 
-    def remove_unfinished(self, folder: str = "", name: str = "") -> None:
+    def remove_unfinished(self, folder: str = "", names: Collection[str] | None = None) -> None:
         if (self.local / folder).is_dir():
-            remove_unfinished(self.local / folder, name)
+            remove_unfinished(self.local / folder, names)
 
     def make(self) -> None:
         self.local.mkdir(parents=True, exist_ok=True)

@@ -21,10 +21,11 @@ Make = Callable[[int, Count], None]  # makes one shard
 
 
 class Ticker:
-    """Adds up counts and passes the totals on at most once in `INTERVAL_S`."""
+    """Adds up counts and passes the totals on at most once in `interval_s`."""
 
-    def __init__(self, show: Callable[[int, int], None]):
+    def __init__(self, show: Callable[[int, int], None], interval_s: float = INTERVAL_S):
         self._show = show
+        self._interval_s = interval_s
         self._done = self._quarantined = 0
         self._next_s = 0.0
 
@@ -36,7 +37,7 @@ class Ticker:
 
     def flush(self) -> None:
         self._show(self._done, self._quarantined)
-        self._next_s = time.monotonic() + INTERVAL_S
+        self._next_s = time.monotonic() + self._interval_s
 
 
 def available_cpus() -> int:
