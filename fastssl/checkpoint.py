@@ -65,6 +65,8 @@ def save(path: Path, state: dict[str, Any], keep: int = 0, lasting: int = 0) -> 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: file.write(view))
+    except UserError as fault:
+        raise UserError(f"{fault} --resume continues from the last checkpoint.") from fault
     except OSError as error:
         raise UserError(
             f"'{path}' cannot be written ({error.strerror}): mend that, then continue with --resume."

@@ -119,7 +119,9 @@ def _classes_line(overview: Overview) -> str:
     classes, unlabelled = len(overview.manifest.classes), int((overview.labels < 0).sum())
     if not classes:
         return "none: no labels"
-    return f"{classes:,}" + (f", {unlabelled:,} samples without" if unlabelled else "")
+    return f"{classes:,}" + (
+        f", {unlabelled:,} {'sample' if unlabelled == 1 else 'samples'} without" if unlabelled else ""
+    )
 
 
 def _duplicates_line(overview: Overview) -> str:
@@ -155,7 +157,7 @@ def _channels(overview: Overview) -> tuple[str, list[str], list[tuple[str, ...]]
             shares = [about[f"p{percent}"][channel] for percent in PERCENTILES]
             numbers = map(_number, (mean, std, *shares))
             rows.append((kind if channel == 0 else "", f"{channel + 1}", *numbers))
-    heads = ["type/channels", "channel", "mean", "std", *(f"{percent} %" for percent in PERCENTILES)]
+    heads = ["", "ch.", "mean", "std", *(f"{percent} %" for percent in PERCENTILES)]
     return "Pixel values (integers as shares of their range)", heads, rows
 
 

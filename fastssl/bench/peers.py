@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import multiprocessing
 import random
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -197,6 +198,16 @@ class _ViewsOf:
         return [transform(sample[0]) for transform in self.transforms]
 
 
+class _Until:
+    """Ends a chain of WebDataset's when `stopped` is set."""
+
+    def __init__(self, stopped: Any):
+        self.stopped = stopped
+
+    def __call__(self, items: Iterator[Any]) -> Iterator[Any]:
+        return itertools.takewhile(lambda _: not self.stopped.is_set(), items)
+
+
 def _web_loader(work: Work) -> Generator[int]:
     import webdataset
 
@@ -204,6 +215,7 @@ def _web_loader(work: Work) -> Generator[int]:
     # Whole shards, endlessly: WebDataset reads on and knows no sample numbers.
     urls = sorted({str(work.shards.shard_path(int(i))) for i in work.sample_ids})
     views = PILViews(work.shards, work.recipe)
+    stopped = multiprocessing.get_context("spawn").Event()
     data = (
         wds.WebDataset(urls, resampled=True, shardshuffle=False)
         .shuffle(1000)
@@ -211,16 +223,18 @@ def _web_loader(work: Work) -> Generator[int]:
         .to_tuple("jpg;jpeg;png;webp;tif;tiff")
         .map(_ViewsOf(views.transforms))
         .batched(work.batch, partial=False)
+        .compose(_Until(stopped))
     )
     loader = wds.WebLoader(data, batch_size=None, num_workers=work.threads, multiprocessing_context="spawn")
     batches = iter(loader)
     try:
         for made in batches:
             yield len(made[0])
-    finally:
-        stop = getattr(batches, "_shutdown_workers", None)
-        if stop is not None:
-            stop()
+    except GeneratorExit:
+        stopped.set()  # as in `_data_loader`
+        for _ in batches:
+            pass
+        raise
 
 
 def _ffcv(work: Work) -> Generator[int]:

@@ -140,11 +140,11 @@ def _fail_from(monkeypatch: pytest.MonkeyPatch, step: int, error: OSError) -> No
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            r"the disk is full: '.*step-000000006.pt' could not be written",
+            r"the disk is full: '.*step-000000006.pt' could not be written.*--resume",
         ),
         (
             OSError(errno.EIO, "Input/output error"),
-            r"step-000000006.pt' cannot be written \(Input/output error\).*--resume",
+            r"step-000000006.pt' could not be written \(Input/output error\).*--resume",
         ),
     ],
 )

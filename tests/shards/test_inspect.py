@@ -60,7 +60,7 @@ def test_the_tables_tell_them(folder: Path, capsys: pytest.CaptureFixture, monke
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for wanted in (
         "samples 11",
-        "classes 2, 1 samples without",
+        "classes 2, 1 sample without",
         "groups 3",
         "duplicates 1 with the pixels of an earlier image, marked in the table",
         "quarantined 1",
