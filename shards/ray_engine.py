@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import platform
 import socket
 import time
@@ -58,7 +57,15 @@ def connect(address: str) -> Iterator[Cluster]:
     if ray.is_initialized():
         yield Cluster(ray)
         return
-    _check_answers(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address)
+    found = address
+    if address == "auto":
+        from ray._private.services import canonicalize_bootstrap_address  # what ray.init calls, too
+
+        try:
+            found = canonicalize_bootstrap_address("auto") or "auto"
+        except (OSError, ValueError) as fault:
+            raise _no_cluster(address, str(fault)) from fault
+    _check_answers(found)  # a cluster that has ended leaves its address behind
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as fault:
