@@ -200,15 +200,9 @@ class GpuSlot:
 
     def _place(self, pixels: torch.Tensor, first_bytes: np.ndarray) -> None:
         """Copy each image that was decoded for this batch to its place on the device."""
+        sizes = self._sizes(self._ids)
         for i in self._fresh:
-            size, first, at = (
-                int(x)
-                for x in (
-                    self._sizes(self._ids[i : i + 1])[0],
-                    self._first_bytes[i],
-                    first_bytes[i],
-                )
-            )
+            size, first, at = int(sizes[i]), int(self._first_bytes[i]), int(first_bytes[i])
             pixels[at : at + size].copy_(self._host[first : first + size], non_blocking=True)
         for i, decoded in self._decoded.items():
             at = int(first_bytes[i])

@@ -16,6 +16,7 @@ from shards.convert import convert
 from shards.errors import UserError
 from shards.read import ShardSet
 from tests.pictures import colours, encoded, photo
+from tests.pipelines.alone import in_batch_and_alone
 from tests.pipelines.fidelity_check import UNNORMALISED, draws_of
 
 pytest.importorskip("nvidia.dali")
@@ -111,17 +112,8 @@ def test_noise_is_that_of_the_reference(levels):
 
 @pytest.mark.parametrize("batch", [8, 20])
 def test_a_sample_gets_the_same_view_in_any_batch(shard_set, batch):
-    recipe = dataclasses.replace(RECIPES["satellite"], size=24)
-    loader = open_loader(shard_set, recipe, batch=batch, seed=3, engine="dali", threads=2)
-    engine = make_engine("dali", recipe)
-    for made in loader.steps(0, 2):
-        for i, sample_id in list(enumerate(made.sample_ids))[::5]:
-            size = shard_set.widths[[sample_id]], shard_set.heights[[sample_id]]
-            draws = draw(recipe, 3, 0, np.array([sample_id]), *size)[:, 0]
-            alone = np.empty((2, 3, 24, 24), dtype=np.float32)
-            engine(shard_set.read(int(sample_id)), draws, list(alone))
-            for view, expected in zip(made.views, alone, strict=True):
-                np.testing.assert_array_equal(view[i], expected)
+    for view, expected in in_batch_and_alone(shard_set, "dali", batch):
+        np.testing.assert_array_equal(view, expected)
 
 
 def test_normalised_views_are_near_those_of_the_default_engine(shard_set):

@@ -10,10 +10,10 @@ from numpy.lib import recfunctions
 from pipelines.draws import draw
 from pipelines.engines import make_engine, refuse_deep, refuse_unknown
 from pipelines.kornia_engine import KNOWN
-from pipelines.loader import open_loader
 from pipelines.recipe import RECIPES, Recipe
 from shards.errors import UserError
 from tests.pictures import colours, encoded, photo
+from tests.pipelines.alone import in_batch_and_alone
 from tests.pipelines.fidelity_check import UNNORMALISED, differences, draws_of
 
 pytest.importorskip("kornia")
@@ -84,17 +84,8 @@ def test_noise_is_that_of_the_reference():
 @pytest.mark.parametrize("batch", [8, 20])
 def test_a_sample_gets_the_same_view_in_any_batch(shard_set, batch):
     """The batch holds images of many sizes; what stands beside a sample must not change it."""
-    recipe = dataclasses.replace(RECIPES["satellite"], size=24)
-    loader = open_loader(shard_set, recipe, batch=batch, seed=3, engine="kornia", threads=2)
-    engine = make_engine("kornia", recipe)
-    for made in loader.steps(0, 2):
-        for i, sample_id in list(enumerate(made.sample_ids))[::5]:
-            size = shard_set.widths[[sample_id]], shard_set.heights[[sample_id]]
-            draws = draw(recipe, 3, 0, np.array([sample_id]), *size)[:, 0]
-            alone = np.empty((2, 3, 24, 24), dtype=np.float32)
-            engine(shard_set.read(int(sample_id)), draws, list(alone))
-            for view, expected in zip(made.views, alone, strict=True):
-                np.testing.assert_allclose(view[i], expected, atol=2e-4)
+    for view, expected in in_batch_and_alone(shard_set, "kornia", batch):
+        np.testing.assert_allclose(view, expected, atol=2e-4)
 
 
 def test_other_channels_are_refused():
