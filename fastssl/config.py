@@ -21,7 +21,7 @@ from fastssl.models import ModelConfig
 from fastssl.optim import OptimConfig
 from fastssl.sinks import LogConfig
 from fastssl.train_config import TrainConfig
-from pipelines.loader import DataConfig
+from pipelines.data_config import DataConfig
 from pipelines.recipe import RECIPES, Recipe, get_recipe
 from shards.errors import UserError, nearest
 

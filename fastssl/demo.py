@@ -104,7 +104,7 @@ def configuration(out: Path, args: Demo):
     from fastssl.models import ModelConfig
     from fastssl.optim import OptimConfig
     from fastssl.train_config import TrainConfig
-    from pipelines.loader import DataConfig
+    from pipelines.data_config import DataConfig
     from pipelines.recipe import get_recipe
 
     batch = min(128, 5 * args.tiles)

@@ -27,7 +27,7 @@ SETTINGS = {
     "fastssl/eval/command.py": ("EvalKNN",),
     "fastssl/preview.py": ("Preview",),
     "shards/options.py": ("ListOptions", "RasterOptions"),
-    "pipelines/loader.py": ("DataConfig",),
+    "pipelines/data_config.py": ("DataConfig",),
     "shards/split_command.py": ("Split",),
     "shards/verify_command.py": ("Verify",),
     "shards/inspect_command.py": ("Inspect",),

@@ -7,7 +7,8 @@ from fastssl.methods.moco_v3 import Config
 from fastssl.models import ModelConfig, build_backbone
 from fastssl.optim import OptimConfig, build_optimizer
 from fastssl.step import Door, Step
-from pipelines.loader import DataConfig, open_loader
+from pipelines.data_config import DataConfig
+from pipelines.loader import open_loader
 from pipelines.recipe import Recipe
 from pipelines.stream import work_stream
 from shards.errors import UserError

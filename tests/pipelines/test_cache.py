@@ -6,9 +6,10 @@ import torch
 
 from pipelines import cache
 from pipelines.cache import DecodedCache, EncodedCache, Samples, Unreadable, free_memory, open_samples
+from pipelines.data_config import DataConfig
 from pipelines.faults import BadSamples
 from pipelines.gpu_engine import GpuStore
-from pipelines.loader import DataConfig, Loader, gpu_slots, make_engine, open_loader
+from pipelines.loader import Loader, gpu_slots, make_engine, open_loader
 from pipelines.recipe import RECIPES, Recipe
 from shards.errors import UserError
 from shards.read import ShardSet

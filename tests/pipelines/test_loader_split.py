@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pipelines.cache import open_samples
+from pipelines.data_config import DataConfig
 from pipelines.faults import BadSamples
-from pipelines.loader import DataConfig, open_loader
+from pipelines.loader import open_loader
 from pipelines.recipe import Recipe
 from shards.errors import UserError
 from shards.order import epoch_order

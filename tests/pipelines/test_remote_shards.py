@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pipelines.ahead import Ahead, Uses
-from pipelines.loader import Batch, DataConfig, eval_batches, open_loader
+from pipelines.data_config import DataConfig
+from pipelines.loader import Batch, eval_batches, open_loader
 from pipelines.recipe import Recipe
 from shards.cache_settings import CacheSettings, held_files
 from shards.convert import convert
