@@ -27,11 +27,10 @@ from shards.examine import (
 from shards.layout import ShardFile
 from shards.places import Place
 from shards.policy import Policy
-from shards.sums import index_of
+from shards.sums import CHUNK_BYTES, index_of
 from shards.workers import Count
 from shards.write import Member, index_lines
 
-_CHUNK_BYTES = 1 << 20
 _TOLD_BY_JSON = ("source", "width", "height")
 
 
@@ -228,7 +227,7 @@ def _sha256(file: IO[bytes], num_bytes: int, count: Count) -> str:
     digest = hashlib.sha256()
     file.seek(0)
     left = num_bytes
-    while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+    while left and (chunk := file.read(min(left, CHUNK_BYTES))):
         digest.update(chunk)
         left -= len(chunk)
         count(len(chunk), 0)

@@ -102,6 +102,13 @@ class Place:
     def make(self) -> None:
         """Creates the folder, where there is such a thing."""
 
+    def check_writable(self, way_out: str) -> None:
+        """Raises UserError, ending with `way_out`, where nothing can ever be written: on a web server."""
+
+    def sizes(self) -> dict[str, int] | None:
+        """The bytes of each file directly in the folder, in one question; None where the place lists no sizes."""
+        return None
+
     def lock(self, name: str, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
         """Holds a lock, exclusive or shared; UserError where another process holds it."""
         raise NotImplementedError

@@ -115,7 +115,6 @@ class RemotePlace(Place):
         return self._store.info(self._at(name))["size"]
 
     def sizes(self) -> dict[str, int] | None:
-        """The bytes of each file directly in the folder; None where the store lists no sizes, as web servers."""
         if self.protocol in _HTTP:
             return None
         entries = self._try(lambda: self._store.ls(self._root, detail=True), self.url)
@@ -241,10 +240,13 @@ class RemotePlace(Place):
             self.remove(f"{folder}/{name}")
 
     def make(self) -> None:
-        if self.protocol in _HTTP:
-            raise UserError(f"'{self.url}' can only be read; give a DEST that can be written, such as s3://.")
+        self.check_writable("give a DEST that can be written, such as s3://")
         with contextlib.suppress(NotImplementedError):
             self._try(lambda: self._store.makedirs(self._root, exist_ok=True), self.url)
+
+    def check_writable(self, way_out: str) -> None:
+        if self.protocol in _HTTP:
+            raise UserError(f"'{self.url}' lies on a web server and can only be read; {way_out}.")
 
     def lock(self, name: str, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
         """As `Place.lock`, by a small file that its holder keeps touching: `shards.lease`."""

@@ -61,8 +61,17 @@ def repair(
     Raises:
         UserError: the source has gone away or is of another kind; another process works on the folder.
     """
+    check_repairable(place)
     with place.lock(layout.LOCK):
         return _Work(place, verdict, source, workers, progress).run()
+
+
+def check_repairable(place: Place) -> None:
+    """Raises UserError where nothing can be mended, because nothing can be written."""
+    place.check_writable(
+        "repair the folder where it lies on a disk or in a store, or download it, repair the copy and upload the files that are named "
+        "as mended"
+    )
 
 
 class _Work:
@@ -272,7 +281,8 @@ class _Remaker:
             scratch.write(f"failed-{shard:09d}.json", text.encode())
         elif shard in self.hurt:
             _copy(scratch, tar, self.place)
-            _copy(scratch, index, self.place)
+            if not _same(scratch, self.place, index):
+                _copy(scratch, index, self.place)
         scratch.remove(tar)
         scratch.remove(index)
 
@@ -312,6 +322,10 @@ def _check_kind(source: Source, plan: Plan) -> None:
                 f"'{plan.place.url}' was made with {name} {then.get(name)!r}, now it is {now.get(name)!r}; give --source the "
                 "options that `fastssl shard` had."
             )
+
+
+def _same(one: Place, other: Place, name: str) -> bool:
+    return one.exists(name) and other.exists(name) and one.read(name) == other.read(name)
 
 
 def _copy(source: Place, name: str, dest: Place) -> None:

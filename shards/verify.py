@@ -178,15 +178,17 @@ def _shards(
 
 
 def _lengths(promise: Promise) -> Iterator[Finding]:
+    sizes = promise.place.sizes()  # a store takes its time for each question
     for file in promise.files:
-        length = promise.place.size(file.name)
+        length = promise.place.size(file.name) if sizes is None else sizes.get(file.name)
         if length is None:
             what = f"the shard is missing, {file.num_samples:,} samples with it"
             yield Finding(file.name, "missing", what)
         elif length != file.bytes >= 0:
             yield Finding(file.name, "length", f"has {length:,} bytes and should have {file.bytes:,}")
-        if not promise.place.exists(index_of(file.name)):
-            yield Finding(index_of(file.name), "missing", "the DALI index is missing")
+        index = index_of(file.name)
+        if not (promise.place.exists(index) if sizes is None else index in sizes):
+            yield Finding(index, "missing", "the DALI index is missing")
 
 
 def _other_files(promise: Promise, *, read: bool) -> Iterator[Finding]:

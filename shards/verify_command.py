@@ -37,7 +37,7 @@ class Verify:
     """
 
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
-    """The folder that `fastssl shard` made."""
+    """The folder that `fastssl shard` made; a path or a URL."""
     fast: bool = False
     """Look at names and lengths only; takes no time."""
     decode: bool = False
@@ -74,7 +74,7 @@ def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
     from shards.errors import UserError, nearest
     from shards.files import atomic_write, check_output
     from shards.places import open_place
-    from shards.repair import repair
+    from shards.repair import check_repairable, repair
     from shards.verify import verify
 
     if args.fast and args.decode:
@@ -90,6 +90,8 @@ def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
         check_output(args.json, "--json")
     console = Console(highlight=False, soft_wrap=True)
     place = open_place(args.shards)
+    if args.repair:
+        check_repairable(place)  # before all is read
     source = _open_source(args, source_options, place) if args.source else None
     level = "fast" if args.fast else "decode" if args.decode else "hash"
     with _bar(console, "Decoding" if args.decode else "Reading") as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import logging
 import socket
@@ -10,7 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 Fault = str  # "drop", "cut", "short", "500", "503", "404", "stall"
@@ -34,6 +36,26 @@ def s3_server() -> Iterator[str]:
         yield f"http://{host}:{port}"
     finally:
         server.stop()
+
+
+@contextmanager
+def web_server(folder: Path) -> Iterator[FaultProxy]:
+    """A plain web server of a folder, with listings, behind a proxy."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+    proxy = FaultProxy(f"http://127.0.0.1:{server.server_port}")
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+        server.shutdown()
+        server.server_close()
 
 
 class FaultProxy:

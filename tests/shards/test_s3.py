@@ -1,7 +1,5 @@
 """Conversion from and to a server of the S3 protocol and a plain web server, over a network that fails."""
 
-import functools
-import http.server
 import json
 import os
 import random
@@ -20,7 +18,7 @@ from shards.errors import UserError
 from shards.places import Place, open_place
 from shards.plan import read_plan
 from tests.pictures import encoded, fingerprints, picture
-from tests.s3 import FAULTS, FaultProxy
+from tests.s3 import FAULTS, FaultProxy, web_server
 from tests.shards.test_crash import PER_SHARD, SLOW, start
 
 
@@ -28,20 +26,10 @@ from tests.shards.test_crash import PER_SHARD, SLOW, start
 def web(make_folder) -> Iterator[FaultProxy]:
     """A web server, with listings, of the folder that holds `photos`; each answers with failures of one's choice."""
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
     folder = make_folder(9)
     (folder / "ant" / "a b+ü%2.png").write_bytes(encoded(picture(77), "PNG"))
-    handler = functools.partial(Quiet, directory=str(folder.parent))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
-    proxy = FaultProxy(f"http://127.0.0.1:{server.server_port}")
-    yield proxy
-    proxy.close()
-    server.shutdown()
-    server.server_close()
+    with web_server(folder.parent) as proxy:
+        yield proxy
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +61,7 @@ def local(source: Path, tmp_path: Path, **options) -> dict[str, str]:
 
 def upload(folder: Path, url: str) -> None:
     place = open_place(url)
-    for path in folder.rglob("*.*"):
+    for path in filter(Path.is_file, folder.rglob("*")):
         place.write(path.relative_to(folder).as_posix(), path.read_bytes())
 
 
