@@ -24,6 +24,7 @@ from shards.places import LocalPlace, Place
 from shards.plan import Plan, read_plan, settings_for, write_plan
 from shards.policy import Policy
 from shards.sources import Source
+from shards.splits import WAY_OUT
 from shards.sums import index_of, sha256_of, write_sums
 from shards.verify import Promise, Verdict
 from shards.workers import Count, available_cpus, run_here, run_in_processes
@@ -107,7 +108,10 @@ class _Work:
         self._mend_sums()
         handled = {*self.result.mended, *(finding.file for finding in self.result.failed)}
         for name in sorted(self.damaged - handled):
-            self.result.failed.append(Finding(name, "failed", "cannot be mended; move it out of the folder"))
+            what = "cannot be mended; move it out of the folder"
+            if name == layout.SPLITS:
+                what = f"is not made from the images. {WAY_OUT.rstrip('.')}"
+            self.result.failed.append(Finding(name, "failed", what))
         return self.result
 
     def _tidy(self) -> None:

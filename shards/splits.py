@@ -7,6 +7,7 @@ least label fraction that holds it, so that smaller fractions lie inside larger 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -23,12 +24,14 @@ from shards.errors import UserError, nearest
 from shards.layout import Manifest
 from shards.places import Place, open_place
 from shards.read import ShardSet
+from shards.seal import check_seal, sealed
 from shards.split_rules import Division, Rule, apply, fraction_name
 
 DEFAULT = "default"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _LABELLED = "_labelled"
 _ABOUT = b"splits"
+WAY_OUT = "Delete it and run `fastssl split` again: the same flags make the same split."
 
 
 def make_split(place: Place, rule: Rule, name: str = DEFAULT, *, overwrite: bool = False) -> Division:
@@ -94,7 +97,7 @@ def _write(place: Place, columns: dict[str, Any], about: dict[str, Any]) -> None
     ordered = {key: columns[key] for key in sorted(columns)}
     table = pa.table({"sample_id": pa.array(np.arange(num_samples)), **ordered})
     table = table.replace_schema_metadata({_ABOUT: json.dumps(about, sort_keys=True)})
-    place.write(layout.SPLITS, lambda file: pq.write_table(table, file, compression="zstd"))
+    place.write(layout.SPLITS, sealed(table))
 
 
 def _columns(place: Place) -> dict[str, pa.Array]:
@@ -110,22 +113,38 @@ def _columns(place: Place) -> dict[str, pa.Array]:
 def _about(place: Place, manifest: Manifest) -> dict[str, Any] | None:
     """What the file says of its splits, by name; None where there is no file. UserError where it is damaged or of other shards."""
     try:
-        with place.open(layout.SPLITS) as file, pq.ParquetFile(file) as parquet:
-            num_samples = parquet.metadata.num_rows
-            about = json.loads(parquet.schema_arrow.metadata[_ABOUT])
+        return _told(place, manifest)
     except FileNotFoundError:
         return None
-    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as fault:
-        raise UserError(
-            f"'{place / layout.SPLITS}' is damaged ({fault}); delete it and run `fastssl split` again."
-        ) from fault
+    except UserError as fault:
+        raise UserError(f"'{place / layout.SPLITS}' {fault}. {WAY_OUT}") from fault
+
+
+def _told(place: Place, manifest: Manifest | None) -> dict[str, Any]:
+    data = place.read(layout.SPLITS)
+    check_seal(data)
+    with pq.ParquetFile(io.BytesIO(data)) as parquet:
+        num_samples = parquet.metadata.num_rows
+        about = json.loads(parquet.schema_arrow.metadata[_ABOUT])
+    if manifest is None:
+        return about
     of_others = any(entry["options_sha256"] != manifest.options_sha256 for entry in about.values())
     if num_samples != manifest.num_samples or of_others:
         raise UserError(
-            f"'{place / layout.SPLITS}' divides {num_samples:,} samples of another conversion, '{place.url}' has "
-            f"{manifest.num_samples:,}: delete it and run `fastssl split` again."
+            f"divides {num_samples:,} samples of another conversion, '{place.url}' has {manifest.num_samples:,}"
         )
     return about
+
+
+def splits_fault(place: Place, manifest: Manifest | None) -> str:
+    """What is wrong with the file of splits, in a clause; empty where nothing is, and where there is no such file."""
+    try:
+        _told(place, manifest)
+    except FileNotFoundError:
+        pass
+    except UserError as fault:
+        return str(fault)
+    return ""
 
 
 def subsets(place: Place, manifest: Manifest) -> dict[str, tuple[str, str | float]]:

@@ -23,6 +23,7 @@ from shards.listing import SCRATCH
 from shards.places import Place
 from shards.plan import read_plan
 from shards.policy import MAX_PIXELS, Policy
+from shards.splits import WAY_OUT, splits_fault
 from shards.sums import Sums, index_of, read_sums, sha256_of
 from shards.workers import available_cpus, run_here, run_in_processes
 
@@ -192,7 +193,7 @@ def _lengths(promise: Promise) -> Iterator[Finding]:
 
 
 def _other_files(promise: Promise, *, read: bool) -> Iterator[Finding]:
-    """Table, plan and quarantine; `read`: by their checksums, not just their presence."""
+    """Table, plan, quarantine and splits; `read`: by their checksums, not just their presence."""
     place = promise.place
     expected = {layout.TABLE, layout.PLAN, layout.QUARANTINE}
     if promise.sum_of(layout.DROPPED):
@@ -209,6 +210,9 @@ def _other_files(promise: Promise, *, read: bool) -> Iterator[Finding]:
             yield Finding(name, kind, fault)
         elif not agrees:
             yield Finding(name, kind, "differs from its SHA-256")
+    fault = splits_fault(place, promise.manifest) if read else ""
+    if fault:
+        yield Finding(layout.SPLITS, "table", f"{fault}. {WAY_OUT.rstrip('.')}")
 
 
 def _fault_of(promise: Promise, name: str) -> str:

@@ -8,14 +8,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fastssl.cli import main
 from shards import layout
 from shards.convert import convert
 from shards.errors import UserError
 from shards.places import open_place
 from shards.read import ShardSet
+from shards.seal import check_seal
 from shards.split_command import run
 from shards.split_rules import Rule
 from shards.splits import make_split, open_split
+from shards.verify import verify
 from tests.pictures import encoded, picture
 
 
@@ -236,3 +239,47 @@ def test_a_subset_keeps_the_ids_of_the_folder(folder: Path) -> None:
         assert bytes(val.read(i)) == bytes(whole.read(i))
     again = pickle.loads(pickle.dumps(val))
     assert (again.ids.tolist(), again.split) == (val.ids.tolist(), "val")
+
+
+def test_every_byte_of_the_file_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run([str(folder), "--val", "0.1", "--labelled", "0.5"])
+    data = (folder / layout.SPLITS).read_bytes()
+    check_seal(data)
+    for at in range(len(data)):
+        with pytest.raises(UserError, match="damaged"):
+            check_seal(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+    for other in (b"", data[:-1], data + b"PAR1"):
+        with pytest.raises(UserError, match="damaged"):
+            check_seal(other)
+    flags = ["verify", str(folder), "--workers", "0"]
+    assert main(flags) == 0
+    (folder / layout.SPLITS).write_bytes(data.replace(b"train", b"trial"))
+    with pytest.raises(
+        UserError, match=r"splits.parquet' is damaged.*Delete it and run `fastssl split` again"
+    ):
+        open_split(folder, "train")
+    capsys.readouterr()
+    assert main(flags) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "splits.parquet is damaged: it differs from the SHA-256 that it holds. Delete it and run" in told
+    assert "DAMAGED: 1 file of" in told
+    assert main([*flags, "--repair", "--source", str(folder.parent / "tiles")]) == 1
+    assert (
+        "splits.parquet: is not made from the images. Delete it and run `fastssl split` again"
+        in capsys.readouterr().out
+    )
+    (folder / layout.SPLITS).unlink()
+    run([str(folder), "--val", "0.1", "--labelled", "0.5"])
+    assert (folder / layout.SPLITS).read_bytes() == data
+    assert main(flags) == 0
+
+
+def test_a_file_without_a_checksum_is_not_trusted(folder: Path) -> None:
+    run([str(folder), "--val", "0.1"])
+    pq.write_table(pq.read_table(folder / layout.SPLITS), folder / layout.SPLITS)
+    with pytest.raises(
+        UserError, match=r"holds no SHA-256 of its own: an older fastssl made it, or it is damaged\. Delete"
+    ):
+        open_split(folder, "train")
+    found = verify(open_place(folder), workers=0).findings
+    assert [(finding.file, finding.kind) for finding in found] == [(layout.SPLITS, "table")]
