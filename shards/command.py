@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from shards.errors import UserError
-from shards.options import ListOptions, RasterOptions
+from shards.options import ListOptions, RasterOptions, TarOptions
 from shards.policy import Policy
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
@@ -54,6 +54,7 @@ class Shard:
     """Images whose pixels equal those of an earlier one: marked in the sample table, left out, or kept unmarked."""
     policy: Policy = field(default_factory=Policy)
     list: ListOptions = field(default_factory=ListOptions)
+    tar: TarOptions = field(default_factory=TarOptions)
     raster: RasterOptions = field(default_factory=RasterOptions)
     masks: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
     """Folder of masks (class indices) with the images' relative names; for segmentation."""
@@ -87,6 +88,7 @@ def source_of(args: Shard, dest: Place) -> Source:
         only=args.only,
         lists=args.list,
         rasters=args.raster,
+        tars=args.tar,
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import re
 import secrets
@@ -10,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import IO, BinaryIO, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar
 
 from shards.errors import UserError
 
@@ -19,6 +20,34 @@ _UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
 _SALT = secrets.randbelow(10**6)  # process ids of two machines, or containers, may be equal
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+
+
+class RangeFile(io.RawIOBase):
+    """`size` bytes to read and seek in, each piece of them given by `read(offset, wanted)`: exactly `wanted` bytes."""
+
+    def __init__(self, size: int, read: Callable[[int, int], bytes]):
+        self._size, self._read, self._at = size, read, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._at)
+        if wanted <= 0:
+            return 0
+        buffer[:wanted] = self._read(self._at, wanted)
+        self._at += wanted
+        return wanted
 
 
 def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], T]) -> T | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
 from shards.list_files import SUFFIXES as LISTS
-from shards.options import ListOptions, RasterOptions
+from shards.options import ListOptions, RasterOptions, TarOptions
 
 if TYPE_CHECKING:
     from shards.places import Place
@@ -23,6 +23,7 @@ def open_source(
     only: str = "",
     lists: ListOptions | None = None,
     rasters: RasterOptions | None = None,
+    tars: TarOptions | None = None,
 ) -> Source:
     """The source that `where`, a path or URL, means.
 
@@ -37,10 +38,12 @@ def open_source(
 
     if mask_suffix and not masks:
         raise UserError(f"--mask-suffix '{mask_suffix}' needs --masks FOLDER.")
-    lists, rasters = lists or ListOptions(), rasters or RasterOptions()
+    lists, rasters, tars = lists or ListOptions(), rasters or RasterOptions(), tars or TarOptions()
     kind = _kind(where, rasters)
     if kind != "list":
         _refuse(lists, f"a list ({', '.join(LISTS)})", where)
+    if kind != "tars":
+        _refuse(tars, "tars", where)
     if kind != "rasters":
         what = ("rasters", where) if rasters.tile else ("--tile N, which cuts rasters into tiles", "")
         _refuse(rasters, *what)
@@ -63,7 +66,7 @@ def open_source(
     elif kind == "tars":
         from shards.tars import TarSource
 
-        source = TarSource(where)
+        source = TarSource(where, tars)
         whole = source.searches
     elif kind == "shards":
         from shards.reshard import ShardFolderSource, read_only

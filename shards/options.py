@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args, get_type_hints
 
 import tyro
 
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 
 MAX_TILE = 16_384  # pixels a side
 MAX_BANDS = 65_535
+LABELS_FROM = ("auto", "sample", "folder", "folder:1", "tar", "none")
 NO_COLUMN = "none"  # switches off the search for a column
 
 
@@ -28,6 +30,20 @@ class ListOptions:
     """Column of what a split must not tear apart. Left out: group, where there is one; none: no groups."""
     root: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
     """Folder or URL that relative paths start from. Left out: the folder of the list."""
+
+
+@dataclass(frozen=True)
+class TarOptions:
+    """Of tars."""
+
+    label_from: Annotated[str, tyro.conf.arg(metavar="auto|sample|folder[:N]|tar|none")] = "auto"
+    """Class of an image: what its .json or .cls says; the folder that holds it (folder:1: the first of its path); its tar's name.
+    auto: what the sample says; in archives of images alone the folder, or the name of the tar within the tar."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|sample|folder(:[1-9]\d?)?|tar|none", self.label_from):
+            hint = nearest(self.label_from, LABELS_FROM)
+            raise UserError(f"there is no --label-from '{self.label_from}'.{hint}")
 
 
 @dataclass(frozen=True)

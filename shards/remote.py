@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
 from shards.errors import UserError
+from shards.files import RangeFile
 from shards.places import Place, whole
 
 T = TypeVar("T")
@@ -191,7 +192,8 @@ class RemotePlace(Place):
         size = self._try(lambda: self._size(name), self / name)
         if size is None or size <= READ_AHEAD_BYTES:
             return io.BytesIO(self.read(name, size or 0))
-        return io.BufferedReader(_Ranges(self, name, size), READ_AHEAD_BYTES)
+        ranges = RangeFile(size, lambda offset, wanted: self.read_range(name, offset, wanted))
+        return io.BufferedReader(ranges, READ_AHEAD_BYTES)
 
     def write(self, name: str, content: bytes | Callable[[Any], T]) -> T | None:
         # Made on this machine first: a store shows a file only when all of it has arrived, and a try that failed can be repeated.
@@ -253,34 +255,6 @@ class RemotePlace(Place):
         from shards.lease import hold
 
         return hold(self, name, shared=shared)
-
-
-class _Ranges(io.RawIOBase):
-    """A remote file to read and seek in, each piece as safe as `read_range`."""
-
-    def __init__(self, place: RemotePlace, name: str, size: int):
-        self._place, self._name, self._size, self._at = place, name, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), self._size - self._at)
-        if size <= 0:
-            return 0
-        buffer[:size] = self._place.read_range(self._name, self._at, size)
-        self._at += size
-        return size
 
 
 def _options(protocol: str) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import IO
+
+from shards.files import RangeFile
 
 BLOCK = 512
 _END = tarfile.EOFHeaderError  # pyright: ignore[reportAttributeAccessIssue] (its stub lacks them)
@@ -70,6 +73,35 @@ def members(file: IO[bytes], size: int) -> Iterator[TarMember]:
         if tar.offset > size:
             raise Cut(offset, name, "cut short")
         offset = tar.offset
+
+
+@dataclass
+class Archive:
+    """A tar: a file, or `size` bytes of one from `start` on, where it lies in another tar.
+
+    plain: an archive of images rather than of WebDataset samples; None until that is known.
+    """
+
+    names: list[str]  # of the file, and of each tar within it
+    file: IO[bytes]
+    start: int
+    size: int
+    plain: bool | None = None
+    seen: set[int] = field(default_factory=set)  # hashes of the images' names
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.names)
+
+    def members(self) -> Iterator[TarMember]:
+        """As the function `members`; offsets are those in the file."""
+        inside = io.BufferedReader(RangeFile(self.size, self._read), BLOCK) if self.start else self.file
+        for member in members(inside, self.size):
+            yield replace(member, offset=member.offset + self.start)
+
+    def _read(self, offset: int, size: int) -> bytes:
+        self.file.seek(self.start + offset)
+        return self.file.read(size)
 
 
 def _only_zeros(file: IO[bytes], size: int) -> bool:

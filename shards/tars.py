@@ -14,10 +14,12 @@ from xxhash import xxh3_64_intdigest
 
 from shards import sources
 from shards.errors import UserError
+from shards.options import TarOptions
 from shards.pixels import BadImage
 from shards.places import Place, open_place
 from shards.sources import Picture, Source, entry_batch, read_file, split_url
-from shards.tar_files import Cut, TarMember, expand_braces, members, split_name
+from shards.tar_files import Archive, Cut, TarMember, expand_braces, split_name
+from shards.tar_labels import Rule, describe
 
 _IMAGES = {suffix.removeprefix(".") for suffix in sources.SUFFIXES}
 _MASKS = {"mask", "seg", "segmentation"}
@@ -26,6 +28,7 @@ _MAX_LABEL_BYTES = 1 << 10
 _MAX_JSON_BYTES = 1 << 20
 _OWN = ("height", "width", "label", "source")  # what our JSON says itself
 _SHOWN = 3
+_MAX_INSIDE = 3  # tars, each in the other
 
 
 @dataclass
@@ -55,13 +58,16 @@ class TarSource(Source):
     """The images in one tar, in those of a folder, or in those that a pattern with `*` or `{000..012}` names.
 
     Files that follow each other under one key are a sample. Each of its images becomes a sample of ours, called `TAR/MEMBER`, with the
-    class of `.json` (`label`, if that is text) or `.cls`, the mask of `.mask.png` (or `.seg.png`), and, in its JSON, all of `.json`
-    and the text of `.txt`. Of a damaged tar all that is whole is taken; where it breaks off stands in the quarantine.
+    class that `tar_labels` finds, the mask of `.mask.png` (or `.seg.png`), and, in its JSON, all of `.json`
+    and the text of `.txt`. Tars within tars are read in place, too. Of a damaged tar all that is whole is taken; where it breaks off
+    stands in the quarantine.
     """
 
     kind = "tars"
 
-    def __init__(self, where: str):
+    def __init__(self, where: str, options: TarOptions | None = None):
+        self._label_from = (options or TarOptions()).label_from
+        self._rule = Rule.of(options or TarOptions())
         if where.lower().endswith(".tar") or is_pattern(where):
             folder, self._pattern = _split_pattern(where)
             self.name = self._pattern
@@ -77,15 +83,17 @@ class TarSource(Source):
         self._clear()
 
     def _clear(self) -> None:
-        self._num_tars = 0
+        self._num_tars = self._num_inside = 0
+        self._origins: Counter[str] = Counter()
         self._others: Counter[str] = Counter()
         self._cut: list[str] = []
         self._again: list[str] = []
         self._num_bad_json = 0
 
     def settings(self) -> dict[str, Any]:
-        """Which tars."""
-        return {"tars": self._pattern}
+        """Which tars, and where classes come from, if that was told."""
+        told = {} if self._label_from == "auto" else {"label_from": self._label_from}
+        return {"tars": self._pattern} | told
 
     def _tars(self) -> Iterator[tuple[str, int]]:
         names = expand_braces(self._pattern)
@@ -134,42 +142,49 @@ class TarSource(Source):
             )
 
     def _tar(self, tar: str, size: int) -> Iterator[dict[str, Any]]:
-        seen: set[int] = set()
-        sample = _Sample("")
-        with self.place.open(tar) as file:
-            try:
-                for member in members(file, size):
-                    split = split_name(member.name)
-                    if split is None:
-                        continue
-                    key, ext = split
-                    if key != sample.key or ext in sample.files:
-                        yield from self._sample(tar, file, sample, seen)
-                        sample = _Sample(key)
-                    sample.files[ext] = member
-            except Cut as cut:
-                split = split_name(cut.name)
-                if not (split and split[0] == sample.key):
-                    yield from self._sample(tar, file, sample, seen)
-                where = f"'{tar}' is {cut.reason}"
-                if cut.offset:
-                    within = f", in '{cut.name}'" if cut.name else ""
-                    where += f" from byte {cut.offset:,} on{within}"
-                self._cut.append(where)
-                yield {
-                    "source": f"{tar}@{cut.offset}",
-                    "path": tar,
-                    "window": [cut.offset],
-                    "bytes": size - cut.offset,
-                }
-            except OSError as fault:
-                raise UserError(
-                    f"'{self.place / tar}' cannot be read ({fault.strerror or fault})."
-                ) from fault
-            else:
-                yield from self._sample(tar, file, sample, seen)
+        try:
+            with self.place.open(tar) as file:
+                yield from self._archive(Archive([tar], file, 0, size))
+        except OSError as fault:
+            raise UserError(f"'{self.place / tar}' cannot be read ({fault.strerror or fault}).") from fault
 
-    def _sample(self, tar: str, file: IO[bytes], sample: _Sample, seen: set[int]) -> Iterator[dict[str, Any]]:
+    def _archive(self, tar: Archive) -> Iterator[dict[str, Any]]:
+        sample = _Sample("")
+        try:
+            for member in tar.members():
+                split = split_name(member.name)
+                if split is None:
+                    continue
+                key, ext = split
+                if key != sample.key or ext in sample.files:
+                    yield from self._sample(tar, sample)
+                    sample = _Sample(key)
+                if ext.rpartition(".")[2] == "tar" and len(tar.names) <= _MAX_INSIDE:
+                    self._num_inside += 1
+                    names = [*tar.names, member.name]
+                    yield from self._archive(Archive(names, tar.file, member.offset, member.size))
+                else:
+                    sample.files[ext] = member
+        except Cut as cut:
+            split = split_name(cut.name)
+            if not (split and split[0] == sample.key):
+                yield from self._sample(tar, sample)
+            where = f"'{tar.name}' is {cut.reason}"
+            if cut.offset:
+                within = f", in '{cut.name}'" if cut.name else ""
+                where += f" from byte {cut.offset:,} on{within}"
+            self._cut.append(where)
+            at = tar.start + cut.offset
+            yield {
+                "source": f"{tar.name}@{cut.offset}",
+                "path": tar.names[0],
+                "window": [at],
+                "bytes": tar.size - cut.offset,
+            }
+        else:
+            yield from self._sample(tar, sample)
+
+    def _sample(self, tar: Archive, sample: _Sample) -> Iterator[dict[str, Any]]:
         images, mask = sample.images(), sample.mask()
         used = {*(image.name for image in images), *([mask.name] if mask else [])}
         for ext, member in sample.files.items():
@@ -182,29 +197,36 @@ class TarSource(Source):
             next((sample.files[ext] for ext in _TEXTS if ext in sample.files), None),
         ]
         spans = [number for note in notes for number in ((note.offset, note.size) if note else (0, 0))]
-        label = self._label(file, sample.files.get("cls"), notes[0])
+        said = None
+        if self._rule.asks_sample:
+            said = self._said(tar.file, sample.files.get("cls"), notes[0])
+        if tar.plain is None:
+            tar.plain = not any(notes) and "cls" not in sample.files
         for image in images:
-            name = f"{tar}/{image.name}"
+            name = f"{tar.name}/{image.name}"
+            origin, label = self._rule.label(said, image.name, tar.names, plain=tar.plain)
+            if label is not None:
+                self._origins[origin] += 1
             # A tar may hold a name twice.
             digest = xxh3_64_intdigest(image.name.encode())
-            if digest in seen:
+            if digest in tar.seen:
                 name += f"@{image.offset}"
                 self._again.append(name)
-            seen.add(digest)
+            tar.seen.add(digest)
             row = {
                 "source": name,
-                "path": tar,
+                "path": tar.names[0],
                 "window": [image.offset, image.size, *spans],
                 "bytes": image.size,
                 "label": label,
             }
             if mask:
-                row |= {"mask": f"{tar}/{mask.name}", "mask_window": [mask.offset, mask.size]}
+                row |= {"mask": f"{tar.name}/{mask.name}", "mask_window": [mask.offset, mask.size]}
             if len(images) > 1:
-                row["group"] = f"{tar}/{sample.key}"
+                row["group"] = f"{tar.name}/{sample.key}"
             yield row
 
-    def _label(self, file: IO[bytes], cls: TarMember | None, note: TarMember | None) -> str | None:
+    def _said(self, file: IO[bytes], cls: TarMember | None, note: TarMember | None) -> str | None:
         """The class: its name in the JSON before its number, since numbers mean other classes in other data sets."""
         facts = _facts(_content(file, note)) if note and note.size <= _MAX_JSON_BYTES else None
         self._num_bad_json += facts == {}
@@ -221,8 +243,10 @@ class TarSource(Source):
         return str(named) if isinstance(named, int) else None
 
     def describe(self) -> list[str]:
-        """How many tars."""
-        return [f"Read from {self._num_tars:,} tar{'' if self._num_tars == 1 else 's'}, in place."]
+        """How many tars, and where the classes come from."""
+        inside = f" and {self._num_inside:,} tars within" if self._num_inside else ""
+        read = f"Read from {self._num_tars:,} tar{'' if self._num_tars == 1 else 's'}{inside}, in place."
+        return [read] if self._rule.kind == "none" else [read, describe(self._origins)]
 
     def warnings(self) -> list[str]:
         """Tars that break off, names that come twice, members that are not kept."""
