@@ -55,6 +55,8 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
         raise UserError(
             "No shards to train on: give --data.shards DIR, the folder that `fastssl shard` made."
         )
+    if cfg.data.masks:
+        raise UserError("data.masks is for segmentation, and pretraining uses no masks: leave it out.")
     shards = cfg.data.open()
     resolved = follow_shards(resolved, shards)
     cfg = resolved.config

@@ -20,7 +20,7 @@ from pipelines.decode import decode_rgb
 from pipelines.draws import DRAW
 from pipelines.noise import unit_noise
 from pipelines.recipe import Recipe
-from pipelines.stream import SLOTS, Job, Spoiled, hand_over, work_stream
+from pipelines.stream import SLOTS, Job, Slot, Spoiled, hand_over, work_stream
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class BadItems(Exception):
         self.faults = faults
 
 
-class BatchSlot:
+class BatchSlot(Slot):
     """Memory for one batch that an engine makes as a whole; a `stream.Slot`."""
 
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -19,6 +20,9 @@ SHARE = 0.5  # of the free memory that a cache may fill by itself; the rest is f
 _FAULTS = (RuntimeError, OSError, ValueError, EOFError, UserError)
 
 
+Keeps = Literal["nothing", "encoded", "decoded"]
+
+
 class Unreadable(Exception):
     """A sample of the data set cannot be read or decoded any more; the message says why."""
 
@@ -27,24 +31,14 @@ class Samples:
     """The decoded images of a data set, read and decoded each time; safe to use from threads."""
 
     note = ""  # what is held in memory, for the user
+    keeps: Keeps = "nothing"
 
     def __init__(self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int):
         self.shards, self.channels, self._decode = shards, channels, decode
 
     def pixels(self, sample_id: int) -> np.ndarray:
         """The pixels (H, W, C) of one image; Unreadable where it is gone, damaged, or of another size than the table says."""
-        try:
-            pixels = self._decode(self._read(sample_id))
-        except _FAULTS as fault:
-            if not self.shards.mend(sample_id):
-                raise Unreadable(str(fault)) from fault
-            return self.pixels(sample_id)
-        width, height = int(self.shards.widths[sample_id]), int(self.shards.heights[sample_id])
-        if pixels.shape[:2] != (height, width):
-            raise Unreadable(
-                f"it is {pixels.shape[1]} x {pixels.shape[0]}, but {width} x {height} in the table"
-            )
-        return pixels
+        return sound(self.shards, sample_id, lambda: self._decode(self._read(sample_id)))
 
     def encoded(self, sample_id: int) -> memoryview:
         """The bytes of one image as they are stored; Unreadable where they are gone."""
@@ -57,8 +51,28 @@ class Samples:
         return self.shards.read(sample_id)
 
 
+def sound(shards: ShardSet, sample_id: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The pixels (H, W, ...) of a sample that `make` reads and decodes, once more where a damaged copy of remote shards was removed.
+
+    Raises:
+        Unreadable: they are gone, damaged, or of another size than the table says.
+    """
+    try:
+        pixels = make()
+    except _FAULTS as fault:
+        if not shards.mend(sample_id):
+            raise Unreadable(str(fault)) from fault
+        return sound(shards, sample_id, make)
+    width, height = int(shards.widths[sample_id]), int(shards.heights[sample_id])
+    if pixels.shape[:2] != (height, width):
+        raise Unreadable(f"it is {pixels.shape[1]} x {pixels.shape[0]}, but {width} x {height} in the table")
+    return pixels
+
+
 class EncodedCache(Samples):
     """Keeps the bytes of each image from its first reading on."""
+
+    keeps = "encoded"
 
     def __init__(self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int):
         super().__init__(shards, decode, channels)
@@ -77,6 +91,8 @@ class EncodedCache(Samples):
 
 class DecodedCache(Samples):
     """Keeps the 8-bit pixels of each image from its first decoding on."""
+
+    keeps = "decoded"
 
     def __init__(self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int):
         super().__init__(shards, decode, channels)
@@ -110,6 +126,17 @@ def _in_use(shards: ShardSet, sizes: np.ndarray) -> np.ndarray:
     return used
 
 
+def sum_in_use(shards: ShardSet, sizes: np.ndarray | None) -> int:
+    """The bytes of the samples in use, of sizes for all; 0 where there are none."""
+    return 0 if sizes is None else int(_in_use(shards, sizes).sum())
+
+
+def mask_bytes(shards: ShardSet) -> int:
+    """The most bytes that the decoded masks of the samples in use can take: 16 bits a pixel."""
+    masked = shards.ids[shards.mask_sizes[shards.ids] > 0] if shards.mask_sizes is not None else slice(0)
+    return 2 * int((shards.widths[masked].astype(np.int64) * shards.heights[masked]).sum())
+
+
 def eight_bit(shards: ShardSet) -> bool:
     """Whether all images are decoded to 8 bits a channel."""
     return shards.manifest.dtypes == ["uint8"]
@@ -123,11 +150,13 @@ def open_samples(
     cache_gb: float = 0,
     *,
     only_encoded: bool = False,
+    masks: bool = False,
 ) -> Samples:
     """The data set's images, with the cache that is asked for: 'ram' holds pixels where they fit and encoded bytes where not.
 
     Args:
         only_encoded: keep encoded bytes even where pixels would fit: another part decodes them.
+        masks: leave room for the masks, kept as the images are (`mask_slot.Masks`).
         cache_gb: memory that the cache may fill, in 10^9 bytes; 0 means half of what is free now, shared among the ranks here.
 
     Raises:
@@ -135,10 +164,11 @@ def open_samples(
     """
     if cache != "ram":
         return Samples(shards, decode, channels)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    allowed = cache_gb * GB or SHARE * free_memory() / ranks
-    encoded, decoded = int(_in_use(shards, shards.sizes).sum()), int(decoded_sizes(shards, channels).sum())
-    what = f"{len(shards):,} images are {decoded / GB:.2f} GB decoded and {encoded / GB:.2f} GB encoded"
+    allowed = cache_gb * GB or free_share()
+    encoded, decoded = sum_in_use(shards, shards.sizes), int(decoded_sizes(shards, channels).sum())
+    if masks:
+        encoded, decoded = encoded + sum_in_use(shards, shards.mask_sizes), decoded + mask_bytes(shards)
+    what = f"{len(shards):,} images {'and masks ' if masks else ''}are {decoded / GB:.2f} GB decoded and {encoded / GB:.2f} GB encoded"
     if encoded > allowed:
         raise UserError(
             f"data.cache ram: the {what}, more than the {allowed / GB:.2f} GB allowed: set --data.cache none (the system keeps what "
@@ -151,6 +181,11 @@ def open_samples(
         "their first use on"
     )
     return samples
+
+
+def free_share() -> float:
+    """Bytes that a cache of this process may fill by itself."""
+    return SHARE * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def free_memory() -> int:

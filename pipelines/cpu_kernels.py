@@ -188,6 +188,27 @@ def _normal(table, seed, place):
 
 
 @njit(nogil=True, cache=True)
+def source_row(draw, last, y):
+    """Where row `y` of a flipped and turned view comes from: its pixel x is that at (y0 + x dy, x0 + x dx); `last` is the side - 1.
+
+    Undoes the quarter turns, then the flips. Returns (y0, x0, dy, dx).
+    """
+    if draw.turns == 0:
+        y0, x0, dy, dx = y, 0, 0, 1
+    elif draw.turns == 1:
+        y0, x0, dy, dx = 0, last - y, 1, 0
+    elif draw.turns == 2:
+        y0, x0, dy, dx = last - y, last, 0, -1
+    else:
+        y0, x0, dy, dx = last, y, -1, 0
+    if draw.vflip:
+        y0, dy = last - y0, -dy
+    if draw.hflip:
+        x0, dx = last - x0, -dx
+    return y0, x0, dy, dx
+
+
+@njit(nogil=True, cache=True)
 def finish(view, draw, unit, scale, bias, fill, table, out):
     """Flip, turn, add noise, normalise and erase into `out` float32 (C, S, S): out = view * unit * scale + bias.
 
@@ -200,19 +221,7 @@ def finish(view, draw, unit, scale, bias, fill, table, out):
     for c in range(view.shape[0]):
         for y in range(size):
             row = out[c, y]
-            # Undo the quarter turns, then the flips, to find the source of output pixel (y, x): y0 + x * dy, x0 + x * dx.
-            if draw.turns == 0:
-                y0, x0, dy, dx = y, 0, 0, 1
-            elif draw.turns == 1:
-                y0, x0, dy, dx = 0, last - y, 1, 0
-            elif draw.turns == 2:
-                y0, x0, dy, dx = last - y, last, 0, -1
-            else:
-                y0, x0, dy, dx = last, y, -1, 0
-            if draw.vflip:
-                y0, dy = last - y0, -dy
-            if draw.hflip:
-                x0, dx = last - x0, -dx
+            y0, x0, dy, dx = source_row(draw, last, y)
             if dy == 0 and dx == 1:
                 for x in range(size):
                     row[x] = np.float32(view[c, y0, x]) * unit

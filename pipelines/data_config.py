@@ -49,6 +49,10 @@ class DataConfig:
     """Let a GPU copy, and make views where data.augment_on is gpu, on a stream beside the step's; False does it between the steps."""
     max_bad_share: float = 0.001
     """Stop when more than ten samples, and more than this share of those read, are bad; others stand in till then. 0: at the first."""
+    masks: bool = False
+    """Batches carry the masks of their views too, for segmentation: the same crops, flips and turns, made on the CPU."""
+    mask_ignore: int = 255
+    """Class index in masks for pixels whose class is not known: of samples without a mask, and of erased rectangles."""
 
     def __post_init__(self) -> None:
         if self.threads < 0:
@@ -59,6 +63,8 @@ class DataConfig:
             parse_bytes(self.cache_bytes)
         if self.cache_gb < 0:
             raise UserError(f"data.cache_gb is {self.cache_gb}, but it must be 0 (automatic) or more.")
+        if not -(2**31) <= self.mask_ignore < 2**31:
+            raise UserError(f"data.mask_ignore is {self.mask_ignore}, but masks are integers of 32 bits.")
         if not 0 <= self.max_bad_share <= 1:
             raise UserError(
                 f"data.max_bad_share is {self.max_bad_share}, but it must be a share between 0 and 1."

@@ -17,7 +17,7 @@ from pipelines.draws import DRAW
 from pipelines.gpu_decode import BatchDecoder
 from pipelines.gpu_kernels import pack
 from pipelines.recipe import Recipe
-from pipelines.stream import Job, hand_over
+from pipelines.stream import Job, Slot, hand_over
 from shards.errors import UserError
 
 
@@ -42,7 +42,7 @@ class GpuStore:
         self.held = np.zeros(samples.shards.num_samples, dtype=np.bool_)
 
 
-class GpuSlot:
+class GpuSlot(Slot):
     """Memory for one batch of decoded images, and the launches that turn them into views."""
 
     def __init__(

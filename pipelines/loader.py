@@ -18,8 +18,21 @@ from pipelines.draws import draw, eval_draws
 from pipelines.engines import ImageEngine, make_engine, refuse_deep, whole_batches
 from pipelines.faults import BadSamples
 from pipelines.fused_engine import FusedEngine
+from pipelines.mask_slot import with_masks
+from pipelines.masks import NO_MASK
 from pipelines.recipe import Recipe
-from pipelines.stream import SLOTS, Batch, HostSlot, Job, Renderer, Slot, default_threads, stream, work_stream
+from pipelines.stream import (
+    SLOTS,
+    Batch,
+    HostMemory,
+    HostSlot,
+    Job,
+    Renderer,
+    Slot,
+    default_threads,
+    stream,
+    work_stream,
+)
 from shards.errors import UserError
 from shards.order import block_order, epoch_order, rank_positions, steps_per_epoch
 from shards.read import ShardSet
@@ -46,6 +59,8 @@ def open_loader(
     value_range: str = "type",
     side_stream: bool = True,
     max_bad_share: float = 0.001,
+    masks: bool = False,
+    mask_ignore: int = NO_MASK,
     device: torch.device | str = "cpu",
     on_host: bool = False,
     log: Callable[[str], None] | None = None,
@@ -58,11 +73,15 @@ def open_loader(
         device: where the views go; copies to a GPU overlap with the work on it.
         on_host: leave the views in host memory, pinned for `device`, which the caller copies from piece by piece on the current
             stream; they are valid until the next batch is asked for. The host holds PREFETCH + 1 batches, the device none.
+        masks: `Batch.masks` holds the masks of the views, by the same crops, flips and turns. The CPU makes them, for every engine.
+        mask_ignore: stands where no class is known: in the masks of samples that have none, and where a view is erased. Pixels that
+            are stored with this index keep it (`fastssl shard` stores 255 beyond the edge of rasters without nodata value).
         log: takes one line about each sample found bad; without it they are warnings.
 
     Raises:
         UserError: the batch does not divide by the ranks, or the data set has fewer samples than one batch, or the engine is
-            unknown, or the cache does not fit, or the recipe's operations or values are not for the images' channels.
+            unknown, or the cache does not fit, or the recipe's operations or values are not for the images' channels, or masks are
+            asked for and no sample has one.
     """
     rank_positions(0, batch, rank, world)  # names both numbers where the batch does not divide
     if len(shards) < batch:
@@ -88,6 +107,8 @@ def open_loader(
         device=device,
         on_host=on_host,
         side_stream=side_stream,
+        masks=masks,
+        mask_ignore=mask_ignore,
     )
     window, note = choose_window(shards, order, block_shards)
     samples.note = "\n".join(filter(None, (note, samples.note)))
@@ -120,6 +141,8 @@ def open_slots(
     cache_gb: float = 0.0,
     on_host: bool = False,
     side_stream: bool = True,
+    masks: bool = False,
+    mask_ignore: int = NO_MASK,
 ) -> tuple[Samples, Callable[[], Sequence[Slot]]]:
     """The images as an engine wants them, and what gives memory for a stream of its views; `batch`: samples in the largest batch.
 
@@ -142,24 +165,33 @@ def open_slots(
             "data.decode gpu needs the views to be made on the GPU by --data.engine fused: add --data.augment-on gpu, or set "
             "--data.decode cpu."
         )
+    where: dict[str, bool] = {"on_host": on_host, "side_stream": side_stream}
+    kept: dict[str, Any] = {"cache": cache, "cache_gb": cache_gb, "masks": masks}
     channels = len(recipe.mean)
     if whole_batches(engine):
         refuse_deep(engine, shards)
         largest = (int(shards.widths.max()), int(shards.heights.max()))
         options = BatchOptions(device if on_gpu else "cpu", threads, batch, largest)
         maker = cast(BatchEngine, make_engine(engine, recipe, options))
-        samples = open_samples(shards, maker.decode, channels, cache, cache_gb)
-        return samples, batch_slots(samples, maker, device, on_host=on_host, side_stream=side_stream)
-    made = cast(ImageEngine, make_engine(engine, recipe))
-    samples = open_samples(shards, made.decode, channels, cache, cache_gb, only_encoded=decode == "gpu")
-    if on_gpu:
-        more: dict[str, Any] = {
-            "decode_threads": threads if decode == "gpu" else 0,
-            "side_stream": side_stream,
-        }
-        return samples, gpu_slots(samples, recipe, device, cache == "gpu", cache_gb, **more)
-    where = {"on_host": on_host, "side_stream": side_stream}
-    return samples, partial(host_slots, samples, made, view_shapes(recipe), batch, device, **where)
+        samples = open_samples(shards, maker.decode, channels, **kept)
+        slots = batch_slots(samples, maker, device, **where)
+    else:
+        made = cast(ImageEngine, make_engine(engine, recipe))
+        samples = open_samples(shards, made.decode, channels, **kept, only_encoded=decode == "gpu")
+        if on_gpu:
+            more: dict[str, Any] = {
+                "decode_threads": threads if decode == "gpu" else 0,
+                "side_stream": side_stream,
+            }
+            slots = gpu_slots(samples, recipe, device, cache == "gpu", cache_gb, **more)
+        else:
+            slots = partial(host_slots, samples, made, view_shapes(recipe), batch, device, **where)
+    if masks:
+        sides = [recipe.side(view) for view in range(recipe.total_views)]
+        slots = with_masks(
+            slots, samples, sides, batch, device, mask_ignore, on_gpu_cache=cache == "gpu", **where
+        )
+    return samples, slots
 
 
 def view_shapes(recipe: Recipe) -> list[tuple[int, int, int]]:
@@ -179,7 +211,7 @@ def host_slots(
 ) -> list[HostSlot]:
     """Memory for a stream of views that the CPU makes; `shapes`: (C, S, S) of each view; `batch`: samples in the largest batch."""
     copies = None if on_host else work_stream(device, side_stream)
-    return [HostSlot(samples, engine, shapes, batch, device, copies) for _ in range(SLOTS)]
+    return [HostSlot(samples, engine, HostMemory(shapes, batch, device, copies)) for _ in range(SLOTS)]
 
 
 def gpu_slots(
@@ -305,11 +337,16 @@ def eval_batches(
     batch: int = 256,
     threads: int = 0,
     device: torch.device | str = "cpu",
+    masks: bool = False,
+    mask_ignore: int = NO_MASK,
 ) -> Generator[Batch, None, None]:
     """Yield the fixed evaluation view of the given samples, in their order; the last batch may be smaller.
 
+    With `masks`, batches carry that view's masks; `mask_ignore` as for `open_loader`.
+
     Raises:
-        UserError: a sample does not decode. None stands in for it: the result would be that of another data set.
+        UserError: a sample does not decode (none stands in for it: the result would be that of another data set), or masks are
+            asked for and no sample has one.
     """
 
     def jobs() -> Iterator[Job]:
@@ -324,5 +361,8 @@ def eval_batches(
     engine = FusedEngine(recipe)
     samples = open_samples(shards, engine.decode, len(recipe.mean))
     shapes = view_shapes(recipe)[:1]
-    slots = host_slots(samples, engine, shapes, min(batch, len(sample_ids)), torch.device(device))
-    return stream(samples, slots, jobs(), threads or default_threads())
+    largest, place = min(batch, len(sample_ids)), torch.device(device)
+    slots: Callable[[], Sequence[Slot]] = partial(host_slots, samples, engine, shapes, largest, place)
+    if masks:
+        slots = with_masks(slots, samples, [recipe.size], largest, place, mask_ignore)
+    return stream(samples, slots(), jobs(), threads or default_threads())

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -28,15 +28,18 @@ TASKS_PER_THREAD = (
 class Batch:
     """Some samples and their views.
 
-    `views`: float32 (N, C, S, S) each, normalised, the global views first; local ones have a smaller S. `sample_ids` and `labels`:
-    int64 (N,), label -1 where there is none. The ids are those of the samples really used, where one stands in for a bad one, and
-    `replaced` counts these. On a CPU the views lie in buffers that are used again: they are valid until the next batch is asked for.
+    `views`: float32 (N, C, S, S) each, normalised, the global views first; local ones have a smaller S. `masks`, where the loader
+    makes them, one per view: int32 (N, S, S), the class of each of its pixels or the ignore value. `sample_ids` and `labels`: int64
+    (N,), label -1 where there is none. The ids are those of the samples really used, where one stands in for a bad one, and
+    `replaced` counts these. On a CPU views and masks lie in buffers that are used again: they are valid until the next batch is
+    asked for.
     """
 
     views: list[torch.Tensor]
     sample_ids: np.ndarray
     labels: np.ndarray
     replaced: int = 0
+    masks: list[torch.Tensor] = field(default_factory=list)
 
 
 class Job(NamedTuple):
@@ -78,6 +81,10 @@ class Slot(Protocol):
             Spoiled: samples turned out bad; `fill` is called for their places again and then `launch` and `views`.
         """
         ...
+
+    def masks(self) -> list[torch.Tensor]:
+        """The masks of the views, for use on the current stream; asked for after `views`."""
+        return []
 
     def done(self) -> None:
         """The caller has taken what it wants from the views and asks for the next batch."""
@@ -174,7 +181,7 @@ def stream(
             if bad is not None:
                 bad.speak()
             replaced = int((filling.ids != filling.job.ids).sum())
-            yield Batch(made, filling.ids, samples.shards.labels[filling.ids], replaced)
+            yield Batch(made, filling.ids, samples.shards.labels[filling.ids], replaced, filling.slot.masks())
             del made
             filling.slot.done()
             free.append(filling.slot)
@@ -241,62 +248,87 @@ def _replace(samples: Samples, filling: _Filling, i: int, fault: Unreadable, bad
     filling.ids[i] = _fill_one(samples, filling.slot, i, wanted, draws, filling.job.epoch, bad)
 
 
-class HostSlot:
-    """Memory for one batch of views made by the CPU, pinned where it is copied to a GPU."""
+class HostMemory:
+    """Tensors for one batch, made on the host, and pinned there and copied where they go to a GPU."""
 
     def __init__(
         self,
-        samples: Samples,
-        engine: Renderer,
         shapes: Sequence[tuple[int, ...]],
         batch: int,
         device: torch.device,
         copies: torch.cuda.Stream | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
-        """`shapes`: (C, S, S) of each view. `copies`: the stream for copies to a GPU; without it the views stay on the host."""
-        self._samples, self._engine, self._device, self._copies = samples, engine, device, copies
+        """`shapes`: those of one sample. `copies`: the stream for copies to a GPU; without it the tensors stay on the host."""
+        self._device, self._copies = device, copies
         on_gpu = device.type == "cuda"
-        self._tensors = [
-            torch.empty((batch, *shape), dtype=torch.float32, pin_memory=on_gpu) for shape in shapes
-        ]
-        self._pixels = [tensor.numpy() for tensor in self._tensors]
+        self._tensors = [torch.empty((batch, *shape), dtype=dtype, pin_memory=on_gpu) for shape in shapes]
+        self._arrays = [tensor.numpy() for tensor in self._tensors]
         self._copied = torch.cuda.Event() if on_gpu else None
         self._count = 0
-        self._views: list[torch.Tensor] = []
+        self._made: list[torch.Tensor] = []
+
+    def begin(self, count: int) -> None:
+        """Get ready for a batch of `count` samples; waits until the memory may be overwritten."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._count = count
+
+    def at(self, i: int) -> list[np.ndarray]:
+        """The memory of sample `i`."""
+        return [array[i] for array in self._arrays]
+
+    def launch(self) -> None:
+        """Copy to a GPU on a stream of its own: it overlaps with the step that the GPU is still at."""
+        self._made = [tensor[: self._count] for tensor in self._tensors]
+        if self._copies is not None and self._copied is not None:
+            with torch.cuda.stream(self._copies):
+                self._made = [tensor.to(self._device, non_blocking=True) for tensor in self._made]
+                self._copied.record()
+
+    def take(self) -> list[torch.Tensor]:
+        """The batch: the current stream waits for the copy, the host does not."""
+        made, self._made = self._made, []
+        if self._copied is not None and self._copies is not None:
+            hand_over(made, self._copied, self._device)
+        return made
+
+    def done(self) -> None:
+        """The caller has taken what it wants; what was lent on the host may still be on its way to the GPU."""
+        if self._copied is not None and self._copies is None:
+            self._copied.record(torch.cuda.current_stream(self._device))
+
+
+class HostSlot(Slot):
+    """One batch of views made by the CPU."""
+
+    def __init__(self, samples: Samples, engine: Renderer, memory: HostMemory):
+        """`memory`: for (C, S, S) of each view."""
+        self._samples, self._engine, self._memory = samples, engine, memory
 
     def begin(self, job: Job) -> None:
         """As `Slot.begin`."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        self._count = len(job.ids)
+        self._memory.begin(len(job.ids))
 
     def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
         """As `Slot.fill`."""
-        self._engine.render(self._samples.pixels(sample_id), draws, [view[i] for view in self._pixels])
+        self._engine.render(self._samples.pixels(sample_id), draws, self._memory.at(i))
 
     def complete(self) -> list[int]:
         """As `Slot.complete`: all is done sample by sample."""
         return []
 
     def launch(self) -> None:
-        """Copy to a GPU on a stream of its own: it overlaps with the step that the GPU is still at."""
-        self._views = [view[: self._count] for view in self._tensors]
-        if self._copies is not None and self._copied is not None:
-            with torch.cuda.stream(self._copies):
-                self._views = [view.to(self._device, non_blocking=True) for view in self._views]
-                self._copied.record()
+        """As `Slot.launch`."""
+        self._memory.launch()
 
     def views(self) -> list[torch.Tensor]:
-        """As `Slot.views`: the current stream waits for the copy, the host does not."""
-        views, self._views = self._views, []
-        if self._copied is not None and self._copies is not None:
-            hand_over(views, self._copied, self._device)
-        return views
+        """As `Slot.views`."""
+        return self._memory.take()
 
     def done(self) -> None:
-        """As `Slot.done`: what was lent on the host may still be on its way to the GPU."""
-        if self._copied is not None and self._copies is None:
-            self._copied.record(torch.cuda.current_stream(self._device))
+        """As `Slot.done`."""
+        self._memory.done()
 
 
 def work_stream(device: torch.device, own: bool) -> torch.cuda.Stream | None:

@@ -32,10 +32,10 @@ _COLUMNS = ["shard", "offset", "size", "width", "height", "channels", "label", "
 class ShardSet:
     """The samples of one shard folder, memory-mapped; safe to use from threads, and cheap to pickle.
 
-    Columns, each (num_samples,): `labels` int64, -1 where there is none; `widths` and `heights` int32,
-    pixels; `sizes` int64, bytes; `channels` int16. `classes` names the labels. `split`: the name of the subset in use, "" for all;
-    the columns and ids are those of the whole folder all the same, and `len` counts the samples in use. `folder` is a Path, or the URL
-    of remote shards.
+    Columns, each (num_samples,): `labels` int64, -1 where there is none; `widths` and `heights` int32, pixels; `sizes` int64, bytes;
+    `channels` int16; `mask_sizes` int64, bytes, 0 where there is none (None where no sample has a mask). `classes` names the labels.
+    `split`: the name of the subset in use, "" for all; the columns and ids are those of the whole folder all the same, and `len`
+    counts the samples in use. `folder` is a Path, or the URL of remote shards.
     """
 
     def __init__(self, folder: Path | str, manifest: Manifest, table: pa.Table, near: Near | None = None):
@@ -51,7 +51,7 @@ class ShardSet:
         self.sizes = table["size"].to_numpy()
         self.channels = table["channels"].to_numpy()
         self._mask_offset = table["mask_offset"].fill_null(-1).to_numpy() if manifest.num_masks else None
-        self._mask_size = table["mask_size"].fill_null(0).to_numpy() if manifest.num_masks else None
+        self.mask_sizes = table["mask_size"].fill_null(0).to_numpy() if manifest.num_masks else None
         self._shard = table["shard"].to_numpy()
         self._offset = table["offset"].to_numpy()
         self._maps: dict[int, memoryview] = {}
@@ -109,10 +109,10 @@ class ShardSet:
     def read_mask(self, sample_id: int) -> memoryview | None:
         """The encoded mask (PNG of class indices), read-only and without a copy; None where the sample has none."""
         self._check_id(sample_id)
-        if self._mask_offset is None or self._mask_size is None or self._mask_offset[sample_id] < 0:
+        if self._mask_offset is None or self.mask_sizes is None or self._mask_offset[sample_id] < 0:
             return None
         offset = int(self._mask_offset[sample_id])
-        return self._map(int(self._shard[sample_id]))[offset : offset + int(self._mask_size[sample_id])]
+        return self._map(int(self._shard[sample_id]))[offset : offset + int(self.mask_sizes[sample_id])]
 
     def shard_path(self, sample_id: int) -> Path | str:
         """The tar that holds the image: its path, or its URL."""

@@ -154,6 +154,10 @@ def test_no_shards_to_train_on(told, config, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_pretraining_refuses_masks(told, config, shards: Path) -> None:
+    assert "pretraining uses no masks" in told("pretrain", config(data=shards), "--data.masks", "True")
+
+
 @pytest.mark.parametrize("kept_bytes", [None, 100])
 def test_a_shard_that_is_gone_or_cut(
     kept_bytes: int | None, told, config, shards: Path, tmp_path: Path

@@ -48,13 +48,16 @@ def test_the_mask_lies_where_the_image_lies():
         np.testing.assert_array_equal(mask_view(mask, one, 24)[sure], view[sure] // 255)
 
 
-def test_operations_on_colours_leave_masks_alone():
+def test_operations_on_colours_leave_masks_alone_and_erased_pixels_have_no_class():
     mask = np.arange(576, dtype=np.uint16).reshape(24, 24)
     one = drawn(24, 24)[0].copy()
     plain = mask_view(mask, one, 24)
-    for name in ("jitter", "gray", "sigma", "solarize", "noise_std", "erase_height", "erase_width"):
+    for name in ("jitter", "gray", "sigma", "solarize", "noise_std"):
         one[name] = 1
     np.testing.assert_array_equal(mask_view(mask, one, 24), plain)
+    one["erase_top"], one["erase_left"], one["erase_height"], one["erase_width"] = 2, 3, 4, 5
+    plain[2:6, 3:8] = 700
+    np.testing.assert_array_equal(mask_view(mask, one, 24, ignore=700), plain)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
