@@ -165,6 +165,7 @@ def _view(images: Any, recipe: Recipe, size: int, given: dict[str, Any]) -> Any:
         interp_type=_FILTERS[recipe.interpolation],
         antialias=True,
     )
+    image = dali_ops.planes(image)
     if "jitter" in given:
         image = _jitter(image, given)
     if given.get("gray"):
@@ -174,7 +175,7 @@ def _view(images: Any, recipe: Recipe, size: int, given: dict[str, Any]) -> Any:
     if given.get("solarize"):
         image = dali_ops.solarize(image)
     if given.get("transposed"):
-        image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False)
+        image = fn.transpose(image, perm=[0, 2, 1], transpose_layout=False)
     if "vertical" in given:
         image = fn.flip(image, horizontal=0, vertical=given["vertical"])
     image = fn.crop_mirror_normalize(
@@ -224,7 +225,8 @@ def _arguments(recipe: Recipe, view: int, draws: np.ndarray) -> dict[str, np.nda
             "brightness": draws["brightness"].astype(np.float32),
             "contrast": draws["contrast"].astype(np.float32),
             "saturation": dali_ops.saturation_matrix(draws["saturation"]),
-            "levels": np.trunc(draws["hue"] * 255).astype(np.int16),  # whole levels, as in Pillow's HSV
+            # Whole levels, as in Pillow's HSV, whose bytes wrap around.
+            "levels": np.trunc(draws["hue"] * 255).astype(np.int16).astype(np.uint8),
         }
         given |= {f"part{slot}": parts for slot, parts in enumerate(_slots(draws["order"]))}
     if recipe.gray_p > 0:
