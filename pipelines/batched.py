@@ -14,7 +14,7 @@ from torch import Tensor
 from pipelines import gpu_kernels
 from pipelines.draws import draw
 from pipelines.gpu_kernels import Params
-from pipelines.recipe import RECIPES
+from pipelines.recipe import RECIPES, Recipe
 
 # Both keep 8 bits between the steps; where a rounding differs, a pixel is a level off, and its hue some.
 ALLOWED_LEVELS = 0.25
@@ -74,6 +74,57 @@ def make_views(
     views = kernels.blur(kernels.colour(views, params), params)
     views = kernels.finish(views, params, mean, std, dtype)
     return views if erased is None else gpu_kernels.erase(views, params, erased)
+
+
+class BatchedViews:
+    """Makes all views of a batch on a device, from images that lie there decoded."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        kernels: BatchedKernels | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        """`kernels`: without them the best for the device."""
+        self._recipe, self._device, self._dtype = recipe, device, dtype
+        self._kernels = kernels or choose_kernels(device)
+        self._mean, self._std = (torch.tensor(x, device=device) for x in (recipe.mean, recipe.std))
+        self._erased = torch.tensor(recipe.erased(), device=device) if recipe.erase_p else None
+
+    def __call__(
+        self, pixels: Tensor, first_bytes: np.ndarray, widths: np.ndarray, draws: np.ndarray
+    ) -> list[Tensor]:
+        """The views, (N, 3, S, S) each, of DRAW records (V, N); launches kernels on the current stream and does not wait for them.
+
+        Args:
+            pixels: uint8, the bytes of all images, each (H, W, 3).
+            first_bytes, widths: (N,), where each image of the batch begins in them and its width in pixels.
+        """
+        views: list[Tensor] = []
+        for group in self._groups(len(draws)):  # views of one side together
+            some = draws[group.start : group.stop].reshape(-1)  # view after view
+            places = np.tile(first_bytes, len(group)), np.tile(widths, len(group))
+            params = gpu_kernels.pack(some, *places, pin=self._device.type == "cuda").to(self._device)
+            out = make_views(
+                self._kernels,
+                pixels,
+                params,
+                some,
+                self._recipe.side(group.start),
+                self._mean,
+                self._std,
+                self._dtype,
+                self._recipe.interpolation,
+                self._erased,
+            )
+            views += out.view(len(group), len(first_bytes), *out.shape[1:]).unbind(0)
+        return views
+
+    def _groups(self, num_views: int) -> list[range]:
+        if num_views == self._recipe.total_views:
+            return self._recipe.groups()
+        return [range(num_views)]  # the view of evaluation
 
 
 @cache

@@ -11,11 +11,10 @@ import contextlib
 import numpy as np
 import torch
 
-from pipelines.batched import BatchedKernels, choose_kernels, make_views
+from pipelines.batched import BatchedKernels, BatchedViews
 from pipelines.cache import GB, SHARE, Samples, decoded_sizes, eight_bit
 from pipelines.draws import DRAW
 from pipelines.gpu_decode import BatchDecoder
-from pipelines.gpu_kernels import pack
 from pipelines.recipe import Recipe
 from pipelines.stream import Job, Slot, hand_over
 from shards.errors import UserError
@@ -60,20 +59,11 @@ class GpuSlot(Slot):
 
         `decoder`: without it the CPU decodes everything.
         """
-        self._samples, self._recipe, self._device, self._side, self._store = (
-            samples,
-            recipe,
-            device,
-            side,
-            store,
-        )
-        self._dtype = dtype
-        self._kernels = kernels or choose_kernels(device)
+        self._samples, self._device, self._side, self._store = samples, device, side, store
+        self._make = BatchedViews(recipe, device, kernels, dtype)
         self._decoder = decoder
         self._encoded: dict[int, np.ndarray] = {}  # to be decoded by the device
         self._decoded: dict[int, torch.Tensor] = {}  # by the device
-        self._mean, self._std = (torch.tensor(x, device=device) for x in (recipe.mean, recipe.std))
-        self._erased = torch.tensor(recipe.erased(), device=device) if recipe.erase_p else None
         self._host, self._pixels = self._memory(0), torch.empty(0, dtype=torch.uint8, device=device)
         self._copied = torch.cuda.Event() if side is not None else None
         self._ids: np.ndarray = np.empty(0, dtype=np.int64)
@@ -138,40 +128,9 @@ class GpuSlot(Slot):
         self._place_strays()
         with torch.cuda.stream(self._side) if self._side is not None else contextlib.nullcontext():
             pixels, first_bytes = self._upload()
-            self._views = []
-            for views in self._groups():  # views of one side together
-                self._views += self._make(pixels, first_bytes, views)
+            self._views = self._make(pixels, first_bytes, self._samples.shards.widths[self._ids], self._draws)
             if self._copied is not None:
                 self._copied.record()
-
-    def _groups(self) -> list[range]:
-        if len(self._draws) == self._recipe.total_views:
-            return self._recipe.groups()
-        return [range(len(self._draws))]  # the view of evaluation
-
-    def _make(self, pixels: torch.Tensor, first_bytes: np.ndarray, group: range) -> list[torch.Tensor]:
-        """Launch the kernels of some views of one side."""
-        views, ids, recipe, size = len(group), self._ids, self._recipe, self._recipe.side(group.start)
-        draws = self._draws[group.start : group.stop].reshape(-1)  # view after view
-        params = pack(
-            draws,
-            np.tile(first_bytes, views),
-            np.tile(self._samples.shards.widths[ids], views),
-            pin=self._side is not None,
-        ).to(self._device)
-        out = make_views(
-            self._kernels,
-            pixels,
-            params,
-            draws,
-            size,
-            self._mean,
-            self._std,
-            self._dtype,
-            recipe.interpolation,
-            self._erased,
-        )
-        return list(out.view(views, len(ids), *out.shape[1:]).unbind(0))
 
     def views(self) -> list[torch.Tensor]:
         """As `Slot.views`: the current stream waits for the kernels, the host does not."""

@@ -1,10 +1,30 @@
-"""Generated pictures at the edges of what augmentation meets, for measuring engines beside photographs."""
+"""Generated pictures, for measuring engines: some like photographs, others at the edges of what augmentation meets."""
 
 from __future__ import annotations
 
 from itertools import permutations
 
 import numpy as np
+
+# Width and height: how most images of ImageNet come, in about the shares that they have there.
+SIZES = ((500, 375), (500, 375), (375, 500), (500, 333), (500, 375), (333, 500), (400, 300), (640, 480))
+
+
+def photographs(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Pictures of `SIZES`, uint8 (H, W, 3): soft colours with edges and grain, so that no operation meets flat areas or pure noise."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        width, height = SIZES[number % len(SIZES)]
+        y, x = np.mgrid[0:height, 0:width].astype(np.float32) / height
+        waves, colours = rng.uniform(-6, 6, (5, 3)), rng.uniform(-22, 22, (5, 3))
+        picture = np.full((height, width, 3), rng.uniform(60, 190, 3), dtype=np.float32)
+        for (down, across, phase), colour in zip(waves.astype(np.float32), colours, strict=True):
+            wave = np.sin(down * y + across * x + phase)
+            picture += (wave + np.sign(wave))[:, :, None] * colour.astype(np.float32)
+        picture += rng.standard_normal((height, width, 1), dtype=np.float32) * 6
+        made.append(picture.clip(0, 255).astype(np.uint8))
+    return made
 
 
 def edge_cases(side: int = 64) -> dict[str, np.ndarray]:

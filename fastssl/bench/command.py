@@ -7,6 +7,7 @@ from importlib import import_module
 LADDER = "fastssl.bench.ladder"
 SUBCOMMANDS = {
     "loader": "fastssl.bench.loader",
+    "augment": "fastssl.bench.augment",
     "fidelity": "fastssl.bench.fidelity",
     "step": LADDER,
     "shard": "fastssl.bench.shard",
@@ -14,6 +15,7 @@ SUBCOMMANDS = {
 }
 USAGE = """usage: fastssl bench CONFIG [options]            where a run's time goes, rung by rung, and the switch to try
        fastssl bench loader SHARDS [options]     images per second from shards to views, beside other loaders
+       fastssl bench augment [SHARDS] [options]  time from decoded images to views on a GPU or a CPU, beside other libraries
        fastssl bench fidelity SHARDS [options]   how far each engine's views are from the reference, in grey levels
        fastssl bench shard FOLDER [options]      images per second from JPEG files to shards, beside other writers
        fastssl bench plan [options]              time and memory of planning for 10 million images

@@ -15,6 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from fastssl.bench.work import Work
+    from pipelines.recipe import Recipe
 
 
 def decoded_batches(work: Work) -> Generator[int]:
@@ -45,11 +46,21 @@ def view_batches(work: Work) -> Generator[int]:
 
     Raises ImportError where DALI is not installed.
     """
-    from nvidia.dali import fn, types
     from nvidia.dali.pipeline import pipeline_def
 
-    recipe = work.recipe
     work.refuse_turns_and_noise("DALI")
+
+    @pipeline_def(enable_conditionals=True)
+    def views():
+        image = _images(work)
+        return tuple(view_of(image, work.recipe, number) for number in range(work.recipe.num_views))
+
+    yield from _run(views, work)
+
+
+def view_of(image: Any, recipe: Recipe, number: int) -> Any:
+    """Nodes that make view `number` of decoded images (H, W, 3) on the device that they are on: float32 (3, S, S)."""
+    from nvidia.dali import fn, types
 
     def chance(p: float) -> Any:
         # A Python condition where the outcome is certain: no split of the batch in the graph.
@@ -61,53 +72,42 @@ def view_batches(work: Work) -> Generator[int]:
         return fn.random.uniform(range=(max(0.0, 1 - reach), 1 + reach))
 
     degrees = 360 * recipe.hue
-
-    @pipeline_def(enable_conditionals=True)
-    def views():
-        image = _images(work)
-        outputs = []
-        for index in range(recipe.num_views):
-            view = fn.random_resized_crop(
-                image,
-                size=recipe.size,
-                random_area=recipe.crop_scale,
-                random_aspect_ratio=recipe.crop_ratio,
-                num_attempts=10,
-                antialias=True,
-            )
-            if chance(recipe.jitter_p):
-                view = fn.color_twist(
-                    view,
-                    brightness=factor(recipe.brightness),
-                    contrast=factor(recipe.contrast),
-                    saturation=factor(recipe.saturation),
-                    hue=fn.random.uniform(range=(-degrees, degrees)),
-                )
-            if chance(recipe.gray_p):
-                gray = fn.color_space_conversion(
-                    view, image_type=types.DALIImageType.RGB, output_type=types.DALIImageType.GRAY
-                )
-                view = fn.cat(gray, gray, gray, axis=2)
-            if chance(recipe.per_view("blur_p", index)):
-                view = fn.gaussian_blur(view, sigma=fn.random.uniform(range=recipe.blur_sigma))
-            if chance(recipe.per_view("solarize_p", index)):
-                high = view >= 128
-                view = fn.cast_like(high * (255 - view) + (high ^ True) * view, view)
-            if chance(recipe.vflip_p):
-                view = fn.flip(view, horizontal=0, vertical=1)
-            outputs.append(
-                fn.crop_mirror_normalize(
-                    view,
-                    mirror=fn.random.coin_flip(probability=recipe.hflip_p),
-                    mean=[255 * x for x in recipe.mean],
-                    std=[255 * x for x in recipe.std],
-                    dtype=types.DALIDataType.FLOAT,
-                    output_layout="CHW",
-                )
-            )
-        return tuple(outputs)
-
-    yield from _run(views, work)
+    view: Any = fn.random_resized_crop(
+        image,
+        size=recipe.size,
+        random_area=recipe.crop_scale,
+        random_aspect_ratio=recipe.crop_ratio,
+        num_attempts=10,
+        antialias=True,
+    )
+    if chance(recipe.jitter_p):
+        view = fn.color_twist(
+            view,
+            brightness=factor(recipe.brightness),
+            contrast=factor(recipe.contrast),
+            saturation=factor(recipe.saturation),
+            hue=fn.random.uniform(range=(-degrees, degrees)),
+        )
+    if chance(recipe.gray_p):
+        gray = fn.color_space_conversion(
+            view, image_type=types.DALIImageType.RGB, output_type=types.DALIImageType.GRAY
+        )
+        view = fn.cat(gray, gray, gray, axis=2)
+    if chance(recipe.per_view("blur_p", number)):
+        view = fn.gaussian_blur(view, sigma=fn.random.uniform(range=recipe.blur_sigma))
+    if chance(recipe.per_view("solarize_p", number)):
+        high = view >= 128
+        view = fn.cast_like(high * (255 - view) + (high ^ True) * view, view)
+    if chance(recipe.vflip_p):
+        view = fn.flip(view, horizontal=0, vertical=1)
+    return fn.crop_mirror_normalize(
+        view,
+        mirror=fn.random.coin_flip(probability=recipe.hflip_p),
+        mean=[255 * x for x in recipe.mean],
+        std=[255 * x for x in recipe.std],
+        dtype=types.DALIDataType.FLOAT,
+        output_layout="CHW",
+    )
 
 
 def _run(graph: Callable, work: Work) -> Generator[int]:

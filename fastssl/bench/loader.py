@@ -20,6 +20,7 @@ from fastssl.bench.report import (
     brief,
     busy,
     machine,
+    reason,
     tell_failures,
     today,
     versions,
@@ -172,16 +173,7 @@ def measure(source: Source, work: Work, seconds: float, row: Row, *, is_peer: bo
     except Exception as fault:  # others' code fails in its own ways, and a loss must stay in the table
         if not is_peer:
             raise
-        row.fail(_reason(fault))
-
-
-def _reason(fault: Exception) -> str:
-    """A message in one line: both ends of a long one, as DALI says the cause first and DataLoader's workers say it last."""
-    kind = "not installed" if isinstance(fault, ImportError) else type(fault).__name__
-    text = " ".join(str(fault).split())
-    if len(text) > 320:
-        text = f"{text[:160]} ... {text[-160:]}"
-    return f"{kind}: {text}" if text else kind
+        row.fail(reason(fault))
 
 
 # ----------------------------------------------------------------------------------------------------------- ours

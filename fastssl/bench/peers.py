@@ -252,35 +252,38 @@ def _ffcv(work: Work) -> Generator[int]:
 # --------------------------------------------------------------------------------------------------------- Kornia
 
 
-def _kornia_views(work: Work) -> Generator[int]:
+def kornia_modules(recipe: Recipe, view: int) -> nn.Sequential:
+    """One view of images of one size, float32 (N, 3, H, W) in [0, 1], by Kornia's modules as its documentation shows them."""
     import kornia.augmentation as K
 
+    return nn.Sequential(
+        K.RandomResizedCrop((recipe.size, recipe.size), recipe.crop_scale, recipe.crop_ratio),
+        K.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue, p=recipe.jitter_p),
+        K.RandomGrayscale(p=recipe.gray_p),
+        K.RandomGaussianBlur((BLUR_TAPS, BLUR_TAPS), recipe.blur_sigma, p=recipe.per_view("blur_p", view)),
+        # The defaults would also move the threshold and add a random constant.
+        K.RandomSolarize((0.5, 0.5), (0.0, 0.0), p=recipe.per_view("solarize_p", view)),
+        K.RandomHorizontalFlip(p=recipe.hflip_p),
+        K.RandomVerticalFlip(p=recipe.vflip_p),
+        K.Normalize(torch.tensor(recipe.mean), torch.tensor(recipe.std)),
+    )
+
+
+def kornia_side(recipe: Recipe) -> int:
+    """The one size that images are squeezed to beforehand: 256 pixels for views of 224."""
+    return round(recipe.size * 256 / 224)
+
+
+def _kornia_views(work: Work) -> Generator[int]:
     recipe = work.recipe
     work.refuse_turns_and_noise("Kornia")
-    side = round(recipe.size * 256 / 224)
-
-    def transform(view: int) -> nn.Sequential:
-        return nn.Sequential(
-            K.RandomResizedCrop((recipe.size, recipe.size), recipe.crop_scale, recipe.crop_ratio),
-            K.ColorJitter(
-                recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue, p=recipe.jitter_p
-            ),
-            K.RandomGrayscale(p=recipe.gray_p),
-            K.RandomGaussianBlur(
-                (BLUR_TAPS, BLUR_TAPS), recipe.blur_sigma, p=recipe.per_view("blur_p", view)
-            ),
-            # The defaults would also move the threshold and add a random constant.
-            K.RandomSolarize((0.5, 0.5), (0.0, 0.0), p=recipe.per_view("solarize_p", view)),
-            K.RandomHorizontalFlip(p=recipe.hflip_p),
-            K.RandomVerticalFlip(p=recipe.vflip_p),
-            K.Normalize(torch.tensor(recipe.mean), torch.tensor(recipe.std)),
-        )
+    side = kornia_side(recipe)
 
     def resized(sample_id: int) -> Tensor:
         image = decode_rgb(work.shards.read(sample_id))
         return F.interpolate(image[None], (side, side), mode="bilinear", antialias=True)[0]
 
-    transforms = [transform(view) for view in range(recipe.num_views)]
+    transforms = [kornia_modules(recipe, view) for view in range(recipe.num_views)]
     before = torch.get_num_threads()
     torch.set_num_threads(work.threads)
     try:

@@ -227,6 +227,15 @@ def _cpu_model() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
+def reason(fault: Exception) -> str:
+    """A message in one line: both ends of a long one, as DALI says the cause first and DataLoader's workers say it last."""
+    kind = "not installed" if isinstance(fault, ImportError) else type(fault).__name__
+    text = " ".join(str(fault).split())
+    if len(text) > 320:
+        text = f"{text[:160]} ... {text[-160:]}"
+    return f"{kind}: {text}" if text else kind
+
+
 def tell_failures(console: Any, rows: Iterable[Row]) -> None:
     """Say of each row without a figure why it has none."""
     for row in rows:

@@ -16,17 +16,12 @@ if TYPE_CHECKING:
     from shards.read import ShardSet
 
 
-@dataclass(frozen=True)
-class Work:
-    """What all loaders of one report are given."""
+class Order:
+    """The batches of a report, and what others cannot do of its recipe; for `Work` and what is like it."""
 
-    shards: ShardSet
     recipe: Recipe
     sample_ids: np.ndarray
-    """The images used, int64 (N,)."""
     batch: int
-    threads: int
-    """Threads, or worker processes of one thread each."""
 
     def batches(self) -> Iterator[tuple[int, np.ndarray]]:
         """(epoch, sample ids (batch,)) without end, each epoch in another order; the same for every loader."""
@@ -48,6 +43,19 @@ class Work:
             raise NotImplementedError(
                 f"the recipe has quarter turns or noise, and {peer} no operations of the same meaning"
             )
+
+
+@dataclass(frozen=True)
+class Work(Order):
+    """What all loaders of one report are given."""
+
+    shards: ShardSet
+    recipe: Recipe
+    sample_ids: np.ndarray
+    """The images used, int64 (N,)."""
+    batch: int
+    threads: int
+    """Threads, or worker processes of one thread each."""
 
 
 @dataclass(frozen=True)

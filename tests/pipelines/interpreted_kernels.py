@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipelines import batched, gpu_kernels, triton_kernels
+from pipelines.draws import draw
 from pipelines.recipe import RECIPES
 from tests.pictures import photo
 from tests.pipelines.test_gpu_kernels import drawn
@@ -79,6 +80,31 @@ def test_the_rest_is_that_of_torch(dtype):
     assert made.dtype == dtype
     # The interpreter cuts bfloat16 off where a GPU rounds to nearest: the last of its 8 bits.
     torch.testing.assert_close(made, wanted, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
+
+
+def test_all_views_of_a_batch_are_those_of_torch():
+    """Through the parameters' packing, with local views of a side of their own and erasing behind the kernels."""
+    recipe = dataclasses.replace(
+        RECIPES["satellite"],
+        size=SIZE,
+        local_views=2,
+        local_size=5,
+        erase_p=0.5,
+        blur_p=(0.5,),
+        solarize_p=(0.5,),
+    )
+    images = [np.asarray(photo(w, h, seed=i)) for i, (w, h) in enumerate(SIZES)]
+    heights, widths = np.array([image.shape[:2] for image in images]).T
+    first_bytes = np.cumsum([image.size for image in images]) - [image.size for image in images]
+    pixels = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images]))
+    draws = draw(recipe, 0, 0, np.arange(len(images)), widths, heights)
+    wanted, made = (
+        batched.BatchedViews(recipe, torch.device("cpu"), kernels)(pixels, first_bytes, widths, draws)
+        for kernels in (gpu_kernels, triton_kernels)
+    )
+    assert [view.shape[-1] for view in made] == [SIZE, SIZE, 5, 5]
+    for ours, theirs in zip(made, wanted, strict=True):
+        assert levels(ours, theirs).mean() * 0.225 * 255 < 1
 
 
 def test_self_test_passes_good_kernels_and_not_others():
