@@ -25,7 +25,7 @@ from shards.policy import Policy
 from shards.ray_engine import Cluster, connect
 from shards.sources import Source
 from shards.sums import write_sums
-from shards.workers import available_cpus, run_here, run_in_processes
+from shards.workers import available_cpus, run_here, run_in_processes, warm_up
 
 DEDUPE = ("mark", "drop", "keep")
 SMALL = 256  # images below which starting processes takes longer than converting
@@ -131,7 +131,13 @@ def convert(
                     if name.startswith(SCRATCH):
                         place.remove_tree(name)
             planned = place.exists(layout.PLAN)
-            with Survey(source, seed, place.local, report.listed, keep=not planned) as survey:
+
+            def listed(num_images: int) -> None:
+                report.listed(num_images)
+                if num_images >= SMALL and workers != 0 and not cluster:
+                    warm_up()
+
+            with Survey(source, seed, place.local, listed, keep=not planned) as survey:
                 settings = settings_for(source, survey.listing, seed, samples_per_shard, policy, dedupe)
                 if planned:
                     plan = read_plan(place)

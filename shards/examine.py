@@ -15,7 +15,8 @@ from PIL import Image
 
 from shards import layout
 from shards.headers import check_png
-from shards.image import prove, strict_pillow
+from shards.image import prove
+from shards.pillow import strict_pillow
 from shards.pixels import BadImage, damage, read_npy
 from shards.policy import Policy
 from shards.write import BLOCK, Member, header

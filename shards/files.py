@@ -61,7 +61,7 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], 
     # Process id and salt keep two writers apart; whatever a killed one leaves is removed by `remove_unfinished`.
     tmp = path.with_name(f".{path.name}.{os.getpid()}{_SALT:06d}.tmp")
     try:
-        with open(tmp, "wb", buffering=1 << 20) as file:
+        with open(tmp, "wb", buffering=1 << 17) as file:
             if callable(content):
                 result = content(file)
             else:

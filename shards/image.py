@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import logging
 import posixpath
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from shards.headers import TIFF_MAGIC, TiffHeader, check_png, png_colour, png_depth, tiff_header
-from shards.jpeg import JPEG_MAGIC, decode_jpeg, simple_jpeg, unreadable
+from shards.jpeg import JPEG_MAGIC, decode_jpeg, plain_pixels, simple_jpeg, unreadable
+from shards.pillow import TURNS, as_damage, encode, orientation, strict_pillow
 from shards.pixels import (
     NPY_MAGIC,
     BadImage,
-    damage,
     pixels_hash,
     read_deep,
     read_npy,
@@ -36,17 +32,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _EXT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _STORE = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",)}
-_ORIENTATION = 0x0112
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_LARGEST = {"JPEG": 65_500, "WEBP": 16_383}  # sides, of libjpeg and of the format
 _ALPHA_REFUSED = "has an alpha channel, which the policy refuses"
 _ALPHA_WORDS = {"white": "alpha on white", "black": "alpha on black", "drop": "alpha dropped"}
 _DEFAULT = Policy()
@@ -75,8 +60,10 @@ class Stored:
     turn: int = 0
 
 
-def prove(data: bytes | npt.NDArray, name: str, policy: Policy = _DEFAULT) -> Stored:
+def prove(data: bytes | npt.NDArray, name: str, policy: Policy = _DEFAULT, *, plain: bool = False) -> Stored:
     """Decodes the whole image and returns what to store; what `policy` keeps is kept byte for byte. Pixels: see `prove_pixels`.
+
+    `plain`: hash and sample of a JPEG are of its `plain_pixels`, for a set of JPEGs none of which is scaled.
 
     Raises BadImage for what cannot be decoded completely, or what the policy refuses.
     """
@@ -87,25 +74,31 @@ def prove(data: bytes | npt.NDArray, name: str, policy: Policy = _DEFAULT) -> St
     if data.startswith(NPY_MAGIC):
         stored = prove_pixels(read_npy(data), policy)
         return replace(stored, how="kept") if stored.data == data else stored
-    if data.startswith(JPEG_MAGIC) and policy.store in ("keep", "jpeg") and not policy.short_side:
-        pixels = simple_jpeg(data, policy.max_pixels)
+    if data.startswith(JPEG_MAGIC):
+        pixels = simple_jpeg(data, policy.max_pixels, plain=plain)
         if pixels is not None and min(pixels.shape[:2]) >= policy.min_side:
-            return _stored(data, "jpg", pixels, _kept("JPEG", name), (pixels.shape[1], pixels.shape[0]), 0)
-    with strict_pillow():
+            file_size = (pixels.shape[1], pixels.shape[0])
+            if _keeps(policy, "JPEG", file_size):
+                return _stored(data, "jpg", pixels, _kept("JPEG", name), file_size, 0)
+            with as_damage():
+                return _changed(_as_image(pixels), "JPEG", [], policy, file_size, 0)
+    with strict_pillow(), as_damage():
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
             if data.startswith(TIFF_MAGIC):
                 return _prove_tiff(data, policy)
             raise unreadable(data) from None
-        except Exception as fault:  # on damaged input Pillow raises almost anything
-            raise damage(fault) from fault
-        try:
-            return _prove_opened(image, data, name, policy)
-        except (BadImage, MemoryError):
-            raise
-        except Exception as fault:
-            raise damage(fault) from fault
+        stored = _prove_opened(image, data, name, policy)
+        return _as_plain(stored, data) if plain and data.startswith(JPEG_MAGIC) else stored
+
+
+def _as_plain(stored: Stored, data: bytes) -> Stored:
+    pixels = plain_pixels(data)
+    if pixels is None:
+        return stored
+    pixels = turned(pixels, stored.turn)
+    return replace(stored, pixels_hash=pixels_hash(pixels), sample=sampled(pixels))
 
 
 def _prove_opened(image: Image.Image, data: bytes, name: str, policy: Policy) -> Stored:
@@ -140,24 +133,39 @@ def _prove_opened(image: Image.Image, data: bytes, name: str, policy: Policy) ->
         raise BadImage(_ALPHA_REFUSED)
     if _has_alpha(image):
         reasons.append(_ALPHA_WORDS[policy.alpha])
-    small = bool(policy.short_side) and min(file_size) > policy.short_side
-    wanted = _STORE.get(policy.store, "JPEG" if kind == "JPEG" else "PNG")
-    if not (reasons or small or policy.store == "npy" or (policy.store != "keep" and wanted != kind)):
+    if not reasons and _keeps(policy, kind, file_size):
         pixels = np.asarray(image) if pixels is None else pixels
         return _stored(data, _EXT[kind], pixels, _kept(kind, name), file_size, 0)
     if pixels is not None:  # decoded, but not by Pillow
-        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    image = _upright_8_bit(image, turn, policy.alpha)
-    if small:
+        image = _as_image(pixels)
+    return _changed(_upright_8_bit(image, turn, policy.alpha), kind, reasons, policy, file_size, done)
+
+
+def _keeps(policy: Policy, kind: str, file_size: tuple[int, int]) -> bool:
+    """Whether a clean file of that kind stays as it is."""
+    small = policy.short_side and min(file_size) > policy.short_side
+    return kind in _EXT and not small and policy.store in ("keep", kind.lower())
+
+
+def _changed(
+    image: Image.Image, kind: str, reasons: list[str], policy: Policy, file_size: tuple[int, int], done: int
+) -> Stored:
+    """What to store of an upright 8-bit image whose file is not kept."""
+    if policy.short_side and min(file_size) > policy.short_side:
         reasons.append("scaled down")
         image = image.resize(_scaled(image.size, policy.short_side), Image.Resampling.LANCZOS)
     if policy.store == "npy":
         return _finish(_with_channels(np.asarray(image)), policy, reasons, file_size, done)
+    wanted = _STORE.get(policy.store, "JPEG" if kind == "JPEG" else "PNG")
     if wanted != kind and kind in _EXT:
         reasons.append(f"{kind} to {wanted}")
     elif not reasons:
         reasons.append(f"as {wanted}")
     return _encoded(image, wanted, "re-encoded: " + ", ".join(reasons), policy, file_size, done)
+
+
+def _as_image(pixels: npt.NDArray) -> Image.Image:
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def prove_pixels(pixels: npt.NDArray, policy: Policy = _DEFAULT) -> Stored:
@@ -184,14 +192,9 @@ def _check_frames(image: Image.Image, kind: str, tiff: TiffHeader | None, policy
 
 def _prove_tiff(data: bytes, policy: Policy) -> Stored:
     """A TIFF that Pillow cannot open: of more bands or other numbers than it knows."""
-    try:
-        tiff = tiff_header(data)
-        check_size(*tiff.size, policy)
-        return _prove_deep(data, None, tiff, _check_frames(Image.Image(), "TIFF", tiff, policy), policy)
-    except (BadImage, MemoryError):
-        raise
-    except Exception as fault:
-        raise damage(fault) from fault
+    tiff = tiff_header(data)
+    check_size(*tiff.size, policy)
+    return _prove_deep(data, None, tiff, _check_frames(Image.Image(), "TIFF", tiff, policy), policy)
 
 
 def _prove_deep(
@@ -287,7 +290,9 @@ def _stored(
         width,
         height,
         channels,
-        pixels.dtype.name,
+        "uint8"
+        if pixels.dtype == np.uint8
+        else pixels.dtype.name,  # numpy takes longer for a name than to hash a small image
         how,
         pixels_hash(pixels),
         sampled(pixels),
@@ -331,46 +336,12 @@ def _upright_8_bit(image: Image.Image, turn: int, alpha: str) -> Image.Image:
     return image.transpose(TURNS[turn]) if turn in TURNS else image
 
 
-def encode(image: Image.Image, kind: str, quality: int) -> bytes:
-    """The image as a JPEG, PNG or WebP file, without comments, profiles and the like."""
-    if max(image.size) > _LARGEST.get(kind, max(image.size)):
-        raise BadImage(
-            f"{image.width} x {image.height} pixels, but {kind} holds sides up to {_LARGEST[kind]}"
-        )
-    image.info.clear()
-    out = io.BytesIO()
-    image.save(out, kind, **({} if kind == "PNG" else {"quality": quality}))
-    return out.getvalue()
-
-
 def _kept(kind: str, name: str) -> str:
+    if name.endswith(_SUFFIXES[kind]):
+        return "kept"
     suffix = posixpath.splitext(name)[1].lower()
     return "kept" if suffix in _SUFFIXES[kind] else f"kept: {kind} named {suffix or 'without extension'}"
 
 
 def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-
-
-def orientation(image: Image.Image) -> int:
-    """The EXIF orientation 1..8; 0 when there is none, -1 when the EXIF block cannot be read."""
-    try:
-        return int(image.getexif().get(_ORIENTATION, 0))
-    except Exception:  # Pillow raises almost anything on a damaged block
-        return -1
-
-
-@contextlib.contextmanager
-def strict_pillow() -> Iterator[None]:
-    """Pillow's global switches as they must be here, whatever another library has set; limits are ours."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
-    quiet = logging.getLogger("PIL.TiffImagePlugin")  # it prints what is then read by another library
-    disabled, quiet.disabled = quiet.disabled, True
-    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
-        quiet.disabled = disabled

@@ -18,6 +18,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from xxhash import xxh3_64_intdigest
 
 from shards.errors import UserError
@@ -34,6 +35,7 @@ _KEY = "_key"
 SCRATCH = ".listing."  # begins the name of the folder of what is sorted on disk
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 _NULL = 0x6E756C6C
+_JPEG_NAME = r"(?i)\.jpe?g$"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Listing:
     num_bytes: int
     classes: list[str]
     digest: str
+    all_jpeg: bool  # by their names
 
 
 class Survey:
@@ -74,6 +77,7 @@ class Survey:
 
     def _read(self, source: Source, seed: int, seen: Callable[[int], None] | None) -> Listing:
         num_images = num_bytes = 0
+        all_jpeg = True
         classes: set[str] = set()
         digest = np.zeros(2, np.uint64)
         for batch in source.entries():
@@ -83,6 +87,7 @@ class Survey:
             digest += _digest(batch, names)
             num_images += batch.num_rows
             num_bytes += int(batch["bytes"].fill_null(0).to_numpy(zero_copy_only=False).sum())
+            all_jpeg = all_jpeg and _all_jpeg(batch["source"])
             classes.update(batch["label"].drop_null().unique().to_pylist())
             if len(classes) > MAX_CLASSES:
                 raise UserError(
@@ -94,7 +99,7 @@ class Survey:
             if seen:
                 seen(num_images)
         text = "".join(f"{int(part):016x}" for part in digest)
-        return Listing(num_images, num_bytes, class_order(classes), text)
+        return Listing(num_images, num_bytes, class_order(classes), text, all_jpeg)
 
     def _add(self, batch: pa.RecordBatch, keys: npt.NDArray[np.uint64]) -> None:
         columns = [*batch.columns, pa.array(keys)]
@@ -195,6 +200,11 @@ def _entry_schema(source: Source) -> pa.Schema:
                 f"'{source.name}' has a column '{name}', a name that the sample table uses itself: rename that column."
             )
     return pa.schema([*ENTRIES, *source.extra_schema])
+
+
+def _all_jpeg(names: pa.Array) -> bool:
+    found = pc.match_substring_regex(names, _JPEG_NAME)  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+    return pc.all(found).as_py()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _digest(batch: pa.RecordBatch, names: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -74,6 +74,9 @@ class _Work:
         self._rows: list[dict[str, Any]] = []
         planned = maker.plan.rows(shard)
         self._extra = extra_fields(planned.schema)
+        # Equal hashes mean equal pixels only where all are decoded in one way, and other formats know no chroma to repeat.
+        policy = maker.policy
+        self._plain = maker.plan.all_jpeg and policy.store in ("keep", "jpeg") and not policy.short_side
         self._planned = planned.to_pylist()
 
     def samples(self) -> Iterator[Sample]:
@@ -96,7 +99,7 @@ class _Work:
     def _sample(self, row: dict[str, Any]) -> tuple[Sample, dict[str, Any]]:
         maker, name = self._maker, row["source"]
         picture = maker.source.read(row)
-        stored = prove(picture.data, name, maker.policy)
+        stored = prove(picture.data, name, maker.policy, plain=self._plain)
         mask = None
         if picture.mask is not None:
             mask = prove_mask(picture.mask, row["mask"] or name, stored, maker.policy)

@@ -12,7 +12,8 @@ from PIL import Image
 
 from shards.errors import UserError
 from shards.headers import check_png, png_colour, png_depth, tiff_header
-from shards.image import TURNS, Stored, check_size, encode, orientation, strict_pillow
+from shards.image import Stored, check_size
+from shards.pillow import TURNS, encode, orientation, strict_pillow
 from shards.pixels import BadImage, damage, turned
 from shards.places import Place
 from shards.policy import Policy

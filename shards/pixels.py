@@ -13,7 +13,7 @@ from xxhash import xxh3_128
 
 NPY_MAGIC = b"\x93NUMPY"
 DTYPES = ("uint8", "uint16", "float32")
-SAMPLE_SIDE = 64  # an image gives at most so many rows and columns to the statistics
+SAMPLE_SIDE = 32  # an image gives at most so many rows and columns to the statistics
 _ADDRESS = re.compile(r"<[^>]* at 0x[0-9a-f]+>")
 
 

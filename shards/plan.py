@@ -54,6 +54,7 @@ class Plan:
     settings: Settings
     classes: list[str]
     num_bytes: int  # of the sources, as listed
+    all_jpeg: bool  # by their names
 
     @property
     def num_shards(self) -> int:
@@ -110,6 +111,7 @@ def write_plan(place: Place, survey: Survey, settings: Settings) -> Plan:
         "settings": json.dumps(dataclasses.asdict(settings), sort_keys=True),
         "classes": json.dumps(classes),
         "num_bytes": str(survey.listing.num_bytes),
+        "all_jpeg": json.dumps(survey.listing.all_jpeg),
     }
     names = pa.array(classes, pa.string())
 
@@ -130,7 +132,7 @@ def write_plan(place: Place, survey: Survey, settings: Settings) -> Plan:
         writer.close()
 
     place.write(PLAN, write)
-    return Plan(place, settings, classes, survey.listing.num_bytes)
+    return Plan(place, settings, classes, survey.listing.num_bytes, survey.listing.all_jpeg)
 
 
 def _in_shards(tables: Iterator[pa.Table], size: int) -> Iterator[tuple[int, pa.Table]]:
@@ -159,7 +161,8 @@ def read_plan(place: Place) -> Plan:
         with place.open(PLAN) as file:
             about = pq.read_schema(file).metadata
         settings = Settings(**json.loads(about[b"settings"]))
-        return Plan(place, settings, json.loads(about[b"classes"]), int(about[b"num_bytes"]))
+        all_jpeg = json.loads(about.get(b"all_jpeg", b"false"))
+        return Plan(place, settings, json.loads(about[b"classes"]), int(about[b"num_bytes"]), all_jpeg)
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as fault:
         raise UserError(
             f"'{place / PLAN}' is damaged or of another version ({fault}); convert to a new folder."

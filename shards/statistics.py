@@ -23,7 +23,7 @@ class Statistics:
     Integers are counted exactly, so the order of adding changes nothing. float32 values are counted by their upper 16 bits (sign,
     exponent, 7 bits of fraction): mean, std and percentiles are then right to about 0.4 % of the value. NaN and infinities are left
     out. A percentile is the smallest value that so many of the pixels do not exceed. An image counts with the pixels of its grid:
-    1,024 to 4,096 unless it is small or thin, whatever its size.
+    256 to 1,024 unless it is small or thin, whatever its size.
     """
 
     def __init__(self):

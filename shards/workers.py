@@ -9,13 +9,15 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 
 from shards.errors import UserError
 
 INTERVAL_S = 0.1
+_IMPORTS = ["shards.make"]  # takes a worker half a second, or as long as converting a thousand images
 Count = Callable[[int, int], None]  # (images done, of these quarantined), each since the last call
 Make = Callable[[int, Count], None]  # makes one shard
 
@@ -61,7 +63,8 @@ def run_in_processes(
     An error in one stops them all and is raised here; so does an interrupt. Should this process be killed,
     the workers find their pipe closed at their next count and end by themselves.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _context()
+    environ = dict(os.environ)
     waiting = deque(todo)
     workers = {}
     counts = {}
@@ -69,7 +72,7 @@ def run_in_processes(
     try:
         for _ in range(min(num_workers, len(todo))):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(theirs, make), daemon=True)
+            worker = context.Process(target=_work, args=(theirs, make, environ), daemon=True)
             _start(worker)
             theirs.close()
             workers[ours] = worker
@@ -101,13 +104,32 @@ def run_in_processes(
             worker.join()
 
 
+def warm_up() -> None:
+    """Starts the process that workers will be copies of, so that it imports what they need while this one does other things."""
+    if _context().get_start_method() == "forkserver":
+        _without_interrupts(forkserver.ensure_running)
+
+
+def _context() -> BaseContext:
+    # Not a copy of this process: it may have threads that hold locks.
+    if not sys.platform.startswith("linux"):
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTS)
+    return context
+
+
 def _start(worker: BaseProcess) -> None:
+    resource_tracker.ensure_running()  # at its first start it would unblock the signal
+    _without_interrupts(worker.start)
+
+
+def _without_interrupts(start: Callable[[], None]) -> None:
     # A Ctrl-C goes to all processes of the terminal; the parent alone answers it, and ends the workers. They
     # inherit the blocked signal, so that not even one that is still importing prints a traceback.
-    resource_tracker.ensure_running()  # at its first start it would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        worker.start()
+        start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -123,7 +145,9 @@ def _receive(pipe: Connection, worker: BaseProcess) -> tuple:
         ) from None
 
 
-def _work(pipe: Connection, make: Make) -> None:
+def _work(pipe: Connection, make: Make, environ: dict[str, str]) -> None:
+    os.environ.clear()  # what it was when the process began that this one is a copy of
+    os.environ.update(environ)
     # Asked to end, leave as by an error, so that the unfinished file is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     ticker = Ticker(lambda done, quarantined: pipe.send(("count", done, quarantined)))

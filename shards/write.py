@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from shards.image import Stored
 from shards.layout import INDEX_VERSION, MASK_EXT, ShardFile
@@ -15,7 +15,8 @@ from shards.places import Place
 BLOCK = 512
 RECORD = 20 * BLOCK  # tar pads its archives to this
 _JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-_SMALL = 4 * BLOCK
+_HELD_BYTES = 1 << 18  # written and hashed at a time: more than a file buffers, less than leaves the cache
+_PADDING = [bytes(-size % BLOCK) for size in range(BLOCK)]
 _MODE_AND_OWNER, _TIME = b"0000644\0" + b"0000000\0" * 2, b"00000000000\0"
 _TAIL = b"0" + bytes(100) + b"ustar\x0000" + bytes(64 + 16 + 155 + 12)
 # Of the sum, with spaces in its own eight places.
@@ -36,8 +37,7 @@ class Sample:
     facts: dict[str, Any] = field(default_factory=dict)  # for the JSON
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A file in the tar: `offset` is of its first data byte."""
 
     name: str
@@ -45,8 +45,7 @@ class Member:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A sample as it lies in the tar: its members, the image first, and the CRC-32 of all their bytes, headers and paddings too."""
 
     members: list[Member]
@@ -84,54 +83,56 @@ def write_index(dest: Place, name: str, samples: Iterable[list[Member]]) -> str:
 
 def _write_tar(file: BinaryIO, name: str, samples: Iterator[Sample]) -> tuple[ShardFile, list[Entry]]:
     digest = hashlib.sha256()
-    at = crc32 = 0  # `at`: of the next byte
+    at = held_bytes = 0  # `at`: of the next byte
     listing = []
-    small = bytearray()  # not yet written: many small pieces would cost more than the images between them
-
-    def put(data: bytes) -> None:
-        nonlocal at, crc32
-        at += len(data)
-        crc32 = zlib.crc32(data, crc32)
-        if len(data) <= _SMALL:
-            small.extend(data)
-            return
-        flush()
-        file.write(data)
-        digest.update(data)
+    held: list[
+        bytes
+    ] = []  # not yet written: a call for each small piece would cost more than the images between them
 
     def flush() -> None:
-        file.write(small)
-        digest.update(small)
-        small.clear()
+        large = (
+            at - held_bytes > 4 * _HELD_BYTES
+        )  # copying small pieces is cheap, a large image would be held twice
+        for data in held if large else [b"".join(held)]:
+            file.write(data)
+            digest.update(data)
+        held.clear()
 
     for sample in samples:
-        members, crc32 = [], 0
-        for suffix, data in _files(sample):
-            member = f"{sample.key}.{suffix}"
-            put(header(member, len(data)))
-            members.append(Member(member, at, len(data)))
-            put(data)
-            put(bytes(-len(data) % BLOCK))
-        listing.append(Entry(members, crc32))
-    put(bytes(2 * BLOCK + -(at + 2 * BLOCK) % RECORD))
+        if at - held_bytes >= _HELD_BYTES:
+            flush()
+            held_bytes = at
+        files = _files(sample)
+        members = []
+        start = len(held)
+        for suffix, data in files:
+            member, size = f"{sample.key}.{suffix}", len(data)
+            held += (header(member, size), data, _PADDING[size % BLOCK])
+            members.append(Member(member, at + BLOCK, size))
+            at += BLOCK + size + -size % BLOCK
+        crc32 = zlib.crc32(held[start + 1], zlib.crc32(held[start]))
+        listing.append(Entry(members, zlib.crc32(b"".join(held[start + 2 :]), crc32)))
+    end = 2 * BLOCK + -(at + 2 * BLOCK) % RECORD
+    held.append(bytes(end))
     flush()
-    return ShardFile(name, len(listing), at, digest.hexdigest()), listing
+    return ShardFile(name, len(listing), at + end, digest.hexdigest()), listing
 
 
-def _files(sample: Sample) -> Iterator[tuple[str, bytes]]:
+def _files(sample: Sample) -> list[tuple[str, bytes]]:
     stored = sample.stored
-    yield stored.ext, stored.data
+    files = [(stored.ext, stored.data)]
     if sample.label is not None:
-        yield "cls", str(sample.label).encode("ascii")
+        files.append(("cls", b"%d" % sample.label))
     facts = sample.facts | {
         "height": stored.height,
         "label": sample.class_name,
         "source": sample.source,
         "width": stored.width,
     }
-    yield "json", _JSON.encode(facts).encode()
+    files.append(("json", _JSON.encode(facts).encode()))
     if sample.mask is not None:
-        yield MASK_EXT, sample.mask
+        files.append((MASK_EXT, sample.mask))
+    return files
 
 
 def header(name: str, size: int) -> bytes:
@@ -139,10 +140,14 @@ def header(name: str, size: int) -> bytes:
     assert len(name) <= 100, name
     assert size <= MAX_MEMBER_BYTES, size
     own, digits = name.encode("ascii"), b"%011o" % size
-    return b"%b%b\0%b%06o\0 %b" % (
-        own.ljust(100, b"\0") + _MODE_AND_OWNER,
-        digits,
-        _TIME,
-        _FIXED_SUM + sum(own) + sum(digits),
-        _TAIL,
+    return b"".join(
+        (
+            own.ljust(100, b"\0"),
+            _MODE_AND_OWNER,
+            digits,
+            b"\0",
+            _TIME,
+            b"%06o\0 " % (_FIXED_SUM + sum(own) + sum(digits)),
+            _TAIL,
+        )
     )

@@ -121,7 +121,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from shards import make
 from shards.command import run
 prove = make.prove
-make.prove = lambda *args: (time.sleep(0.02), prove(*args))[1]
+make.prove = lambda *args, **options: (time.sleep(0.02), prove(*args, **options))[1]
 run([{str(source)!r}, {str(dest)!r}, "--workers", "0", "--samples-per-shard", "5"])
 """
     )

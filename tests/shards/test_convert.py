@@ -1,4 +1,3 @@
-import builtins
 import errno
 import fcntl
 import hashlib
@@ -95,14 +94,14 @@ def test_bad_images_are_quarantined_with_reasons(make_folder, tmp_path: Path):
 
 def test_an_unreadable_file_is_quarantined(make_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = make_folder(6)
-    really_open = builtins.open
+    really_open = os.open
 
     def refuse(path, *args, **kwargs):
         if str(path).endswith("0003.jpg"):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return really_open(path, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     assert convert(source, tmp_path / "out").num_quarantined == 1
     assert "cannot be read: Permission denied" in (tmp_path / "out" / layout.QUARANTINE).read_text()
 

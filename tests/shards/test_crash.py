@@ -25,9 +25,9 @@ SLOW = """
 import sys, time
 from shards import convert, make
 prove = make.prove
-def slowly(*args):
+def slowly(*args, **options):
     time.sleep(0.02)
-    return prove(*args)
+    return prove(*args, **options)
 make.prove = slowly
 convert.convert(sys.argv[1], sys.argv[2], samples_per_shard=int(sys.argv[3]), workers=0)
 """
