@@ -273,3 +273,21 @@ def test_the_settings_reach_the_loader():
     assert (options["masks"], options["mask_ignore"]) == (True, 65535)
     with pytest.raises(UserError, match=r"data.mask_ignore is 4294967295.*32 bits"):
         DataConfig(mask_ignore=2**32 - 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"augment_on": "gpu"},
+        {"augment_on": "gpu", "cache": "gpu"},
+        {"engine": "dali", "augment_on": "gpu"},
+    ],
+)
+def test_masks_go_to_the_gpu_with_their_views(masked, how):
+    expected = collect(loader(masked).epoch(0))
+    kept = [(b.sample_ids, b.masks) for b in loader(masked, device="cuda", **how).epoch(0)]
+    assert all(mask.device.type == "cuda" for _, masks in kept for mask in masks)
+    made = [torch.cat([mask.cpu() for mask in view]) for view in zip(*(m for _, m in kept), strict=True)]
+    assert_same((np.concatenate([ids for ids, _ in kept]), made), expected)
