@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,10 +19,19 @@ def _operator():
     """torchvision's decoding operator, or None.
 
     The Python function around it is deprecated since torchvision 0.29 in favour of another package; the operator needs neither a
-    warning a call nor a further dependency, and is about a quarter faster than Pillow.
+    warning a call nor a further dependency, and is about a quarter faster than Pillow. Only the library that registers it is loaded:
+    importing torchvision takes over a second, as long as PyTorch.
     """
-    import torchvision.io  # noqa: F401  (registers the operator)
-
+    package = importlib.util.find_spec("torchvision")
+    folders = package.submodule_search_locations if package is not None else None
+    libraries = [path for folder in folders or [] for path in Path(folder).glob("image*.so")]
+    try:
+        for library in libraries:  # one: image.so, or image_stable.so
+            torch.ops.load_library(library)
+    except OSError:
+        libraries = []
+    if not libraries:  # other systems; of another version of PyTorch
+        import torchvision.io  # noqa: F401
     return getattr(getattr(torch.ops, "image", None), "decode_image", None)
 
 

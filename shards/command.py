@@ -174,12 +174,11 @@ def _print_summary(
 
 def changes(dest: Place) -> Counter[str]:
     """How many images were stored in which way, other than plainly kept, by the words of the table's `stored`."""
-    import pyarrow.parquet as pq
-
+    from shards.columns import read_columns
     from shards.layout import TABLE
 
     with dest.open(TABLE) as file:
-        counts = pq.read_table(file, columns=["stored"])["stored"].value_counts().to_pylist()
+        counts = read_columns(file, ["stored"])["stored"].value_counts().to_pylist()
     return Counter({row["values"]: row["counts"] for row in counts if row["values"] != "kept"})
 
 

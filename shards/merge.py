@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards import layout
+from shards.columns import read_columns
 from shards.errors import UserError
 from shards.layout import Manifest, ShardFile
 from shards.make import Marks, read_marks, read_rows
@@ -175,7 +176,7 @@ def read_dropped(dest: Place) -> npt.NDArray[np.int64]:
     """The positions left out as duplicates, ascending; none where nothing was dropped."""
     try:
         with dest.open(layout.DROPPED) as file:
-            return pq.read_table(file, columns=["position"])["position"].to_numpy()
+            return read_columns(file, ["position"])["position"].to_numpy()
     except FileNotFoundError:
         return np.empty(0, np.int64)
 

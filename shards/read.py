@@ -14,9 +14,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from shards.cache_settings import CacheSettings
+from shards.columns import integers, read_columns
 from shards.errors import UserError
 from shards.layout import TABLE, Manifest, check_size, shard_name
 from shards.places import open_place
@@ -45,15 +45,15 @@ class ShardSet:
         self.split = ""
         self._ids: npt.NDArray[np.int64] | None = None
         self.classes = manifest.classes
-        self.labels = table["label"].fill_null(-1).to_numpy().astype(np.int64)
-        self.widths = table["width"].to_numpy()
-        self.heights = table["height"].to_numpy()
-        self.sizes = table["size"].to_numpy()
-        self.channels = table["channels"].to_numpy()
-        self._mask_offset = table["mask_offset"].fill_null(-1).to_numpy() if manifest.num_masks else None
-        self.mask_sizes = table["mask_size"].fill_null(0).to_numpy() if manifest.num_masks else None
-        self._shard = table["shard"].to_numpy()
-        self._offset = table["offset"].to_numpy()
+        self.labels = integers(table["label"], -1).astype(np.int64)
+        self.widths = integers(table["width"])
+        self.heights = integers(table["height"])
+        self.sizes = integers(table["size"])
+        self.channels = integers(table["channels"])
+        self._mask_offset = integers(table["mask_offset"], -1) if manifest.num_masks else None
+        self.mask_sizes = integers(table["mask_size"]) if manifest.num_masks else None
+        self._shard = integers(table["shard"])
+        self._offset = integers(table["offset"])
         self._maps: dict[int, memoryview] = {}
         self.near = near
 
@@ -150,9 +150,9 @@ class ShardSet:
         # Names are wanted for messages and reports only; at 10 million samples they would be most of the
         # memory.
         if self.near is None:
-            return pq.read_table(f"{self.folder}/{TABLE}", columns=["source"])["source"]
+            return read_columns(f"{self.folder}/{TABLE}", ["source"])["source"]
         with self.near.open_table() as file:
-            return pq.read_table(file, columns=["source"])["source"]
+            return read_columns(file, ["source"])["source"]
 
     def _check_id(self, sample_id: int) -> None:
         if not 0 <= sample_id < self.num_samples:
@@ -178,7 +178,7 @@ class ShardSet:
 
 
 def _read_table(file: Path | IO[bytes], where: str, manifest: Manifest) -> pa.Table:
-    table = pq.read_table(file, columns=_COLUMNS)
+    table = read_columns(file, _COLUMNS)
     if table.num_rows != manifest.num_samples:
         raise UserError(
             f"'{where}' has {table.num_rows} samples, the manifest {manifest.num_samples}; the files are of different conversions: "

@@ -14,6 +14,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from shards import layout, sources
+from shards.columns import read_columns
 from shards.errors import UserError
 from shards.layout import Manifest
 from shards.places import Place, open_place
@@ -164,7 +165,7 @@ def read_only(where: str, only: str) -> npt.NDArray[np.int64]:
         return open_split(where, only).ids
     try:
         if only.endswith(".parquet"):
-            return pq.read_table(only, columns=["sample_id"])["sample_id"].to_numpy().astype(np.int64)
+            return read_columns(only, ["sample_id"])["sample_id"].to_numpy().astype(np.int64)
         with open(only, encoding="utf-8-sig") as file:
             lines = [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
     except (pa.ArrowException, UnicodeDecodeError, OSError) as fault:

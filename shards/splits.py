@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from shards import layout
 from shards.cache_settings import CacheSettings
+from shards.columns import read_columns
 from shards.errors import UserError, nearest
 from shards.layout import Manifest
 from shards.places import Place, open_place
@@ -102,7 +103,7 @@ def _write(place: Place, columns: dict[str, Any], about: dict[str, Any]) -> None
 
 def _columns(place: Place) -> dict[str, pa.Array]:
     with place.open(layout.SPLITS) as file:
-        table = pq.read_table(file)
+        table = read_columns(file)
     return {
         name: table[name].unify_dictionaries().combine_chunks()
         for name in table.column_names
@@ -176,7 +177,7 @@ def open_split(folder: str | os.PathLike, split: str = "", cache: CacheSettings 
     name, which = known[wanted]
     column = name if isinstance(which, str) else name + _LABELLED
     with place.open(layout.SPLITS) as file:
-        values = pq.read_table(file, columns=[column])[column]
+        values = read_columns(file, [column])[column]
     if isinstance(which, str):
         same = pc.equal(values.cast(pa.string()), which)  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
         inside = same.fill_null(False).to_numpy()

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from shards import layout
 from shards.check import Checker
+from shards.columns import read_columns
 from shards.errors import UserError
 from shards.examine import Finding
 from shards.files import is_unfinished
@@ -308,7 +309,7 @@ def _counts(place: Place) -> dict[int, int]:
     """Samples by shard, as the table tells; nothing where it cannot be read."""
     try:
         with place.open(layout.TABLE) as file:
-            pairs = pq.read_table(file, columns=["shard"])["shard"].value_counts().to_pylist()
+            pairs = read_columns(file, ["shard"])["shard"].value_counts().to_pylist()
     except Exception:  # a damaged table raises many kinds
         return {}
     return {pair["values"]: pair["counts"] for pair in pairs}

@@ -34,3 +34,19 @@ def test_damaged_files_raise(decoder, data):
 def test_without_the_operator_pillow_decodes(monkeypatch):
     monkeypatch.setattr(decode, "_operator", lambda: None)
     assert decode.decode_rgb(memoryview(FILES["PNG"])).shape == (3, 47, 61)
+
+
+def test_where_the_library_cannot_be_loaded_alone_torchvision_is_imported(monkeypatch):
+    tried = []
+
+    def refuse(path):
+        tried.append(path)
+        raise OSError(f"Could not load this library: {path}")
+
+    monkeypatch.setattr(torch.ops, "load_library", refuse)
+    decode._operator.cache_clear()
+    try:
+        assert decode.decode_rgb(memoryview(FILES["PNG"])).shape == (3, 47, 61)
+    finally:
+        decode._operator.cache_clear()
+    assert tried

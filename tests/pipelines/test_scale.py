@@ -3,6 +3,8 @@
 import dataclasses
 import multiprocessing
 import os
+import subprocess
+import sys
 import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -42,6 +44,24 @@ def test_the_first_batch_of_a_million_samples_makes_no_object_per_sample(shard_s
     assert ids.max() > 10_000
     assert made < 50_000
     assert peak < 150 * MANY  # some twelve columns and keys of eight bytes a sample
+
+
+FIRST_BATCH = """
+import sys
+from pipelines.loader import open_loader
+from pipelines.recipe import Recipe
+from shards.splits import open_split
+batches = open_loader(open_split(sys.argv[1]), Recipe(size=16), batch=8, seed=0, threads=2).epoch(0)
+next(batches)
+batches.close()
+print(*sorted({"pandas", "pyarrow.dataset", "torchvision", "timm", "tyro"} & set(sys.modules)))
+"""
+
+
+def test_the_first_batch_waits_for_no_package_that_it_can_do_without(shard_set):
+    """pandas and torchvision each took longer to import than a million rows take to read."""
+    run = [sys.executable, "-c", FIRST_BATCH, str(shard_set.folder)]
+    assert subprocess.check_output(run, cwd=Path(__file__).parents[2], text=True) == "\n"
 
 
 def resident_bytes() -> int:
