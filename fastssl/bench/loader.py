@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -29,6 +29,9 @@ from fastssl.bench.report import (
 from fastssl.bench.work import Source, Work
 from shards.errors import UserError, nearest
 from shards.files import check_output
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FIDELITY_IMAGES = 16
 WARM_UP_S = 1.0  # twice, each at least one round: the first includes compiling and starting workers
@@ -151,7 +154,7 @@ def choose(names: str, known: dict[str, Any], kind: str) -> list[Any]:
 def measure(source: Source, work: Work, seconds: float, row: Row, *, is_peer: bool) -> None:
     """Add to `row` one rate of a loader, taken over at least `seconds` after it has warmed up.
 
-    A peer that cannot run leaves its reason in the row; a fault of ours is raised.
+    What cannot run here leaves its reason in the row; a fault of our own code is raised.
     """
     in_a_round = work.threads if source.workers else 1
 
@@ -171,9 +174,9 @@ def measure(source: Source, work: Work, seconds: float, row: Row, *, is_peer: bo
             row.add(*spend(seconds))
         row.more["peak_memory_bytes"] = max(memory.most_bytes, row.more.get("peak_memory_bytes", 0))
     except Exception as fault:  # others' code fails in its own ways, and a loss must stay in the table
-        if not is_peer:
+        if not is_peer and not isinstance(fault, UserError):
             raise
-        row.fail(reason(fault))
+        row.fail(str(fault) if isinstance(fault, UserError) else reason(fault))
 
 
 # ----------------------------------------------------------------------------------------------------------- ours
@@ -227,38 +230,17 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def engine_sources(engines: list[str], work: Work) -> list[Source]:
-    """Our engines, each with the fidelity that is measured on some of the images; where there is a GPU, also with the copy to it."""
-    sources = []
-    for name in engines:
-        fidelity, levels = measured_fidelity(name, work)
-        note = f"{_NOTES[name]}; {levels}" if levels else _NOTES[name]
-        sources.append(Source(name, fidelity, _engine(name), note))
-        if has_gpu():
-            sources.append(
-                Source(f"{name} to GPU", fidelity, _engine(name, GPU), "the same, and copied to the GPU")
-            )
-            if name != "reference":
-                sources.append(
-                    Source(f"{name} on GPU", fidelity, _engine(name, GPU, "gpu"), "views made on the GPU")
-                )
-    return sources
+@dataclass(frozen=True)
+class Way:
+    """How views are made: an engine and where it works."""
 
+    engine: str
+    device: str = "cpu"
+    augment_on: str = "cpu"
+    decode: str = "cpu"
 
-def measured_fidelity(name: str, work: Work) -> tuple[str, str]:
-    """The class of an engine's whole recipe on some of the images, and the figure in words; empty where it cannot make them."""
-    from pipelines.fidelity import WHOLE, classify, measure
-
-    data = [bytes(work.shards.read(int(i))) for i in work.sample_ids[:FIDELITY_IMAGES]]
-    try:
-        made = measure(name, work.recipe, data, [WHOLE])[WHOLE]
-    except UserError:  # measuring its speed will say why
-        return "", ""
-    return classify(made.mean), f"on average {made.mean:.2f} grey levels from the reference"
-
-
-def _engine(name: str, device: str = "cpu", augment_on: str = "cpu") -> Callable[[Work], Generator[int]]:
-    def batches(work: Work) -> Generator[int]:
+    def batches(self, work: Work) -> Generator[list[Tensor]]:
+        """The views of each batch without end, as the loader gives them. UserError where they cannot be made."""
         import torch
 
         from pipelines.draws import draw
@@ -273,20 +255,64 @@ def _engine(name: str, device: str = "cpu", augment_on: str = "cpu") -> Callable
         samples, slots = open_slots(
             shards,
             recipe,
-            name,
+            self.engine,
             batch=work.batch,
             threads=work.threads,
-            device=torch.device(device),
-            augment_on=augment_on,
+            device=torch.device(self.device),
+            augment_on=self.augment_on,
+            decode=self.decode,
         )
         made = stream(samples, slots(), jobs, work.threads)
         with contextlib.closing(made):  # pyright: ignore[reportArgumentType]
             for batch in made:
-                if device != "cpu":
-                    torch.cuda.synchronize(device)
-                yield len(batch.sample_ids)
+                if self.device != "cpu":
+                    torch.cuda.synchronize(self.device)
+                yield batch.views
 
-    return batches
+    def counts(self, work: Work) -> Generator[int]:
+        """The number of images of each batch, for a `Source`."""
+        with contextlib.closing(self.batches(work)) as made:
+            for views in made:
+                yield len(views[0])
+
+
+def engine_sources(engines: list[str], work: Work) -> list[Source]:
+    """Our engines, each with the fidelity that is measured on some of the images; where there is a GPU, also with its help."""
+    sources = []
+    for name in engines:
+        ways = {name: (Way(name), _NOTES[name])}
+        if has_gpu():
+            ways[f"{name} to GPU"] = Way(name, GPU), "the same, and copied to the GPU"
+            if name != "reference":
+                ways[f"{name} on GPU"] = Way(name, GPU, "gpu"), "views made on the GPU"
+            if name == "fused":
+                ways["fused all on GPU"] = (
+                    Way(name, GPU, "gpu", "gpu"),
+                    "decoded there, too: --data.decode gpu",
+                )
+        for row, (way, note) in ways.items():
+            fidelity, levels = measured_fidelity(way, work)
+            sources.append(Source(row, fidelity, way.counts, f"{note}; {levels}" if levels else note))
+    return sources
+
+
+def measured_fidelity(way: Way, work: Work) -> tuple[str, str]:
+    """The class of an engine's views of some of the images, and the figure in words; empty where it cannot make them."""
+    from pipelines.fidelity import classify
+
+    plain = dataclasses.replace(work.recipe, mean=(0.0,) * 3, std=(1.0,) * 3)
+    ids = work.sample_ids[:FIDELITY_IMAGES]
+    few = dataclasses.replace(work, recipe=plain, sample_ids=ids, batch=len(ids))
+    made = []
+    try:
+        for each in (Way("reference"), way):
+            with contextlib.closing(each.batches(few)) as batches:
+                made.append([view.cpu().clone() for view in next(batches)])
+    except UserError:  # measuring its speed will say why
+        return "", ""
+    pairs = list(zip(*made, strict=True))
+    levels = 255 * sum(float((a - b).abs().mean()) for a, b in pairs) / len(pairs)
+    return classify(levels), f"on average {levels:.2f} grey levels from the reference"
 
 
 # ---------------------------------------------------------------------------------------------------------- report
