@@ -17,9 +17,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# GPU tests and the benchmarks with the Python at hand, installing nothing; JSON goes to $(OUT). All parts run, whatever fails.
-# `make gpu-check PART=vit_small` runs one, in less than ten minutes: tests loader resnet50 vit_small vit_base switches_resnet50
-# switches_vit_small memory.
+# GPU tests and the benchmarks with the Python at hand, installing nothing; JSON goes to $(OUT). All parts run, whatever fails, and each
+# goal is told beside its figure. `make gpu-check PART=vit_small` runs one, in less than ten minutes: tests augment loader resnet50
+# vit_small vit_base memory switches_resnet50 switches_vit_small loader_peers.
 gpu-check:
 	$(PYTHON) -m tests.gpu_check --out $(OUT) $(if $(PART),--only $(PART))
 

@@ -1,8 +1,9 @@
-"""Everything that needs a GPU, in pieces of less than ten minutes: `python -m tests.gpu_check --only PART`, by `make gpu-check`.
+"""Everything that needs a GPU, in parts of less than ten minutes: `python -m tests.gpu_check --only PART`, by `make gpu-check`.
 
-Makes JPEGs of ImageNet's size, converts them, and measures loaders, training steps with their peers, each switch of speed, and the
-memory of small cards' configurations. Results are dated JSON files; nothing is installed. Each job is a process of its own, because a
-CUDA fault spoils all further work of the process it happens in; jobs that fail or take too long are listed at the end.
+Makes JPEGs of ImageNet's size, converts them, and measures views, loaders, training steps with their peers, each switch of speed, and
+the memory of small cards' configurations. Results are dated JSON files, and at the end each goal of `gpu_goals` stands beside its
+figure; nothing is installed. Each job is a process of its own, because a CUDA fault spoils all further work of the process it happens
+in; jobs that fail or take too long are listed at the end, and the others go on.
 """
 
 from __future__ import annotations
@@ -11,153 +12,23 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+from tests import gpu_goals
+from tests.gpu_jobs import MODELS, PARTS, WITH_SHARDS, Job, Plan
 from tests.pictures import photo
 
-LIMIT_S = 570  # of one job: some leave a machine after ten minutes
-
-# Configuration and images per step that an 80 GB card holds.
-MODELS = {
-    "resnet50": ("configs/moco_v3_resnet50.yaml", 256),
-    "vit_small": ("configs/moco_v3_vit_small.yaml", 512),
-    "vit_base": ("configs/moco_v3_vit_base.yaml", 256),
-}
-# What each switch is set to, from a base of bf16, eager, and the defaults.
-BASE = ["--train.compile", "False", "--train.precision", "bf16"]
-ADAMW = ["--optim.name", "adamw", "--optim.lr", "1e-4", "--optim.weight_decay", "0.1"]
-SWITCHES = {
-    "base": [],
-    "fp16": ["--train.precision", "fp16"],
-    "fp32": ["--train.precision", "fp32"],
-    "compile": ["--train.compile", "True"],
-    "channels_first": ["--train.channels_last", "False"],
-    "checkpointing_blocks": ["--train.checkpointing", "blocks"],
-    "checkpointing_selective": ["--train.checkpointing", "selective"],
-    "ema_loop": ["--method.ema", "loop"],
-    "adamw_fused": [*ADAMW, "--optim.implementation", "fused"],
-    "adamw_foreach": [*ADAMW, "--optim.implementation", "foreach"],
-    "adamw_loop": [*ADAMW, "--optim.implementation", "loop"],
-    "attention_explicit": ["--model.attention", "explicit"],
-    "side_stream_off": ["--data.side_stream", "False"],
-}
-ON_CPU = (
-    "base",
-    "compile",
-    "channels_first",
-    "ema_loop",
-    "adamw_foreach",
-    "adamw_loop",
-    "attention_explicit",
-)
-# Configurations of small cards: the batch is cut to two chunks, which is what decides the peak.
-CARDS = {
-    "card_8gb_resnet50": 64,
-    "card_8gb_vit_small": 64,
-    "card_8gb_vit_base": 32,
-    "card_16gb_resnet50": 128,
-    "card_16gb_vit_small": 128,
-    "card_16gb_vit_base": 64,
-    "card_24gb_resnet50": 192,
-    "card_24gb_vit_small": 256,
-    "card_24gb_vit_base": 128,
-    "card_80gb_resnet50": 512,
-    "card_80gb_vit_small": 512,
-    "card_80gb_vit_base": 256,
-}
-PARTS = ("tests", "loader", *MODELS, *(f"switches_{name}" for name in ("resnet50", "vit_small")), "memory")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One process."""
-
-    argv: tuple[str, ...]
-    """Arguments of `fastssl`, or of pytest where `module` says so."""
-    out: Path | None = None
-    """The JSON file it writes."""
-    module: str = "fastssl"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all jobs share."""
-
-    shards: Path
-    out: Path
-    stamp: str
-    """Begins the names of files: the date and the device."""
-    on_gpu: bool
-    scale: float = 1.0
-    """Share of each batch size."""
-    extra: tuple[str, ...] = ()
-    """Further settings for every job with a configuration, such as tiny sizes for a trial."""
-
-    def jobs(self, part: str) -> list[Job]:
-        """The jobs of a part."""
-        if part == "tests":
-            return [Job(("-m", "gpu", "tests"), module="pytest")]
-        if part == "loader":
-            out = self.path("loader")
-            return [Job(("bench", "loader", str(self.shards), "--json", str(out)), out)]
-        if part == "memory":
-            return [self._card(name, chunk) for name, chunk in CARDS.items()] if self.on_gpu else []
-        if part.startswith("switches_"):
-            model = part.removeprefix("switches_")
-            names = SWITCHES if self.on_gpu else ON_CPU
-            return [self._switch(model, name) for name in names if _concerns(name, model)]
-        path, batch = MODELS[part]
-        flags = ["--data.shards", str(self.shards), "--train.batch", self.batch(batch)]
-        jobs = [self._bench(f"ladder-{part}", path, flags)]
-        if self.on_gpu:  # its end to end beside the ladder's
-            off = [*flags, *SWITCHES["side_stream_off"], "--quick", "--steps", "20"]
-            jobs.append(self._bench(f"ladder-{part}-side_stream_off", path, off))
-        return jobs
-
-    def path(self, name: str) -> Path:
-        """The file of a result."""
-        return self.out / f"{self.stamp}-{name}.json"
-
-    def batch(self, images: int) -> str:
-        """A batch size, scaled."""
-        return str(max(4, int(images * self.scale)))
-
-    def _bench(self, name: str, path: str, flags: list[str]) -> Job:
-        out = self.path(name)
-        return Job(("bench", path, *flags, *self.extra, "--json", str(out)), out)
-
-    def _switch(self, model: str, name: str) -> Job:
-        path, batch = MODELS[model]
-        flags = ["--train.batch", self.batch(batch // 2), *BASE, *SWITCHES[name], "--quick", "--steps", "10"]
-        return self._bench(f"switch-{model}-{name}", path, flags)
-
-    def _card(self, name: str, chunk: int) -> Job:
-        flags = [
-            "--train.batch",
-            str(2 * chunk),
-            "--method.queue",
-            "0",
-            "--train.compile",
-            "False",
-            "--quick",
-        ]
-        return self._bench(f"memory-{name}", f"configs/{name}.yaml", flags)
-
-
-def _concerns(switch: str, model: str) -> bool:
-    """Whether a switch has an effect on a model's step; the side stream is measured with the ladder, which has a loader."""
-    if switch == "side_stream_off":
-        return False
-    return not (
-        (switch == "channels_first" and "vit" in model)
-        or (switch == "attention_explicit" and "vit" not in model)
-    )
+LIMIT_S = 570  # of a part, with what it needs beforehand: some leave a machine after ten minutes
+LEAST_S = 15  # that a job is begun with
+END_S = 10  # for a process to end in when its time is over
 
 
 def summarise(part: str, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -199,20 +70,41 @@ def gpu_name() -> str:
 
 
 def start(job: Job, limit_s: float = LIMIT_S) -> int:
-    """Run a job as a process and return its exit code; 124 where it took too long."""
+    """Run a job as a process and return its exit code; 124 where it took too long. What it has started ends with it."""
+    process = subprocess.Popen([sys.executable, "-m", job.module, *job.argv], start_new_session=True)
     try:
-        return subprocess.run([sys.executable, "-m", job.module, *job.argv], timeout=limit_s).returncode
+        return process.wait(limit_s)
     except subprocess.TimeoutExpired:
         return 124
+    finally:
+        _end(process)
 
 
-def run_jobs(jobs: list[Job], run: Callable[[Job], int] = start) -> list[str]:
-    """Run the jobs one after the other; returns a line for each that failed."""
-    failed = []
+def _end(process: subprocess.Popen) -> None:
+    """End a process that still runs, and all that it has left behind."""
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, kind)
+            process.wait(END_S)
+        except ProcessLookupError:  # none is left
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def run_jobs(
+    jobs: list[Job], run: Callable[[Job, float], int] = start, limit_s: float = LIMIT_S
+) -> list[str]:
+    """Run the jobs one after the other, for `limit_s` together; returns a line for each that failed or did not get its turn."""
+    failed, began = [], time.monotonic()
     for job in jobs:
         words = f"{job.module} {' '.join(job.argv)}"
+        left_s = limit_s - (time.monotonic() - began)
+        if left_s < LEAST_S:
+            failed.append(f"{words} (no time was left in its part)")
+            continue
         print(f"\n$ {words}", flush=True)
-        code = run(job)
+        code = run(job, left_s)
         if code and not (job.module == "pytest" and code == 5):  # 5: there was no test to run
             how = f"signal {-code}" if code < 0 else "took too long" if code == 124 else f"exit code {code}"
             failed.append(f"{words} ({how})")
@@ -221,27 +113,75 @@ def run_jobs(jobs: list[Job], run: Callable[[Job], int] = start) -> list[str]:
 
 def finish(part: str, plan: Plan, jobs: list[Job]) -> None:
     """Put the results of a part of many jobs into one file, and take their own away."""
-    made = {job: job.out for job in jobs if job.out is not None and job.out.exists()}
-    if (part not in ("memory",) and not part.startswith("switches_")) or not made:
+    made = {job.out: job for job in jobs if job.out is not None and job.out.exists()}
+    if not made:
         return
-    prefix = f"{plan.stamp}-{'memory' if part == 'memory' else part.replace('switches_', 'switch-')}-"
-    reports = {out.stem.removeprefix(prefix): json.loads(out.read_text()) for out in made.values()}
-    summary = summarise(part, reports)
-    plan.path(part).write_text(json.dumps(summary, indent=2) + "\n")
-    for out in made.values():
-        out.unlink()
-    for name, row in summary["rows"].items():
-        ratio = f"{row['ratio_to_base']:.2f}" if row["ratio_to_base"] else ""
-        print(
-            f"{name:28}{row['images_per_s']:10,.1f} images/s{ratio:>8}{row['peak_memory_bytes'] / 2**30:9.2f} GiB"
-        )
+    if part == "tests":
+        for out in made:
+            counts = count_tests(ElementTree.parse(out).getroot())
+            plan.path(part).write_text(json.dumps(counts, indent=2) + "\n")
+            out.unlink()
+    elif part in MODELS:
+        fold_variants(plan.path(f"ladder-{part}"), list(made))
+    elif part == "memory" or part.startswith("switches_"):
+        prefix = f"{plan.stamp}-{'memory' if part == 'memory' else part.replace('switches_', 'switch-')}-"
+        reports = {out.stem.removeprefix(prefix): json.loads(out.read_text()) for out in made}
+        summary = summarise(part, reports)
+        plan.path(part).write_text(json.dumps(summary, indent=2) + "\n")
+        for out in made:
+            out.unlink()
+        for name, row in summary["rows"].items():
+            ratio = f"{row['ratio_to_base']:.2f}" if row["ratio_to_base"] else ""
+            print(
+                f"{name:28}{row['images_per_s']:10,.1f} images/s{ratio:>8}{row['peak_memory_bytes'] / 2**30:9.2f} GiB"
+            )
 
 
-def main(argv: list[str] | None = None, run: Callable[[Job], int] = start) -> int:
+def count_tests(suites: ElementTree.Element) -> dict[str, Any]:
+    """How many tests of a JUnit report passed and were skipped, and which failed."""
+    cases = list(suites.iter("testcase"))
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    names = [f"{case.get('classname')}::{case.get('name')}" for case in failed]
+    return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed": names}
+
+
+def fold_variants(main: Path, files: list[Path]) -> None:
+    """Put the figures of a model's further ladders into that of its own settings, where it was made, and take their files away."""
+    if main not in files:
+        return
+    report = json.loads(main.read_text())
+    report["variants"] = {}
+    for out in files:
+        if out != main:
+            other = json.loads(out.read_text())
+            rates = {row["name"]: row["images_per_s"] for row in other["rows"]}
+            figures = {name: rates.get(name) for name in ("loader", gpu_goals.FULL, gpu_goals.END_TO_END)}
+            report["variants"][out.stem.removeprefix(f"{main.stem}-")] = {
+                **figures,
+                "contention": other["verdict"]["contention"],
+            }
+            out.unlink()
+    main.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def verdict(out: Path, stamp: str, device: str) -> None:
+    """Print each goal beside its figure, from the latest files of the device, and write that down."""
+    rows = gpu_goals.judge(out, device)
+    print(f"\n{gpu_goals.told(rows)}")
+    (out / f"{stamp}-verdict.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None, run: Callable[[Job, float], int] = start) -> int:
     """Run the parts that are asked for; the exit code is 1 where a job failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--only", nargs="*", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS)
+        "--only",
+        nargs="*",
+        choices=[*PARTS, "verdict"],
+        default=list(PARTS),
+        metavar="PART",
+        help=f"{', '.join(PARTS)}; verdict runs nothing and judges what is in --out",
     )
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--images", type=int, default=2000)
@@ -251,20 +191,32 @@ def main(argv: list[str] | None = None, run: Callable[[Job], int] = start) -> in
     parser.add_argument("--extra", default="", help="settings for every job with a configuration")
     parser.add_argument("--gpu", help="the device's name, where it is known")
     args = parser.parse_args(argv)
+    began = time.monotonic()
     gpu = gpu_name() if args.gpu is None else args.gpu
-    stamp = f"{datetime.date.today():%Y-%m-%d}-{'-'.join((gpu or 'cpu').lower().split())}"
+    device = "-".join((gpu or "cpu").lower().split())
+    stamp = f"{datetime.date.today():%Y-%m-%d}-{device}"
     args.out.mkdir(parents=True, exist_ok=True)
-    failed = []
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as tmp:
         shards = Path(tmp) / "shards"
         plan = Plan(shards, args.out, stamp, bool(gpu), args.scale, tuple(args.extra.split()))
-        if set(args.only) & {"loader", *MODELS}:
+        if set(args.only) & set(WITH_SHARDS):
             make_photos(Path(tmp) / "photos", args.images)
             failed += run_jobs([Job(("shard", str(Path(tmp) / "photos"), str(shards)))], run)
         for part in dict.fromkeys(args.only):
+            if part == "verdict":
+                continue
             jobs = plan.jobs(part)
-            failed += run_jobs(jobs, run)
-            finish(part, plan, jobs)
+            for job in jobs:
+                if job.out is not None:  # of an earlier run today
+                    job.out.unlink(missing_ok=True)
+            failed += run_jobs(jobs, run, LIMIT_S - (time.monotonic() - began))
+            try:
+                finish(part, plan, jobs)
+            except (OSError, ValueError, LookupError, ElementTree.ParseError) as fault:
+                failed.append(f"the results of {part} ({type(fault).__name__}: {fault})")
+            began = time.monotonic()
+    verdict(args.out, stamp, device)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if failed else 0

@@ -37,6 +37,67 @@ def test_a_stale_table_is_replaced(tmp_path: Path) -> None:
     assert made.endswith("<!-- end -->\nb")
 
 
+def test_a_pattern_takes_the_latest_file_of_a_gpu_and_waits_for_one(tmp_path: Path) -> None:
+    page = "<!-- table b/*-memory.json -->\nnot run\n<!-- end -->"
+    (tmp_path / "b").mkdir()
+    row = '{"images_per_s": 1234.5, "mfu": 0.25, "peak_memory_bytes": %d, "ratio_to_base": null}'
+    for name, peak in (
+        ("2026-12-09-cpu-memory", 1),
+        ("2026-12-01-h100-memory", 2e9),
+        ("2026-12-02-h100-memory", 3e9),
+    ):
+        assert make_table.fill(page, tmp_path) == page or name.endswith("02-h100-memory")
+        text = '{"part": "memory", "rows": {"card": %s}}' % (row % peak)
+        (tmp_path / "b" / f"{name}.json").write_text(text)
+    assert make_table.fill(page, tmp_path).splitlines()[3] == "| card | 1,234 |  | 25.0% | 3.0 |"
+
+
+def test_forms_of_what_a_gpu_check_writes() -> None:
+    ladder = {
+        "kind": "ladder",
+        "rows": [
+            {"name": "read", "images_per_s": 5e4, "spread": [1, 2], "ms_p50": 1.234, "memory_bytes": 2.5e9},
+            {"name": "to device", "images_per_s": None, "error": "no"},
+        ],
+        "variants": {"side_stream_off": {"end to end": 950.0}},
+        "verdict": {"contention": 1.0123},
+    }
+    assert make_table.table(ladder).splitlines()[2:] == [
+        "| read | 50,000 | 1.23 |  | 2.5 |  |",
+        "| to device | not run: no |  |  |  |  |",
+        "| end to end, side_stream_off | 950 |  |  |  |  |",
+        "| a step beside the loader / alone | 1.012 |  |  |  |  |",
+    ]
+    augment = {"name": "triton", "images_per_s": 6e4, "spread": [5e4, 7e4], "ms_p50": 4.2, "device_ms": 3.1}
+    augment |= {
+        "ours_over_this": 1.0,
+        "least_bytes": 1,
+        "gb_per_s": 97.6,
+        "peak_memory_bytes": 1.5e9,
+        "fidelity": "exact",
+    }
+    missing = {
+        "name": "dali-graph",
+        "images_per_s": None,
+        "error": "not installed",
+        "fidelity": "approximate",
+    }
+    assert make_table.table([augment, missing]).splitlines()[2:] == [
+        "| triton | 4.20 | 3.10 | 60,000 | 50,000 to 70,000 | 1.00 x | 97.6 | 1.50 | exact |",
+        "| dali-graph | not run: not installed |  |  |  |  |  |  |  |",
+    ]
+    goal = {"goal": "a", "wanted": ">= 3 x", "figure": 2.5, "unit": "x", "met": False, "why": None}
+    assert make_table.table([goal]).splitlines()[2] == "| a | >= 3 x | 2.5 x | **missed** |"
+
+
+def test_goals_that_were_not_run_stand_in_the_page() -> None:
+    from tests import gpu_goals
+
+    if not list((ROOT / "docs" / "benchmarks").glob("*-nvidia-*-verdict.json")):
+        nothing = gpu_goals.judge(ROOT / "no-such-folder", "none")
+        assert make_table.table(nothing) in (ROOT / "docs" / "speed.md").read_text()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())

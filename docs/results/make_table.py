@@ -1,7 +1,7 @@
 """Fill the tables of Markdown pages from the JSON of benchmarks: python docs/results/make_table.py README.md docs/engines.md.
 
 A table stands between `<!-- table docs/benchmarks/FILE.json -->` and `<!-- end -->`; its form is that of the benchmark which wrote the
-file.
+file. FILE may be a pattern with `*`: the latest such file of a GPU, and as long as there is none, the page stays as it is.
 """
 
 import json
@@ -16,15 +16,35 @@ PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def table(report: list[dict] | dict) -> str:
     """The table of one benchmark's results."""
     if isinstance(report, dict):
-        return _shard(report["rows"])
-    return _fidelity(report) if "mean_levels" in report[0] else _loader(report)
+        if "part" in report:
+            return _switches(report["rows"])
+        return _ladder(report) if report["kind"] == "ladder" else _shard(report["rows"])
+    first = report[0]
+    for key, form in (("wanted", _verdict), ("engine", _fidelity)):
+        if key in first:
+            return form(report)
+    return (
+        _augment(report)
+        if any("device_ms" in row or "least_bytes" in row for row in report)
+        else _loader(report)
+    )
 
 
 def fill(text: str, root: Path = ROOT) -> str:
     """A page with all its tables made again."""
-    return PLACE.sub(
-        lambda found: found[1] + table(json.loads((root / found[2]).read_text())) + "\n" + found[3], text
-    )
+
+    def made(found: re.Match[str]) -> str:
+        path = _latest(root, found[2])
+        return found[0] if path is None else found[1] + table(json.loads(path.read_text())) + "\n" + found[3]
+
+    return PLACE.sub(made, text)
+
+
+def _latest(root: Path, name: str) -> Path | None:
+    if "*" not in name:
+        return root / name
+    files = sorted(path for path in root.glob(name) if "-cpu-" not in path.name)  # names begin with the date
+    return files[-1] if files else None
 
 
 def _lines(header: list[str], right: str, rows: list[list[str]]) -> str:
@@ -57,6 +77,72 @@ def _loader(rows: list[dict]) -> str:
     ]
     head = ["loader", "images/s", "spread", "x moco-v3's", "core-ms per image", "fidelity"]
     return _lines(head, "lrrrrl", cells)
+
+
+def _augment(rows: list[dict]) -> str:
+    head = [
+        "engine",
+        "ms a batch",
+        "of it the GPU's",
+        "images/s",
+        "spread",
+        "best of ours is",
+        "GB/s",
+        "peak GB",
+        "fidelity",
+    ]
+    cells = []
+    for row in rows:
+        name, rate, spread = _rate(row)
+        if row["images_per_s"] is None:
+            cells.append([name, rate, *[""] * 7])
+            continue
+        figures = [_number(row.get("ms_p50"), ".2f"), _number(row.get("device_ms"), ".2f"), rate, spread]
+        more = [_number(row.get("ours_over_this"), ".2f") + " x", _number(row.get("gb_per_s"), ",.1f")]
+        cells.append([name, *figures, *more, f"{row['peak_memory_bytes'] / 1e9:.2f}", row["fidelity"]])
+    return _lines(head, "lrrrrrrrl", cells)
+
+
+def _ladder(report: dict) -> str:
+    cells = [
+        [
+            *_rate(row)[:2],
+            _number(row.get("ms_p50"), ",.2f"),
+            _number(row.get("mfu"), ".1%"),
+            _number(row["memory_bytes"] / 1e9 if row.get("memory_bytes") else None, ".1f"),
+            _number(row.get("ours_over_this"), ".2f"),
+        ]
+        for row in report["rows"]
+    ]
+    for name, row in report.get("variants", {}).items():
+        cells.append([f"end to end, {name}", _number(row["end to end"], ",.0f"), "", "", "", ""])
+    contention = report["verdict"]["contention"]
+    if contention is not None:
+        cells.append(["a step beside the loader / alone", f"{contention:.3f}", "", "", "", ""])
+    return _lines(["rung", "images/s", "ms", "MFU", "GB", "our full step over it"], "lrrrrr", cells)
+
+
+def _switches(rows: dict[str, dict]) -> str:
+    cells = [
+        [
+            name,
+            f"{row['images_per_s']:,.0f}",
+            _number(row["ratio_to_base"], ".2f"),
+            _number(row["mfu"], ".1%"),
+            f"{row['peak_memory_bytes'] / 1e9:.1f}",
+        ]
+        for name, row in rows.items()
+    ]
+    return _lines(["", "images/s", "x its base", "MFU", "peak GB"], "lrrrr", cells)
+
+
+def _verdict(rows: list[dict]) -> str:
+    cells = []
+    for row in rows:
+        figure = "" if row["figure"] is None else f"{row['figure']:,.4g} {row['unit']}".strip()
+        end = {True: "met", False: "**missed**", None: f"not known: {row['why']}"}[row["met"]]
+        cells.append([row["goal"], row["wanted"], figure, end if row["why"] != "not run" else "not run"])
+    return _lines(["goal", "wanted", "measured", ""], "lrrl", cells)
 
 
 def _shard(rows: list[dict]) -> str:
