@@ -15,6 +15,7 @@ import torch
 
 from pipelines.cache import Samples, Unreadable
 from pipelines.faults import BadSamples, bad_sample
+from shards.cpus import available_cpus
 from shards.errors import UserError
 
 PREFETCH = 2  # batches made ahead: one being filled while one waits
@@ -103,8 +104,7 @@ class Renderer(Protocol):
 
 def default_threads() -> int:
     """Cores this process may use, shared among the ranks of this machine (torchrun's LOCAL_WORLD_SIZE)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def stream(

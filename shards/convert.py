@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shards import layout
+from shards.cpus import available_cpus
 from shards.errors import UserError, nearest
 from shards.files import is_unfinished
 from shards.layout import Manifest, ShardFile
@@ -25,7 +26,7 @@ from shards.policy import Policy
 from shards.ray_engine import Cluster, connect
 from shards.sources import Source
 from shards.sums import write_sums
-from shards.workers import available_cpus, run_here, run_in_processes, warm_up
+from shards.workers import run_here, run_in_processes, warm_up
 
 DEDUPE = ("mark", "drop", "keep")
 SMALL = 256  # images below which starting processes takes longer than converting

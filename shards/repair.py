@@ -13,6 +13,7 @@ import pyarrow as pa
 from shards import layout
 from shards.check import read_rows
 from shards.convert import SMALL, number
+from shards.cpus import available_cpus
 from shards.errors import UserError
 from shards.examine import Finding, grouped, walk
 from shards.layout import Manifest, ShardFile
@@ -27,7 +28,7 @@ from shards.sources import Source
 from shards.splits import WAY_OUT
 from shards.sums import index_of, sha256_of, write_sums
 from shards.verify import Promise, Verdict
-from shards.workers import Count, available_cpus, run_here, run_in_processes
+from shards.workers import Count, run_here, run_in_processes
 from shards.write import write_index
 
 _SHOWN = 3

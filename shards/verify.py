@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from shards import layout
 from shards.check import Checker
 from shards.columns import read_columns
+from shards.cpus import available_cpus
 from shards.errors import UserError
 from shards.examine import Finding
 from shards.files import is_unfinished
@@ -26,7 +27,7 @@ from shards.plan import read_plan
 from shards.policy import MAX_PIXELS, Policy
 from shards.splits import WAY_OUT, splits_fault
 from shards.sums import Sums, index_of, read_sums, sha256_of
-from shards.workers import available_cpus, run_here, run_in_processes
+from shards.workers import run_here, run_in_processes
 
 LEVELS = ("fast", "hash", "decode")
 SMALL_BYTES = 64 << 20  # below, starting processes takes longer than reading

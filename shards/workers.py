@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 
 from shards.errors import UserError
@@ -40,11 +40,6 @@ class Ticker:
     def flush(self) -> None:
         self._show(self._done, self._quarantined)
         self._next_s = time.monotonic() + self._interval_s
-
-
-def available_cpus() -> int:
-    """The number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_here(make: Make, todo: Sequence[int], show: Callable[[int, int], None]) -> None:
@@ -110,7 +105,7 @@ def warm_up() -> None:
         _without_interrupts(forkserver.ensure_running)
 
 
-def _context() -> BaseContext:
+def _context() -> ForkServerContext | SpawnContext:
     # Not a copy of this process: it may have threads that hold locks.
     if not sys.platform.startswith("linux"):
         return multiprocessing.get_context("spawn")

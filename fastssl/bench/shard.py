@@ -88,7 +88,7 @@ def run(argv: list[str]) -> int:
         raise UserError(f"there is no folder '{args.out}' for --out: make it first.")
     from rich.console import Console
 
-    from shards.workers import available_cpus
+    from shards.cpus import available_cpus
 
     ways = [way for way in WAYS if args.peers or not way.is_peer]
     rows = [Row(way.name, note=way.note) for way in ways]

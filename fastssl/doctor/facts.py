@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from shards.cpus import cpu_cores, cpu_quota
+
 # Distributions that this project uses, whose versions and requirements are looked at; which DALI is installed depends on CUDA.
 PACKAGES = (
     "torch",
@@ -135,8 +137,8 @@ def gather(shards: str = "", out: str = ".") -> Facts:
         "shm_bytes": shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
         "open_files": limits,
         "disks": {} if (free := _free_bytes(out)) is None else {out: free},
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "cpu_quota": cpu_quota(Path("/sys/fs/cgroup")),
+        "cpus": cpu_cores(),
+        "cpu_quota": cpu_quota(),
         "memory_bytes": _memory_bytes(),
         "now_s": time.time(),
         "newest_package_s": newest_s,
@@ -245,15 +247,6 @@ def _free_bytes(folder: str) -> int | None:
     here = Path(folder).absolute()
     there = next((path for path in (here, *here.parents) if path.exists()), None)
     return shutil.disk_usage(there).free if there else None
-
-
-def cpu_quota(root: Path) -> float | None:
-    """Cores' worth of CPU time that the control groups mounted at `root` allow (version 2 or 1); None for no limit."""
-    if text := _read(root / "cpu.max"):
-        quota, _, period = text.partition(" ")
-        return None if quota == "max" else int(quota) / int(period)
-    quota, period = _read(root / "cpu/cpu.cfs_quota_us"), _read(root / "cpu/cpu.cfs_period_us")
-    return int(quota) / int(period) if quota and period and int(quota) > 0 else None
 
 
 def _memory_bytes() -> int:

@@ -62,8 +62,7 @@ def check_cores(facts: Facts) -> Iterator[Finding]:
     found = f"{facts.cpus} cores" + ("" if facts.cpu_quota is None else f", a quota of {facts.cpu_quota:g}")
     usable = min(facts.cpus, facts.cpu_quota or facts.cpus)
     if facts.cpu_quota is not None and facts.cpu_quota < facts.cpus - 0.5:
-        threads = max(1, int(facts.cpu_quota))
-        way_out = f"--data.threads {threads} (per process fewer), OMP_NUM_THREADS={threads}: more threads than quota stall each other"
+        way_out = f"OMP_NUM_THREADS={max(1, int(facts.cpu_quota))}: more threads than quota stall each other; ours keep to it"
         yield Finding("cores", "warn", found, way_out)
     elif facts.gpus and usable < 4 * len(facts.gpus):
         way_out = "decoding may limit: convert with --short-side 256, or set --data.augment-on gpu"

@@ -117,7 +117,7 @@ def test_a_good_machine_has_nothing_to_look_at():
         (host.check_open_files, {"open_files": (1024, -1)}, "ok", "no limit"),
         (host.check_disks, {"disks": {"runs": GB // 2}}, "bad", "500.0 MB free in 'runs'"),
         (host.check_disks, {"disks": {"runs": 10 * GB}}, "warn", "--train.out"),
-        (host.check_cores, {"cpu_quota": 4.0}, "warn", "--data.threads 4"),
+        (host.check_cores, {"cpu_quota": 4.0}, "warn", "OMP_NUM_THREADS=4"),
         (host.check_cores, {"cpus": 2}, "warn", "2 cores for 1 GPUs"),
         (host.check_memory, {"memory_bytes": 2 * GB}, "warn", "train.batch"),
         (
@@ -183,20 +183,6 @@ def test_code_for_a_gpu():
 
 
 # ------------------------------------------------------------------------------------------------------ gathering
-
-
-def test_quota_of_control_groups(tmp_path):
-    assert facts.cpu_quota(tmp_path) is None
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert facts.cpu_quota(tmp_path) is None
-    (tmp_path / "cpu.max").write_text("250000 100000\n")
-    assert facts.cpu_quota(tmp_path) == 2.5
-    old = tmp_path / "v1"
-    (old / "cpu").mkdir(parents=True)
-    (old / "cpu/cpu.cfs_period_us").write_text("100000\n")
-    for quota, expected in (("-1", None), ("400000", 4.0)):
-        (old / "cpu/cpu.cfs_quota_us").write_text(quota)
-        assert facts.cpu_quota(old) == expected
 
 
 def test_lists_of_cores():
