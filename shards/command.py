@@ -36,8 +36,8 @@ class Shard:
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A folder with images in it and below; a list (.csv, .tsv, .parquet); with --tile rasters; a .tar, 'x-*.tar' or a folder of
-    tars; a finished shard folder. A path or a URL."""
+    """A folder with images in it and below; a list (.csv, .tsv, .parquet); .parquet with the images inside; with --tile rasters; a
+    .tar, 'x-*.tar' or a folder of tars; a finished shard folder. A path or a URL."""
     dest: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
     """The folder for the shards: new, empty, or one to go on with."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0

@@ -223,34 +223,35 @@ class ParquetFile(ListFile):
                 for batch in parquet.iter_batches(
                     sources.BATCH_ROWS, columns=[*text, *typed], use_threads=False
                 ):
-                    kept = {name: self._text(name, batch[name]) for name in text}
+                    kept = {name: as_text(batch[name], self.where, name) for name in text}
                     kept |= {name: batch[name].cast(kind) for name, kind in typed.items()}
                     yield Rows(range(done + 1, done + 1 + batch.num_rows), kept)
                     done += batch.num_rows
         except (pa.ArrowException, OSError) as fault:
             raise UserError(f"'{self.where}' cannot be read from row {done + 1:,} on ({fault}).") from fault
 
-    def _text(self, name: str, values: pa.Array) -> pa.Array:
-        plain = _plain(values.type)
-        values = values.cast(plain)
-        if pa.types.is_floating(plain):  # whole numbers with gaps, as pandas writes them
-            shown = [
-                None
-                if value is None or math.isnan(value)
-                else f"{value:.0f}"
-                if value == value // 1
-                else str(value)
-                for value in values.to_pylist()
-            ]
-            return pa.array(shown, pa.string())
-        try:
-            values = values.cast(pa.string())
-        except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
-            raise UserError(
-                f"'{self.where}': the column '{name}' holds {plain}; text or numbers are wanted. Images that lie in the table itself "
-                "are not read: write them to files, or name another column."
-            ) from None
-        return _pc.if_else(_pc.equal(values, ""), pa.scalar(None, pa.string()), values)
+
+def as_text(values: pa.Array, where: str, name: str) -> pa.Array:
+    """A Parquet column as strings, empty ones as nulls; UserError where it holds neither text nor numbers."""
+    plain = _plain(values.type)
+    values = values.cast(plain)
+    if pa.types.is_floating(plain):  # whole numbers with gaps, as pandas writes them
+        shown = [
+            None
+            if value is None or math.isnan(value)
+            else f"{value:.0f}"
+            if value == value // 1
+            else str(value)
+            for value in values.to_pylist()
+        ]
+        return pa.array(shown, pa.string())
+    try:
+        values = values.cast(pa.string())
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        raise UserError(
+            f"'{where}': the column '{name}' holds {plain}; text or numbers are wanted."
+        ) from None
+    return _pc.if_else(_pc.equal(values, ""), pa.scalar(None, pa.string()), values)
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

@@ -95,7 +95,7 @@ class Survey:
                     "choose another, or none."
                 )
             if self._keep:
-                self._add(batch, np.asarray(hash_key(seed, PLAN_TAG, names)))
+                self._add(batch, _keys(seed, names, source.units(batch)))
             if seen:
                 seen(num_images)
         text = "".join(f"{int(part):016x}" for part in digest)
@@ -180,6 +180,17 @@ class Survey:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _keys(
+    seed: int, names: npt.NDArray[np.uint64], units: npt.NDArray[np.uint64] | None
+) -> npt.NDArray[np.uint64]:
+    """The place of each entry in the plan: by the hash of its name; by that of its unit before it, where there is one."""
+    keys = np.asarray(hash_key(seed, PLAN_TAG, names))
+    if units is None:
+        return keys
+    half = np.uint64(32)
+    return np.asarray(hash_key(seed, PLAN_TAG, units)) >> half << half | keys >> half
 
 
 def class_order(classes: set[str]) -> list[str]:

@@ -64,19 +64,18 @@ class ListSource(Source):
         self._where = where
         listed = self._open()
         self._row_word = listed.row_word
-        self._notes: list[str] = []
         self._warnings: list[str] = []
         self._protocols = {"file"}  # of URLs, that are known to be readable
         self._missing: list[str] = []  # the warning about it, if any
         self._columns = {
             role: found
             for role in USUAL
-            if (found := _choose(listed, role, getattr(options, f"{role}_column"))) is not None
+            if (found := choose(listed, role, getattr(options, f"{role}_column"))) is not None
         }
         self._check_label(listed)
-        names = self._extra_names(listed)
+        names, self._notes = extra_columns(listed, set(self._columns.values()))
         types = listed.types(list(names))
-        self._extra = {name: kind for name, kind in zip(names, types, strict=True) if not _is_binary(kind)}
+        self._extra = {name: kind for name, kind in zip(names, types, strict=True) if not is_binary(kind)}
         binary = [name for name in names if name not in self._extra]
         if binary:
             self._warnings.append(f"columns of binary data are left out: {', '.join(binary)}.")
@@ -95,29 +94,6 @@ class ListSource(Source):
                 f"the column '{name}' holds {kind}, several labels an image: kept in the sample table and the JSON, but there is one "
                 "label a sample, so the samples have none."
             )
-
-    def _extra_names(self, listed: ListFile) -> dict[str, str]:
-        """Column in the list -> column in the table."""
-        taken = {*ENTRIES.names, *layout.SCHEMA.names, "position"}
-        used = set(self._columns.values())
-        names, renamed = {}, []
-        for name in listed.columns:
-            if name in used:
-                continue
-            names[name] = name
-            if name in taken or name.startswith("_"):
-                names[name] = RENAMED + name.lstrip("_")
-                renamed.append(f"{name} as {names[name]}")
-        if renamed:
-            self._notes.append(
-                f"Kept under another name, since the sample table has its own: {', '.join(renamed)}."
-            )
-        both = sorted(name for name in names.values() if list(names.values()).count(name) > 1)
-        if both:
-            raise UserError(
-                f"'{self._where}': two columns would be named '{both[0]}' in the sample table; rename one."
-            )
-        return names
 
     def settings(self) -> dict[str, Any]:
         """Which columns are read as what, and the root's own name."""
@@ -208,7 +184,7 @@ class ListSource(Source):
 
     def read(self, row: dict[str, Any]) -> Picture:
         """The file's bytes, and its mask's."""
-        place, name = self._find(row["source"])
+        place, name = find_file(row["source"], self._root)
         if place.local is None and place is not self._root:
             try:
                 data = place.read(name)
@@ -218,18 +194,20 @@ class ListSource(Source):
             raise BadImage("cannot be read: its folder is not there")
         else:
             data = read_file(place, name, row["bytes"])
-        return Picture(data, read_mask(*self._find(row["mask"])) if row["mask"] else None)
+        return Picture(data, read_mask(*find_file(row["mask"], self._root)) if row["mask"] else None)
 
-    def _find(self, path: str) -> tuple[Place, str]:
-        if "\0" in path:
-            raise BadImage(f"its path {path!r} has a null character in it")
-        if "://" in path:
-            folder, name = split_url(path)
-            return _place(folder), name
-        if os.path.isabs(path):
-            return LocalPlace(os.path.dirname(path)), os.path.basename(path)
-        # An object store takes `..` for a name.
-        return self._root, path if self._root.local else posixpath.normpath(path)
+
+def find_file(path: str, root: Place) -> tuple[Place, str]:
+    """The place of a file that a table names, and its name there; `root`: where relative ones start. BadImage for a null character."""
+    if "\0" in path:
+        raise BadImage(f"its path {path!r} has a null character in it")
+    if "://" in path:
+        folder, name = split_url(path)
+        return _place(folder), name
+    if os.path.isabs(path):
+        return LocalPlace(os.path.dirname(path)), os.path.basename(path)
+    # An object store takes `..` for a name.
+    return root, path if root.local else posixpath.normpath(path)
 
 
 @functools.lru_cache(maxsize=64)
@@ -237,11 +215,38 @@ def _place(url: str) -> Place:
     return open_place(url)
 
 
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+def extra_columns(listed: ListFile, used: set[str]) -> tuple[dict[str, str], list[str]]:
+    """The columns of a table that are not `used`: their names in it -> those in the sample table; and what the user should know."""
+    taken = {*ENTRIES.names, *layout.SCHEMA.names, "position"}
+    names, renamed, notes = {}, [], []
+    for name in listed.columns:
+        if name in used:
+            continue
+        names[name] = name
+        if name in taken or name.startswith("_"):
+            names[name] = RENAMED + name.lstrip("_")
+            renamed.append(f"{name} as {names[name]}")
+    if renamed:
+        notes.append(f"Kept under another name, since the sample table has its own: {', '.join(renamed)}.")
+    both = sorted(name for name in names.values() if list(names.values()).count(name) > 1)
+    if both:
+        raise UserError(
+            f"'{listed.where}': two columns would be named '{both[0]}' in the sample table; rename one."
+        )
+    return names, notes
 
 
-def _choose(listed: ListFile, role: str, wanted: str) -> str | None:
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether a column holds bytes."""
+    return (
+        str(kind) == "binary_view"
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
+
+
+def choose(listed: ListFile, role: str, wanted: str) -> str | None:
     """The column for a role: the one wanted, else the first usual one; None where there is none."""
     known = list(listed.columns)
     if wanted == NO_COLUMN and wanted not in known and role != "path":

@@ -39,8 +39,8 @@ def open_source(
     if mask_suffix and not masks:
         raise UserError(f"--mask-suffix '{mask_suffix}' needs --masks FOLDER.")
     lists, rasters, tars = lists or ListOptions(), rasters or RasterOptions(), tars or TarOptions()
-    kind = _kind(where, rasters)
-    if kind != "list":
+    kind = _kind(where, rasters, lists)
+    if kind not in ("list", "parquet"):
         _refuse(lists, f"a list ({', '.join(LISTS)})", where)
     if kind != "tars":
         _refuse(tars, "tars", where)
@@ -49,7 +49,7 @@ def open_source(
         _refuse(rasters, *what)
     if only and kind != "shards":
         raise UserError(f"--only {only} goes with a finished shard folder, and '{where}' is none.")
-    if masks and kind == "list":
+    if masks and kind in ("list", "parquet"):
         raise UserError("--masks goes with a folder; in a list, --mask-column names the column of the masks.")
     if masks and kind in ("tars", "shards"):
         raise UserError(f"--masks goes with a folder of images or rasters; '{where}' has its masks inside.")
@@ -67,7 +67,12 @@ def open_source(
         from shards.tars import TarSource
 
         source = TarSource(where, tars)
-        whole = source.searches
+        whole = source.files.searches
+    elif kind == "parquet":
+        from shards.image_tables import ImageTableSource
+
+        source = ImageTableSource(where, lists)
+        whole = source.files.searches
     elif kind == "shards":
         from shards.reshard import ShardFolderSource, read_only
 
@@ -80,17 +85,19 @@ def open_source(
     return source
 
 
-def _kind(where: str, rasters: RasterOptions) -> str:
+def _kind(where: str, rasters: RasterOptions, lists: ListOptions) -> str:
+    from shards.file_sets import holds_only, is_pattern
     from shards.places import open_place
     from shards.reshard import is_shard_folder
-    from shards.tars import is_pattern, looks_like_tars
 
     if not _is_folder(where):
         name = where.partition("?")[0].lower()
-        if name.endswith(LISTS):
+        if name.endswith(LISTS) and not (name.endswith(".parquet") and _holds_images(where, lists)):
             return "list"
         if rasters.tile:
             return "rasters"
+        if name.endswith(".parquet"):
+            return "parquet"
         if name.endswith(".tar") or is_pattern(where):
             return "tars"
     if rasters.tile:
@@ -102,7 +109,21 @@ def _kind(where: str, rasters: RasterOptions) -> str:
     place = open_place(where)
     if is_shard_folder(place):
         return "shards"
-    return "tars" if looks_like_tars(place) else "folder"
+    if holds_only(place, ".parquet"):
+        return "parquet"
+    return "tars" if holds_only(place, ".tar") else "folder"
+
+
+def _holds_images(where: str, lists: ListOptions) -> bool:
+    from shards.file_sets import is_pattern
+    from shards.image_columns import holds_images
+    from shards.places import open_place
+    from shards.sources import split_url
+
+    if is_pattern(where):
+        return True
+    folder, name = split_url(where)
+    return holds_images(open_place(folder), name, lists)
 
 
 def _is_folder(where: str) -> bool:

@@ -18,10 +18,10 @@ NO_COLUMN = "none"  # switches off the search for a column
 
 @dataclass(frozen=True)
 class ListOptions:
-    """Of a list: CSV, TSV or Parquet with one image a row."""
+    """Of a list: CSV, TSV or Parquet with one image a row, by its path or, in Parquet, as its bytes."""
 
     path_column: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
-    """Column of the paths. Left out: the first of path, image, file, filename, url and the like."""
+    """Column of the paths, or of the images. Left out: the first of path, image, file, filename, url and the like."""
     label_column: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
     """Column of the class labels. Left out: label, class or the like, where there is one; none: no labels."""
     mask_column: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""

@@ -75,6 +75,11 @@ class Source:
         """
         raise NotImplementedError
 
+    def units(self, batch: pa.RecordBatch) -> npt.NDArray[np.uint64] | None:
+        """What is best read together: entries with the same number, (N,) uint64, follow one another in the plan, shuffled among
+        themselves. None: each stands alone."""
+        return None
+
     def read(self, row: dict[str, Any]) -> Picture:
         """One entry. Raises BadImage for what is wrong with it alone, UserError where the whole source has gone away."""
         raise NotImplementedError

@@ -130,18 +130,3 @@ def split_name(name: str) -> tuple[str, str] | None:
     if not found or "__MACOSX/" in name or re.fullmatch(r"__[^/]*__", name):
         return None
     return found[1], found[2].lower()
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """`a-{000..012}.tar` as WebDataset writes it: the 13 names. A pattern without numbers in braces is its only name."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not found:
-        return [pattern]
-    first, last = found[1], found[2]
-    width = len(first) if first.startswith("0") else 0
-    numbers = (f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
-    return [
-        name
-        for number in numbers
-        for name in expand_braces(pattern[: found.start()] + number + pattern[found.end() :])
-    ]

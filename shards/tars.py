@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -14,11 +13,11 @@ from xxhash import xxh3_64_intdigest
 
 from shards import sources
 from shards.errors import UserError
+from shards.file_sets import FileSet
 from shards.options import TarOptions
 from shards.pixels import BadImage
-from shards.places import Place, open_place
-from shards.sources import Picture, Source, entry_batch, read_file, split_url
-from shards.tar_files import Archive, Cut, TarMember, expand_braces, split_name
+from shards.sources import Picture, Source, entry_batch, read_file
+from shards.tar_files import Archive, Cut, TarMember, split_name
 from shards.tar_labels import Rule, describe
 
 _IMAGES = {suffix.removeprefix(".") for suffix in sources.SUFFIXES}
@@ -68,18 +67,8 @@ class TarSource(Source):
     def __init__(self, where: str, options: TarOptions | None = None):
         self._label_from = (options or TarOptions()).label_from
         self._rule = Rule.of(options or TarOptions())
-        if where.lower().endswith(".tar") or is_pattern(where):
-            folder, self._pattern = _split_pattern(where)
-            self.name = self._pattern
-            self.place = open_place(folder)
-            # Whether tars in folders below count too, so that DEST must not be one of these.
-            self.searches = "*" in self._pattern and "/" in self._pattern
-        else:
-            self.place = open_place(where)
-            self.place.check_folder("SOURCE")
-            self._pattern = "*.tar"
-            self.name = self.place.name
-            self.searches = True
+        self.files = FileSet(where, ".tar")
+        self.place, self.name = self.files.place, self.files.name
         self._clear()
 
     def _clear(self) -> None:
@@ -93,37 +82,14 @@ class TarSource(Source):
     def settings(self) -> dict[str, Any]:
         """Which tars, and where classes come from, if that was told."""
         told = {} if self._label_from == "auto" else {"label_from": self._label_from}
-        return {"tars": self._pattern} | told
-
-    def _tars(self) -> Iterator[tuple[str, int]]:
-        names = expand_braces(self._pattern)
-        if "*" not in self._pattern:
-            for name in names:
-                yield name, self._size(name)
-            return
-        found = False
-        for name, size in self._below():
-            if any(_matches(name, one) for one in names):
-                found = True
-                yield name, self._size(name) if size is None else size
-        if not found:
-            raise UserError(f"'{self.place.url}' holds no file '{self._pattern}'; check the path of SOURCE.")
-
-    def _below(self) -> Iterator[tuple[str, int | None]]:
-        return self.place.walk() if "/" in self._pattern else ((name, None) for name in self.place.names())
-
-    def _size(self, name: str) -> int:
-        size = self.place.size(name)
-        if size is None:
-            raise UserError(f"there is no file '{self.place / name}'; check the path of SOURCE.")
-        return size
+        return {"tars": self.files.pattern} | told
 
     def entries(self) -> Iterator[pa.RecordBatch]:
         """See `Source.entries`. Reads the headers of all tars, and their small `.cls` and `.json`."""
         self._clear()
         rows: list[dict[str, Any]] = []
         num_images = 0
-        for tar, size in self._tars():
+        for tar, size in self.files.sizes():
             self._num_tars += 1
             for row in self._tar(tar, size):
                 num_images += len(row["window"]) > 1
@@ -137,7 +103,7 @@ class TarSource(Source):
             reason = f": {self._cut[0]}" if self._cut else ""
             seen = ", ".join(f"{count} {ext}" for ext, count in self._others.most_common(5))
             raise UserError(
-                f"'{self.place / self._pattern}' holds no images{reason or (f', only {seen}' if seen else '')}. Images are files "
+                f"'{self.place / self.files.pattern}' holds no images{reason or (f', only {seen}' if seen else '')}. Images are files "
                 f"named {', '.join(sources.SUFFIXES)}."
             )
 
@@ -288,26 +254,6 @@ class TarSource(Source):
         return Picture(data, mask, facts)
 
 
-def _split_pattern(where: str) -> tuple[str, str]:
-    """The folder before the first part with `*` or `{`, and the pattern below it."""
-    parts = where.split("/")
-    magic = [i for i, part in enumerate(parts) if is_pattern(part)]
-    if not magic:
-        return split_url(where)
-    return "/".join(parts[: magic[0]]) or ("/" if where.startswith("/") else "."), "/".join(parts[magic[0] :])
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a name fits a pattern part by part: `*` stands for no slash."""
-    parts, wanted = name.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
-
-
-def is_pattern(where: str) -> bool:
-    """Whether a SOURCE names several tars: with `*`, or with numbers in braces."""
-    return "*" in where or expand_braces(where) != [where]
-
-
 def _batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
     names = ("source", "path", "window", "bytes", "label", "mask", "mask_window", "group")
     return entry_batch({name: [row.get(name) for row in rows] for name in names})
@@ -328,12 +274,3 @@ def _facts(data: bytes) -> dict[str, Any]:
 
 def _more(names: list[str]) -> str:
     return f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-
-
-def looks_like_tars(place: Place) -> bool:
-    """Whether a folder holds tars and neither images nor folders, hidden ones aside."""
-    names = [name for name in place.names() if not name.startswith(".")]
-    tars = [name for name in names if name.lower().endswith(".tar")]
-    if not tars or any(name.lower().endswith(sources.SUFFIXES) for name in names):
-        return False
-    return place.local is None or not any((place.local / name).is_dir() for name in names)

@@ -19,11 +19,12 @@ from PIL import Image
 from shards import layout
 from shards.convert import convert
 from shards.errors import UserError
+from shards.file_sets import expand_braces
 from shards.opening import open_source
 from shards.options import ListOptions
 from shards.places import open_place
 from shards.read import ShardSet
-from shards.tar_files import Cut, TarMember, expand_braces, members, split_name
+from shards.tar_files import Cut, TarMember, members, split_name
 from shards.tars import TarSource
 from tests.pictures import encoded, fingerprints, picture
 from tests.shards.test_lists import samples_json
