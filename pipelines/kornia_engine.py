@@ -2,14 +2,17 @@
 
 Kornia's augmentation classes draw one order of colour jitter per batch and blend what was not chosen; its functions, called here on
 the samples that were drawn, take a factor per sample and so do exactly what the records say. How far the result is from the reference
-is Kornia's own: crops are sampled bilinearly without antialiasing, pixels are not rounded to 8 bits between operations, and the blur
+is Kornia's own: crops are sampled bilinearly without antialiasing, pixels are not rounded to 8 bits after the crop, and the blur
 is a true Gaussian where Pillow's is three box filters. `fastssl bench fidelity` measures it.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import kornia.color
 import kornia.enhance
@@ -25,7 +28,8 @@ from pipelines.engines import refuse_bicubic, refuse_channels, refuse_unknown
 from pipelines.gpu_kernels import unit_noise
 from pipelines.recipe import Recipe
 
-CHUNK = 32  # images worked on at a time, which bounds the memory of their padded crops
+# Images worked on at a time. A GPU wants many, bounded by the memory of their padded crops; a core few, which stay in its cache.
+CHUNK = {"cuda": 32, "cpu": 4}
 BLUR_TAPS = 13  # 2 ceil(3 sigma) + 1 for the widest blur, sigma 2
 KNOWN = (
     "top left height width jitter order brightness contrast saturation hue gray sigma solarize hflip vflip"
@@ -43,20 +47,28 @@ class KorniaEngine(BatchEngine):
         super().__init__(recipe)
         self._device = torch.device(options.device)
         self._mean, self._std = (torch.tensor(x, device=self._device) for x in (recipe.mean, recipe.std))
+        self._pool = None
+        if self._device.type == "cpu" and options.threads > 1:
+            self._pool = ThreadPoolExecutor(
+                options.threads, "kornia", initializer=_alone, initargs=(torch.get_num_threads(),)
+            )
 
-    @torch.no_grad()
     def render(self, items: Sequence[np.ndarray], draws: np.ndarray) -> list[Tensor]:
         """As `BatchEngine.render`."""
         refuse_unknown("kornia", draws, KNOWN)
-        views = []
-        for number, of_view in enumerate(draws):
-            size = self.recipe.side(number)
-            made = torch.empty((len(items), 3, size, size), device=self._device)
-            for start in range(0, len(items), CHUNK):
-                part = slice(start, start + CHUNK)
-                made[part] = self._view(items[part], of_view[part], size)
-            views.append(self.erase(made, of_view))
-        return views
+        sides = [self.recipe.side(view) for view in range(len(draws))]
+        views = [torch.empty((len(items), 3, side, side), device=self._device) for side in sides]
+
+        def make(part: slice) -> None:
+            with torch.no_grad():
+                for view, of_view, side in zip(views, draws, sides, strict=True):
+                    view[part] = self._view(items[part], of_view[part], side)
+
+        size = CHUNK[self._device.type]
+        parts = [slice(start, start + size) for start in range(0, len(items), size)]
+        for _ in self._pool.map(make, parts) if self._pool else map(make, parts):
+            pass
+        return [self.erase(view, of_view) for view, of_view in zip(views, draws, strict=True)]
 
     def _view(self, items: Sequence[np.ndarray], draws: np.ndarray, size: int) -> Tensor:
         """One view of some images: float32 (N, 3, S, S), normalised."""
@@ -90,24 +102,11 @@ class KorniaEngine(BatchEngine):
         return kornia.enhance.normalize(x, self._mean, self._std)
 
     def _crop(self, items: Sequence[np.ndarray], draws: np.ndarray, size: int) -> Tensor:
-        """Crop and resize by `crop_and_resize`: float32 (N, 3, S, S) in [0, 1].
-
-        Its boxes name the centres of the corner pixels that are sampled. The centre of output pixel i lies at (i + 1/2) h / S - 1/2
-        of a crop of h pixels, so the box reaches from h / 2S - 1/2 to h - h / 2S - 1/2: with the crop's own corners instead, the
-        picture would be squeezed by a pixel. Where that leaves the crop, its outermost pixels repeat.
-        """
+        """Crop and resize: float32 (N, 3, S, S) in [0, 1]."""
         crops = [_cut(pixels, draw, size) for pixels, draw in zip(items, draws, strict=True)]
-        heights, widths = (np.array([crop.shape[axis] - 2 for crop in crops]) for axis in (0, 1))
-        canvas = np.zeros((len(crops), heights.max() + 2, widths.max() + 2, 3), dtype=np.uint8)
-        for place, crop in zip(canvas, crops, strict=True):
-            place[: crop.shape[0], : crop.shape[1]] = crop
-        # 1 is the width of the border that `_cut` repeats.
-        low_y, low_x = (1 + side / (2 * size) - 0.5 for side in (heights, widths))
-        high_y, high_x = (1 + side - side / (2 * size) - 0.5 for side in (heights, widths))
-        corners = [(low_x, low_y), (high_x, low_y), (high_x, high_y), (low_x, high_y)]
-        boxes = self._tensor(np.stack([np.stack(corner, axis=1) for corner in corners], axis=1))
-        sources = torch.from_numpy(canvas).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-        return geometry.crop_and_resize(sources.float() / 255, boxes, (size, size))
+        if self._device.type == "cpu":
+            return resize_each(crops, size)
+        return resize_together(crops, size, self._device)
 
     def _jitter(self, x: Tensor, draws: np.ndarray) -> None:
         """Colour jitter in place, the parts of each sample in its own order."""
@@ -126,8 +125,48 @@ class KorniaEngine(BatchEngine):
         return torch.from_numpy(values.astype(np.float32)).to(self._device, non_blocking=True)
 
 
+def resize_each(crops: Sequence[np.ndarray], size: int) -> Tensor:
+    """Resize crops, uint8 (H, W, 3), by `resize`, which is fast for bytes on a CPU: float32 (N, 3, S, S) in [0, 1]."""
+    resized = [
+        geometry.resize(torch.from_numpy(crop).permute(2, 0, 1), (size, size), align_corners=False)
+        for crop in crops
+    ]
+    return torch.stack(resized).float().div_(255)
+
+
+def resize_together(crops: Sequence[np.ndarray], size: int, device: torch.device) -> Tensor:
+    """Resize crops, uint8 (H, W, 3), by `crop_and_resize`, in few kernels of a GPU: float32 (N, 3, S, S) in [0, 1].
+
+    Its boxes name the centres of the corner pixels that are sampled. The centre of output pixel i lies at (i + 1/2) h / S - 1/2 of a
+    crop of h pixels, so the box reaches from h / 2S - 1/2 to h - h / 2S - 1/2: with the crop's own corners instead, the picture would
+    be squeezed by a pixel. Where that leaves the crop, its outermost pixels repeat.
+    """
+    heights, widths = (np.array([crop.shape[axis] for crop in crops]) for axis in (0, 1))
+    canvas = np.zeros((len(crops), heights.max() + 2, widths.max() + 2, 3), dtype=np.uint8)
+    for place, crop in zip(canvas, crops, strict=True):
+        place[: crop.shape[0] + 2, : crop.shape[1] + 2] = np.pad(crop, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    # 1 is the width of that border.
+    low_y, low_x = (1 + side / (2 * size) - 0.5 for side in (heights, widths))
+    high_y, high_x = (1 + side - side / (2 * size) - 0.5 for side in (heights, widths))
+    corners = [(low_x, low_y), (high_x, low_y), (high_x, high_y), (low_x, high_y)]
+    boxes = np.stack([np.stack(corner, axis=1) for corner in corners], axis=1).astype(np.float32)
+    sources = torch.from_numpy(canvas).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    placed = torch.from_numpy(boxes).to(device, non_blocking=True)
+    return geometry.crop_and_resize(sources.float() / 255, placed, (size, size))
+
+
+def _alone(others: int) -> None:
+    """Let torch use no further threads in the calling thread, and `others` in threads that start later, as before."""
+    torch.get_num_threads()  # a thread takes the common number at the first use of it: not after the next line
+    torch.set_num_threads(1)
+    # It also sets what new threads begin with, which another thread has to set right.
+    restore = threading.Thread(target=partial(torch.set_num_threads, others))
+    restore.start()
+    restore.join()
+
+
 def _cut(pixels: np.ndarray, draw: np.void, size: int) -> np.ndarray:
-    """The crop of an image, uint8 (H + 2, W + 2, 3): its outermost pixels are repeated once on each side.
+    """The crop of an image, uint8 (H, W, 3).
 
     A crop of twice the view's side or more is first averaged in whole blocks, because bilinear sampling would leave out pixels.
     """
@@ -139,7 +178,7 @@ def _cut(pixels: np.ndarray, draw: np.void, size: int) -> np.ndarray:
         # Blocks of nearly one size that fill the crop, so that its scale stays a single number.
         planes = F.adaptive_avg_pool2d(planes, (math.ceil(height / blocks[0]), math.ceil(width / blocks[1])))
         crop = planes[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
-    return np.pad(crop, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    return crop
 
 
 def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:

@@ -1,15 +1,18 @@
 """The Kornia engine: what it measures against the reference, in 0..255 levels, and that batches change nothing."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from numpy.lib import recfunctions
 
+from pipelines.batch_engine import BatchOptions
 from pipelines.draws import draw
 from pipelines.engines import make_engine, refuse_deep, refuse_unknown
-from pipelines.kornia_engine import KNOWN
+from pipelines.kornia_engine import KNOWN, KorniaEngine, resize_each, resize_together
 from pipelines.recipe import RECIPES, Recipe
 from shards.errors import UserError
 from tests.pictures import colours, encoded, photo
@@ -17,6 +20,7 @@ from tests.pipelines.alone import in_batch_and_alone
 from tests.pipelines.fidelity_check import UNNORMALISED, differences, draws_of
 
 pytest.importorskip("kornia")
+
 WHOLE = {"top": 0, "left": 0, "height": 48, "width": 48}
 AS_STORED = dataclasses.replace(RECIPES["satellite"], size=48, **UNNORMALISED)
 
@@ -25,6 +29,36 @@ def test_crops_are_within_what_was_measured():
     """Bilinear without antialiasing: small where a crop is shrunk little."""
     made = [differences("kornia", photo(100, 80, seed), draws_of((100, 80), seed), 56) for seed in range(10)]
     assert np.mean(made) < 1.5
+
+
+def test_both_ways_to_resize_are_one_up_to_rounding():
+    """One crop at a time, as on a CPU, and all in one canvas, as on a GPU: enlarged, shrunk, a line of pixels."""
+    sizes = ((30, 40), (56, 56), (90, 70), (111, 12), (1, 20))
+    crops = [np.array(photo(width, height, height)) for height, width in sizes]
+    each, together = resize_each(crops, 56), resize_together(crops, 56, torch.device("cpu"))
+    assert each.shape == (5, 3, 56, 56)
+    assert (each - together).abs().max() * 255 < 1.02  # weights of 16 bits, and rounded to a level
+    assert (each - together).abs().mean() * 255 < 0.3
+
+
+def test_threads_of_its_own_leave_those_of_others_as_they_were():
+    """Each of its threads computes alone; the caller's and later threads keep the number that the user has set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        recipe = Recipe(size=16)
+        engine = KorniaEngine(recipe, BatchOptions(threads=2))
+        seen = []
+        of_a_view = engine._view
+        engine._view = lambda *of: (seen.append(torch.get_num_threads()), of_a_view(*of))[1]
+        draws = draw(recipe, 0, 0, np.arange(9), np.full(9, 30), np.full(9, 20))
+        engine.render([np.array(photo(30, 20, i)) for i in range(9)], draws)
+        assert seen == [1] * 6  # three chunks, two views
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_large_crops_do_not_alias():
