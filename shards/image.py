@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import posixpath
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -339,8 +340,13 @@ def _upright_8_bit(image: Image.Image, turn: int, alpha: str) -> Image.Image:
 def _kept(kind: str, name: str) -> str:
     if name.endswith(_SUFFIXES[kind]):
         return "kept"
-    suffix = posixpath.splitext(name)[1].lower()
-    return "kept" if suffix in _SUFFIXES[kind] else f"kept: {kind} named {suffix or 'without extension'}"
+    # Behind the @ stands where a tar holds a name again, or the row of a table, whose name says nothing of its images.
+    suffix = posixpath.splitext(re.sub(r"@\d+$", "", name))[1].lower()
+    return (
+        "kept"
+        if suffix in (*_SUFFIXES[kind], ".parquet")
+        else f"kept: {kind} named {suffix or 'without extension'}"
+    )
 
 
 def _has_alpha(image: Image.Image) -> bool:

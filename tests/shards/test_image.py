@@ -152,6 +152,12 @@ def test_the_content_decides_not_the_name():
     data = CLEAN["rgb.png"]
     stored = prove(data, "deep/er/a.JPG")
     assert (stored.data, stored.ext, stored.how) == (data, "png", "kept: PNG named .jpg")
+    assert (
+        prove(CLEAN["rgb.jpg"], "x.tar/a.jpg@512").how
+        == prove(CLEAN["rgb.jpg"], "x.parquet@17").how
+        == "kept"
+    )
+    assert prove(CLEAN["rgb.jpg"], "x.tar/a.png@512").how == "kept: JPEG named .png"
     assert prove(CLEAN["rgb.jpg"], "a").how == "kept: JPEG named without extension"
 
 
