@@ -33,21 +33,34 @@ _ALL_DIFFERENT = {
 def merge(dest: Place, plan: Plan) -> Manifest:
     """Writes the sample table and the quarantine, and returns the manifest, which is not written yet.
 
-    Every shard must be finished. Raises UserError where no image of any shard is good.
+    Every shard must be finished. Memory does not grow with the number of refused images. Raises UserError where no image of any shard
+    is good; the quarantine is written then, too.
     """
-    quarantined: list[dict[str, Any]] = []
     files: dict[int, ShardFile] = {}
     statistics = Statistics()
-    for shard in range(plan.num_shards):
-        marks = _marks(dest, shard)
-        quarantined += marks.quarantined
-        statistics.merge(Statistics.from_json(marks.statistics))
-        if marks.shard:
-            files[shard] = marks.shard
+    first_bad: list[dict[str, Any]] = []
+
+    def write_quarantine(file: BinaryIO) -> int:
+        num_bad = 0
+        for shard in range(plan.num_shards):
+            marks = _marks(dest, shard)
+            for bad in marks.quarantined:
+                file.write((json.dumps(bad, ensure_ascii=False, sort_keys=True) + "\n").encode())
+            num_bad += len(marks.quarantined)
+            first_bad.extend(marks.quarantined[: 3 - len(first_bad)])
+            statistics.merge(Statistics.from_json(marks.statistics))
+            if marks.shard:
+                files[shard] = marks.shard
+        return num_bad
+
+    num_quarantined = dest.write(layout.QUARANTINE, write_quarantine)
+    assert num_quarantined is not None, "what is written tells how much it was"
     dropped = read_dropped(dest)
     if not files:
-        first = "; ".join(f"{bad['source']}: {bad['reason']}" for bad in quarantined[:3])
-        raise UserError(f"none of the {len(quarantined)} images can be used. The first: {first}.")
+        first = "; ".join(f"{bad['source']}: {bad['reason']}" for bad in first_bad)
+        raise UserError(
+            f"none of the {num_quarantined:,} images can be used. The first: {first}. All stand in '{dest / layout.QUARANTINE}'."
+        )
     made = list(files)
     first_equal = first_equals(dest, made) if plan.settings.dedupe != "keep" else None
     sums = _Sums()
@@ -66,15 +79,13 @@ def merge(dest: Place, plan: Plan) -> Manifest:
                 writer.write_table(pa.table(columns, schema=schema))
 
     dest.write(layout.TABLE, write)
-    lines = "".join(json.dumps(bad, ensure_ascii=False, sort_keys=True) + "\n" for bad in quarantined)
-    dest.write(layout.QUARANTINE, lines.encode())
     settings = plan.settings
     return Manifest(
         source=settings.source,
         kind=settings.kind,
         seed=settings.seed,
         num_samples=sums.num_samples,
-        num_quarantined=len(quarantined),
+        num_quarantined=num_quarantined,
         num_duplicates=sums.num_duplicates + len(dropped),
         dedupe=settings.dedupe,
         samples_per_shard=settings.samples_per_shard,

@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,8 @@ def _fault_of(promise: Promise, name: str) -> str:
                 return "is of another conversion than the manifest: their settings differ"
             wanted, what = settings.num_images, "images"
         elif name == layout.QUARANTINE:
-            return _quarantine_fault(place.read(name), manifest)
+            with place.open(name) as file:
+                return _quarantine_fault(file, manifest)
         else:
             wanted, what = sum(file.num_samples for file in promise.files), "samples"
             if name == layout.DROPPED:
@@ -242,8 +243,8 @@ def _fault_of(promise: Promise, name: str) -> str:
     return ""
 
 
-def _quarantine_fault(data: bytes, manifest: Manifest | None) -> str:
-    lines = data.splitlines()
+def _quarantine_fault(lines: Iterable[bytes], manifest: Manifest | None) -> str:
+    number = 0
     for number, line in enumerate(lines, 1):
         try:
             if set(json.loads(line)) >= {"source", "reason", "position"}:
@@ -251,10 +252,8 @@ def _quarantine_fault(data: bytes, manifest: Manifest | None) -> str:
         except (ValueError, TypeError):
             pass
         return f"line {number} is damaged"
-    if manifest and len(lines) != manifest.num_quarantined:
-        return (
-            f"has {len(lines):,} lines, but the manifest counts {manifest.num_quarantined:,} refused images"
-        )
+    if manifest and number != manifest.num_quarantined:
+        return f"has {number:,} lines, but the manifest counts {manifest.num_quarantined:,} refused images"
     return ""
 
 
