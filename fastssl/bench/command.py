@@ -12,6 +12,7 @@ SUBCOMMANDS = {
     "step": LADDER,
     "shard": "fastssl.bench.shard",
     "plan": "fastssl.bench.plan",
+    "start": "fastssl.bench.start",
 }
 USAGE = """usage: fastssl bench CONFIG [options]            where a run's time goes, rung by rung, and the switch to try
        fastssl bench loader SHARDS [options]     images per second from shards to views, beside other loaders
@@ -19,6 +20,7 @@ USAGE = """usage: fastssl bench CONFIG [options]            where a run's time g
        fastssl bench fidelity SHARDS [options]   how far each engine's views are from the reference, in grey levels
        fastssl bench shard FOLDER [options]      images per second from JPEG files to shards, beside other writers
        fastssl bench plan [options]              time and memory of planning for 10 million images
+       fastssl bench start SHARDS [options]      time and memory to the first batch of a million samples
 
 `fastssl bench CONFIG --help`, `fastssl bench loader --help` and so on explain the options."""
 

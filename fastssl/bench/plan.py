@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from fastssl.bench.fresh import in_fresh_process, peak_bytes
 from fastssl.bench.report import busy, machine, write_report
 from shards.errors import UserError
 from shards.files import check_output
@@ -98,24 +97,14 @@ def measure(num_entries: int, out: str = "", in_memory: int | None = None) -> di
 
     `in_memory`: entries above which they are sorted on disk, in place of `shards.listing.IN_MEMORY`.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
     with tempfile.TemporaryDirectory(dir=out or None, prefix="fastssl-bench-") as folder:
-        process = context.Process(target=_plan, args=(theirs, num_entries, folder, in_memory))
-        process.start()
-        theirs.close()
         try:
-            return ours.recv()
-        except EOFError:
-            process.join()
-            raise UserError(
-                f"planning ended with exit code {process.exitcode}; if memory or disk ran out, take fewer --entries."
-            ) from None
-        finally:
-            process.join()
+            return in_fresh_process(_plan, num_entries, folder, in_memory)
+        except ChildProcessError as fault:
+            raise UserError(f"planning {fault}; if memory or disk ran out, take fewer --entries.") from None
 
 
-def _plan(pipe: Connection, num_entries: int, folder: str, in_memory: int | None) -> None:
+def _plan(num_entries: int, folder: str, in_memory: int | None) -> dict[str, Any]:
     from shards import listing
     from shards.layout import PLAN
     from shards.places import open_place
@@ -124,32 +113,18 @@ def _plan(pipe: Connection, num_entries: int, folder: str, in_memory: int | None
 
     if in_memory is not None:
         listing.IN_MEMORY = in_memory
-    before, start_s, start_cpu_s = _peak_bytes(), time.perf_counter(), time.process_time()
+    before, start_s, start_cpu_s = peak_bytes(), time.perf_counter(), time.process_time()
     place, source = open_place(folder), Names(num_entries)
     with listing.Survey(source, 0, place.local) as survey:
         survey_s = time.perf_counter() - start_s
         settings = settings_for(source, survey.listing, 0, None, Policy(), "mark")
         plan = write_plan(place, survey, settings)
-    pipe.send(
-        {
-            "survey_s": survey_s,
-            "write_s": time.perf_counter() - start_s - survey_s,
-            "cpu_s": time.process_time() - start_cpu_s,
-            "before_bytes": before,
-            "peak_bytes": _peak_bytes(),
-            "plan_bytes": (Path(folder) / PLAN).stat().st_size,
-            "num_shards": plan.num_shards,
-        }
-    )
-
-
-def _peak_bytes() -> int:
-    """The most memory that this process has held at once."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        [peak] = [line for line in lines if line.startswith("VmHWM:")]
-        return int(peak.split()[1]) * 1024
-    except (OSError, ValueError):  # a system without /proc
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "survey_s": survey_s,
+        "write_s": time.perf_counter() - start_s - survey_s,
+        "cpu_s": time.process_time() - start_cpu_s,
+        "before_bytes": before,
+        "peak_bytes": peak_bytes(),
+        "plan_bytes": (Path(folder) / PLAN).stat().st_size,
+        "num_shards": plan.num_shards,
+    }

@@ -1,0 +1,53 @@
+"""From the start of a process to its first batch, stage by stage. Little is imported at the top, since what is imported counts."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+STAGES = ("python", "imports", "table", "loader", "first batch")
+
+
+def first_batch(
+    began_s: float, folder: str, preset: str, size: int, batch: int, threads: int, engine: str
+) -> dict[str, Any]:
+    """Open shards, make their first batch of views, and say what each stage took.
+
+    Args:
+        began_s: `time.monotonic` of the process that started this one, just before.
+
+    Returns:
+        `stages`: [seconds, CPU seconds of all threads] of each of `STAGES`; `peak_bytes`: the most memory held. The batches after the
+        first are begun meanwhile, as in training, so they have a part in the CPU time.
+    """
+    laps = [_now()]
+    import dataclasses
+
+    from pipelines.loader import open_loader
+    from pipelines.recipe import get_recipe
+    from shards.read import ShardSet
+
+    laps.append(_now())
+    shards = ShardSet.open(folder)
+    laps.append(_now())
+    recipe = dataclasses.replace(get_recipe(preset), size=size)
+    loader = open_loader(shards, recipe, batch=batch, seed=0, threads=threads, engine=engine)
+    laps.append(_now())
+    batches = loader.epoch(0)
+    next(batches)
+    laps.append(_now())
+    batches.close()
+    from fastssl.bench.fresh import peak_bytes
+
+    before = [(began_s, 0.0), *laps[:-1]]
+    stages = {
+        name: [end[0] - start[0], end[1] - start[1]]
+        for name, start, end in zip(STAGES, before, laps, strict=True)
+    }
+    return {"stages": stages, "peak_bytes": peak_bytes()}
+
+
+def _now() -> tuple[float, float]:
+    times = os.times()
+    return time.monotonic(), times.user + times.system

@@ -1,0 +1,45 @@
+"""Measuring in a process of its own, which nothing else has warmed up or filled with memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What `function` returns in a process that starts anew, imports the function's module, and ends.
+
+    Raises:
+        ChildProcessError: it ended without a result; the message is a clause that says how.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_send, args=(theirs, function, args))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        raise ChildProcessError(f"ended with exit code {process.exitcode}") from None
+    finally:
+        process.join()
+
+
+def _send(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    pipe.send(function(*args))
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held at once."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        [peak] = [line for line in lines if line.startswith("VmHWM:")]
+        return int(peak.split()[1]) * 1024
+    except (OSError, ValueError):  # a system without /proc
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
