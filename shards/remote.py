@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import os
 import posixpath
 import random
@@ -25,6 +26,7 @@ SILENCE_S = 30.0  # a connection that gives no byte for so long counts as droppe
 READ_AHEAD_BYTES = 1 << 20
 PIECE_BYTES = 16 << 20  # of a download: what a dropped connection costs
 _HTTP = ("http", "https")
+_GOOGLE = ("gs", "gcs")
 _HOPELESS = (TypeError, ValueError, NotImplementedError, IsADirectoryError, NotADirectoryError)
 
 
@@ -43,6 +45,9 @@ class RemotePlace(Place):
     def _open_store(self) -> None:
         import fsspec
 
+        if self.protocol in _GOOGLE:
+            # Read when gcsfs is imported. Otherwise each call asks for the kind of the bucket, and warns where it may not.
+            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         try:
             self._store, self._root = fsspec.core.url_to_fs(self.url, **_options(self.protocol))
         except ImportError as fault:
@@ -51,8 +56,12 @@ class RemotePlace(Place):
             ) from fault
         except ValueError as fault:
             raise UserError(f"'{self.url}' is of no known protocol ({fault}).") from fault
+        # s3fs tries five times by itself, gcsfs six; ours would multiply them.
         if hasattr(self._store, "retries"):
-            self._store.retries = 1  # s3fs tries five times by itself; ours would multiply them
+            self._store.retries = 1
+        once = getattr(getattr(type(self._store), "_request", None), "__wrapped__", None)
+        if self.protocol in _GOOGLE and once:
+            self._store._request = once.__get__(self._store)
         self._root = self._root.rstrip("/")
 
     def __reduce__(self):
@@ -73,13 +82,15 @@ class RemotePlace(Place):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), what) from fault
             if isinstance(fault, UserError):
                 raise fault
-            if isinstance(fault, PermissionError) or getattr(fault, "status", 0) in (401, 403):
+            if isinstance(fault, PermissionError) or _status(fault) in (401, 403):
                 raise UserError(
                     f"'{what}' may not be used ({_say(fault)}); check the credentials."
                 ) from fault
             if type(fault).__name__ in ("NoCredentialsError", "NoAuthTokenError"):
                 raise UserError(f"'{what}' needs credentials ({_say(fault)}).") from fault
-            if isinstance(fault, _HOPELESS):
+            if isinstance(fault, _HOPELESS) and not isinstance(
+                fault, json.JSONDecodeError
+            ):  # that: half an answer
                 raise UserError(f"'{what}' cannot be used ({_say(fault)}).") from fault
             if attempt == TRIES:
                 raise Unreachable(
@@ -267,13 +278,13 @@ def _options(protocol: str) -> dict[str, Any]:
             "retries": {"total_max_attempts": 1, "mode": "standard"},
             "read_timeout": SILENCE_S,
         }
-    if protocol in _HTTP:
+    if protocol in (*_HTTP, *_GOOGLE):
         with contextlib.suppress(ImportError):  # fsspec then says what is missing
             import aiohttp
 
             # By default a request ends after five minutes, at work or not.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
-            options["client_kwargs"] = {"timeout": timeout}
+            options["client_kwargs" if protocol in _HTTP else "session_kwargs"] = {"timeout": timeout}
     return options
 
 
@@ -282,8 +293,16 @@ def _meant(fault: Exception, protocol: str) -> Exception:
     cause = fault.__cause__
     if protocol in _HTTP and isinstance(fault, FileNotFoundError) and isinstance(cause, Exception):
         return fault if getattr(cause, "status", 0) in (404, 410) else cause
-    return FileNotFoundError() if getattr(fault, "status", 0) == 410 else fault
+    return FileNotFoundError() if _status(fault) == 410 else fault
+
+
+def _status(fault: Exception) -> int:
+    """The HTTP status that a fault tells of, 0 where none."""
+    if str(fault).startswith("Forbidden: "):  # gcsfs
+        return 403
+    code = getattr(fault, "status", 0) or getattr(fault, "code", 0)
+    return code if isinstance(code, int) else 0
 
 
 def _say(fault: Exception) -> str:
-    return str(fault).rstrip(".") or type(fault).__name__
+    return " ".join(str(fault).split()).rstrip(".") or type(fault).__name__

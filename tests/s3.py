@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, Thread
 from pathlib import Path
 from urllib.parse import urlsplit
 
-Fault = str  # "drop", "cut", "short", "500", "503", "404", "stall"
+Fault = str  # "drop", "cut", "short", "stall", or a status such as "503"
 FAULTS = ("drop", "cut", "short", "500", "503")
 
 
@@ -63,11 +63,13 @@ class FaultProxy:
 
     `faults(method, path, count)` gets each request, with the number of requests seen before it, and returns None or one of: "drop",
     which closes the connection with no answer; "cut", which closes it within the body; "short", a whole and consistent answer of half
-    the body; "500", "503", "404"; "stall", silence of `stall_s`. `seen` lists (method, path, range header) of all requests.
+    the body; "stall", silence of `stall_s`; a status such as "503". `condition(method, path, body)` says the same of requests that the
+    server itself ought to refuse. `seen` lists (method, path, range header) of all requests.
     """
 
     def __init__(self, target: str):
         self.faults: Callable[[str, str, int], Fault | None] = lambda method, path, count: None
+        self.condition: Callable[[str, str, bytes], Fault | None] = lambda method, path, body: None
         self.stall_s = 1.0
         self.seen: list[tuple[str, str, str]] = []
         self.num_faults = 0
@@ -79,6 +81,7 @@ class FaultProxy:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # headers and body are two writes: the second would wait for 40 ms
 
             def do_GET(self) -> None:
                 size = int(self.headers.get("Content-Length") or 0)
@@ -88,7 +91,7 @@ class FaultProxy:
                     proxy.seen.append((self.command, self.path, self.headers.get("Range", "")))
                     fault = proxy.faults(self.command, self.path, count)
                     proxy.num_faults += fault is not None
-                self._answer(body, fault)
+                self._answer(body, fault or proxy.condition(self.command, self.path, body))
 
             do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
@@ -97,7 +100,7 @@ class FaultProxy:
                     time.sleep(proxy.stall_s)
                 if fault == "drop":
                     return self._hang_up()
-                if fault in ("404", "500", "503"):
+                if fault and fault.isdigit():
                     self.send_response(int(fault))
                     self.send_header("Content-Length", "0")
                     return self.end_headers()
