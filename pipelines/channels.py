@@ -80,11 +80,9 @@ def is_deep(pixels: np.ndarray, recipe: Recipe) -> bool:
 def check_operations(recipe: Recipe) -> None:
     """UserError where a recipe draws operations that are not defined for its number of channels."""
     channels = len(recipe.mean)
-    colours = {
-        "saturation": recipe.jitter_p * recipe.saturation,
-        "hue": recipe.jitter_p * recipe.hue,
-        "gray_p": recipe.gray_p,
-    }
+    views = range(recipe.total_views)
+    colours = {name: max(recipe.reach(name, view) for view in views) for name in ("saturation", "hue")}
+    colours["gray_p"] = max(recipe.values("gray_p"))
     drawn = [name for name, strength in colours.items() if strength > 0]
     if channels == 3 or not drawn:
         return

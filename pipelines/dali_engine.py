@@ -219,7 +219,7 @@ def _arguments(recipe: Recipe, view: int, draws: np.ndarray) -> dict[str, np.nda
         "start": start,
         "end": start + np.stack([draws["height"], draws["width"]], axis=1).astype(np.float32),
     }
-    if recipe.jitter_p > 0:
+    if recipe.per_view("jitter_p", view) > 0:
         given |= {
             "jitter": draws["jitter"] > 0,
             "brightness": draws["brightness"].astype(np.float32),
@@ -229,7 +229,7 @@ def _arguments(recipe: Recipe, view: int, draws: np.ndarray) -> dict[str, np.nda
             "levels": np.trunc(draws["hue"] * 255).astype(np.int16).astype(np.uint8),
         }
         given |= {f"part{slot}": parts for slot, parts in enumerate(_slots(draws["order"]))}
-    if recipe.gray_p > 0:
+    if recipe.per_view("gray_p", view) > 0:
         given["gray"] = draws["gray"] > 0
     if recipe.per_view("blur_p", view) > 0:
         given |= {"blurred": draws["sigma"] > 0, "taps": dali_ops.blur_taps(draws["sigma"])}

@@ -106,13 +106,13 @@ def _draw_view(
         _centred_square(recipe, widths, heights, out)
     else:
         _random_resized_crop(recipe, view, key, widths, heights, out)
-    out["jitter"] = u(_JITTER) < recipe.jitter_p
+    out["jitter"] = u(_JITTER) < recipe.per_view("jitter_p", view)
     out["order"] = _ORDERS[(u(_ORDER) * len(_ORDERS)).astype(np.int64)]
     for name, counter in (("brightness", _BRIGHTNESS), ("contrast", _CONTRAST), ("saturation", _SATURATION)):
-        reach = getattr(recipe, name)
+        reach = recipe.per_view(name, view)
         out[name] = between(counter, max(0.0, 1 - reach), 1 + reach)
-    out["hue"] = between(_HUE, -recipe.hue, recipe.hue)
-    out["gray"] = u(_GRAY) < recipe.gray_p
+    out["hue"] = between(_HUE, -recipe.per_view("hue", view), recipe.per_view("hue", view))
+    out["gray"] = u(_GRAY) < recipe.per_view("gray_p", view)
     out["sigma"] = np.where(
         u(_BLUR) < recipe.per_view("blur_p", view), between(_SIGMA, *recipe.blur_sigma), 0
     )

@@ -16,7 +16,7 @@ from PIL import Image
 from pipelines import reference
 from pipelines.draws import draw
 from pipelines.engines import make_engine, whole_batches
-from pipelines.recipe import Recipe
+from pipelines.recipe import JITTER, Recipe
 
 # Operation: the fields of a DRAW record that it keeps; all others are 0, which is nothing. The recipe keeps them all.
 OPERATIONS: dict[str, tuple[str, ...]] = {
@@ -65,6 +65,7 @@ def measure(
         plain,
         num_views=1,
         local_views=0,
+        **{name: max(recipe.values(name)) for name in JITTER},
         jitter_p=1.0,
         gray_p=1.0,
         blur_p=(1.0,),

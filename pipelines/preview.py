@@ -14,7 +14,7 @@ from pipelines.draws import draw, eval_draws
 from pipelines.engines import make_engine
 from pipelines.faults import bad_sample
 from pipelines.masks import decode_mask, mask_view
-from pipelines.recipe import Recipe
+from pipelines.recipe import JITTER, Recipe
 from pipelines.sheet import Display, Sheet, overlay
 from shards.errors import UserError
 from shards.order import epoch_order
@@ -271,15 +271,13 @@ def describe(draw: np.void) -> str:
 
 def _can_happen(op: Operation, recipe: Recipe) -> bool:
     """Whether the recipe's global views may meet an operation that changes something."""
+    views = range(recipe.num_views)
     chances = {
         "crop": 1.0,
-        "brightness": recipe.jitter_p * recipe.brightness,
-        "contrast": recipe.jitter_p * recipe.contrast,
-        "saturation": recipe.jitter_p * recipe.saturation,
-        "hue": recipe.jitter_p * recipe.hue,
-        "gray": recipe.gray_p,
-        "sigma": max(recipe.per_view("blur_p", v) for v in range(recipe.num_views)),
-        "solarize": max(recipe.per_view("solarize_p", v) for v in range(recipe.num_views)),
+        **{name: max(recipe.reach(name, v) for v in views) for name in JITTER},
+        "gray": max(recipe.per_view("gray_p", v) for v in views),
+        "sigma": max(recipe.per_view("blur_p", v) for v in views),
+        "solarize": max(recipe.per_view("solarize_p", v) for v in views),
         "hflip": recipe.hflip_p,
         "vflip": recipe.vflip_p,
         "turns": float(recipe.quarter_turns),

@@ -19,6 +19,13 @@ from shards.errors import UserError, nearest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+JITTER = (
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+)  # the settings of how far each part of colour jitter moves
+PerView = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -43,18 +50,18 @@ class Recipe:
     """Side of the local views, in pixels."""
     local_crop_scale: tuple[float, float] = (0.05, 0.4)
     """Share of the image's area that the crop of a local view covers: least, most."""
-    jitter_p: float = 0.8
-    """Probability of colour jitter."""
-    brightness: float = 0.4
-    """Brightness factor is drawn from [1 - x, 1 + x]."""
-    contrast: float = 0.4
-    """Contrast factor is drawn from [1 - x, 1 + x]."""
-    saturation: float = 0.2
-    """Saturation factor is drawn from [1 - x, 1 + x]."""
-    hue: float = 0.1
-    """Hue shift is drawn from [-x, x], in turns of the colour circle; at most 0.5."""
-    gray_p: float = 0.2
-    """Probability of turning to greyscale."""
+    jitter_p: PerView = 0.8
+    """Probability of colour jitter: one value for all views, or several, as for blur_p."""
+    brightness: PerView = 0.4
+    """Brightness factor is drawn from [1 - x, 1 + x]; x is one value, or several, as for blur_p."""
+    contrast: PerView = 0.4
+    """Contrast factor is drawn from [1 - x, 1 + x]; as for brightness."""
+    saturation: PerView = 0.2
+    """Saturation factor is drawn from [1 - x, 1 + x]; as for brightness."""
+    hue: PerView = 0.1
+    """Hue shift is drawn from [-x, x], in turns of the colour circle, at most 0.5; as for brightness."""
+    gray_p: PerView = 0.2
+    """Probability of turning to greyscale; one value, or several, as for blur_p."""
     blur_p: tuple[float, ...] = (1.0, 0.1)
     """Probability of Gaussian blur: one value for all views, or one per view, or one per global view and one for all local ones."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -104,18 +111,18 @@ class Recipe:
         for name in ("crop_ratio", "erase_ratio"):
             low, high = getattr(self, name)
             need(0 < low <= high, name, "two ratios, 0 < least <= most")
-        need(0 <= self.hue <= 0.5, "hue", "between 0 and 0.5 turns")
-        for name in ("brightness", "contrast", "saturation"):
-            need(getattr(self, name) >= 0, name, "at least 0")
-        for name in ("jitter_p", "gray_p", "hflip_p", "vflip_p", "noise_p", "erase_p"):
+        for name in ("hflip_p", "vflip_p", "noise_p", "erase_p"):
             need(0 <= getattr(self, name) <= 1, name, "a probability between 0 and 1")
         counts = f"one value, or {self.total_views} (one per view)"
         if self.local_views > 1:
             counts += f", or {self.num_views + 1} (the last for all local views)"
-        for name in ("blur_p", "solarize_p"):
-            values = getattr(self, name)
-            need(len(values) in self._counts(), name, counts)
-            need(all(0 <= p <= 1 for p in values), name, "probabilities between 0 and 1")
+        for name in ("jitter_p", *JITTER, "gray_p", "blur_p", "solarize_p"):
+            need(len(self.values(name)) in self._counts(), name, counts)
+        need(all(0 <= x <= 0.5 for x in self.values("hue")), "hue", "between 0 and 0.5 turns")
+        for name in ("brightness", "contrast", "saturation"):
+            need(all(x >= 0 for x in self.values(name)), name, "at least 0")
+        for name in ("jitter_p", "gray_p", "blur_p", "solarize_p"):
+            need(all(0 <= p <= 1 for p in self.values(name)), name, "probabilities between 0 and 1")
         # Above sigma 2 the extended box filter of the CPU kernel would need more than its five taps.
         need(
             0 <= self.blur_sigma[0] <= self.blur_sigma[1] <= 2,
@@ -165,10 +172,24 @@ class Recipe:
         """How many values a setting with values per view may have."""
         return {1, self.total_views, min(self.num_views + 1, self.total_views)}
 
+    def values(self, name: str) -> tuple[float, ...]:
+        """The values of a setting that may have several: one, or one per view, or per global view and for all local ones."""
+        given = getattr(self, name)
+        return given if isinstance(given, tuple) else (given,)
+
     def per_view(self, name: str, view: int) -> float:
-        """The probability `name` (`blur_p` or `solarize_p`) that holds for view number `view`."""
-        values = getattr(self, name)
+        """The value of such a setting that holds for view number `view`."""
+        values = self.values(name)
         return values[min(view, len(values) - 1)]
+
+    def strengths(self, view: int) -> tuple[float, float, float, float]:
+        """The settings of `JITTER` that hold for view number `view`."""
+        brightness, contrast, saturation, hue = (self.per_view(name, view) for name in JITTER)
+        return brightness, contrast, saturation, hue
+
+    def reach(self, name: str, view: int) -> float:
+        """How far a part of `JITTER` may move in view number `view`: 0 where there is no jitter."""
+        return self.per_view(name, view) if self.per_view("jitter_p", view) > 0 else 0.0
 
 
 # What the supervised recipes share: no colours, no blur.

@@ -71,7 +71,8 @@ def view_of(image: Any, recipe: Recipe, number: int) -> Any:
     def factor(reach: float):
         return fn.random.uniform(range=(max(0.0, 1 - reach), 1 + reach))
 
-    degrees = 360 * recipe.hue
+    brightness, contrast, saturation, hue = recipe.strengths(number)
+    degrees = 360 * hue
     view: Any = fn.random_resized_crop(
         image,
         size=recipe.size,
@@ -80,15 +81,15 @@ def view_of(image: Any, recipe: Recipe, number: int) -> Any:
         num_attempts=10,
         antialias=True,
     )
-    if chance(recipe.jitter_p):
+    if chance(recipe.per_view("jitter_p", number)):
         view = fn.color_twist(
             view,
-            brightness=factor(recipe.brightness),
-            contrast=factor(recipe.contrast),
-            saturation=factor(recipe.saturation),
+            brightness=factor(brightness),
+            contrast=factor(contrast),
+            saturation=factor(saturation),
             hue=fn.random.uniform(range=(-degrees, degrees)),
         )
-    if chance(recipe.gray_p):
+    if chance(recipe.per_view("gray_p", number)):
         gray = fn.color_space_conversion(
             view, image_type=types.DALIImageType.RGB, output_type=types.DALIImageType.GRAY
         )

@@ -73,12 +73,12 @@ class PILViews(Dataset):
     @staticmethod
     def transform(recipe: Recipe, view: int) -> v1.Compose:
         """The chain of transforms of one view."""
-        jitter = v1.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+        jitter = v1.ColorJitter(*recipe.strengths(view))
         return v1.Compose(
             [
                 v1.RandomResizedCrop(recipe.size, scale=recipe.crop_scale, ratio=recipe.crop_ratio),
-                v1.RandomApply([jitter], p=recipe.jitter_p),
-                v1.RandomGrayscale(p=recipe.gray_p),
+                v1.RandomApply([jitter], p=recipe.per_view("jitter_p", view)),
+                v1.RandomGrayscale(p=recipe.per_view("gray_p", view)),
                 v1.RandomApply([Blur(recipe.blur_sigma)], p=recipe.per_view("blur_p", view)),
                 v1.RandomApply([Solarize()], p=recipe.per_view("solarize_p", view)),
                 v1.RandomHorizontalFlip(recipe.hflip_p),
@@ -101,22 +101,25 @@ class LightlyViews(PILViews):
         from lightly.transforms.moco_transform import MoCoV2Transform
 
         self.shards = shards
-        transform = MoCoV2Transform(
-            input_size=recipe.size,
-            cj_prob=recipe.jitter_p,
-            cj_bright=recipe.brightness,
-            cj_contrast=recipe.contrast,
-            cj_sat=recipe.saturation,
-            cj_hue=recipe.hue,
-            min_scale=recipe.crop_scale[0],
-            random_gray_scale=recipe.gray_p,
-            gaussian_blur=sum(recipe.per_view("blur_p", view) for view in range(2)) / 2,
-            sigmas=recipe.blur_sigma,
-            vf_prob=recipe.vflip_p,
-            hf_prob=recipe.hflip_p,
-            normalize={"mean": list(recipe.mean), "std": list(recipe.std)},
-        )
-        self.transforms = transform.transforms
+        self.transforms = []
+        for view in range(2):
+            brightness, contrast, saturation, hue = recipe.strengths(view)
+            both = MoCoV2Transform(
+                input_size=recipe.size,
+                cj_prob=recipe.per_view("jitter_p", view),
+                cj_bright=brightness,
+                cj_contrast=contrast,
+                cj_sat=saturation,
+                cj_hue=hue,
+                min_scale=recipe.crop_scale[0],
+                random_gray_scale=recipe.per_view("gray_p", view),
+                gaussian_blur=sum(recipe.per_view("blur_p", view) for view in range(2)) / 2,
+                sigmas=recipe.blur_sigma,
+                vf_prob=recipe.vflip_p,
+                hf_prob=recipe.hflip_p,
+                normalize={"mean": list(recipe.mean), "std": list(recipe.std)},
+            )
+            self.transforms.append(both.transforms[view])
 
 
 class TensorViews(PILViews):
@@ -125,13 +128,13 @@ class TensorViews(PILViews):
     @staticmethod
     def transform(recipe: Recipe, view: int) -> v2.Compose:  # type: ignore[override]
         """The chain of transforms of one view."""
-        jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+        jitter = v2.ColorJitter(*recipe.strengths(view))
         blur = v2.GaussianBlur(BLUR_TAPS, sigma=list(recipe.blur_sigma))
         return v2.Compose(
             [
                 v2.RandomResizedCrop(recipe.size, recipe.crop_scale, recipe.crop_ratio, antialias=True),
-                v2.RandomApply([jitter], p=recipe.jitter_p),
-                v2.RandomGrayscale(p=recipe.gray_p),
+                v2.RandomApply([jitter], p=recipe.per_view("jitter_p", view)),
+                v2.RandomGrayscale(p=recipe.per_view("gray_p", view)),
                 v2.RandomApply([blur], p=recipe.per_view("blur_p", view)),
                 v2.RandomSolarize(threshold=128, p=recipe.per_view("solarize_p", view)),
                 v2.RandomHorizontalFlip(recipe.hflip_p),
@@ -258,8 +261,8 @@ def kornia_modules(recipe: Recipe, view: int) -> nn.Sequential:
 
     return nn.Sequential(
         K.RandomResizedCrop((recipe.size, recipe.size), recipe.crop_scale, recipe.crop_ratio),
-        K.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue, p=recipe.jitter_p),
-        K.RandomGrayscale(p=recipe.gray_p),
+        K.ColorJitter(*recipe.strengths(view), p=recipe.per_view("jitter_p", view)),
+        K.RandomGrayscale(p=recipe.per_view("gray_p", view)),
         K.RandomGaussianBlur((BLUR_TAPS, BLUR_TAPS), recipe.blur_sigma, p=recipe.per_view("blur_p", view)),
         # The defaults would also move the threshold and add a random constant.
         K.RandomSolarize((0.5, 0.5), (0.0, 0.0), p=recipe.per_view("solarize_p", view)),

@@ -287,3 +287,11 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "image.yaml").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(UserError, match="cannot be read as a configuration file"):
         load(tmp_path / "image.yaml")
+
+
+def test_colours_of_the_views_come_from_the_command_line_and_back():
+    flags = ["--recipe.jitter-p", "0.8", "0", "--recipe.hue", "0.2"]
+    loaded = load(None, flags)
+    recipe = loaded.config.recipe
+    assert (recipe.jitter_p, recipe.hue, recipe.gray_p) == ((0.8, 0.0), 0.2, 0.2)
+    assert from_tree(loaded.tree()).config == loaded.config

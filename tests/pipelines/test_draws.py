@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 
 from pipelines.draws import DRAW, draw, eval_draws
-from pipelines.recipe import RECIPES, Recipe
+from pipelines.recipe import JITTER, RECIPES, Recipe
 
 GOLDEN_BOX = [129, 155, 215, 219]
 GOLDEN_FLAGS = [1, 1, 0, 0, 0, 0]
@@ -220,3 +220,42 @@ def test_evaluation_takes_the_centred_square():
     assert got["left"][0].tolist() == [86, 16, 0]
     changing = [name for name in DRAW.names if name not in ("top", "left", "height", "width")]
     assert all(not got[name].any() for name in changing)
+
+
+COLOURS = ("jitter_p", *JITTER, "gray_p")
+
+
+def test_colours_said_for_each_view_are_drawn_as_if_said_for_all():
+    same = {name: (MANY.per_view(name, 0),) * 2 for name in COLOURS}
+    assert (draw_many(dataclasses.replace(MANY, **same), count=500) == draw_many(MANY, count=500)).all()
+
+
+def test_colours_of_one_view_leave_the_other_and_the_rest_alone():
+    base = draw_many(MANY)
+    weak = dataclasses.replace(
+        MANY,
+        jitter_p=(0.8, 0.3),
+        gray_p=(0.2, 0.0),
+        hue=(0.05, 0.2),
+        brightness=(0.4, 0.1),
+        contrast=(0.4, 0.9),
+    )
+    found = draw_many(weak)
+    assert (found[0] == base[0]).all()
+    assert found[1]["jitter"].mean() == pytest.approx(0.3, abs=0.015)
+    assert not found[1]["gray"].any()
+    for name, middle, reach in (
+        ("hue", 0, 0.2),
+        ("brightness", 1, 0.1),
+        ("contrast", 1, 0.9),
+        ("saturation", 1, 0.2),
+    ):
+        away = np.abs(found[1][name] - middle)
+        assert 0.99 * reach < away.max() <= reach * 1.0001
+        # The same random number, spread over another range.
+        np.testing.assert_allclose(
+            (found[1][name] - middle) / reach, (base[1][name] - middle) / MANY.per_view(name, 1), atol=1e-4
+        )
+    colours = {"jitter", "gray", *JITTER}
+    for name in set(DRAW.names or ()) - colours:
+        np.testing.assert_array_equal(found[1][name], base[1][name])

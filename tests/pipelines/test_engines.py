@@ -4,11 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from pipelines.channels import check_operations
 from pipelines.draws import draw
 from pipelines.engines import make_engine
-from pipelines.loader import view_shapes
+from pipelines.loader import open_loader, view_shapes
 from pipelines.recipe import RECIPES, Recipe
 from shards.errors import UserError
 from tests.pictures import colours, encoded, photo
@@ -104,3 +106,30 @@ def test_normalisation_is_the_last_step():
 def test_unknown_engine_names_the_nearest():
     with pytest.raises(UserError, match=r"no engine called 'fussed'. Did you mean 'fused'?"):
         make_engine("fussed", Recipe())
+
+
+@pytest.mark.parametrize(("engine", "most"), [("fused", 0.4), ("dali", 0.6), ("kornia", 2.0)])
+def test_every_engine_gives_each_view_its_own_colours(shard_set, engine, most):
+    if engine != "fused":
+        pytest.importorskip({"dali": "nvidia.dali"}.get(engine, engine))
+    recipe = dataclasses.replace(
+        RECIPES["moco_v3"], size=24, jitter_p=(1.0, 0.0), hue=(0.3, 0.0), gray_p=(0.0, 1.0), blur_p=(0.0,)
+    )
+    made, expected = (
+        next(open_loader(shard_set, recipe, batch=20, seed=1, engine=name).steps(0, 1)).views
+        for name in (engine, "reference")
+    )
+    for view, reference in zip(made, expected, strict=True):
+        assert (view - reference).abs().mean() * 0.225 * 255 < most
+    mean, std = (torch.tensor(x)[:, None, None] for x in (recipe.mean, recipe.std))
+    coloured, grey = (np.ptp((view * std + mean).numpy(), axis=1).mean() for view in made)
+    assert grey < 1e-4 < 0.05 < coloured
+
+
+def test_colours_of_any_view_need_three_channels():
+    flat = {"mean": (0.5,) * 4, "std": (0.5,) * 4}
+    for name in ("saturation", "hue", "gray_p"):
+        with pytest.raises(UserError, match=f"recipe.{name} need"):
+            check_operations(dataclasses.replace(RECIPES["multispectral"], **flat, **{name: (0.0, 0.1)}))
+    unused = {"jitter_p": (0.8, 0.0), "hue": (0.0, 0.1)}  # where the hue would move there is no jitter
+    check_operations(dataclasses.replace(RECIPES["multispectral"], **flat, **unused))

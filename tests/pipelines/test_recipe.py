@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from pipelines.recipe import RECIPES, Recipe, get_recipe
+from pipelines.recipe import JITTER, RECIPES, Recipe, get_recipe
 from shards.errors import UserError
 
 
@@ -167,3 +167,28 @@ def test_as_many_probabilities_as_views_or_one_for_all_local_ones():
         UserError, match=r"one value, or 4 \(one per view\), or 3 \(the last for all local views\)"
     ):
         Recipe(local_views=2, solarize_p=(0.1,), blur_p=(0.1, 0.1))
+
+
+COLOURS = ("jitter_p", *JITTER, "gray_p")
+
+
+def test_colours_of_each_view():
+    recipe = Recipe(jitter_p=(1.0, 0.0), hue=(0.1, 0.5), gray_p=(0.0, 1.0), brightness=(0.4,))
+    assert [recipe.per_view("jitter_p", view) for view in (0, 1)] == [1.0, 0.0]
+    assert [recipe.strengths(view) for view in (0, 1)] == [(0.4, 0.4, 0.2, 0.1), (0.4, 0.4, 0.2, 0.5)]
+    assert [recipe.reach("hue", view) for view in (0, 1)] == [0.1, 0.0]
+    crops = dataclasses.replace(RECIPES["dino"], local_views=2, jitter_p=(0.8, 0.5, 0.0))
+    assert [crops.per_view("jitter_p", view) for view in range(4)] == [0.8, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_colours_of_too_many_views_or_out_of_range_are_told(name):
+    with pytest.raises(
+        UserError, match=rf"recipe.{name} is \(0.1, 0.1, 0.1\), but it must be one value, or 2"
+    ):
+        Recipe(**{name: (0.1, 0.1, 0.1)})
+    with pytest.raises(UserError, match=rf"recipe.{name} is \(\)"):
+        Recipe(**{name: ()})
+    for values in ((0.1, -0.1), -0.1):
+        with pytest.raises(UserError, match=rf"recipe.{name} is "):
+            Recipe(**{name: values})
