@@ -20,11 +20,13 @@ from fastssl.models import ModelConfig, architecture, build_backbone
 from fastssl.recompute import checkpoint_blocks, frozen_statistics
 from fastssl.step import Door
 from pipelines.channels import fit_recipe
+from pipelines.gpu_kernels import Form
 from shards.errors import UserError
 from shards.read import ShardSet
 
 if TYPE_CHECKING:
     from fastssl.config import Resolved
+    from fastssl.train_config import TrainConfig
 
 
 def prepare_backend(device: torch.device) -> None:
@@ -48,6 +50,11 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 def use_bf16(precision: str, device: torch.device) -> bool:
     """Whether `compute_dtype` is bf16."""
     return compute_dtype(precision, device) == torch.bfloat16
+
+
+def view_form(train: TrainConfig, device: torch.device) -> Form:
+    """How views that a GPU makes lie in memory: in the precision and layout of the step, so that it need not cast them."""
+    return Form(compute_dtype(train.precision, device), train.channels_last)
 
 
 def follow_shards(resolved: Resolved, shards: ShardSet) -> Resolved:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastssl import checkpoint, distributed
-from fastssl.build import follow_shards
+from fastssl.build import follow_shards, view_form
 from fastssl.eval.online import OnlineTests
 from fastssl.interrupt import StopRequest
 from fastssl.meters import Screen
@@ -70,6 +70,7 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
         world=ranks.world,
         **cfg.data.options(),
         device=ranks.device,
+        form=view_form(train, ranks.device),
     )
     loader = open_stream()
     with RunFolder(resolved, ranks, loader.steps_per_epoch) as folder:

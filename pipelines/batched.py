@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from functools import cache
@@ -13,11 +14,16 @@ from torch import Tensor
 
 from pipelines import gpu_kernels
 from pipelines.draws import draw
-from pipelines.gpu_kernels import Params
+from pipelines.gpu_kernels import PLAIN, Form, Params
 from pipelines.recipe import RECIPES, Recipe
 
 # Both keep 8 bits between the steps; where a rounding differs, a pixel is a level off, and its hue some.
 ALLOWED_LEVELS = 0.25
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Within, `device` is the current one where it is a GPU: Triton launches on that, wherever the tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class BatchedKernels(Protocol):
@@ -43,7 +49,7 @@ class BatchedKernels(Protocol):
         """Blur the views that were drawn."""
         ...
 
-    def finish(self, views: Tensor, params: Params, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    def finish(self, views: Tensor, params: Params, mean: Tensor, std: Tensor, form: Form = PLAIN) -> Tensor:
         """Solarise, flip, turn, noise, normalise."""
         ...
 
@@ -56,11 +62,11 @@ def make_views(
     size: int,
     mean: Tensor,
     std: Tensor,
-    dtype: torch.dtype = torch.float32,
+    form: Form = PLAIN,
     interpolation: str = "bilinear",
     erased: Tensor | None = None,
 ) -> Tensor:
-    """All operations in their order: `dtype` (M, 3, S, S), normalised.
+    """All operations in their order: (M, 3, S, S) in `form`, normalised.
 
     Args:
         pixels: uint8, the bytes of all images, each (H, W, 3).
@@ -72,7 +78,7 @@ def make_views(
     heights, widths = draws["height"], draws["width"]
     views = kernels.crop(pixels, params, size, heights, widths, interpolation)
     views = kernels.blur(kernels.colour(views, params), params)
-    views = kernels.finish(views, params, mean, std, dtype)
+    views = kernels.finish(views, params, mean, std, form)
     return views if erased is None else gpu_kernels.erase(views, params, erased)
 
 
@@ -84,10 +90,10 @@ class BatchedViews:
         recipe: Recipe,
         device: torch.device,
         kernels: BatchedKernels | None = None,
-        dtype: torch.dtype = torch.float32,
+        form: Form = PLAIN,
     ):
         """`kernels`: without them the best for the device."""
-        self._recipe, self._device, self._dtype = recipe, device, dtype
+        self._recipe, self._device, self._form = recipe, device, form
         self._kernels = kernels or choose_kernels(device)
         self._mean, self._std = (torch.tensor(x, device=device) for x in (recipe.mean, recipe.std))
         self._erased = torch.tensor(recipe.erased(), device=device) if recipe.erase_p else None
@@ -95,12 +101,18 @@ class BatchedViews:
     def __call__(
         self, pixels: Tensor, first_bytes: np.ndarray, widths: np.ndarray, draws: np.ndarray
     ) -> list[Tensor]:
-        """The views, (N, 3, S, S) each, of DRAW records (V, N); launches kernels on the current stream and does not wait for them.
+        """The views, (N, 3, S, S) each, of DRAW records (V, N); launches kernels on the device's current stream without waiting.
 
         Args:
             pixels: uint8, the bytes of all images, each (H, W, 3).
             first_bytes, widths: (N,), where each image of the batch begins in them and its width in pixels.
         """
+        with on_device(self._device):
+            return self._views(pixels, first_bytes, widths, draws)
+
+    def _views(
+        self, pixels: Tensor, first_bytes: np.ndarray, widths: np.ndarray, draws: np.ndarray
+    ) -> list[Tensor]:
         views: list[Tensor] = []
         for group in self._groups(len(draws)):  # views of one side together
             some = draws[group.start : group.stop].reshape(-1)  # view after view
@@ -114,7 +126,7 @@ class BatchedViews:
                 self._recipe.side(group.start),
                 self._mean,
                 self._std,
-                self._dtype,
+                self._form,
                 self._recipe.interpolation,
                 self._erased,
             )
@@ -138,7 +150,8 @@ def choose_kernels(device: torch.device) -> BatchedKernels:
     try:
         from pipelines import triton_kernels
 
-        levels = self_test(triton_kernels, device)
+        with on_device(device):
+            levels = self_test(triton_kernels, device)
     except Exception as fault:
         reason = f"{type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else 'no reason given'}"
     else:

@@ -6,8 +6,6 @@ Decoded images of any sizes lie end to end in one buffer of bytes; a GPU cache i
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import torch
 
@@ -15,6 +13,7 @@ from pipelines.batched import BatchedKernels, BatchedViews
 from pipelines.cache import GB, SHARE, Samples, decoded_sizes, eight_bit
 from pipelines.draws import DRAW
 from pipelines.gpu_decode import BatchDecoder
+from pipelines.gpu_kernels import PLAIN, Form
 from pipelines.recipe import Recipe
 from pipelines.stream import Job, Slot, hand_over
 from shards.errors import UserError
@@ -51,7 +50,7 @@ class GpuSlot(Slot):
         device: torch.device,
         side: torch.cuda.Stream | None = None,
         store: GpuStore | None = None,
-        dtype: torch.dtype = torch.float32,
+        form: Form = PLAIN,
         kernels: BatchedKernels | None = None,
         decoder: BatchDecoder | None = None,
     ):
@@ -60,7 +59,7 @@ class GpuSlot(Slot):
         `decoder`: without it the CPU decodes everything.
         """
         self._samples, self._device, self._side, self._store = samples, device, side, store
-        self._make = BatchedViews(recipe, device, kernels, dtype)
+        self._make = BatchedViews(recipe, device, kernels, form)
         self._decoder = decoder
         self._encoded: dict[int, np.ndarray] = {}  # to be decoded by the device
         self._decoded: dict[int, torch.Tensor] = {}  # by the device
@@ -114,7 +113,7 @@ class GpuSlot(Slot):
             return []
         places = list(self._encoded)
         stream = self._side.cuda_stream if self._side is not None else 0
-        with torch.cuda.stream(self._side) if self._side is not None else contextlib.nullcontext():
+        with torch.cuda.stream(self._side):
             made = self._decoder([self._encoded[i] for i in places], stream)
         shards = self._samples.shards
         for i, pixels in zip(places, made, strict=True):
@@ -126,7 +125,7 @@ class GpuSlot(Slot):
     def launch(self) -> None:
         """As `Slot.launch`."""
         self._place_strays()
-        with torch.cuda.stream(self._side) if self._side is not None else contextlib.nullcontext():
+        with torch.cuda.stream(self._side):
             pixels, first_bytes = self._upload()
             self._views = self._make(pixels, first_bytes, self._samples.shards.widths[self._ids], self._draws)
             if self._copied is not None:
@@ -163,9 +162,13 @@ class GpuSlot(Slot):
         for i in self._fresh:
             size, first, at = int(sizes[i]), int(self._first_bytes[i]), int(first_bytes[i])
             pixels[at : at + size].copy_(self._host[first : first + size], non_blocking=True)
-        for i, decoded in self._decoded.items():
-            at = int(first_bytes[i])
-            pixels[at : at + decoded.numel()].view(decoded.shape).copy_(decoded, non_blocking=True)
+        if self._decoded:  # in a few launches for all of them
+            places = [
+                pixels[int(first_bytes[i]) :][: decoded.numel()].view(decoded.shape)
+                for i, decoded in self._decoded.items()
+            ]
+            decoded = list(self._decoded.values())
+            torch._foreach_copy_(places, decoded, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
 
     def _place_strays(self) -> None:
         """Put the stand-ins behind all others."""

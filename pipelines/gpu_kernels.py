@@ -17,7 +17,23 @@ from pipelines.cpu_kernels import _box_weights
 from pipelines.noise import noise_table
 from shards.hashing import FIRST, GAMMA, SECOND
 
-CHUNK = 64  # views cropped at a time, which bounds the memory of their padded sources
+CROP_BYTES = 1 << 29  # for the padded sources of the views that are cropped at a time
+
+
+@dataclass(frozen=True)
+class Form:
+    """How finished views lie in memory: as the model takes them, they need no further pass over their pixels."""
+
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """PyTorch's name for the layout."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+PLAIN = Form()
 
 
 @dataclass(frozen=True)
@@ -84,8 +100,10 @@ def crop(
         heights, widths: (M,) of the crop boxes, as the host knows them.
     """
     high, wide = int(heights.max()), int(widths.max())
+    # A pixel of a padded source takes three places of 8 bytes and three floats.
+    chunk = max(1, CROP_BYTES // (36 * high * wide))
     views = []
-    for source in params.source.split(CHUNK):
+    for source in params.source.split(chunk):
         first, width, top, left, box_h, box_w, _ = source.unbind(1)
         y = torch.arange(high, device=pixels.device).clamp(max=(box_h - 1)[:, None]) + top[:, None]
         x = torch.arange(wide, device=pixels.device).clamp(max=(box_w - 1)[:, None]) + left[:, None]
@@ -158,8 +176,8 @@ def blur(views: Tensor, params: Params) -> Tensor:
     return views
 
 
-def finish(views: Tensor, params: Params, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """Solarise, flip, turn, add noise and normalise with `mean` and `std` (3,): `dtype` (M, 3, S, S)."""
+def finish(views: Tensor, params: Params, mean: Tensor, std: Tensor, form: Form = PLAIN) -> Tensor:
+    """Solarise, flip, turn, add noise and normalise with `mean` and `std` (3,): (M, 3, S, S) in `form`."""
     m, c, size, _ = views.shape
     views = torch.where(params.solarize[:, None, None, None] & (views >= 128), 255 - views, views)
     y, x = source_of(params.symmetry[:, None, None], size, views.device)
@@ -168,19 +186,20 @@ def finish(views: Tensor, params: Params, mean: Tensor, std: Tensor, dtype: torc
     noise = params.noise_std[:, None] * unit_noise(params.noise_seed, c * size * size)
     noisy = (pixels + noise.view_as(pixels)).clamp(0, 1)
     pixels = torch.where(params.noise_std[:, None, None, None] > 0, noisy, pixels)
-    return ((pixels - mean[:, None, None]) / std[:, None, None]).to(dtype)
+    normalised = (pixels - mean[:, None, None]) / std[:, None, None]
+    return normalised.to(form.dtype, memory_format=form.memory_format)
 
 
 def erase(views: Tensor, params: Params, erased: Tensor) -> Tensor:
     """Fill the rectangles of finished views (M, 3, S, S) with `erased`, float32 (3,), or, where that is empty, with random numbers."""
     size = views.shape[-1]
     random = unit_noise(params.erase_seed, views[0].numel()).view_as(views) if not len(erased) else None
-    fill = erased[:, None, None].expand_as(views) if random is None else random
+    fill = erased[:, None, None] if random is None else random
     top, left, height, width = params.erase[:, :, None, None, None].unbind(1)
     y = torch.arange(size, device=views.device)[:, None]
     x = torch.arange(size, device=views.device)
     inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
-    return torch.where(inside, fill.to(views.dtype), views)
+    return torch.where(inside, fill.to(views.dtype), views, out=torch.empty_like(views))  # in their layout
 
 
 def source_of(symmetry: Tensor, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

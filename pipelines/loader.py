@@ -18,6 +18,7 @@ from pipelines.draws import draw, eval_draws
 from pipelines.engines import ImageEngine, make_engine, refuse_deep, whole_batches
 from pipelines.faults import BadSamples
 from pipelines.fused_engine import FusedEngine
+from pipelines.gpu_kernels import PLAIN, Form
 from pipelines.mask_slot import with_masks
 from pipelines.masks import NO_MASK
 from pipelines.recipe import Recipe
@@ -63,6 +64,7 @@ def open_loader(
     mask_ignore: int = NO_MASK,
     device: torch.device | str = "cpu",
     on_host: bool = False,
+    form: Form = PLAIN,
     log: Callable[[str], None] | None = None,
 ) -> Loader:
     """Open the training stream of one rank.
@@ -73,6 +75,7 @@ def open_loader(
         device: where the views go; copies to a GPU overlap with the work on it.
         on_host: leave the views in host memory, pinned for `device`, which the caller copies from piece by piece on the current
             stream; they are valid until the next batch is asked for. The host holds PREFETCH + 1 batches, the device none.
+        form: how views lie in memory that the engine fused makes on a GPU; all others are float32, channel after channel.
         masks: `Batch.masks` holds the masks of the views, by the same crops, flips and turns. The CPU makes them, for every engine.
         mask_ignore: stands where no class is known: in the masks of samples that have none, and where a view is erased. Pixels that
             are stored with this index keep it (`fastssl shard` stores 255 beyond the edge of rasters without nodata value).
@@ -107,6 +110,7 @@ def open_loader(
         device=device,
         on_host=on_host,
         side_stream=side_stream,
+        form=form,
         masks=masks,
         mask_ignore=mask_ignore,
     )
@@ -141,6 +145,7 @@ def open_slots(
     cache_gb: float = 0.0,
     on_host: bool = False,
     side_stream: bool = True,
+    form: Form = PLAIN,
     masks: bool = False,
     mask_ignore: int = NO_MASK,
 ) -> tuple[Samples, Callable[[], Sequence[Slot]]]:
@@ -182,6 +187,7 @@ def open_slots(
             more: dict[str, Any] = {
                 "decode_threads": threads if decode == "gpu" else 0,
                 "side_stream": side_stream,
+                "form": form,
             }
             slots = gpu_slots(samples, recipe, device, cache == "gpu", cache_gb, **more)
         else:
@@ -223,32 +229,31 @@ def gpu_slots(
     *,
     decode_threads: int = 0,
     side_stream: bool = True,
+    form: Form = PLAIN,
 ) -> Callable[[], Sequence[Slot]]:
     """What gives memory for a stream whose views the device makes.
 
     Args:
         store: all streams share one cache on the device.
         decode_threads: host threads that help the device decode; 0 leaves decoding to the CPU.
+        form: how the views lie in memory.
     """
     from pipelines.gpu_decode import gpu_decoder
     from pipelines.gpu_engine import GpuSlot, GpuStore, check_gpu_views
 
     check_gpu_views(samples, recipe)
-    kept = GpuStore(samples, device, cache_gb) if store else None
-    if kept is not None:
-        samples.note = kept.note
-    decoder = gpu_decoder(samples, device, decode_threads) if decode_threads else None
-
     # One for all streams of views, so that what one has put into the store is there for the next.
     side = work_stream(device, side_stream)
+    # All memory is taken on the stream that uses it: freed in the midst of work, it is not given to another one too early.
+    with torch.cuda.stream(side):  # on a CPU: None, which is no stream
+        kept = GpuStore(samples, device, cache_gb) if store else None
+        if kept is not None:
+            samples.note = kept.note
+        decoder = gpu_decoder(samples, device, decode_threads) if decode_threads else None
 
     def slots() -> Sequence[Slot]:
-        made = [GpuSlot(samples, recipe, device, side, kept, decoder=decoder) for _ in range(SLOTS)]
-        if side is not None:
-            side.wait_stream(
-                torch.cuda.current_stream(device)
-            )  # which made their constants, and took the store's memory
-        return made
+        with torch.cuda.stream(side):
+            return [GpuSlot(samples, recipe, device, side, kept, form, decoder=decoder) for _ in range(SLOTS)]
 
     return slots
 

@@ -29,11 +29,11 @@ TASKS_PER_THREAD = (
 class Batch:
     """Some samples and their views.
 
-    `views`: float32 (N, C, S, S) each, normalised, the global views first; local ones have a smaller S. `masks`, where the loader
-    makes them, one per view: int32 (N, S, S), the class of each of its pixels or the ignore value. `sample_ids` and `labels`: int64
-    (N,), label -1 where there is none. The ids are those of the samples really used, where one stands in for a bad one, and
-    `replaced` counts these. On a CPU views and masks lie in buffers that are used again: they are valid until the next batch is
-    asked for.
+    `views`: (N, C, S, S) each, normalised, the global views first; local ones have a smaller S. float32, or in the form that
+    `open_loader` was asked for. `masks`, where the loader makes them, one per view: int32 (N, S, S), the class of each of its pixels
+    or the ignore value. `sample_ids` and `labels`: int64 (N,), label -1 where there is none. The ids are those of the samples really
+    used, where one stands in for a bad one, and `replaced` counts these. On a CPU views and masks lie in buffers that are used again:
+    they are valid until the next batch is asked for.
     """
 
     views: list[torch.Tensor]

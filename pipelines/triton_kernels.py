@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipelines.gpu_kernels import Params, noise_values
+from pipelines.gpu_kernels import PLAIN, Form, Params, noise_values
 from shards.hashing import FIRST, GAMMA, SECOND
 
 BLOCK = 1024  # pixels that one program works on
@@ -88,15 +88,15 @@ def blur(views: Tensor, params: Params) -> Tensor:
     return views
 
 
-def finish(views: Tensor, params: Params, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+def finish(views: Tensor, params: Params, mean: Tensor, std: Tensor, form: Form = PLAIN) -> Tensor:
     """As `gpu_kernels.finish`."""
     m, _, size, _ = views.shape
-    out = torch.empty(views.shape, dtype=dtype, device=views.device)
+    out = torch.empty(views.shape, dtype=form.dtype, device=views.device, memory_format=form.memory_format)
     grid = (m, triton.cdiv(size * size, BLOCK))
     table = noise_values(views.device)
     seeds = params.noise_seed.view(torch.uint64)
     drawn = (params.solarize, params.symmetry, params.noise_std, seeds)
-    _finish[grid](views, out, *drawn, table, mean, std, size, BLOCK, **_EXACT)
+    _finish[grid](views, out, *drawn, table, mean, std, size, form.channels_last, BLOCK, **_EXACT)
     return out
 
 
@@ -329,7 +329,18 @@ def _mix64(x):
 
 @triton.jit
 def _finish(
-    views, out, solarize, symmetry, noise_std, noise_seed, table, mean, std, size, BLOCK: tl.constexpr
+    views,
+    out,
+    solarize,
+    symmetry,
+    noise_std,
+    noise_seed,
+    table,
+    mean,
+    std,
+    size,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Gathers each pixel from its place before flip and turn; solarises, adds noise, normalises."""
     m = tl.program_id(0).to(tl.int64)
@@ -359,4 +370,5 @@ def _finish(
             noise = tl.load(table + index.to(tl.int32), mask=there, other=0.0)
             pixel = tl.minimum(tl.maximum(pixel + sigma * noise, 0.0), 1.0)
         value = tl.div_rn(pixel - tl.load(mean + c), tl.zeros_like(pixel) + tl.load(std + c))
-        tl.store(out + base + at, value.to(out.dtype.element_ty), mask=there)
+        to = (m * count + at) * 3 + c if CHANNELS_LAST else base + at
+        tl.store(out + to, value.to(out.dtype.element_ty), mask=there)

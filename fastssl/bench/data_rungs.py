@@ -15,6 +15,7 @@ from fastssl.bench.loader import _in_threads, _read
 from fastssl.bench.report import Row
 from fastssl.bench.verdict import AUGMENT, DECODE, READ, TO_DEVICE
 from fastssl.bench.work import Work
+from fastssl.build import view_form
 from pipelines.cache import Samples
 from pipelines.draws import draw
 from pipelines.engines import make_engine, whole_batches
@@ -113,7 +114,8 @@ def resident_views(resolved: Resolved, work: Work, device: torch.device) -> Gene
     engine: Any = make_engine(data.engine, recipe)
     samples = Resident(shards, engine.decode, len(recipe.mean), work.sample_ids)
     if data.augment_on == "gpu":
-        slots = gpu_slots(samples, recipe, device, False)()
+        form = view_form(resolved.config.train, device)
+        slots = gpu_slots(samples, recipe, device, False, form=form)()
     else:
         slots = host_slots(samples, engine, view_shapes(recipe), work.batch, device)
     jobs = (
@@ -134,7 +136,8 @@ def loader_views(resolved: Resolved, device: torch.device, on_host: bool) -> Ite
     cfg = resolved.config
     shards = cfg.data.open()
     options = {**cfg.data.options(), "batch": cfg.train.batch, "seed": cfg.train.seed}
-    loader = open_loader(shards, cfg.recipe, device=device, on_host=on_host, **options)
+    form = view_form(cfg.train, device)
+    loader = open_loader(shards, cfg.recipe, device=device, on_host=on_host, form=form, **options)
     for epoch in itertools.count():
         for made in loader.epoch(epoch):
             yield made.views

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastssl.bench.hardware import bytes_of
 from fastssl.bench.report import Row, Stopwatch
 from fastssl.bench.verdict import STUDENT, TEACHER, UPDATE
-from fastssl.build import build_method, compute_dtype, prepare_backend
+from fastssl.build import build_method, compute_dtype, prepare_backend, view_form
 from fastssl.config import Resolved
 from fastssl.distributed import Dist
 from fastssl.fit import choose_micro_batch
@@ -114,8 +114,17 @@ def views(resolved: Resolved, device: torch.device | str, batch: int) -> list[Te
 def step_views(resolved: Resolved, trainee: Trainee) -> list[Tensor]:
     """The synthetic views of a whole step, where the loader would leave them: on the host for a batch in chunks."""
     if not trainee.in_chunks or trainee.device.type == "cpu":
-        return views(resolved, trainee.device, trainee.batch)
+        return _as_loaded(resolved, views(resolved, trainee.device, trainee.batch))
     return [view.pin_memory() for view in views(resolved, "cpu", trainee.batch)]
+
+
+def _as_loaded(resolved: Resolved, images: list[Tensor]) -> list[Tensor]:
+    """The views in the form that the loader would leave them in on their device."""
+    data, device = resolved.config.data, images[0].device
+    if data.augment_on != "gpu" or data.engine != "fused" or device.type == "cpu":
+        return images
+    form = view_form(resolved.config.train, device)
+    return [view.to(form.dtype, memory_format=form.memory_format) for view in images]
 
 
 def forward_flops(method: MoCoV3, images: Tensor) -> int:
@@ -197,7 +206,7 @@ def memory_bytes(device: torch.device) -> int:
 def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, Row]:
     """Student, teacher and update by themselves, each on as many images as are on the device at a time."""
     method, step, chunk = trainee.method, trainee.step, trainee.chunk
-    synthetic = views(resolved, trainee.device, chunk)
+    synthetic = _as_loaded(resolved, views(resolved, trainee.device, chunk))
     rows: dict[str, Row] = {}
     whole = Step(
         method, Door(method), trainee.optimizer, trainee.device, trainee.dtype

@@ -68,16 +68,19 @@ def test_blur_is_that_of_torch():
     torch.testing.assert_close(triton_kernels.blur(views.clone(), params), wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_rest_is_that_of_torch(dtype):
+def test_the_rest_is_that_of_torch(dtype, channels_last):
     pixels, params, draws = batch()
     assert len({int(s) for s in params.symmetry}) > 4
     assert 0 < int((params.noise_std > 0).sum()) < len(draws)
     views = gpu_kernels.crop(pixels, params, SIZE, draws["height"], draws["width"])
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.5])
-    wanted = gpu_kernels.finish(views, params, mean, std, dtype)
-    made = triton_kernels.finish(views, params, mean, std, dtype)
+    form = gpu_kernels.Form(dtype, channels_last)
+    wanted = gpu_kernels.finish(views, params, mean, std, form)
+    made = triton_kernels.finish(views, params, mean, std, form)
     assert made.dtype == dtype
+    assert made.stride() == wanted.stride()
     # The interpreter cuts bfloat16 off where a GPU rounds to nearest: the last of its 8 bits.
     torch.testing.assert_close(made, wanted, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
 

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from pipelines import gpu_kernels, reference
+from pipelines.batched import BatchedViews
 from pipelines.draws import DRAW, draw
+from pipelines.gpu_kernels import Form
 from pipelines.noise import unit_noise
 from pipelines.recipe import RECIPES, Recipe
 from tests.pictures import colours, photo
@@ -40,7 +42,7 @@ def both(
     views = gpu_kernels.blur(gpu_kernels.colour(views, params), params)
     recipe = dataclasses.replace(recipe, size=size, **BARE)
     erased = torch.tensor(recipe.erased())
-    out = gpu_kernels.finish(views, params, torch.zeros(3), torch.ones(3), torch.float32)
+    out = gpu_kernels.finish(views, params, torch.zeros(3), torch.ones(3))
     out = gpu_kernels.erase(out, params, erased)
     expected = [reference.make_view(i, one, recipe, size) for i, one in zip(images, draws, strict=True)]
     return out.numpy() * 255, np.stack(expected) * 255
@@ -149,6 +151,51 @@ def test_normalisation_and_dtype():
     white = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
     params = gpu_kernels.pack(whole(1), np.zeros(1, dtype=np.int64), np.array([4]))
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.5])
-    out = gpu_kernels.finish(white, params, mean, std, torch.bfloat16)
+    out = gpu_kernels.finish(white, params, mean, std, Form(torch.bfloat16))
     assert out.dtype == torch.bfloat16
     assert out[0, :, 0, 0].tolist() == pytest.approx([3.0, 2.0, 0.8], rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_views_leave_as_the_model_takes_them(dtype):
+    """The numbers are those of the plain form, rounded once; every view lies densely in the layout that was asked for."""
+    recipe = dataclasses.replace(
+        RECIPES["dino"],
+        size=16,
+        local_size=8,
+        local_views=1,
+        erase_p=1.0,
+        noise_p=0.5,
+        noise_std=(0.01, 0.05),
+    )
+    heights, widths = (np.array([image.size[axis] for image in PHOTOS]) for axis in (1, 0))
+    pixels = torch.from_numpy(np.concatenate([np.asarray(image).reshape(-1) for image in PHOTOS]))
+    sizes = heights * widths * 3
+    draws = draw(recipe, 0, 0, np.arange(len(PHOTOS)), widths, heights)
+    how = (pixels, np.cumsum(sizes) - sizes, widths, draws)
+    plain = BatchedViews(recipe, torch.device("cpu"))(*how)
+    made = BatchedViews(recipe, torch.device("cpu"), form=Form(dtype, channels_last=True))(*how)
+    assert len(made) == len(plain) == recipe.total_views == 3
+    for ours, theirs in zip(made, plain, strict=True):
+        assert theirs.is_contiguous()
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert ours.dtype == dtype
+        assert torch.equal(ours, theirs.to(dtype))
+
+
+def test_crops_of_large_images_are_made_in_smaller_parts(monkeypatch):
+    """The padded sources of all views at once would take gigabytes."""
+    images = [photo(90, 70, seed=i) for i in range(5)]
+    draws = drawn(images, dataclasses.replace(RECIPES["moco_v2"], num_views=1))
+    arrays = [np.asarray(image).reshape(-1) for image in images]
+    params = gpu_kernels.pack(draws, np.arange(5) * 90 * 70 * 3, np.full(5, 90))
+    how = (torch.from_numpy(np.concatenate(arrays)), params, 12, draws["height"], draws["width"])
+    whole_batch, parts, split = gpu_kernels.crop(*how), [], torch.Tensor.split
+    monkeypatch.setattr(
+        torch.Tensor, "split", lambda self, size, dim=0: parts.append(size) or split(self, size, dim)
+    )
+    monkeypatch.setattr(
+        gpu_kernels, "CROP_BYTES", 36 * int(draws["height"].max()) * int(draws["width"].max()) * 2
+    )
+    assert torch.equal(gpu_kernels.crop(*how), whole_batch)
+    assert parts == [2]
