@@ -142,15 +142,17 @@ def resize_together(crops: Sequence[np.ndarray], size: int, device: torch.device
     be squeezed by a pixel. Where that leaves the crop, its outermost pixels repeat.
     """
     heights, widths = (np.array([crop.shape[axis] for crop in crops]) for axis in (0, 1))
-    canvas = np.zeros((len(crops), heights.max() + 2, widths.max() + 2, 3), dtype=np.uint8)
-    for place, crop in zip(canvas, crops, strict=True):
+    shape = (len(crops), int(heights.max()) + 2, int(widths.max()) + 2, 3)
+    # Pinned for a GPU, so that the copy to it keeps nobody waiting.
+    canvas = torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for place, crop in zip(canvas.numpy(), crops, strict=True):
         place[: crop.shape[0] + 2, : crop.shape[1] + 2] = np.pad(crop, ((1, 1), (1, 1), (0, 0)), mode="edge")
     # 1 is the width of that border.
     low_y, low_x = (1 + side / (2 * size) - 0.5 for side in (heights, widths))
     high_y, high_x = (1 + side - side / (2 * size) - 0.5 for side in (heights, widths))
     corners = [(low_x, low_y), (high_x, low_y), (high_x, high_y), (low_x, high_y)]
     boxes = np.stack([np.stack(corner, axis=1) for corner in corners], axis=1).astype(np.float32)
-    sources = torch.from_numpy(canvas).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    sources = canvas.to(device, non_blocking=True).permute(0, 3, 1, 2)
     placed = torch.from_numpy(boxes).to(device, non_blocking=True)
     return geometry.crop_and_resize(sources.float() / 255, placed, (size, size))
 

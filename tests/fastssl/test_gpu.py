@@ -133,3 +133,32 @@ def test_the_ladder_on_a_gpu(shard_folder, tmp_path):
         assert 0 < low <= row["images_per_s"] <= high
         assert 0 < row["ms_p50"] <= row["ms_p95"]
         assert row["memory_bytes"] > 0
+
+
+def test_views_alone_are_measured_on_a_gpu(tmp_path):
+    path = tmp_path / "augment.json"
+    flags = ["--batch", "8", "--size", "32", "--seconds", "0.05", "--repeats", "2", "--json", str(path)]
+    assert command.run(["augment", *flags]) == 0
+    rows = {row["name"]: row for row in json.loads(path.read_text())}
+    assert {"triton", "torch", "fused", "kornia-modules", "dali-graph", "torchvision-v2"} <= set(rows)
+    for name, row in rows.items():
+        if row["error"] is not None:
+            assert row["error"].startswith(("not installed", "The engine '"))
+            assert name not in ("triton", "torch", "fused", "torchvision-v2")
+            continue
+        assert 0 < row["ms_p50"] <= row["ms_p95"]
+        assert row["gb_per_s"] > 0
+        assert row["peak_memory_bytes"] >= 0
+    assert rows["triton"]["fidelity"] == rows["torch"]["fidelity"] == "exact"
+    assert 0 < rows["triton"]["device_ms"] < rows["triton"]["ms_p95"] * 2
+
+
+def test_loaders_are_measured_on_a_gpu(shard_folder, tmp_path):
+    path = tmp_path / "loader.json"
+    flags = ["--batch", "4", "--size", "32", "--seconds", "0.05", "--repeats", "1", "--peers", "none"]
+    assert command.run(["loader", str(shard_folder), *flags, "--json", str(path)]) == 0
+    rows = {row["name"]: row for row in json.loads(path.read_text())}
+    for name in ("fused", "fused to GPU", "fused on GPU"):
+        assert rows[name]["images_per_s"] > 0
+        assert rows[name]["fidelity"] == "exact"
+    assert {"fused all on GPU", "dali on GPU", "kornia on GPU"} <= set(rows)

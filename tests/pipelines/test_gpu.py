@@ -1,11 +1,20 @@
 """What only a CUDA device shows of the views: the batched kernels on it against the same on the CPU, and the stream around them."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
+from pipelines import batched, gpu_kernels
+from pipelines.batched import BatchedViews
+from pipelines.draws import draw
+from pipelines.gpu_kernels import Form
 from pipelines.loader import open_loader
 from pipelines.recipe import RECIPES, Recipe
+from shards.convert import convert
+from shards.read import ShardSet
+from tests.pictures import photo
 
 pytestmark = pytest.mark.gpu
 
@@ -41,3 +50,102 @@ def test_launching_does_not_wait_for_the_gpu(shard_set):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(ids) == 40
+
+
+def test_triton_is_what_makes_the_views():
+    """Compiled and near enough: it does not give way to torch's functions."""
+    batched.choose_kernels.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        kernels = batched.choose_kernels(torch.device("cuda"))
+    assert kernels.__name__ == "pipelines.triton_kernels"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_views_leave_as_the_model_takes_them(shard_set, dtype):
+    recipe = Recipe(**{**vars(RECIPES["satellite"]), "size": 32, "erase_p": 0.5})
+    where = {"batch": 8, "seed": 0, "device": "cuda", "augment_on": "gpu"}
+    plain = open_loader(shard_set, recipe, **where)
+    ours = open_loader(shard_set, recipe, **where, form=Form(dtype, channels_last=True))
+    for a, b in zip(plain.epoch(0), ours.epoch(0), strict=True):
+        for expected, view in zip(a.views, b.views, strict=True):
+            assert view.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(view, expected.to(dtype))
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """40 JPEGs of photographs' usual sizes, colour and grey, baseline and progressive."""
+    root = tmp_path_factory.mktemp("jpegs")
+    (root / "source").mkdir()
+    for i in range(40):
+        picture = photo(200 + 7 * i, 150 + 5 * (i % 9), seed=i)
+        picture = picture.convert("L") if i % 13 == 5 else picture
+        picture.save(root / "source" / f"{i:02d}.jpg", quality=90, progressive=i % 7 == 3)
+    convert(root / "source", root / "shards", workers=0)
+    return ShardSet.open(root / "shards")
+
+
+BARE = {"size": 64, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+@pytest.mark.parametrize("cache", ["none", "gpu"])
+def test_views_of_images_that_the_gpu_decoded_are_near_the_cpus(jpegs, cache):
+    pytest.importorskip("nvidia.nvimgcodec")
+    recipe = Recipe(**{**vars(RECIPES["moco_v3"]), **BARE})
+    on_cpu = open_loader(jpegs, recipe, batch=8, seed=0)
+    how = {"device": "cuda", "augment_on": "gpu", "decode": "gpu", "cache": cache}
+    on_gpu = open_loader(jpegs, recipe, batch=8, seed=0, **how)
+    for epoch in range(2):
+        for a, b in zip(on_cpu.epoch(epoch), on_gpu.epoch(epoch), strict=True):
+            assert b.replaced == 0
+            for expected, view in zip(a.views, b.views, strict=True):
+                assert (view.cpu() - expected).abs().mean() * 255 < 2.0
+
+
+@pytest.mark.parametrize(("engine", "package"), [("kornia", "kornia"), ("dali", "nvidia.dali")])
+def test_other_engines_on_a_gpu_are_near_themselves_on_the_cpu(jpegs, engine, package):
+    pytest.importorskip(package)
+    recipe = Recipe(**{**vars(RECIPES["moco_v3"]), **BARE})
+    on_cpu = open_loader(jpegs, recipe, batch=8, seed=0, engine=engine)
+    on_gpu = open_loader(jpegs, recipe, batch=8, seed=0, engine=engine, device="cuda", augment_on="gpu")
+    kept = []
+    for a, b in zip(on_cpu.epoch(0), on_gpu.epoch(0), strict=True):
+        kept.append((b.views[0], b.views[0].clone()))
+        for expected, view in zip(a.views, b.views, strict=True):
+            assert (view.cpu() - expected).abs().mean() * 255 < 2.0
+    for view, copy in kept:  # they outlive the next batches
+        assert torch.equal(view, copy)
+
+
+@pytest.mark.parametrize("name", ["triton_kernels", "gpu_kernels"])
+def test_images_beyond_the_reach_of_32_bits(name):
+    """A cache on the GPU is one buffer of many gigabytes."""
+    from importlib import import_module
+
+    first = 5 * 2**30 + 3
+    if torch.cuda.mem_get_info()[0] < 2 * first:
+        pytest.skip("not enough memory on the device")
+    device, recipe = torch.device("cuda"), Recipe(**{**vars(RECIPES["satellite"]), "size": 32})
+    image = np.asarray(photo(90, 70))
+    draws = draw(recipe, 0, 0, np.arange(4), np.full(4, 90), np.full(4, 70))
+    widths = np.full(4, 90)
+    small = torch.from_numpy(image.reshape(-1).copy())
+    expected = BatchedViews(recipe, torch.device("cpu"))(small, np.zeros(4, dtype=np.int64), widths, draws)
+    pixels = torch.zeros(first + image.size, dtype=torch.uint8, device=device)
+    pixels[first:] = small.to(device)
+    make = BatchedViews(recipe, device, import_module(f"pipelines.{name}"))
+    for view, wanted in zip(make(pixels, np.full(4, first), widths, draws), expected, strict=True):
+        assert (view.cpu() - wanted).abs().mean() * 255 * 0.225 < 1.0
+
+
+def test_memory_of_a_batch_of_large_images_is_bounded():
+    """Torch's functions pad the crops of a batch to the largest."""
+    device, size = torch.device("cuda"), (2000, 3000)
+    recipe = Recipe(**{**vars(RECIPES["moco_v2"]), "size": 32, "crop_scale": (0.9, 1.0)})
+    draws = draw(recipe, 0, 0, np.arange(8), np.full(8, size[1]), np.full(8, size[0]))
+    pixels = torch.zeros(3 * size[0] * size[1], dtype=torch.uint8, device=device)
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    BatchedViews(recipe, device, gpu_kernels)(pixels, np.zeros(8, dtype=np.int64), np.full(8, size[1]), draws)
+    assert torch.cuda.max_memory_allocated() - held < 4 * gpu_kernels.CROP_BYTES
