@@ -38,7 +38,7 @@ class Samples:
 
     def pixels(self, sample_id: int) -> np.ndarray:
         """The pixels (H, W, C) of one image; Unreadable where it is gone, damaged, or of another size than the table says."""
-        return sound(self.shards, sample_id, lambda: self._decode(self._read(sample_id)))
+        return sound(self.shards, sample_id, lambda again: self._decode(self._read(sample_id, again)))
 
     def encoded(self, sample_id: int) -> memoryview:
         """The bytes of one image as they are stored; Unreadable where they are gone."""
@@ -47,22 +47,28 @@ class Samples:
         except _FAULTS as fault:
             raise Unreadable(str(fault)) from fault
 
-    def _read(self, sample_id: int) -> memoryview:
+    def _read(self, sample_id: int, again: bool = False) -> memoryview:
+        """`again`: what was kept of it is damaged."""
         return self.shards.read(sample_id)
 
 
-def sound(shards: ShardSet, sample_id: int, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The pixels (H, W, ...) of a sample that `make` reads and decodes, once more where a damaged copy of remote shards was removed.
+def sound(shards: ShardSet, sample_id: int, make: Callable[[bool], np.ndarray]) -> np.ndarray:
+    """The pixels (H, W, ...) of a sample that `make` reads and decodes; it is called again, with True, where a damaged copy of remote
+    shards was removed.
 
     Raises:
         Unreadable: they are gone, damaged, or of another size than the table says.
     """
-    try:
-        pixels = make()
-    except _FAULTS as fault:
-        if not shards.mend(sample_id):
-            raise Unreadable(str(fault)) from fault
-        return sound(shards, sample_id, make)
+    again = False
+    while True:
+        try:
+            pixels = make(again)
+        except _FAULTS as fault:
+            if not shards.mend(sample_id):
+                raise Unreadable(str(fault)) from fault
+            again = True
+        else:
+            break
     width, height = int(shards.widths[sample_id]), int(shards.heights[sample_id])
     if pixels.shape[:2] != (height, width):
         raise Unreadable(f"it is {pixels.shape[1]} x {pixels.shape[0]}, but {width} x {height} in the table")
@@ -80,10 +86,10 @@ class EncodedCache(Samples):
         self._bytes = np.empty(int(self._ends[-1]), dtype=np.uint8)  # pages are taken when they are written
         self._held = np.zeros(shards.num_samples, dtype=np.bool_)
 
-    def _read(self, sample_id: int) -> memoryview:
+    def _read(self, sample_id: int, again: bool = False) -> memoryview:
         end = int(self._ends[sample_id])
         place = self._bytes[end - int(self.shards.sizes[sample_id]) : end]
-        if not self._held[sample_id]:
+        if again or not self._held[sample_id]:
             place[:] = np.frombuffer(self.shards.read(sample_id), dtype=np.uint8)
             self._held[sample_id] = True  # last: two threads may both write it, the same bytes
         return place.data.toreadonly()

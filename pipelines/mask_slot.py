@@ -41,15 +41,15 @@ class Masks:
         if sample_id in self._decoded:
             return self._decoded[sample_id]
         try:
-            made = sound(self._shards, sample_id, lambda: decode_mask(self._read(sample_id)))
+            made = sound(self._shards, sample_id, lambda again: decode_mask(self._read(sample_id, again)))
         except Unreadable as fault:
             raise Unreadable(f"its mask: {fault}") from fault
         if self._keep == "decoded":
             self._decoded[sample_id] = made
         return made
 
-    def _read(self, sample_id: int) -> memoryview:
-        if sample_id in self._encoded:
+    def _read(self, sample_id: int, again: bool) -> memoryview:
+        if sample_id in self._encoded and not again:
             return memoryview(self._encoded[sample_id])
         data = self._shards.read_mask(sample_id)
         assert data is not None

@@ -65,6 +65,20 @@ def test_a_second_epoch_reads_nothing_and_decoded_pixels_are_not_decoded_again(s
     assert len(decoded) == (41 if kind is DecodedCache else 82)
 
 
+@pytest.mark.parametrize("kind", [Samples, DecodedCache, EncodedCache])
+def test_bytes_of_a_copy_that_was_removed_are_not_kept(shard_set, monkeypatch, kind):
+    """Remote shards: the copy on this machine was damaged, and the next reading brings another."""
+    read, whole = ShardSet.read, []
+    junk = memoryview(bytes(int(shard_set.sizes[5])))
+    monkeypatch.setattr(ShardSet, "read", lambda self, i: read(self, i) if whole else junk)
+    monkeypatch.setattr(ShardSet, "mend", lambda self, i: not whole and not whole.append(i))
+    decode = make_engine("fused", SMALL).decode
+    held = kind(shard_set, decode, 3)
+    for _ in range(2):
+        np.testing.assert_array_equal(held.pixels(5), decode(read(shard_set, 5)))
+    assert whole == [5]
+
+
 def test_pixels_are_kept_where_they_fit_and_bytes_where_not(shard_set):
     decode = make_engine("fused", SMALL).decode
     decoded = int((shard_set.widths.astype(int) * shard_set.heights * 3).sum())

@@ -206,6 +206,21 @@ def test_a_second_epoch_from_memory_reads_no_mask(masked, monkeypatch):
                 assert (a is b) == (keep == "decoded")
 
 
+@pytest.mark.parametrize("keep", get_args(Keeps))
+def test_a_mask_of_a_copy_that_was_removed_is_read_again(masked, monkeypatch, keep):
+    read, whole = ShardSet.read_mask, []
+    [sample_id] = [i for i in range(COUNT) if stored(masked, i) is not None][:1]
+    expected = stored(masked, sample_id)
+    monkeypatch.setattr(
+        ShardSet, "read_mask", lambda self, i: (read(self, i) or b"")[: None if whole else -40]
+    )
+    monkeypatch.setattr(ShardSet, "mend", lambda self, i: not whole and not whole.append(i))
+    masks = Masks(masked, keep)
+    for _ in range(2):
+        np.testing.assert_array_equal(masks.mask(sample_id), expected)
+    assert whole == [sample_id]
+
+
 @pytest.mark.parametrize("fault", ["junk", "cut", "size"])
 def test_a_bad_mask_is_a_bad_sample(masked, monkeypatch, fault):
     read = ShardSet.read_mask
