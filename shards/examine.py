@@ -233,7 +233,7 @@ def decode_fault(data: bytes, row: Row, policy: Policy) -> str:
             pixels = read_npy(data)
             found = (*pixels.shape[1::-1], pixels.shape[2], pixels.dtype.name)
         else:
-            stored = prove(data, f"{row['key']}.{row['ext']}", policy)
+            stored = prove(data, f"{row['key']}.{row['ext']}", policy, "small")
             found = (stored.width, stored.height, stored.channels, stored.dtype)
     except BadImage as fault:
         return fault.reason

@@ -6,13 +6,23 @@ import io
 import posixpath
 import re
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from shards.headers import TIFF_MAGIC, TiffHeader, check_png, png_colour, png_depth, tiff_header
-from shards.jpeg import JPEG_MAGIC, decode_jpeg, plain_pixels, simple_jpeg, unreadable
+from shards.jpeg import (
+    JPEG_MAGIC,
+    JpegHeader,
+    decode_jpeg,
+    eighth,
+    simple_header,
+    simple_jpeg,
+    small_pixels,
+    unreadable,
+)
 from shards.pillow import TURNS, as_damage, encode, orientation, strict_pillow
 from shards.pixels import (
     NPY_MAGIC,
@@ -38,6 +48,9 @@ _ALPHA_WORDS = {"white": "alpha on white", "black": "alpha on black", "drop": "a
 _DEFAULT = Policy()
 
 
+Depth = Literal["pixels", "small", "both"]
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """An image as the shard stores it: upright, one frame.
@@ -45,7 +58,7 @@ class Stored:
     data: encoded bytes; ext: jpg, png, webp (8 bit, 1 or 3 channels) or npy ((H, W, C) uint8, uint16 or float32); width, height:
     pixels; how: "kept", or "re-encoded: " and the reasons; pixels_hash: of the pixels before a lossy encoder saw them; sample:
     (k, channels) pixels for statistics; file_size: (width, height) before turning and scaling; turn: EXIF orientation that was baked
-    in, 0 for none.
+    in, 0 for none; small_hash: of the JPEG decoded at an eighth of its size. What `prove` was not asked for is None.
     """
 
     data: bytes
@@ -55,18 +68,23 @@ class Stored:
     channels: int
     dtype: str
     how: str
-    pixels_hash: str
-    sample: npt.NDArray
+    pixels_hash: str | None
+    sample: npt.NDArray | None
     file_size: tuple[int, int]
     turn: int = 0
+    small_hash: str | None = None
 
 
-def prove(data: bytes | npt.NDArray, name: str, policy: Policy = _DEFAULT, *, plain: bool = False) -> Stored:
-    """Decodes the whole image and returns what to store; what `policy` keeps is kept byte for byte. Pixels: see `prove_pixels`.
+def prove(data: bytes | npt.NDArray, name: str, policy: Policy = _DEFAULT, depth: Depth = "pixels") -> Stored:
+    """Decodes the image as far as anything can be wrong with it, and returns what to store; what `policy` keeps is kept byte for byte.
 
-    `plain`: hash and sample of a JPEG are of its `plain_pixels`, for a set of JPEGs none of which is scaled.
+    Args:
+        data: of a file; of pixels, see `prove_pixels`.
+        depth: "pixels": `pixels_hash` and `sample` are given. "small": so is `small_hash`, for a JPEG, and where the file is kept
+            these two may be missing, since there was no need for all its pixels. "both": all three.
 
-    Raises BadImage for what cannot be decoded completely, or what the policy refuses.
+    Raises:
+        BadImage: for what cannot be decoded completely, or what the policy refuses.
     """
     if not isinstance(data, bytes):
         return prove_pixels(data, policy)
@@ -76,13 +94,11 @@ def prove(data: bytes | npt.NDArray, name: str, policy: Policy = _DEFAULT, *, pl
         stored = prove_pixels(read_npy(data), policy)
         return replace(stored, how="kept") if stored.data == data else stored
     if data.startswith(JPEG_MAGIC):
-        pixels = simple_jpeg(data, policy.max_pixels, plain=plain)
-        if pixels is not None and min(pixels.shape[:2]) >= policy.min_side:
-            file_size = (pixels.shape[1], pixels.shape[0])
-            if _keeps(policy, "JPEG", file_size):
-                return _stored(data, "jpg", pixels, _kept("JPEG", name), file_size, 0)
-            with as_damage():
-                return _changed(_as_image(pixels), "JPEG", [], policy, file_size, 0)
+        header = simple_header(data, policy.max_pixels)
+        if header and min(header.width, header.height) >= policy.min_side:
+            stored = _prove_simple(data, header, name, policy, depth)
+            if stored:
+                return stored
     with strict_pillow(), as_damage():
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -91,15 +107,34 @@ def prove(data: bytes | npt.NDArray, name: str, policy: Policy = _DEFAULT, *, pl
                 return _prove_tiff(data, policy)
             raise unreadable(data) from None
         stored = _prove_opened(image, data, name, policy)
-        return _as_plain(stored, data) if plain and data.startswith(JPEG_MAGIC) else stored
+        return stored if depth == "pixels" else replace(stored, small_hash=_small_hash(data, stored))
 
 
-def _as_plain(stored: Stored, data: bytes) -> Stored:
-    pixels = plain_pixels(data)
+def _prove_simple(data: bytes, header: JpegHeader, name: str, policy: Policy, depth: Depth) -> Stored | None:
+    """The short way of a clean JPEG; None where it is damaged."""
+    size = (header.width, header.height)
+    kept = _keeps(policy, "JPEG", size)
+    small = eighth(data, header) if depth != "pixels" else None
+    small_hash = None if small is None else pixels_hash(small, size)
+    if kept and depth == "small":
+        if small_hash is None:
+            return None
+        how = _kept("JPEG", name)
+        return Stored(data, "jpg", *size, header.components, "uint8", how, None, None, size, 0, small_hash)
+    pixels = simple_jpeg(data, header)
     if pixels is None:
-        return stored
-    pixels = turned(pixels, stored.turn)
-    return replace(stored, pixels_hash=pixels_hash(pixels), sample=sampled(pixels))
+        return None
+    if kept:
+        stored = _stored(data, "jpg", pixels, _kept("JPEG", name), size, 0)
+    else:
+        with as_damage():
+            stored = _changed(_as_image(pixels), "JPEG", [], policy, size, 0)
+    return replace(stored, small_hash=small_hash) if small_hash else stored
+
+
+def _small_hash(data: bytes, stored: Stored) -> str | None:
+    small = small_pixels(data)
+    return None if small is None else pixels_hash(turned(small, stored.turn), (stored.width, stored.height))
 
 
 def _prove_opened(image: Image.Image, data: bytes, name: str, policy: Policy) -> Stored:

@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
         ("group", pa.string()),  # what a split may not tear apart, or null
         ("source", pa.string()),  # what the source calls it, such as the path below the source folder
         ("sha256", pa.string()),  # of the stored image, hexadecimal
-        ("pixels_hash", pa.string()),  # XXH3, 128 bit, of the decoded pixels, hexadecimal
+        ("pixels_hash", pa.string()),  # XXH3, 128 bit, equal where the pixels are: see `equal`
         ("duplicate_of", pa.int64()),  # the first sample with the same pixels, or null
         ("stored", pa.string()),  # "kept", or "re-encoded: " and why
         (

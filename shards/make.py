@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards import layout
-from shards.image import BadImage, Stored, prove
+from shards.image import BadImage, Depth, Stored, prove
 from shards.layout import ShardFile
 from shards.masks import prove_mask
 from shards.places import Place
@@ -25,7 +25,12 @@ from shards.workers import Count
 from shards.write import Entry, Sample, write_index, write_shard
 
 NOT_YET = ("sample_id", "duplicate_of")  # known when all shards are
-_ROWS = [column for column in layout.SCHEMA if column.name not in NOT_YET]
+SMALL_HASH = "small_hash"  # a column of a shard's rows only: see `equal`
+_ROWS = [
+    *(column for column in layout.SCHEMA if column.name not in NOT_YET),
+    pa.field(SMALL_HASH, pa.string()),
+]
+STATISTICS_IMAGES = 2048  # of a large set of JPEGs, at least so many are decoded whole, and counted
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,10 @@ class _Work:
         self._rows: list[dict[str, Any]] = []
         planned = maker.plan.rows(shard)
         self._extra = extra_fields(planned.schema)
-        # Equal hashes mean equal pixels only where all are decoded in one way, and other formats know no chroma to repeat.
-        policy = maker.policy
-        self._plain = maker.plan.all_jpeg and policy.store in ("keep", "jpeg") and not policy.short_side
+        policy, settings = maker.policy, maker.plan.settings
+        # Other formats, and scaled images, are decoded anyhow, and have nothing that the small copy of a JPEG can be compared with.
+        self._small = maker.plan.all_jpeg and policy.store in ("keep", "jpeg") and not policy.short_side
+        self._every = max(1, settings.num_images // STATISTICS_IMAGES)
         self._planned = planned.to_pylist()
 
     def samples(self) -> Iterator[Sample]:
@@ -99,11 +105,12 @@ class _Work:
     def _sample(self, row: dict[str, Any]) -> tuple[Sample, dict[str, Any]]:
         maker, name = self._maker, row["source"]
         picture = maker.source.read(row)
-        stored = prove(picture.data, name, maker.policy, plain=self._plain)
+        stored = prove(picture.data, name, maker.policy, self._depth(row["position"]))
         mask = None
         if picture.mask is not None:
             mask = prove_mask(picture.mask, row["mask"] or name, stored, maker.policy)
-        self.statistics.add(stored.sample)
+        if stored.sample is not None:
+            self.statistics.add(stored.sample)
         label = row["label"]
         extra = {column.name: row[column.name] for column in self._extra}
         facts = {key: value for key, value in (extra | picture.facts).items() if _is_known(value)}
@@ -112,6 +119,11 @@ class _Work:
         columns = _columns(stored) | extra
         columns |= {"key": key, "source": name, "label": label, "group": row["group"]}
         return Sample(key, stored, name, label, class_name, mask, facts), columns
+
+    def _depth(self, position: int) -> Depth:
+        if not self._small:
+            return "pixels"
+        return "small" if position % self._every else "both"
 
     def locate(self, entries: list[Entry]) -> None:
         """Enters where each sample's files lie in the tar."""
@@ -142,6 +154,7 @@ def _columns(stored: Stored) -> dict[str, Any]:
         "dtype": stored.dtype,
         "sha256": hashlib.sha256(stored.data).hexdigest(),
         "pixels_hash": stored.pixels_hash,
+        SMALL_HASH: stored.small_hash,
         "stored": stored.how,
     }
 

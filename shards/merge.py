@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from shards import layout
 from shards.columns import read_columns
+from shards.equal import Hashes
 from shards.errors import UserError
 from shards.layout import Manifest, ShardFile
 from shards.make import Marks, read_marks, read_rows
@@ -62,7 +63,8 @@ def merge(dest: Place, plan: Plan) -> Manifest:
             f"none of the {num_quarantined:,} images can be used. The first: {first}. All stand in '{dest / layout.QUARANTINE}'."
         )
     made = list(files)
-    first_equal = first_equals(dest, made) if plan.settings.dedupe != "keep" else None
+    hashes = Hashes(dest, made)
+    first_equal = hashes.first_equals() if plan.settings.dedupe != "keep" else None
     sums = _Sums()
 
     def write(file: BinaryIO) -> None:
@@ -71,10 +73,12 @@ def merge(dest: Place, plan: Plan) -> Manifest:
         with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=few) as writer:
             for shard in made:
                 rows = read_rows(dest, shard)
-                ids = np.arange(sums.num_samples, sums.num_samples + rows.num_rows)
+                start = sums.num_samples
+                ids = np.arange(start, start + rows.num_rows)
                 equal = np.full(len(ids), -1) if first_equal is None else first_equal[ids]
                 sums.add(rows, equal)
                 known = {"sample_id": pa.array(ids), "duplicate_of": pa.array(equal, mask=equal < 0)}
+                known["pixels_hash"] = hashes.of(start, rows)
                 columns = [known[name] if name in known else rows[name] for name in schema.names]
                 writer.write_table(pa.table(columns, schema=schema))
 
@@ -125,44 +129,13 @@ def _marks(dest: Place, shard: int) -> Marks:
     return marks
 
 
-def first_equals(dest: Place, made: list[int]) -> npt.NDArray[np.int64]:
-    """For each sample, in shard order, the first one with the same pixels, or -1 where it is itself the first; (N,) int64."""
-    return first_of_equal(read_rows(dest, shard, ["pixels_hash"])["pixels_hash"] for shard in made)
-
-
-def first_of_equal(hashes: Iterable[pa.Array | pa.ChunkedArray]) -> npt.NDArray[np.int64]:
-    """For each of the hashes (32 hexadecimal digits), chunk after chunk, the first equal one, or -1 where it is itself the first; (N,)
-    int64.
-
-    24 bytes of memory a sample, and as much again while sorting.
-    """
-    halves = [_halves(chunk) for chunk in hashes]
-    high = np.concatenate([part[0] for part in halves])
-    low = np.concatenate([part[1] for part in halves])
-    del halves
-    order = np.lexsort((low, high))  # stable: equal ones keep their order
-    high, low = high[order], low[order]
-    starts = np.ones(len(order), bool)
-    starts[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
-    first = np.empty(len(order), np.int64)
-    first[order] = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]
-    first[order[starts]] = -1
-    return first
-
-
-def _halves(hashes: pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """The high and low 64 bits of hashes of 32 hexadecimal digits."""
-    words = np.frombuffer(bytes.fromhex("".join(hashes.to_pylist())), ">u8").reshape(-1, 2).astype(np.uint64)
-    return words[:, 0], words[:, 1]
-
-
 def write_dropped(dest: Place, plan: Plan) -> None:
     """Notes which images are left out because an earlier one has the same pixels: a table of position, source, same_as.
 
     Every shard must be finished, with its duplicates still in it.
     """
     made = [shard for shard in range(plan.num_shards) if _marks(dest, shard).shard]
-    first = first_equals(dest, made) if made else np.empty(0, np.int64)
+    first = Hashes(dest, made).first_equals() if made else np.empty(0, np.int64)
     again = np.flatnonzero(first >= 0)
     wanted = np.union1d(again, first[again])  # the names of all the others would be most of the memory
     parts, start = [pa.table({"key": pa.array([], pa.string()), "source": pa.array([], pa.string())})], 0

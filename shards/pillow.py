@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 from PIL import Image, ImageFile
 
+from shards.jpeg import ORIENTATION
 from shards.pixels import BadImage, damage
 
-_ORIENTATION = 0x0112
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,7 +40,7 @@ def encode(image: Image.Image, kind: str, quality: int) -> bytes:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation 1..8; 0 when there is none, -1 when the EXIF block cannot be read."""
     try:
-        return int(image.getexif().get(_ORIENTATION, 0))
+        return int(image.getexif().get(ORIENTATION, 0))
     except Exception:  # Pillow raises almost anything on a damaged block
         return -1
 

@@ -31,9 +31,12 @@ def damage(fault: Exception) -> BadImage:
     return BadImage(f"damaged: {text or type(fault).__name__}")
 
 
-def pixels_hash(pixels: npt.NDArray) -> str:
-    """XXH3, 128 bit, 32 hexadecimal digits, of shape, dtype and values of (H, W, C) pixels."""
-    digest = xxh3_128(f"{pixels.shape}{pixels.dtype.str}".encode())
+def pixels_hash(pixels: npt.NDArray, whole_size: tuple[int, int] | None = None) -> str:
+    """XXH3, 128 bit, 32 hexadecimal digits, of shape, dtype and values of (H, W, C) pixels.
+
+    `whole_size`: (width, height) of the image that these are a smaller copy of; taken in too.
+    """
+    digest = xxh3_128(f"{whole_size or ''}{pixels.shape}{pixels.dtype.str}".encode())
     digest.update(np.ascontiguousarray(pixels).data.cast("B"))
     return digest.hexdigest()
 

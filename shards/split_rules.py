@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from shards import dividing, layout
 from shards.dividing import NONE, SIDES, Hashes, Ids
+from shards.equal import first_of_equal
 from shards.errors import UserError, nearest
 from shards.listing import hash_values
-from shards.merge import first_of_equal
 from shards.places import Place
 from shards.split_lists import read_lists, sides_of_lists
 

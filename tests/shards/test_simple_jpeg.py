@@ -2,14 +2,14 @@
 
 import dataclasses
 import random
+from typing import get_args
 
-import numpy as np
 import pytest
 import simplejpeg
 
 from shards import image
-from shards.image import Stored, prove
-from shards.jpeg import jpeg_header, simple_jpeg
+from shards.image import Depth, Stored, prove
+from shards.jpeg import eighth, jpeg_header, simple_header, simple_jpeg
 from shards.pixels import BadImage
 from shards.policy import MAX_PIXELS, Policy
 from tests.pictures import encoded, exif, photo, picture
@@ -22,30 +22,54 @@ CLEAN = {
     "4:4:4": encoded(photo(90, 70), "JPEG", subsampling=0),
     "comment": encoded(photo(90, 70), "JPEG", comment=b"hello"),
     "profile": encoded(photo(90, 70), "JPEG", icc_profile=bytes(600)),
+    "a scan's marker in it": encoded(photo(90, 70), "JPEG", icc_profile=b"\xff\xda" * 300),
+    "upright": encoded(photo(90, 70), "JPEG", exif=exif(1)),
 }
+_XMP = b"http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation='6'/>"
+XMP = b"\xff\xe1" + (2 + len(_XMP)).to_bytes(2, "big") + _XMP
 
 
-def told(data: bytes, policy: Policy) -> tuple | str:
+def told(data: bytes, policy: Policy, depth: Depth) -> dict | str:
     try:
-        stored: Stored = prove(data, "x.jpg", policy)
+        stored: Stored = prove(data, "x.jpg", policy, depth)
     except BadImage as fault:
         return fault.reason
     fields = {field.name: getattr(stored, field.name) for field in dataclasses.fields(stored)}
-    return *fields.pop("sample").ravel().tolist(), *fields.items()
+    if depth == "small":  # the rest hangs on how the image was decoded
+        del fields["sample"], fields["pixels_hash"]
+    else:
+        fields["sample"] = fields["sample"].tolist()
+    return fields
 
 
 def both_ways(data: bytes, monkeypatch: pytest.MonkeyPatch, policy: Policy = Policy()) -> None:  # noqa: B008 (frozen)
-    short = told(data, policy)
+    short = {depth: told(data, policy, depth) for depth in get_args(Depth)}
     with monkeypatch.context() as patch:
-        patch.setattr(image, "simple_jpeg", lambda data, max_pixels, plain: None)
-        assert told(data, policy) == short
+        patch.setattr(image, "simple_header", lambda data, max_pixels: None)
+        assert {depth: told(data, policy, depth) for depth in short} == short
+    # Nor does it matter for what is stored how far it was decoded.
+    if isinstance(short["both"], dict):
+        both = dict(short["both"])
+        del both["sample"], both["pixels_hash"]
+        assert both == short["small"]
+        assert short["pixels"]["small_hash"] is None
+    else:
+        assert set(short.values()) == {short["both"]}
+
+
+def goes_short(data: bytes) -> bool:
+    header = simple_header(data, MAX_PIXELS)
+    return header is not None and eighth(data, header) is not None
 
 
 @pytest.mark.parametrize("name", CLEAN)
 def test_clean_files_go_the_short_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = simple_jpeg(CLEAN[name], MAX_PIXELS)
-    assert pixels is not None
-    assert pixels.shape == (70, 90, 1 if name == "grey" else 3)
+    header = simple_header(CLEAN[name], MAX_PIXELS)
+    assert header is not None
+    for decode, height, width in ((simple_jpeg, 70, 90), (eighth, 9, 12)):
+        pixels = decode(CLEAN[name], header)
+        assert pixels is not None
+        assert pixels.shape == (height, width, 1 if name == "grey" else 3)
     both_ways(CLEAN[name], monkeypatch)
 
 
@@ -53,16 +77,18 @@ def test_clean_files_go_the_short_way(name: str, monkeypatch: pytest.MonkeyPatch
     "data",
     [
         encoded(photo(90, 70), "JPEG", exif=exif(6)),
-        encoded(photo(90, 70), "JPEG", exif=exif(1)),
+        b"".join((CLEAN["RGB"][:2], XMP, CLEAN["RGB"][2:])),
+        encoded(photo(90, 70), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"),
         encoded(picture(0, mode="CMYK"), "JPEG"),
         CLEAN["RGB"][:-40],
         CLEAN["RGB"][:20] + b"\0" + CLEAN["RGB"][20:],
         b"\xff\xd8",
     ],
-    ids=["rotated", "EXIF", "CMYK", "cut", "stray byte", "no header"],
+    ids=["rotated", "XMP", "damaged EXIF", "CMYK", "cut", "stray byte", "no header"],
 )
-def test_all_others_take_the_long_way(data: bytes) -> None:
-    assert simple_jpeg(data, MAX_PIXELS) is None
+def test_all_others_take_the_long_way(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not goes_short(data)
+    both_ways(data, monkeypatch)
 
 
 def test_nasty_images_are_told_the_same_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,15 +107,35 @@ def test_flipped_bytes_are_told_the_same_both_ways(monkeypatch: pytest.MonkeyPat
         for _ in range(40):
             broken = bytearray(data)
             broken[rng.randrange(2, header + 12 if rng.random() < 0.8 else len(data))] = rng.randrange(256)
-            went += simple_jpeg(bytes(broken), MAX_PIXELS) is not None
+            went += goes_short(bytes(broken))
             both_ways(bytes(broken), monkeypatch)
     assert went > 20  # some flips change no more than a colour
 
 
-def test_a_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    header = jpeg_header(CLEAN["RGB"])
+def test_a_bomb_is_not_decoded() -> None:
+    header = simple_header(CLEAN["RGB"], 90 * 70)
     assert header is not None
-    assert header.simple
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *args, **options: np.zeros((70, 90, 3), np.uint8))
-    assert simple_jpeg(CLEAN["RGB"], 90 * 70) is not None
-    assert simple_jpeg(CLEAN["RGB"], 90 * 70 - 1) is None
+    assert (header.width, header.height) == (90, 70)
+    assert simple_header(CLEAN["RGB"], 90 * 70 - 1) is None
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_an_eighth_shows_the_damage_that_all_pixels_show(name: str) -> None:
+    rng = random.Random(1)
+    data, colours = CLEAN[name], "GRAY" if name == "grey" else "RGB"
+    header = jpeg_header(data)
+    assert header is not None
+    start, damaged = data.rindex(b"\xff\xda"), 0
+    for _ in range(150):
+        broken = bytearray(data)
+        if rng.random() < 0.7:
+            broken[rng.randrange(start, len(broken))] = rng.randrange(256)
+        else:
+            del broken[rng.randrange(start, len(broken)) :]
+        try:
+            simplejpeg.decode_jpeg(bytes(broken), colours, strict=True)
+            whole = True
+        except ValueError:
+            whole, damaged = False, damaged + 1
+        assert (eighth(bytes(broken), header) is not None) == whole
+    assert damaged > 30
