@@ -5,40 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, cast
 
 import numpy as np
 import torch
 
 from pipelines.ahead import Ahead, Uses, choose_window
-from pipelines.batch_engine import BatchEngine, BatchOptions, batch_slots
 from pipelines.cache import Samples, open_samples
 from pipelines.channels import check_operations, fit_recipe
 from pipelines.draws import draw, eval_draws
-from pipelines.engines import ImageEngine, make_engine, refuse_deep, whole_batches
 from pipelines.faults import BadSamples
 from pipelines.fused_engine import FusedEngine
 from pipelines.gpu_kernels import PLAIN, Form
 from pipelines.mask_slot import with_masks
 from pipelines.masks import NO_MASK
 from pipelines.recipe import Recipe
-from pipelines.stream import (
-    SLOTS,
-    Batch,
-    HostMemory,
-    HostSlot,
-    Job,
-    Renderer,
-    Slot,
-    default_threads,
-    stream,
-    work_stream,
-)
+from pipelines.slots import host_slots, open_slots, view_shapes
+from pipelines.stream import Batch, Job, Slot, default_threads, stream
 from shards.errors import UserError
 from shards.order import block_order, epoch_order, rank_positions, steps_per_epoch
 from shards.read import ShardSet
 
-__all__ = ["Batch", "Loader", "default_threads", "eval_batches", "open_loader", "open_slots"]
+__all__ = ["Batch", "Loader", "default_threads", "eval_batches", "open_loader"]
 
 
 def open_loader(
@@ -129,133 +116,6 @@ def open_loader(
         device=device,
         block_shards=window,
     )
-
-
-def open_slots(
-    shards: ShardSet,
-    recipe: Recipe,
-    engine: str,
-    *,
-    batch: int,
-    threads: int,
-    device: torch.device,
-    augment_on: str = "cpu",
-    decode: str = "cpu",
-    cache: str = "none",
-    cache_gb: float = 0.0,
-    on_host: bool = False,
-    side_stream: bool = True,
-    form: Form = PLAIN,
-    masks: bool = False,
-    mask_ignore: int = NO_MASK,
-) -> tuple[Samples, Callable[[], Sequence[Slot]]]:
-    """The images as an engine wants them, and what gives memory for a stream of its views; `batch`: samples in the largest batch.
-
-    Raises:
-        UserError: as `open_loader`.
-    """
-    on_gpu = augment_on == "gpu"
-    if on_gpu and (engine == "reference" or device.type != "cuda" or on_host):
-        raise UserError(
-            "data.augment_on gpu needs another --data.engine than reference, a GPU to train on and whole batches (no "
-            "train.micro_batch): set --data.augment-on cpu."
-        )
-    if cache == "gpu" and not (on_gpu and engine == "fused"):
-        raise UserError(
-            "data.cache gpu needs the views to be made on the GPU by --data.engine fused: add --data.augment-on gpu, or set "
-            "--data.cache ram."
-        )
-    if decode == "gpu" and not (on_gpu and engine == "fused"):
-        raise UserError(
-            "data.decode gpu needs the views to be made on the GPU by --data.engine fused: add --data.augment-on gpu, or set "
-            "--data.decode cpu."
-        )
-    where: dict[str, bool] = {"on_host": on_host, "side_stream": side_stream}
-    kept: dict[str, Any] = {"cache": cache, "cache_gb": cache_gb, "masks": masks}
-    channels = len(recipe.mean)
-    if whole_batches(engine):
-        refuse_deep(engine, shards)
-        largest = (int(shards.widths.max()), int(shards.heights.max()))
-        options = BatchOptions(device if on_gpu else "cpu", threads, batch, largest)
-        maker = cast(BatchEngine, make_engine(engine, recipe, options))
-        samples = open_samples(shards, maker.decode, channels, **kept)
-        slots = batch_slots(samples, maker, device, **where)
-    else:
-        made = cast(ImageEngine, make_engine(engine, recipe))
-        samples = open_samples(shards, made.decode, channels, **kept, only_encoded=decode == "gpu")
-        if on_gpu:
-            more: dict[str, Any] = {
-                "decode_threads": threads if decode == "gpu" else 0,
-                "side_stream": side_stream,
-                "form": form,
-            }
-            slots = gpu_slots(samples, recipe, device, cache == "gpu", cache_gb, **more)
-        else:
-            slots = partial(host_slots, samples, made, view_shapes(recipe), batch, device, **where)
-    if masks:
-        sides = [recipe.side(view) for view in range(recipe.total_views)]
-        slots = with_masks(
-            slots, samples, sides, batch, device, mask_ignore, on_gpu_cache=cache == "gpu", **where
-        )
-    return samples, slots
-
-
-def view_shapes(recipe: Recipe) -> list[tuple[int, int, int]]:
-    """(C, S, S) of each view."""
-    return [(len(recipe.mean), recipe.side(view), recipe.side(view)) for view in range(recipe.total_views)]
-
-
-def host_slots(
-    samples: Samples,
-    engine: Renderer,
-    shapes: Sequence[tuple[int, ...]],
-    batch: int,
-    device: torch.device,
-    *,
-    on_host: bool = False,
-    side_stream: bool = True,
-) -> list[HostSlot]:
-    """Memory for a stream of views that the CPU makes; `shapes`: (C, S, S) of each view; `batch`: samples in the largest batch."""
-    copies = None if on_host else work_stream(device, side_stream)
-    return [HostSlot(samples, engine, HostMemory(shapes, batch, device, copies)) for _ in range(SLOTS)]
-
-
-def gpu_slots(
-    samples: Samples,
-    recipe: Recipe,
-    device: torch.device,
-    store: bool,
-    cache_gb: float = 0,
-    *,
-    decode_threads: int = 0,
-    side_stream: bool = True,
-    form: Form = PLAIN,
-) -> Callable[[], Sequence[Slot]]:
-    """What gives memory for a stream whose views the device makes.
-
-    Args:
-        store: all streams share one cache on the device.
-        decode_threads: host threads that help the device decode; 0 leaves decoding to the CPU.
-        form: how the views lie in memory.
-    """
-    from pipelines.gpu_decode import gpu_decoder
-    from pipelines.gpu_engine import GpuSlot, GpuStore, check_gpu_views
-
-    check_gpu_views(samples, recipe)
-    # One for all streams of views, so that what one has put into the store is there for the next.
-    side = work_stream(device, side_stream)
-    # All memory is taken on the stream that uses it: freed in the midst of work, it is not given to another one too early.
-    with torch.cuda.stream(side):  # on a CPU: None, which is no stream
-        kept = GpuStore(samples, device, cache_gb) if store else None
-        if kept is not None:
-            samples.note = kept.note
-        decoder = gpu_decoder(samples, device, decode_threads) if decode_threads else None
-
-    def slots() -> Sequence[Slot]:
-        with torch.cuda.stream(side):
-            return [GpuSlot(samples, recipe, device, side, kept, form, decoder=decoder) for _ in range(SLOTS)]
-
-    return slots
 
 
 class Loader:

@@ -108,7 +108,7 @@ def batched_step(work: Decoded, kernels: BatchedKernels) -> Step:
 def _fused(work: Decoded) -> Iterator[Step]:
     """Our CPU engine in threads, into memory that is used again."""
     from pipelines.fused_engine import FusedEngine
-    from pipelines.loader import view_shapes
+    from pipelines.slots import view_shapes
 
     engine, drawn = FusedEngine(work.recipe), work.drawn()
     views = [torch.empty((work.batch, *shape)) for shape in view_shapes(work.recipe)]

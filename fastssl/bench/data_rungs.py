@@ -19,7 +19,8 @@ from fastssl.build import view_form
 from pipelines.cache import Samples
 from pipelines.draws import draw
 from pipelines.engines import make_engine, whole_batches
-from pipelines.loader import default_threads, gpu_slots, host_slots, open_loader, view_shapes
+from pipelines.loader import default_threads, open_loader
+from pipelines.slots import gpu_slots, host_slots, view_shapes
 from pipelines.stream import Job, stream
 from shards.errors import UserError
 from shards.order import epoch_order

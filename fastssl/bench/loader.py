@@ -244,7 +244,7 @@ class Way:
         import torch
 
         from pipelines.draws import draw
-        from pipelines.loader import open_slots
+        from pipelines.slots import open_slots
         from pipelines.stream import Job, stream
 
         shards, recipe = work.shards, work.recipe

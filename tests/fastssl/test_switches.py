@@ -105,7 +105,7 @@ def test_a_stream_beside_the_steps_or_the_steps_own(monkeypatch):
 
 def test_the_side_stream_is_a_setting_of_the_loader(shards, monkeypatch):
     asked = []
-    monkeypatch.setattr("pipelines.loader.work_stream", lambda device, own: asked.append(own))
+    monkeypatch.setattr("pipelines.slots.work_stream", lambda device, own: asked.append(own))
     for own in (True, False):
         data = DataConfig(shards=str(shards), side_stream=own, threads=1)
         loader = open_loader(data.open(), Recipe(size=16), batch=4, seed=0, **data.options())

@@ -7,10 +7,12 @@ import torch
 from pipelines import cache
 from pipelines.cache import DecodedCache, EncodedCache, Samples, Unreadable, free_memory, open_samples
 from pipelines.data_config import DataConfig
+from pipelines.engines import make_engine
 from pipelines.faults import BadSamples
 from pipelines.gpu_engine import GpuStore
-from pipelines.loader import Loader, gpu_slots, make_engine, open_loader
+from pipelines.loader import Loader, open_loader
 from pipelines.recipe import RECIPES, Recipe
+from pipelines.slots import gpu_slots
 from shards.errors import UserError
 from shards.read import ShardSet
 

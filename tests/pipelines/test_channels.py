@@ -9,8 +9,9 @@ import pytest
 from pipelines.channels import check_operations, fit_recipe, num_channels
 from pipelines.draws import draw
 from pipelines.engines import make_engine
-from pipelines.loader import eval_batches, open_loader, view_shapes
+from pipelines.loader import eval_batches, open_loader
 from pipelines.recipe import RECIPES, Recipe
+from pipelines.slots import view_shapes
 from shards.convert import convert
 from shards.errors import UserError
 from shards.pixels import write_npy

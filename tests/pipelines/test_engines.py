@@ -10,8 +10,9 @@ from PIL import Image
 from pipelines.channels import check_operations
 from pipelines.draws import draw
 from pipelines.engines import make_engine
-from pipelines.loader import open_loader, view_shapes
+from pipelines.loader import open_loader
 from pipelines.recipe import RECIPES, Recipe
+from pipelines.slots import view_shapes
 from shards.errors import UserError
 from tests.pictures import colours, encoded, photo
 

@@ -8,10 +8,12 @@ import torch
 
 from pipelines import gpu_decode
 from pipelines.cache import Samples
+from pipelines.engines import make_engine
 from pipelines.faults import BadSamples
 from pipelines.gpu_decode import BatchDecoder, check_decoder, gpu_decoder
-from pipelines.loader import Loader, gpu_slots, make_engine, open_loader
+from pipelines.loader import Loader, open_loader
 from pipelines.recipe import Recipe
+from pipelines.slots import gpu_slots
 from shards.convert import convert
 from shards.errors import UserError
 from shards.read import ShardSet

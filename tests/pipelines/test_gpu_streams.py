@@ -14,8 +14,8 @@ from pipelines.draws import draw
 from pipelines.engines import make_engine
 from pipelines.gpu_engine import GpuSlot, GpuStore
 from pipelines.gpu_kernels import PLAIN, Form
-from pipelines.loader import gpu_slots
 from pipelines.recipe import Recipe
+from pipelines.slots import gpu_slots
 from pipelines.stream import Job
 from shards.read import ShardSet
 
@@ -165,7 +165,7 @@ def test_the_device_decodes_on_the_side_stream_and_hands_over_in_one_call(shard_
 def test_memory_of_the_slots_and_of_the_cache_is_taken_on_the_side_stream(shard_set, log, monkeypatch):
     """PyTorch gives freed memory to the stream that took it: on another one, a kernel might still read it."""
     side = FakeStream(log, "side")
-    monkeypatch.setattr("pipelines.loader.work_stream", lambda device, own: side)
+    monkeypatch.setattr("pipelines.slots.work_stream", lambda device, own: side)
     made = []
     for name in ("GpuStore", "GpuSlot"):
         maker = getattr(gpu_engine, name)

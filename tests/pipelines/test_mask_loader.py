@@ -13,11 +13,13 @@ from PIL import Image
 from pipelines.cache import Keeps, Samples
 from pipelines.data_config import DataConfig
 from pipelines.draws import draw
+from pipelines.engines import make_engine
 from pipelines.faults import BadSamples
-from pipelines.loader import Loader, eval_batches, gpu_slots, make_engine, open_loader
+from pipelines.loader import Loader, eval_batches, open_loader
 from pipelines.mask_slot import Masks, with_masks
 from pipelines.masks import decode_mask
 from pipelines.recipe import RECIPES, Recipe
+from pipelines.slots import gpu_slots
 from shards.convert import convert
 from shards.errors import UserError
 from shards.masks import MaskFolder
