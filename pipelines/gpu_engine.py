@@ -53,14 +53,17 @@ class GpuSlot(Slot):
         form: Form = PLAIN,
         kernels: BatchedKernels | None = None,
         decoder: BatchDecoder | None = None,
+        decoding: torch.cuda.Stream | None = None,
     ):
         """`side`: the stream of the copies and kernels; None on a CPU. `kernels`: without them the best for the device.
 
-        `decoder`: without it the CPU decodes everything.
+        `decoder`: without it the CPU decodes everything. `decoding`: its stream: were it the side stream, the views of one batch would
+        wait for the decoding of the next.
         """
         self._samples, self._device, self._side, self._store = samples, device, side, store
         self._make = BatchedViews(recipe, device, kernels, form)
-        self._decoder = decoder
+        self._decoder, self._decoding = decoder, decoding
+        self._ready = torch.cuda.Event() if decoding is not None else None
         self._encoded: dict[int, np.ndarray] = {}  # to be decoded by the device
         self._decoded: dict[int, torch.Tensor] = {}  # by the device
         self._host, self._pixels = self._memory(0), torch.empty(0, dtype=torch.uint8, device=device)
@@ -112,9 +115,11 @@ class GpuSlot(Slot):
         if self._decoder is None or not self._encoded:
             return []
         places = list(self._encoded)
-        stream = self._side.cuda_stream if self._side is not None else 0
-        with torch.cuda.stream(self._side):
+        stream = self._decoding.cuda_stream if self._decoding is not None else 0
+        with torch.cuda.stream(self._decoding):
             made = self._decoder([self._encoded[i] for i in places], stream)
+            if self._ready is not None:
+                self._ready.record()
         shards = self._samples.shards
         for i, pixels in zip(places, made, strict=True):
             size = int(shards.heights[self._ids[i]]), int(shards.widths[self._ids[i]]), 3
@@ -163,6 +168,8 @@ class GpuSlot(Slot):
             size, first, at = int(sizes[i]), int(self._first_bytes[i]), int(first_bytes[i])
             pixels[at : at + size].copy_(self._host[first : first + size], non_blocking=True)
         if self._decoded:  # in a few launches for all of them
+            if self._ready is not None:
+                torch.cuda.current_stream(self._device).wait_event(self._ready)
             places = [
                 pixels[int(first_bytes[i]) :][: decoded.numel()].view(decoded.shape)
                 for i, decoded in self._decoded.items()

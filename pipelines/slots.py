@@ -139,9 +139,11 @@ def gpu_slots(
         if kept is not None:
             samples.note = kept.note
         decoder = gpu_decoder(samples, device, decode_threads) if decode_threads else None
+    decoding = work_stream(device, side_stream) if decoder is not None else None
 
     def slots() -> Sequence[Slot]:
         with torch.cuda.stream(side):
-            return [GpuSlot(samples, recipe, device, side, kept, form, decoder=decoder) for _ in range(SLOTS)]
+            more = {"form": form, "decoder": decoder, "decoding": decoding}
+            return [GpuSlot(samples, recipe, device, side, kept, **more) for _ in range(SLOTS)]
 
     return slots

@@ -139,7 +139,7 @@ def test_copies_and_kernels_are_on_the_side_stream_and_the_step_waits_for_all_of
         assert all(torch.equal(a, b) for a, b in zip(views, plain.views(), strict=True))
 
 
-def test_the_device_decodes_on_the_side_stream_and_hands_over_in_one_call(shard_set, log, monkeypatch):
+def test_the_device_decodes_on_a_stream_of_its_own_and_hands_over_in_one_call(shard_set, log):
     samples, seen = samples_of(shard_set), []
 
     def decoder(encoded, handle):
@@ -147,15 +147,20 @@ def test_the_device_decodes_on_the_side_stream_and_hands_over_in_one_call(shard_
         made = [make_engine("fused", RECIPE).decode(memoryview(data)) for data in encoded]
         return [torch.from_numpy(pixels) for pixels in made]
 
-    slot = GpuSlot(samples, RECIPE, CPU, FakeStream(log, "side"), decoder=decoder)  # type: ignore[arg-type]
+    how = {"decoder": decoder, "decoding": FakeStream(log, "decoding")}
+    slot = GpuSlot(samples, RECIPE, CPU, FakeStream(log, "side"), **how)  # type: ignore[arg-type]
     fill(slot, job(shard_set, 0, 5, 2))
+    log.lines.clear()
     assert slot.complete() == []
-    assert seen == [("side", FakeStream.cuda_stream)]
+    assert seen == [("decoding", FakeStream.cuda_stream)]
+    assert log.lines == [("record", "decoding")]
     log.lines.clear()
     with Operations(log):
         slot.launch()
-    assert log.kinds().count("aten._foreach_copy_") == 1
+    done = log.kinds()
     assert {where for _, where in log.lines} == {"side"}
+    assert done.count("aten._foreach_copy_") == 1
+    assert done.index("wait for decoding") < done.index("aten._foreach_copy_")
     plain = GpuSlot(samples, RECIPE, CPU)
     fill(plain, job(shard_set, 0, 5, 2))
     plain.launch()
