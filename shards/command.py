@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import time
 from collections import Counter
@@ -68,6 +70,12 @@ class Shard:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Parses the arguments after `fastssl shard` and runs it; UserError passes, Ctrl-C exits with 130."""
+    paths = list(itertools.takewhile(lambda word: not word.startswith("-"), argv or ()))
+    if len(paths) > 2:
+        raise UserError(
+            f"there are {len(paths)} paths, not SOURCE and DEST only. Put a pattern in quotes, so that the shell leaves it; of images "
+            f"give the folder, '{os.path.dirname(paths[0]) or '.'}'."
+        )
     args = tyro.cli(Shard, prog="fastssl shard", args=argv, config=(tyro.conf.OmitArgPrefixes,))
     try:
         shard(args)
@@ -97,6 +105,7 @@ def shard(args: Shard) -> None:
     from rich.console import Console
 
     from shards.convert import Part, convert
+    from shards.layout import MANIFEST
     from shards.places import open_place
     from shards.progress import Screen
 
@@ -106,6 +115,7 @@ def shard(args: Shard) -> None:
     part = Part.parse(args.part) if args.part else None
     if args.engine != "ray" and args.ray_address != "auto":
         raise UserError(f"--ray-address {args.ray_address} goes with --engine ray.")
+    was_complete = dest.exists(MANIFEST)
     start_s = time.monotonic()
     with Screen(console, args.source, args.policy) as screen:
         manifest = convert(
@@ -125,7 +135,7 @@ def shard(args: Shard) -> None:
             f"Part {args.part} is done. When all parts are, the same command without --part merges them.",
             markup=False,
         )
-    elif screen.num_shards == 0:
+    elif screen.num_shards == 0 and was_complete:
         console.print(
             f"{args.dest} is complete: {manifest.num_samples:,} images in {len(manifest.shards):,} shards. "
             "Nothing to do.",
@@ -167,8 +177,8 @@ def _print_summary(
         table.add_row("", Text(f"{count:,}: {reason}"))
     if manifest.num_quarantined:
         table.add_row("", Text(f"listed in {dest / layout.QUARANTINE}"))
-    speed = num_converted / max(duration_s, 1e-9)
-    table.add_row("time", f"{duration_s:,.1f} s, {speed:,.0f} images/s")
+    speed = f", {num_converted / max(duration_s, 1e-9):,.0f} images/s" if num_converted else ""
+    table.add_row("time", f"{duration_s:,.1f} s{speed}")
     console.print(table)
 
 

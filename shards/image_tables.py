@@ -82,7 +82,7 @@ class ImageTableSource(Source):
         self.extra_schema = pa.schema(fields)
         self._left_out = [name for name in images if name not in self._columns.values()]
         self._left_out += [old for old in names if old not in self._extra]
-        self._names = class_names(self.place, first, self._columns.get("label", ""))
+        self.classes = class_names(self.place, first, self._columns.get("label", ""))
         self._num_files = self._largest_bytes = 0
         self._split_files: list[str] = []
 
@@ -190,12 +190,12 @@ class ImageTableSource(Source):
             ) from fault
 
     def _labels(self, name: str, values: pa.Array) -> pa.Array:
-        if not self._names:
+        if not self.classes:
             return as_text(values, name, self._columns["label"])
         numbers = values.cast(pa.int64()).to_pylist()
-        known = range(len(self._names))  # -1 stands for none
+        known = range(len(self.classes))  # -1 stands for none
         return pa.array(
-            [self._names[i] if i is not None and i in known else None for i in numbers], pa.string()
+            [self.classes[i] if i is not None and i in known else None for i in numbers], pa.string()
         )
 
     def _windows(self, pages: Iterator[Page]) -> Iterator[tuple[list[int], int]]:

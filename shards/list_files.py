@@ -135,9 +135,10 @@ class TextFile(ListFile):
             lines = [line for line, _ in chunk]
             for line, cells in chunk:
                 if len(cells) != len(self._header):
+                    found = f"{len(cells)} cell{'' if len(cells) == 1 else 's'}"
                     raise UserError(
-                        f"'{self.where}', line {line}: {len(cells)} cells, but {len(self._header)} columns; a cell with "
-                        f"{self._delimiter!r} in it must be in quotes."
+                        f"'{self.where}', line {line}: {found}, but {len(self._header)} columns; a cell with {self._delimiter!r} in "
+                        "it must be in quotes."
                     )
             try:
                 columns = {

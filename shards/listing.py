@@ -78,7 +78,7 @@ class Survey:
     def _read(self, source: Source, seed: int, seen: Callable[[int], None] | None) -> Listing:
         num_images = num_bytes = 0
         all_jpeg = True
-        classes: set[str] = set()
+        classes = set(source.classes)
         digest = np.zeros(2, np.uint64)
         for batch in source.entries():
             if not batch.num_rows:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shards import layout
+from shards import layout, sources
 from shards.errors import UserError, nearest
 from shards.list_files import ListFile, open_list
 from shards.masks import read_mask
@@ -263,6 +263,11 @@ def choose(listed: ListFile, role: str, wanted: str) -> str | None:
         if usual in lowered:
             return lowered[usual]
     if role == "path":
+        if any(name.lower().endswith(sources.SUFFIXES) for name in known):
+            raise UserError(
+                f"the first line of '{listed.where}' seems to be an image already ({', '.join(known)}): put a line with the names of "
+                "the columns above it."
+            )
         raise UserError(
             f"'{listed.where}' has no column named {', '.join(USUAL['path'][:6])} or the like; give --path-column NAME. "
             f"It has: {', '.join(known)}."

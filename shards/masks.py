@@ -56,9 +56,15 @@ class MaskFolder:
     def check(self) -> None:
         """After the listing: raises UserError where no image has a mask."""
         if not self._found:
+            there = next((name for name, _ in self.place.walk()), None)
             raise UserError(
                 f"'{self.place.url}' holds no mask of any image (such as '{self._without[0]}'): masks have the images' names, "
-                f"{f'then {self._suffix!r}, ' if self._suffix else ''}then one of {', '.join(SUFFIXES)}."
+                f"{f'then {self._suffix!r}, ' if self._suffix else ''}then one of {', '.join(SUFFIXES)}. "
+                + (
+                    f"It holds '{there}'; --mask-suffix is what follows an image's name."
+                    if there
+                    else "It is empty."
+                )
             )
 
     def warnings(self) -> list[str]:

@@ -89,6 +89,7 @@ def _kind(where: str, rasters: RasterOptions, lists: ListOptions) -> str:
     from shards.file_sets import holds_only, is_pattern
     from shards.places import open_place
     from shards.reshard import is_shard_folder
+    from shards.sources import SUFFIXES as IMAGES
 
     if not _is_folder(where):
         name = where.partition("?")[0].lower()
@@ -98,6 +99,10 @@ def _kind(where: str, rasters: RasterOptions, lists: ListOptions) -> str:
             return "rasters"
         if name.endswith(".parquet"):
             return "parquet"
+        if is_pattern(where) and name.endswith(IMAGES):
+            raise UserError(
+                f"'{where}': a pattern names tars or Parquet files; of images give the folder, and all in it and below count."
+            )
         if name.endswith(".tar") or is_pattern(where):
             return "tars"
     if rasters.tile:

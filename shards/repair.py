@@ -299,6 +299,9 @@ class _Remaker:
         if promised and shard in self.starts:
             start = self.starts[shard]
             then = {row["source"]: row for row in read_rows(self.place, start, start + promised.num_samples)}
+        if then and all(name in now for name in then):
+            name = next(iter(then))
+            return f"not one of its {len(then):,} images can be used in this --source, such as '{name}' ({now[name]})"
         changed = [f"'{name}' is refused now ({now[name]})" for name in then if name in now]
         changed += [
             f"'{name}' has changed since the conversion"

@@ -52,7 +52,7 @@ class ShardFolderSource(Source):
                 f"'{self.place / layout.TABLE}' is missing; run the command that made it again to mend it."
             )
         self._num_samples = manifest.num_samples
-        self._classes = manifest.classes
+        self.classes = manifest.classes  # of a part, too: a label is an index into them
         self._only = None if only is None else np.unique(only)
         if self._only is not None:
             _check_ids(self._only, self._num_samples, self.place.url)
@@ -67,7 +67,7 @@ class ShardFolderSource(Source):
 
     def entries(self) -> Iterator[pa.RecordBatch]:
         """See `Source.entries`: the sample table, in batches."""
-        classes = pa.array(self._classes, pa.string())
+        classes = pa.array(self.classes, pa.string())
         wanted = [
             "sample_id",
             "key",
@@ -158,7 +158,7 @@ def read_only(where: str, only: str) -> npt.NDArray[np.int64]:
     if not os.path.isfile(only):
         from shards.splits import open_split
 
-        if "/" in only and only.endswith((".txt", ".parquet")):
+        if only.endswith((".txt", ".csv", ".parquet")):
             raise UserError(
                 f"there is no file '{only}'; --only is a file of sample ids, or the name of a split."
             )

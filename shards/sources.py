@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -57,12 +57,13 @@ class Source:
     """Images to convert. Workers get it pickled, so it holds names and options, no open files.
 
     `name` is its own name wherever it lies; `extra_schema` holds the columns beyond ENTRIES, typed, which are kept in the table and
-    in each sample's JSON.
+    in each sample's JSON; `classes` are those that count even where no entry has them.
     """
 
     kind: ClassVar[str]
     name: str
     extra_schema: pa.Schema = pa.schema([])
+    classes: Sequence[str] = ()
 
     def settings(self) -> dict[str, Any]:
         """All that decides the shards' bytes beside the listing of the entries: JSON values."""
@@ -161,6 +162,7 @@ class FolderSource(Source):
         self.masks = masks
         self.name = place.name
         self._others: Counter[str] = Counter()
+        self._example = ""
 
     def settings(self) -> dict[str, Any]:
         """The rule by which masks are found, where there are any."""
@@ -177,6 +179,8 @@ class FolderSource(Source):
             suffix = os.path.splitext(name)[1].lower()
             if suffix not in SUFFIXES:
                 self._others[suffix or "without extension"] += 1
+                if suffix in (".tar", ".parquet"):
+                    self._example = "*/" * name.count("/") + f"*{suffix}"
                 continue
             found = True
             names.append(name)
@@ -189,7 +193,7 @@ class FolderSource(Source):
         if found and self.masks:
             self.masks.check()
         if not found:
-            raise UserError(nothing_found(self.place.url, self._others))
+            raise UserError(nothing_found(self.place.url, self._others, example=self._example))
 
     def _batch(self, names: list[str], sizes: list[int]) -> pa.RecordBatch:
         labels = [name.partition("/")[0] if "/" in name else None for name in names]
@@ -204,17 +208,42 @@ class FolderSource(Source):
         mask = self.masks.read(row["mask"]) if self.masks and row["mask"] else None
         return Picture(data, mask)
 
+    def describe(self) -> list[str]:
+        """What lies in the folder beside the images."""
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in self._others.most_common(5))
+        return [f"Other files are left out, by their names: {kinds}."] if kinds else []
+
     def warnings(self) -> list[str]:
         """Masks without image and images without mask."""
         return self.masks.warnings() if self.masks else []
 
 
+_WAYS_OUT = {
+    ".arrow": "save a Hugging Face data set with its `to_parquet`",
+    **dict.fromkeys((".tar", ".parquet"), "tars and Parquet files in folders below are named by a pattern"),
+    **dict.fromkeys(
+        (".zip", ".gz", ".tgz", ".xz", ".zst", ".7z"), "unpack archives, or give them as plain .tar"
+    ),
+    **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".gif"), "turn these into JPEG or PNG first"),
+}
+
+
 def nothing_found(
-    where: str, others: Counter[str], what: str = "images", suffixes: tuple[str, ...] = SUFFIXES
+    where: str,
+    others: Counter[str],
+    what: str = "images",
+    suffixes: tuple[str, ...] = SUFFIXES,
+    example: str = "",
 ) -> str:
-    """What to say of a folder without images; `others` counts what it holds, by suffix."""
+    """What to say of a folder without images; `others` counts what it holds, by suffix; `example`: a file below, for a pattern."""
     if not others:
         return f"'{where}' is empty: it holds no {what} and no other files (hidden ones do not count)."
     seen = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
     noun = "file" if others.total() == 1 else "files"
-    return f"'{where}' holds no {what}, only {others.total()} other {noun} ({seen}); {what} are files named {', '.join(suffixes)}."
+    text = f"'{where}' holds no {what}, only {others.total()} other {noun} ({seen}); {what} are files named {', '.join(suffixes)}."
+    for way_out in dict.fromkeys(
+        _WAYS_OUT[suffix] for suffix, _ in others.most_common() if suffix in _WAYS_OUT
+    ):
+        pattern = f": '{where.rstrip('/')}/{example}'" if "pattern" in way_out and example else ""
+        text += f" {way_out[0].upper()}{way_out[1:]}{pattern}."
+    return text

@@ -73,6 +73,7 @@ def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
 
     from shards.errors import UserError, nearest
     from shards.files import atomic_write, check_output
+    from shards.layout import SPLITS
     from shards.places import open_place
     from shards.repair import check_repairable, repair
     from shards.verify import verify
@@ -99,6 +100,11 @@ def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
     told = {"folder": args.shards} | verdict.to_json()
     _print(console, args.shards, verdict)
     still_damaged = verdict.damaged
+    if not args.repair and any(
+        not finding.harmless and finding.file != SPLITS for finding in verdict.findings
+    ):
+        way_out = "with the options that `fastssl shard` had, makes the damaged files again."
+        console.print(f"fastssl verify {args.shards} --repair --source SOURCE, {way_out}", markup=False)
     if args.repair and verdict.findings:
         with _bar(console, "Making again", "images") as progress:
             done = repair(place, verdict, source, workers=args.workers, progress=progress)

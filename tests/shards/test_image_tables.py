@@ -315,7 +315,7 @@ KILLED = """
 import sys, time
 from shards import convert, make
 prove = make.prove
-make.prove = lambda *args: (time.sleep(0.02), prove(*args))[1]
+make.prove = lambda *args, **named: (time.sleep(0.02), prove(*args, **named))[1]
 convert.convert(sys.argv[1], sys.argv[2], samples_per_shard=4, workers=0)
 """
 

@@ -144,8 +144,8 @@ def test_dialects(folder: Path, name: str, text: str):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("path,label\n0.jpg,a\n1.jpg\n", r"list\.csv', line 3: 1 cells, but 2 columns"),
-        ('path,label\n"0\n.jpg",a\n1.jpg\n', r"line 4: 1 cells"),
+        ("path,label\n0.jpg,a\n1.jpg\n", r"list\.csv', line 3: 1 cell, but 2 columns"),
+        ('path,label\n"0\n.jpg",a\n1.jpg\n', r"line 4: 1 cell,"),
         ("path,label\n0.jpg,a\n\n,b\n", r"line 4: the cell of the column 'path' is empty"),
         (b"path,label\n0.jpg,a\n1.jpg,caf\xe9\n", r"line 3: 'caf\\xe9' is not valid UTF-8"),
         (b"p\xe4th,label\n0.jpg,a\n", r"line 1: 'p\\xe4th' is not valid UTF-8"),
