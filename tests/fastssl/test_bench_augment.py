@@ -155,7 +155,7 @@ def test_device_time_is_not_told_where_the_host_could_not_launch_ahead(monkeypat
     ready = SimpleNamespace(query=lambda: True)
     clock = SimpleNamespace(wait=lambda: None, mark=lambda: ready, between_ms=lambda a, b: 10.0)
     assert augment_turns.device_ms(lambda: [], clock) is None
-    assert len(slept) == 1
+    assert len(slept) == 2
     ready.query = lambda: False
     assert augment_turns.device_ms(lambda: [], clock) == 10.0 / augment_turns.QUEUED
 
