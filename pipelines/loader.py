@@ -20,7 +20,7 @@ from pipelines.mask_slot import with_masks
 from pipelines.masks import NO_MASK
 from pipelines.recipe import Recipe
 from pipelines.slots import host_slots, open_slots, view_shapes
-from pipelines.stream import Batch, Job, Slot, default_threads, stream
+from pipelines.stream import Batch, Job, Slot, default_threads, exact_device, stream
 from shards.errors import UserError
 from shards.order import block_order, epoch_order, rank_positions, steps_per_epoch
 from shards.read import ShardSet
@@ -82,7 +82,7 @@ def open_loader(
         )
     recipe = fit_recipe(recipe, shards, value_range)
     check_operations(recipe)
-    device = torch.device(device)
+    device = exact_device(device)
     threads = threads or default_threads()
     samples, make_slots = open_slots(
         shards,
@@ -226,7 +226,7 @@ def eval_batches(
     engine = FusedEngine(recipe)
     samples = open_samples(shards, engine.decode, len(recipe.mean))
     shapes = view_shapes(recipe)[:1]
-    largest, place = min(batch, len(sample_ids)), torch.device(device)
+    largest, place = min(batch, len(sample_ids)), exact_device(device)
     slots: Callable[[], Sequence[Slot]] = partial(host_slots, samples, engine, shapes, largest, place)
     if masks:
         slots = with_masks(slots, samples, [recipe.size], largest, place, mask_ignore)

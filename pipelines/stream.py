@@ -331,6 +331,12 @@ class HostSlot(Slot):
         self._memory.done()
 
 
+def exact_device(device: torch.device | str) -> torch.device:
+    """The device with its number: 'cuda' is the current one now, and threads and libraries that are asked later begin at number 0."""
+    place = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if place == torch.device("cuda") else place
+
+
 def work_stream(device: torch.device, own: bool) -> torch.cuda.Stream | None:
     """Where a GPU copies and makes views: a stream of its `own`, which overlaps with the step, or the step's; None on a CPU."""
     if device.type != "cuda":

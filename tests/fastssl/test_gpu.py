@@ -47,10 +47,12 @@ def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.filterwarnings("ignore:.*TensorFloat32.*:UserWarning")
 @pytest.mark.filterwarnings("ignore:The warm-up of:UserWarning")
+@pytest.mark.parametrize("augment_on", ["cpu", "gpu"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_two_steps_with_bf16_and_channels_last(shard_folder, tmp_path, compiled):
+def test_two_steps_with_bf16_and_channels_last(shard_folder, tmp_path, compiled, augment_on):
     flags = ["--data.shards", str(shard_folder), "--train.out", str(tmp_path / "run"), "--train.epochs", "1"]
     flags += ["--train.precision", "bf16", "--train.channels_last", "True", "--train.compile", str(compiled)]
+    flags += ["--data.augment_on", augment_on]
     summary = pretrain(config.load(None, [*SMALL, *flags, "--train.log_every", "1"]))
     assert summary.steps == 2
     assert summary.checkpoint.exists()

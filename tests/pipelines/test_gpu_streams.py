@@ -199,6 +199,14 @@ def test_the_form_of_the_views_is_that_asked_for(shard_set):
         assert torch.equal(ours, plain.bfloat16())
 
 
+def test_a_device_without_a_number_is_the_current_one(monkeypatch):
+    """Threads of the loader and nvImageCodec would take number 0 for it."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert stream.exact_device("cuda") == torch.device("cuda", 3)
+    assert stream.exact_device("cuda:1") == torch.device("cuda", 1)
+    assert stream.exact_device(CPU) == CPU
+
+
 def test_triton_launches_on_the_device_of_the_views(monkeypatch, tmp_path: Path):
     """Whatever device is current: a process may work on another one than the first."""
     from pipelines import batched
