@@ -24,7 +24,7 @@ from shards.parquet_pages import Column, Page
 from shards.pixels import BadImage
 from shards.places import Place
 from shards.sources import Picture, Source, entry_batch, read_file
-from shards.units import human_size
+from shards.units import human_size, plural
 
 _LARGE_PAGE_BYTES = 50_000_000
 _IMAGE, _MASK = "image", "mask"
@@ -103,8 +103,10 @@ class ImageTableSource(Source):
         """Which columns were taken for what."""
         roles = ", ".join(f"{role} '{name}'" for role, name in self._columns.items())
         extra = f"; kept as well: {', '.join(self.extra_schema.names)}" if self.extra_schema.names else ""
-        files = f"{self._num_files:,} Parquet file{'' if self._num_files == 1 else 's'}"
-        return [f"Images in {files}. Columns: {roles}{extra}.", *self._notes]
+        return [
+            f"Images in {plural(self._num_files, 'Parquet file')}. Columns: {roles}{extra}.",
+            *self._notes,
+        ]
 
     def warnings(self) -> list[str]:
         """Columns that are left out, files of several splits."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from shards.units import human_size
+
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from rich.console import Console
 
@@ -68,7 +70,6 @@ def inspect_command(args: Inspect) -> None:
 def _print(console: Console, place: Place, overview: Overview) -> None:
     from shards.command import reasons
     from shards.overview import PERCENTILES
-    from shards.progress import human_size
 
     manifest = overview.manifest
     facts = [
@@ -91,9 +92,10 @@ def _print(console: Console, place: Place, overview: Overview) -> None:
         "Sizes",
         heads,
         [
-            (name, *(f"{value:,.2f}" if "/" in name else f"{value:,.0f}" for value in values))
+            (name, *(_size(name, value) for value in values))
             for name, values in overview.percentiles().items()
         ],
+        gap=1,
     )
     formats = [
         (ext, f"{channels}", dtype, f"{count:,}", _share(count, manifest.num_samples))
@@ -106,7 +108,7 @@ def _print(console: Console, place: Place, overview: Overview) -> None:
     _table(console, "Stored", ["how", "samples", "share"], ways)
     if manifest.classes:
         _table(console, *_classes(overview))
-    _table(console, *_channels(overview))
+    _table(console, *_channels(overview), gap=1)
     if overview.extra:
         columns = [(name, kind, f"{nulls:,}", values) for name, kind, nulls, values in overview.extra]
         _table(console, "Further columns", ["column", "type", "empty", "values"], columns)
@@ -161,15 +163,26 @@ def _channels(overview: Overview) -> tuple[str, list[str], list[tuple[str, ...]]
     return "Pixel values (integers as shares of their range)", heads, rows
 
 
+def _size(name: str, value: float) -> str:
+    if name == "bytes":
+        return human_size(value)
+    return f"{value:,.2f}" if "/" in name else f"{value:,.0f}"
+
+
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.3g}"
+    """Three digits; of shares below 0.01 four behind the point, so that nine of them stand in 80 columns."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if 0.0001 <= abs(value) < 0.01 else f"{value:.3g}"
 
 
 def _share(count: int, total: int) -> str:
     return f"{100 * count / total:.1f} %"
 
 
-def _table(console: Console, title: str, heads: list[str] | None, rows: Iterable[tuple[str, ...]]) -> None:
+def _table(
+    console: Console, title: str, heads: list[str] | None, rows: Iterable[tuple[str, ...]], gap: int = 2
+) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -179,7 +192,7 @@ def _table(console: Console, title: str, heads: list[str] | None, rows: Iterable
         title_justify="left",
         show_header=bool(heads),
         box=None,
-        padding=(0, 2, 0, 0),
+        padding=(0, gap, 0, 0),
     )
     for number, head in enumerate(heads or [""] * len(rows[0])):
         right = bool(heads) and all(row[number][:1].isdigit() or row[number][:1] in ("", "-") for row in rows)

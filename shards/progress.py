@@ -13,7 +13,7 @@ from shards.estimate import estimate
 from shards.plan import Plan
 from shards.policy import Policy
 from shards.sources import Source, looks_like_splits
-from shards.units import human_size
+from shards.units import human_size, plural
 
 PLAIN_INTERVAL_S = 30.0
 
@@ -62,8 +62,8 @@ class Screen(Report):
             return
         self.num_shards = todo
         classes = plan.classes
-        labels = f" in {len(classes):,} class{'' if len(classes) == 1 else 'es'}" if classes else ""
-        self.say(f"Found {plan.settings.num_images:,} images{labels} in {self._source}")
+        labels = f" in {plural(len(classes), 'class', 'classes')}" if classes else ""
+        self.say(f"Found {plural(plan.settings.num_images, 'image')}{labels} in {self._source}")
         if source.kind == "folder" and looks_like_splits(classes):
             self._warn(
                 f"the folders {', '.join(classes)} look like splits, but are taken as classes. To keep them apart, convert each: "
@@ -82,7 +82,7 @@ class Screen(Report):
         cost = estimate(source, plan, self._policy, todo)
         free = "" if cost.free is None else f", {human_size(cost.free)} are free"
         sizes = f"{human_size(cost.num_bytes)} (the images: {human_size(plan.num_bytes)}){free}"
-        self.say(f"{todo:,} shard{'' if todo == 1 else 's'} will take about {sizes}")
+        self.say(f"{plural(todo, 'shard')} will take about {sizes}")
         if cost.free is not None and cost.num_bytes > cost.free:
             self._warn(
                 "that does not fit: make room, choose another DEST, or store less (--short-side, --store jpeg --quality 90)."

@@ -18,6 +18,7 @@ from shards.pixels import BadImage, checked
 from shards.places import open_place
 from shards.raster_files import Header, check_rasterio, read_header, read_mask_tile, read_tile
 from shards.sources import Picture, Source, entry_batch, split_url
+from shards.units import plural
 
 if TYPE_CHECKING:
     from shards.masks import MaskFolder
@@ -196,7 +197,7 @@ class RasterSource(Source):
         )
         size, share = self._options.tile, f"{self._options.nodata_max:.0%}"
         return [
-            f"Rasters: {kinds}. {self._num_tiles:,} tiles of {size} x {size}, one every {self._stride} pixels, "
+            f"Rasters: {kinds}. {plural(self._num_tiles, 'tile')} of {size} x {size}, one every {self._stride} pixels, "
             f"{_EDGES[self._options.edge]}; more than {share} without data: quarantined."
         ]
 

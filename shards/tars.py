@@ -19,6 +19,7 @@ from shards.pixels import BadImage
 from shards.sources import Picture, Source, entry_batch, read_file
 from shards.tar_files import Archive, Cut, TarMember, split_name
 from shards.tar_labels import Rule, describe
+from shards.units import plural
 
 _IMAGES = {suffix.removeprefix(".") for suffix in sources.SUFFIXES}
 _MASKS = {"mask", "seg", "segmentation"}
@@ -210,8 +211,8 @@ class TarSource(Source):
 
     def describe(self) -> list[str]:
         """How many tars, and where the classes come from."""
-        inside = f" and {self._num_inside:,} tars within" if self._num_inside else ""
-        read = f"Read from {self._num_tars:,} tar{'' if self._num_tars == 1 else 's'}{inside}, in place."
+        inside = f" and {plural(self._num_inside, 'tar')} within" if self._num_inside else ""
+        read = f"Read from {plural(self._num_tars, 'tar')}{inside}, in place."
         return [read] if self._rule.kind == "none" else [read, describe(self._origins)]
 
     def warnings(self) -> list[str]:

@@ -20,6 +20,11 @@ def human_size(num_bytes: float) -> str:
     return f"{num_bytes:,.1f} TB"
 
 
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """1 image, 2,000 images; `nouns` where that is not the noun with an s."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
 def parse_bytes(text: str) -> int:
     """A number of bytes from `200GB`, `1.5 TB`, `512MiB` or `1000000`; UserError where it is none, or not above 0."""
     found = re.fullmatch(r"([0-9.]+)\s*([a-z]*)", text.strip().lower())

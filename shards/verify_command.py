@@ -168,7 +168,7 @@ def _bar(console: Console, what: str, of: str = "bytes") -> Iterator[Callable[[i
 
 
 def _print(console: Console, folder: str, verdict: Verdict) -> None:
-    from shards.progress import human_size
+    from shards.units import human_size, plural
 
     if verdict.findings:
         console.print(_table(verdict.findings))
@@ -183,9 +183,7 @@ def _print(console: Console, folder: str, verdict: Verdict) -> None:
         "hash": "every byte is as it was written",
         "decode": "every byte is as it was written, and every image decodes",
     }[verdict.level]
-    about = (
-        f"{verdict.num_samples:,} samples in {verdict.num_shards:,} shards, {human_size(verdict.num_bytes)}"
-    )
+    about = f"{plural(verdict.num_samples, 'sample')} in {plural(verdict.num_shards, 'shard')}, {human_size(verdict.num_bytes)}"
     speed = f"{verdict.duration_s:,.1f} s"
     if verdict.damaged:
         files = {finding.file for finding in verdict.findings if not finding.harmless}

@@ -116,3 +116,20 @@ def test_a_mask_colours_what_is_not_zero():
 @pytest.mark.parametrize("options", [["--samples", "0"], ["--out", "a.jpg"], ["--out", "nowhere/a.png"]])
 def test_impossible_options_are_refused(folder: Path, options: list[str]):
     assert main(["inspect", str(folder), *options]) == 2
+
+
+def test_no_number_is_broken_in_a_narrow_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        deep = np.random.default_rng(i).integers(0, 9000, (900, 700, 4), np.uint16)
+        np.save(tmp_path / "in" / f"{i}.npy", deep)
+    convert(tmp_path / "in", tmp_path / "out", workers=0)
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [size] = [line for line in lines if line.startswith("bytes ")]
+    assert size.split() == ["bytes", *["5.0", "MB"] * 7]
+    first = next(at for at, line in enumerate(lines) if line.startswith("uint16/4"))
+    assert [len(line.split()) for line in lines[first : first + 5]] == [11, 10, 10, 10, 0]
