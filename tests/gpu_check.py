@@ -70,14 +70,15 @@ def gpu_name() -> str:
 
 
 def start(job: Job, limit_s: float = LIMIT_S) -> int:
-    """Run a job as a process and return its exit code; 124 where it took too long. What it has started ends with it."""
+    """Run a job as a process and return its exit code; 124 where it took too long. What it has started ends with it if it fails."""
     process = subprocess.Popen([sys.executable, "-m", job.module, *job.argv], start_new_session=True)
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
         return 124
     finally:
-        _end(process)
+        if process.returncode != 0:
+            _end(process)
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -137,6 +137,24 @@ def test_a_peer_that_fails_is_listed_and_a_fault_of_ours_is_raised():
         loader.measure(Source("x", "exact", broken), work, 0.01, Row("x"), is_peer=False)
 
 
+def test_what_a_gpu_could_do_are_rows_of_their_own_and_say_why_they_failed(
+    shard_folder, tmp_path, monkeypatch
+):
+    """With a CPU in the place of the GPU, on which no views are made."""
+    monkeypatch.setattr(loader, "has_gpu", lambda: True)
+    monkeypatch.setattr(loader, "GPU", "cpu")
+    rows = loader_rows(shard_folder, tmp_path, "--peers", "none", "--engines", "fused,reference")
+    own = ["fused", "fused to GPU", "fused on GPU", "fused all on GPU", "reference", "reference to GPU"]
+    assert list(rows) == ["read", "decode", *own]
+    for name in ("fused on GPU", "fused all on GPU"):
+        assert rows[name]["images_per_s"] is None
+        assert "needs another --data.engine than reference, a GPU to train on" in rows[name]["error"]
+        assert rows[name]["fidelity"] is None
+    for name in ("fused", "fused to GPU", "reference to GPU"):
+        check_row(rows[name])
+        assert rows[name]["fidelity"] == "exact"
+
+
 def test_peers_without_the_operation_refuse_the_recipe(shard_folder, tmp_path):
     pytest.importorskip("kornia")
     flags = ["--peers", "kornia-modules", "--engines", "none"]
