@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -118,7 +117,7 @@ def brief(rate: float) -> str:
 
 
 class Stopwatch:
-    """Wall clock and CPU time (this process, its threads, and its children, running or ended) since its making."""
+    """Wall clock and CPU time (this process, its threads, and all processes below it, running or ended) since its making."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), _cpu_s()
@@ -173,15 +172,17 @@ def today() -> str:
 
 
 def _cpu_s() -> float:
-    times = os.times()
-    total = times.user + times.system + times.children_user + times.children_system
-    for child in multiprocessing.active_children():  # counted in `times` only once they have ended
-        try:
-            # After the name, which may hold spaces: state, then fields 4 on; 14 and 15 are user and system ticks.
-            fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:  # ended just now, or a system without /proc
-            continue
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    import psutil
+
+    own, total = psutil.Process(), 0.0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(
+            psutil.Error
+        ):  # ended just now: counted by its parent, once that has noticed
+            times = process.cpu_times()
+            # Those of its children that have ended; macOS does not tell.
+            total += times.user + times.system
+            total += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
     return total
 
 

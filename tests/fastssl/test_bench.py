@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -275,6 +276,23 @@ def test_stopwatch_counts_this_process():
     while watch.wall_s() < 0.1:
         math.sqrt(2)
     assert 0 < watch.cores() < 64
+
+
+WORK = "import math, time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: math.sqrt(2)"
+
+
+def test_stopwatch_counts_processes_of_processes():
+    """As the workers of a conversion are: the children of a process that imports for all of them."""
+    watch = report.Stopwatch()
+    code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {WORK!r}])\nprint('done', flush=True)\nsys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"done\n"
+        assert watch.cores() * watch.wall_s() >= 0.25  # while the process between them runs on
+        process.communicate()
+    assert watch.cores() * watch.wall_s() >= 0.25
 
 
 def test_failed_write_is_told(tmp_path):
