@@ -48,10 +48,9 @@ class KorniaEngine(BatchEngine):
         self._device = torch.device(options.device)
         self._mean, self._std = (torch.tensor(x, device=self._device) for x in (recipe.mean, recipe.std))
         self._pool = None
-        if self._device.type == "cpu" and options.threads > 1:
-            self._pool = ThreadPoolExecutor(
-                options.threads, "kornia", initializer=_alone, initargs=(torch.get_num_threads(),)
-            )
+        if self._device.type == "cpu":
+            others = (torch.get_num_threads(),)
+            self._pool = ThreadPoolExecutor(options.threads, "kornia", initializer=_alone, initargs=others)
 
     def render(self, items: Sequence[np.ndarray], draws: np.ndarray) -> list[Tensor]:
         """As `BatchEngine.render`."""
