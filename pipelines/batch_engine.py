@@ -1,6 +1,6 @@
 """Engines that make a batch of views at a time, and their place in the stream of batches.
 
-The threads of the stream load the images; when all are there, the batch goes to one worker thread, which makes the
+The threads of the stream load the images; when all are there, the batch goes to a worker thread, which makes the
 views while the next batch is being loaded and the caller works on the one before.
 """
 
@@ -45,6 +45,8 @@ class BatchEngine(ABC):
 
     foreign_memory = False
     """Whether the views lie in memory that PyTorch does not manage."""
+    workers = 1
+    """Threads that may call `render` at the same time."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -74,7 +76,7 @@ class BatchEngine(ABC):
     def render(self, items: Sequence[np.ndarray], draws: np.ndarray) -> list[torch.Tensor]:
         """The views of what `load` gave, N samples, with DRAW records (V, N): V tensors float32 (N, 3, S, S) on the engine's device.
 
-        Called by one thread at a time. Raises BadItems where some samples do not decode.
+        Called by up to `workers` threads at a time. Raises BadItems where some samples do not decode.
         """
 
     def erase(self, view: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
@@ -186,8 +188,8 @@ def batch_slots(
     on_host: bool = False,
     side_stream: bool = True,
 ) -> Callable[[], Sequence[BatchSlot]]:
-    """What gives memory for a stream whose views `engine` makes; all streams share the one worker that calls it."""
-    worker = ThreadPoolExecutor(1, thread_name_prefix="engine")
+    """What gives memory for a stream whose views `engine` makes; all streams share the workers that call it."""
+    worker = ThreadPoolExecutor(engine.workers, thread_name_prefix="engine")
     side = None if on_host else work_stream(device, side_stream)
 
     def slots() -> Sequence[BatchSlot]:

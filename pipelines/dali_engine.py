@@ -8,8 +8,8 @@ from their seeds and fed in.
 from __future__ import annotations
 
 import io
-import threading
 from collections.abc import Sequence
+from queue import LifoQueue
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ KNOWN += " turns noise_std noise_seed erase_top erase_left erase_height erase_wi
 SLOTS = 3
 _HUE = 3  # its number in DRAW's `order`
 _NONE = -1
+_BLENDS = ("brightness", "contrast", "saturation")  # 0, 1, 2 in `order`
 HARDWARE_SHARE = 0.9  # of the images that a JPEG engine of the GPU decodes, where it has one
 fn = dali_ops.fn
 _FILTERS = {
@@ -62,10 +63,13 @@ class DaliEngine(BatchEngine):
         super().__init__(recipe)
         self._options = options
         self._device = torch.device(options.device)
-        self._pipeline: Pipeline | None = None
-        self._lock = (
-            threading.Lock()
-        )  # eager users may share an engine among threads; a pipeline runs one batch at a time
+        if self._device.type == "cpu":
+            # While the threads of one pipeline wait for each other at the end of an operation, those of the other work.
+            self.workers = 2
+        # A pipeline makes one batch at a time. One that is not built yet stands as None: last, as those in use come back on top.
+        self._idle: LifoQueue[Pipeline | None] = LifoQueue()
+        for _ in range(self.workers):
+            self._idle.put(None)
 
     def load(self, samples: Samples, sample_id: int) -> np.ndarray:
         """As `BatchEngine.load`: the encoded bytes, uint8 (B,), after a look at the size that their header states."""
@@ -91,15 +95,16 @@ class DaliEngine(BatchEngine):
         for view, of_view in enumerate(draws):
             for name, values in _arguments(self.recipe, view, of_view).items():
                 inputs[f"{name}_{view}"] = values
-        with self._lock:
-            if self._pipeline is None:
-                self._pipeline = self._build(len(items))
-            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-            try:
-                made = self._pipeline.run(stream, **inputs)
-            except RuntimeError as fault:
-                self._pipeline = None  # a pipeline that failed cannot be used again
-                raise _faults(items, fault) from fault
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        pipeline = self._idle.get()
+        try:
+            pipeline = pipeline or self._build(len(items))
+            made = pipeline.run(stream, **inputs)
+        except RuntimeError as fault:
+            pipeline = None  # one that failed cannot be used again
+            raise _faults(items, fault) from fault
+        finally:
+            self._idle.put(pipeline)
         views = [torch.from_dlpack(output.as_tensor()) for output in made]
         return [self.erase(view, of_view) for view, of_view in zip(views, draws, strict=True)]
 
@@ -166,10 +171,11 @@ def _view(images: Any, recipe: Recipe, size: int, given: dict[str, Any]) -> Any:
         antialias=True,
     )
     image = dali_ops.planes(image)
-    if "jitter" in given:
-        image = _jitter(image, given)
+    if "turned" in given:
+        image = _jitter(image, given, size)
     if given.get("gray"):
         image = dali_ops.gray(image)
+    image = fn.reshape(image, shape=[3, size, size], layout="CHW")
     if "taps" in given and given["blurred"]:
         image = dali_ops.blur(image, given["taps"])
     if given.get("solarize"):
@@ -191,24 +197,20 @@ def _view(images: Any, recipe: Recipe, size: int, given: dict[str, Any]) -> Any:
     return image
 
 
-def _jitter(image: Any, given: dict[str, Any]) -> Any:
+def _jitter(image: Any, given: dict[str, Any], size: int) -> Any:
     """Colour jitter in the order of each sample."""
-    if given["jitter"]:
-        for slot in range(SLOTS):
-            image = _part(image, given, given[f"part{slot}"])
+    for slot in range(SLOTS):
+        image = _blend(image, given, slot, size)
+    if given["turned"]:
         image = dali_ops.turn_hue(image, given["levels"])
-        for slot in range(SLOTS, 2 * SLOTS):
-            image = _part(image, given, given[f"part{slot}"])
+    for slot in range(SLOTS, 2 * SLOTS):
+        image = _blend(image, given, slot, size)
     return image
 
 
-def _part(image: Any, given: dict[str, Any], part: Any) -> Any:
-    if part == 0:
-        image = dali_ops.brightness(image, given["brightness"])
-    elif part == 1:
-        image = dali_ops.contrast(image, given["contrast"])
-    elif part == 2:
-        image = dali_ops.saturation(image, given["saturation"])
+def _blend(image: Any, given: dict[str, Any], slot: int, size: int) -> Any:
+    if given[f"blended{slot}"]:
+        image = dali_ops.blend(image, given[f"taps{slot}"], given[f"of_mean{slot}"], size)
     return image
 
 
@@ -220,15 +222,14 @@ def _arguments(recipe: Recipe, view: int, draws: np.ndarray) -> dict[str, np.nda
         "end": start + np.stack([draws["height"], draws["width"]], axis=1).astype(np.float32),
     }
     if recipe.per_view("jitter_p", view) > 0:
-        given |= {
-            "jitter": draws["jitter"] > 0,
-            "brightness": draws["brightness"].astype(np.float32),
-            "contrast": draws["contrast"].astype(np.float32),
-            "saturation": dali_ops.saturation_matrix(draws["saturation"]),
-            # Whole levels, as in Pillow's HSV, whose bytes wrap around.
-            "levels": np.trunc(draws["hue"] * 255).astype(np.int16).astype(np.uint8),
-        }
-        given |= {f"part{slot}": parts for slot, parts in enumerate(_slots(draws["order"]))}
+        jitter = draws["jitter"] > 0
+        # Whole levels, as in Pillow's HSV, whose bytes wrap around.
+        levels = np.trunc(draws["hue"] * 255).astype(np.int16).astype(np.uint8)
+        given |= {"turned": jitter, "levels": levels}
+        for slot, part in enumerate(_slots(draws["order"])):
+            factor = np.choose(part, [draws[name] for name in _BLENDS], mode="clip")
+            given[f"blended{slot}"] = jitter & (part != _NONE)
+            given[f"taps{slot}"], given[f"of_mean{slot}"] = dali_ops.blend_taps(part, factor)
     if recipe.per_view("gray_p", view) > 0:
         given["gray"] = draws["gray"] > 0
     if recipe.per_view("blur_p", view) > 0:
