@@ -1,6 +1,7 @@
 """The DALI engine on the CPU: what it measures against the reference, in 0..255 levels; batches, bad samples, refusals."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_grey(levels):
     [
         ("brightness", (0.6, 0.9, 1.4), 0.1),
         ("contrast", (0.6, 0.9, 1.4), 0.13),
-        ("saturation", (0.8, 1.2, 0.0), 0.35),
+        ("saturation", (0.8, 1.2, 0.0), 0.13),
         ("hue", (-0.1, -0.004, 0.1, 0.5), 0.16),
     ],
 )
@@ -114,6 +115,19 @@ def test_noise_is_that_of_the_reference(levels):
 def test_a_sample_gets_the_same_view_in_any_batch(shard_set, batch):
     for view, expected in in_batch_and_alone(shard_set, "dali", batch):
         np.testing.assert_array_equal(view, expected)
+
+
+def test_batches_at_the_same_time_are_those_of_one_after_another():
+    recipe = Recipe(size=32)
+    data = [np.frombuffer(encoded(photo(60, 40, i), "JPEG"), np.uint8) for i in range(5)]
+    draws = [draw(recipe, 0, epoch, np.arange(5), np.full(5, 60), np.full(5, 40)) for epoch in range(6)]
+    engine = make_engine("dali", recipe, BatchOptions(batch=5, threads=2))
+    assert engine.workers == 2
+    with ThreadPoolExecutor(3) as pool:  # one more than it makes at once: it waits
+        together = list(pool.map(lambda drawn: engine.render(data, drawn), draws))
+    for drawn, views in zip(draws, together, strict=True):
+        for view, expected in zip(views, engine.render(data, drawn), strict=True):
+            np.testing.assert_array_equal(view, expected)
 
 
 def test_normalised_views_are_near_those_of_the_default_engine(shard_set):
