@@ -103,15 +103,13 @@ def _check(args: BenchAugment) -> None:
 
 
 def _open(args: BenchAugment, device: torch.device) -> Decoded:
-    """The images. UserError where the shards hold fewer than a batch."""
+    """The images. UserError where the shards hold fewer than a batch, or other images than 8-bit ones of 1 or 3 channels."""
     from fastssl.bench.augmenters import Decoded
-    from pipelines.engines import refuse_channels, refuse_deep
     from pipelines.loader import default_threads
     from pipelines.pictures import photographs
     from pipelines.recipe import get_recipe
 
     recipe = dataclasses.replace(get_recipe(args.recipe), size=args.size)
-    refuse_channels("bench augment", recipe)
     count = args.images or 2 * args.batch
     if args.shards:
         from pipelines.decode import decode_rgb
@@ -119,7 +117,12 @@ def _open(args: BenchAugment, device: torch.device) -> Decoded:
         from shards.read import ShardSet
 
         shards = ShardSet.open(args.shards)
-        refuse_deep("bench augment", shards)
+        kinds, channels = shards.manifest.dtypes, shards.manifest.channels
+        if kinds != ["uint8"] or not set(channels) <= {1, 3}:
+            raise UserError(
+                f"bench augment measures 8-bit images of 1 or 3 channels, and '{args.shards}' has {', '.join(kinds)} images of "
+                f"{', '.join(map(str, channels))} channels: name other shards, or none."
+            )
         ids = epoch_order(shards.num_samples, 0, 0)[:count]
         if len(ids) < args.batch:
             raise UserError(

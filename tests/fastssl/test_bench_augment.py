@@ -137,6 +137,15 @@ def test_images_come_from_shards(tmp_path, capsys):
         command.run(["augment", str(tmp_path / "shards"), *TINY, "--batch", "8"])
 
 
+def test_shards_of_other_images_are_refused(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for i in range(3):
+        np.save(tmp_path / "deep" / f"{i}.npy", np.full((9, 8, 4), 1000 * i, dtype=np.uint16))
+    convert(tmp_path / "deep", tmp_path / "shards", workers=0)
+    with pytest.raises(UserError, match="has uint16 images of 4 channels: name other shards"):
+        command.run(["augment", str(tmp_path / "shards"), *TINY])
+
+
 def test_least_bytes_are_boxes_and_views():
     work = decoded(crop_scale=(1.0, 1.0), crop_ratio=(70 / 60, 70 / 60))
     assert augment_turns.least_bytes(work) == 3 * 2 * (3 * 60 * 70 + 3 * 4 * 16 * 16)
