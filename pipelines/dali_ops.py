@@ -35,9 +35,9 @@ _KEYS = list(range(1 << 16))
 
 
 def _sextants() -> tuple[list[int], list[int]]:
-    """Of r >= g, g >= b and b >= r, as the bits of a number: the hue where its sextant begins or ends, and which of the two, as
+    """Of g > r, b > g and r > b, as the bits of a number: the hue where its sextant begins or ends, and which of the two, as
     bits to turn over in a key of `_hues`."""
-    r_g, g_b, b_r = (np.arange(8) >> bit & 1 for bit in range(3))
+    r_g, g_b, b_r = (1 - (np.arange(8) >> bit & 1) for bit in range(3))  # r >= g, g >= b, b >= r
     thirds = (1 - r_g) * g_b + 2 * (1 - g_b) * b_r + 3 * r_g * (1 - g_b) * (1 - b_r)
     return (85 * thirds).tolist(), (0xFFFF * (r_g ^ g_b ^ b_r)).tolist()
 
@@ -64,6 +64,8 @@ def _drops() -> list[list[int]]:
 
 _BASES, _TURNED = _sextants()
 _HUES, _DROPS = _hues(), _drops()
+_COMPARE = np.array([[-255], [255]], dtype=np.float32)
+_BITS = np.array([[1], [2], [4]], dtype=np.float32) / 255
 
 Node = Any  # a DALI DataNode
 
@@ -120,16 +122,17 @@ def _luma(image: Node) -> Node:
 
 def turn_hue(image: Node, levels: Node) -> Node:
     """Turn the hue of 8-bit HSV by `levels`, a whole number of 255ths of the colour circle, modulo 256 (uint8)."""
-    r, g, b = (image[channel] for channel in range(3))
-    code = (r >= g) + (g >= b) * types.Constant(2, dtype=_U8) + (b >= r) * types.Constant(4, dtype=_U8)
+    r, g, b = (image[channel : channel + 1] for channel in range(3))
+    # 255 where the next channel is greater, 0 elsewhere; and these as the bits of a number.
+    rises = fn.filter(image, _constant(_COMPARE, image), anchor=[0, 0], border="wrap")
+    code = fn.filter(rises, _constant(_BITS, image), mode="valid")
     high, low = math.max(r, g), math.min(r, g)
     rest = math.min(high, b)
     top, middle, low = math.max(high, b), math.max(low, rest), math.min(low, b)
     rows = (top - low) * types.Constant(256, dtype=_U16)
     hue = _table((rows + (middle - low)) ^ _table(code, _TURNED, _U16), _HUES)
     hue = hue + _table(code, _BASES) + beside(image, levels)  # bytes, which wrap around as Pillow's do
-    made = fn.stack(*(top - _table(rows + hue, drops) for drops in _DROPS), axis=0)
-    return fn.reshape(made, layout=_FLAT)
+    return fn.reshape(fn.cat(*(top - _table(rows + hue, drops) for drops in _DROPS), axis=0), layout=_FLAT)
 
 
 def gray(image: Node) -> Node:
