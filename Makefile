@@ -19,9 +19,9 @@ lint: $(VENV)/.installed-dev
 
 # GPU tests and the benchmarks with the Python at hand, installing nothing; JSON goes to $(OUT). All parts run, whatever fails, and each
 # goal is told beside its figure. `make gpu-check PART=vit_small` runs one, in less than ten minutes: tests augment loader resnet50
-# vit_small vit_base memory switches_resnet50 switches_vit_small loader_peers.
+# vit_small vit_base memory switches_resnet50 switches_vit_small loader_peers. `PART="augment loader" WITHIN=590` runs two in that time.
 gpu-check:
-	$(PYTHON) -m tests.gpu_check --out $(OUT) $(if $(PART),--only $(PART))
+	$(PYTHON) -m tests.gpu_check --out $(OUT) $(if $(PART),--only $(PART)) $(if $(WITHIN),--within $(WITHIN))
 
 clean:
 	rm -rf $(VENV) demo

@@ -191,8 +191,11 @@ def main(argv: list[str] | None = None, run: Callable[[Job, float], int] = start
     )
     parser.add_argument("--extra", default="", help="settings for every job with a configuration")
     parser.add_argument("--gpu", help="the device's name, where it is known")
+    parser.add_argument(
+        "--within", type=float, help="seconds for all parts together; what is left then is named"
+    )
     args = parser.parse_args(argv)
-    began = time.monotonic()
+    started = began = time.monotonic()
     gpu = gpu_name() if args.gpu is None else args.gpu
     device = "-".join((gpu or "cpu").lower().split())
     stamp = f"{datetime.date.today():%Y-%m-%d}-{device}"
@@ -211,7 +214,9 @@ def main(argv: list[str] | None = None, run: Callable[[Job, float], int] = start
             for job in jobs:
                 if job.out is not None:  # of an earlier run today
                     job.out.unlink(missing_ok=True)
-            failed += run_jobs(jobs, run, LIMIT_S - (time.monotonic() - began))
+            now = time.monotonic()
+            left_s = started + args.within - now if args.within is not None else LIMIT_S
+            failed += run_jobs(jobs, run, min(left_s, began + LIMIT_S - now))
             try:
                 finish(part, plan, jobs)
             except (OSError, ValueError, LookupError, ElementTree.ParseError) as fault:

@@ -175,6 +175,23 @@ def test_options_of_the_benchmarks_exist():
     assert all((ROOT / name).exists() for name in files)
 
 
+def test_all_parts_can_be_given_one_time_together(tmp_path, capsys):
+    given = []
+
+    def run(job, left_s):
+        given.append(left_s)
+        return 0
+
+    argv = ["--gpu", "H100", "--out", str(tmp_path), "--only", "tests", "switches_resnet50", "--within"]
+    assert gpu_check.main([*argv, "60"], run) == 0
+    assert len(given) > 5
+    assert max(given) <= 60
+    given.clear()
+    assert gpu_check.main([*argv, "5"], run) == 1
+    assert given == []
+    assert "(no time was left in its part)" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------- goals and verdict
 
 
