@@ -63,7 +63,7 @@ class DaliEngine(BatchEngine):
         super().__init__(recipe)
         self._options = options
         self._device = torch.device(options.device)
-        if self._device.type == "cpu":
+        if self._device.type == "cpu" and options.threads > 1:
             # While the threads of one pipeline wait for each other at the end of an operation, those of the other work.
             self.workers = 2
         # A pipeline makes one batch at a time. One that is not built yet stands as None: last, as those in use come back on top.

@@ -65,6 +65,8 @@ class BenchLoader:
     peers: str = "all"
     """Others to measure: all, none, or names with commas: moco-v3, torchvision-v2, lightly, webdataset, dali-graph, dali-decode,
     kornia-modules, ffcv."""
+    scaling: bool = False
+    """Measure our engines on the CPU in 1, 2, 4 ... threads, too: rows such as fused (1)."""
     json: str = ""
     """File for the results: a list with a row for each loader."""
 
@@ -100,8 +102,11 @@ def run(argv: list[str]) -> int:
     ours = [
         Source("read", "", _read, "encoded bytes copied from the shards, no more"),
         Source("decode", "", _decode, "our decoder in threads, no views"),
-        *engine_sources(engines, work),
     ]
+    for source in engine_sources(engines, work):
+        if args.scaling and source.name in engines:
+            ours += [source.in_threads(1 << power) for power in range((work.threads - 1).bit_length())]
+        ours.append(source)
     where = machine(GPU) if has_gpu() else machine()
     console = Console(highlight=False)
     sources = [*ours, *peers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shards.order import epoch_order
@@ -71,3 +71,15 @@ class Source:
     note: str = ""
     workers: bool = False
     """Batches come from worker processes in turn: rates are taken over whole rounds of one batch each."""
+
+    def in_threads(self, threads: int) -> Source:
+        """The same in another number of threads than its work says."""
+
+        def opened(work: Work) -> Generator[int]:
+            return self.open(replace(work, threads=threads))
+
+        many = "s" if threads > 1 else ""
+        note = (
+            f"the same in {threads} thread{many}; see cores, as some engines read and decode in further ones"
+        )
+        return replace(self, name=f"{self.name} ({threads})", open=opened, note=note)

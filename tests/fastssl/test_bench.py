@@ -55,6 +55,23 @@ def check_row(row: dict) -> None:
 # -------------------------------------------------------------------------------------------------------- loader
 
 
+def test_loader_shows_how_engines_scale(shard_folder, tmp_path, monkeypatch):
+    """Each row of another number of threads is measured with that number."""
+    seen = []
+    batches = loader.Way.batches
+
+    def counted(way, work):
+        seen.append(work.threads)
+        return batches(way, work)
+
+    monkeypatch.setattr(loader.Way, "batches", counted)
+    flags = ("--peers", "none", "--engines", "fused", "--threads", "3", "--scaling")
+    rows = loader_rows(shard_folder, tmp_path, *flags)
+    assert list(rows) == ["read", "decode", "fused (1)", "fused (2)", "fused"]
+    assert seen[-3:] == [1, 2, 3]
+    assert all(row["fidelity"] == "exact" and row["images_per_s"] > 0 for row in list(rows.values())[2:])
+
+
 def test_loader_alone_needs_no_peer(shard_folder, tmp_path, capsys):
     rows = loader_rows(shard_folder, tmp_path, "--peers", "none", "--engines", "fused,reference")
     assert list(rows) == ["read", "decode", "fused", "reference"]
