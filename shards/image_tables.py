@@ -16,7 +16,7 @@ from shards.errors import UserError
 from shards.file_sets import FileSet, looks_like_split_files
 from shards.hashing import fold
 from shards.image_columns import choose_image, class_names, has_path, is_image
-from shards.list_files import ParquetFile, as_text
+from shards.list_files import UNREADABLE, ParquetFile, as_text
 from shards.listing import hash_values
 from shards.lists import choose, extra_columns, find_file, is_binary
 from shards.options import NO_COLUMN, ListOptions
@@ -184,9 +184,10 @@ class ImageTableSource(Source):
                         f"'{self.place / name}' has no column '{missing[0]}', which '{self._table.where}' has; convert it by itself."
                     )
                 for batch in parquet.iter_batches(sources.BATCH_ROWS, columns=wanted, use_threads=False):
+                    batch.validate(full=True)  # text that is no UTF-8
                     yield first, batch
                     first += batch.num_rows
-        except (pa.ArrowException, OSError) as fault:
+        except UNREADABLE as fault:
             raise UserError(
                 f"'{self.place / name}' cannot be read from row {first:,} on ({fault})."
             ) from fault
@@ -255,7 +256,7 @@ def _page(
     refers_to = read_file(place, name, dictionary_size, dictionary) if dictionary_size else b""
     try:
         values = column.values(read_file(place, name, size, offset), num_rows, refers_to, codec)
-    except (pa.ArrowException, OSError) as fault:
+    except UNREADABLE as fault:
         raise BadImage(f"its page in the table is damaged ({str(fault).splitlines()[0]})") from fault
     if len(values) != num_rows:
         raise BadImage(

@@ -19,6 +19,7 @@ from shards.errors import UserError
 from shards.places import Place
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what Arrow raises of a damaged Parquet file
 _DELIMITERS = ",;\t|"
 _MAX_CELL = 1 << 24
 # Text that gives itself back when it is read and written as this type: 007 stays text. RE2's syntax.
@@ -202,7 +203,7 @@ class ParquetFile(ListFile):
         try:
             with place.open(name) as file:
                 schema = pq.read_schema(file)
-        except pa.ArrowException as fault:
+        except UNREADABLE as fault:
             raise UserError(f"'{self.where}' cannot be read as Parquet ({fault}).") from fault
         names = [column for column in schema.names if not column.startswith("__index_level_")]
         twice = sorted({column for column in names if names.count(column) > 1})
@@ -224,11 +225,12 @@ class ParquetFile(ListFile):
                 for batch in parquet.iter_batches(
                     sources.BATCH_ROWS, columns=[*text, *typed], use_threads=False
                 ):
+                    batch.validate(full=True)  # text that is no UTF-8
                     kept = {name: as_text(batch[name], self.where, name) for name in text}
                     kept |= {name: batch[name].cast(kind) for name, kind in typed.items()}
                     yield Rows(range(done + 1, done + 1 + batch.num_rows), kept)
                     done += batch.num_rows
-        except (pa.ArrowException, OSError) as fault:
+        except UNREADABLE as fault:
             raise UserError(f"'{self.where}' cannot be read from row {done + 1:,} on ({fault}).") from fault
 
 
