@@ -8,6 +8,7 @@ from their seeds and fed in.
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Sequence
 from queue import LifoQueue
 from typing import Any
@@ -70,6 +71,7 @@ class DaliEngine(BatchEngine):
         self._idle: LifoQueue[Pipeline | None] = LifoQueue()
         for _ in range(self.workers):
             self._idle.put(None)
+        self._building = threading.Lock()  # both at once would make the first batch wait for both
 
     def load(self, samples: Samples, sample_id: int) -> np.ndarray:
         """As `BatchEngine.load`: the encoded bytes, uint8 (B,), after a look at the size that their header states."""
@@ -98,7 +100,9 @@ class DaliEngine(BatchEngine):
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         pipeline = self._idle.get()
         try:
-            pipeline = pipeline or self._build(len(items))
+            if pipeline is None:
+                with self._building:
+                    pipeline = self._build(len(items))
             made = pipeline.run(stream, **inputs)
         except RuntimeError as fault:
             pipeline = None  # one that failed cannot be used again
