@@ -22,21 +22,21 @@ BOUNDS = {
     "dali": {
         "crop": 0.4,
         "flips and turns": 1e-3,
-        "jitter": 0.2,
+        "jitter": 0.12,
         "grey": 0.01,
-        "blur": 0.6,
+        "blur": 0.3,
         "solarise": 1e-3,
     },
     "kornia": {
-        "crop": 1.5,
+        "crop": 0.3,
         "flips and turns": 1e-3,
-        "jitter": 1.8,
+        "jitter": 1.5,
         "grey": 0.3,
-        "blur": 0.8,
+        "blur": 0.5,
         "solarise": 1e-3,
     },
 }
-WHOLES = {"fused": 0.5, "dali": 0.6, "kornia": 2.0}
+WHOLES = {"fused": 0.5, "dali": 0.6, "kornia": 1.5}
 
 
 @pytest.fixture(scope="module")
