@@ -225,8 +225,10 @@ class ShardCache:
             )
         while True:
             with self._exclusive():
+                # In this order, since a part that becomes whole meanwhile is then counted twice, and not overlooked.
+                coming = self._coming(part)
                 files = sorted(held_files(self.folder))
-                total = sum(size for _, _, size in files) + self._coming(part)
+                total = sum(size for _, _, size in files) + coming
                 for _, path, size in files:
                     if total + file.bytes <= self.limit_bytes:
                         break
