@@ -25,9 +25,10 @@ def gs_server() -> Iterator[FaultProxy]:
     def exists(name: str) -> bool:
         connection = http.client.HTTPConnection(host)
         connection.request("GET", f"/storage/v1/b/bucket/o/{quote(name, safe='')}")
-        status = connection.getresponse().status
+        answer = connection.getresponse()
+        answer.read()
         connection.close()
-        return status == 200
+        return answer.status == 200
 
     def condition(method: str, path: str, body: bytes) -> str | None:
         if method != "POST" or parse_qs(urlsplit(path).query).get("ifGenerationMatch") != ["0"]:

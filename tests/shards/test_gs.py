@@ -34,8 +34,15 @@ def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
 
 
 def forget_connections() -> None:
+    """Ends all connections at once: gcsfs leaves that to the garbage collector, which may come in another test."""
+    from fsspec.asyn import sync
+
     place = open_place("gs://bucket")
-    type(place._store).clear_instance_cache()  # pyright: ignore[reportAttributeAccessIssue]
+    stores = type(place._store)  # pyright: ignore[reportAttributeAccessIssue]
+    for store in list(stores._cache.values()):
+        if store._session is not None:
+            sync(store.loop, store._session.close)
+    stores.clear_instance_cache()
 
 
 def test_from_one_bucket_to_another_over_a_bad_line_and_mended(
