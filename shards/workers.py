@@ -1,6 +1,7 @@
 """Runs one function for many shard numbers, in this process or in several, and counts images done."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,8 @@ from shards.errors import UserError
 
 INTERVAL_S = 0.1
 _IMPORTS = ["shards.make"]  # takes a worker half a second, or as long as converting a thousand images
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT_BYTES = 32 * 2**20  # the most that glibc takes for the latter
 Count = Callable[[int, int], None]  # (images done, of these quarantined), each since the last call
 Make = Callable[[int, Count], None]  # makes one shard
 
@@ -140,9 +143,18 @@ def _receive(pipe: Connection, worker: BaseProcess) -> tuple:
         ) from None
 
 
+def _keep_memory() -> None:
+    """Has the C library keep what is freed: given back after each image, it would have to be taken again, page by page."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt  # of glibc alone
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
 def _work(pipe: Connection, make: Make, environ: dict[str, str]) -> None:
     os.environ.clear()  # what it was when the process began that this one is a copy of
     os.environ.update(environ)
+    _keep_memory()
     # Asked to end, leave as by an error, so that the unfinished file is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     ticker = Ticker(lambda done, quarantined: pipe.send(("count", done, quarantined)))

@@ -60,7 +60,13 @@ class Way:
 
 WAYS = [
     Way("decode", only, "proof", "", "simplejpeg (libjpeg-turbo) on every file, nothing written"),
-    Way("fastssl keep", ours, "proof", "decode", "`fastssl shard`: each image proven, bytes kept"),
+    Way(
+        "fastssl keep",
+        ours,
+        "proof",
+        "decode",
+        "`fastssl shard`: every coefficient read (docs/shard_format.md), bytes kept; with checksums, statistics, duplicates",
+    ),
     Way(
         "webdataset", webdataset, "read", "decode", "ShardWriter: no proof, no checksums, no statistics", True
     ),
@@ -198,8 +204,8 @@ def _show(
     tell_failures(console, rows)
     console.print(
         f"{where['cpu']}, {where['cores']} cores{busy(where)}; median and spread of {args.repeats} turns after one to warm up, page "
-        "cache warm. Base: decode, or decode + encode; its processes run already, ours start within the time. core ms: CPU time of "
-        "all processes per image.",
+        "cache warm. Base: decode, or decode + encode; its processes run already, ours start within the time, as copies of one that "
+        "has imported what they need (half a second, once). core ms: CPU time of all processes per image.",
         style="dim",
         markup=False,
     )

@@ -30,7 +30,10 @@ class Task:
     files: list[str]
     workers: int
     pool: Pool
-    """`workers` processes that have imported what they need: their start is not in the others' times, but in ours and litdata's."""
+    """`workers` processes that have imported what they need: their start is not in the others' times, but in ours and litdata's.
+
+    Ours are copies of a process that has imported as well, in the turn to warm up.
+    """
 
     def paths(self) -> list[str]:
         return [str(self.folder / file) for file in self.files]
