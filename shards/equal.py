@@ -24,27 +24,26 @@ from shards.places import Place
 Ids = npt.NDArray[np.int64]
 
 
-class Hashes:
+class PixelHashes:
     """Hashes of the pixels of all samples of the finished shards `made`, equal where the pixels are: 32 hexadecimal digits.
 
     They are those of the small copies, where there are any, but for images whose small copies are equal and whose files are not.
+    `first_equals`: for each sample, in shard order, the first one with the same pixels, or -1 where it is itself the first; (N,).
     Memory: 24 bytes a sample, and as much again while sorting.
     """
 
     def __init__(self, dest: Place, made: list[int]):
         self._dest = dest
-        self._whole_ids: Ids = np.empty(
-            0, np.int64
-        )  # ascending: those that the hash of all pixels is taken of
+        # Ascending: the samples that the hash of all pixels is taken of.
+        self._whole_ids: Ids = np.empty(0, np.int64)
         self._whole: list[str] = []
-        self._num_rows: dict[int, int] = {}  # by shard
-        any_small = False
-        for shard in made:
-            small = read_rows(dest, shard, [SMALL_HASH])[SMALL_HASH]
-            self._num_rows[shard] = len(small)
-            any_small = any_small or small.null_count < len(small)
-        if any_small:
+        self._num_rows = dict.fromkeys(made, 0)  # by shard
+        self._any_small = False
+        self.first_equals = self._search()
+        if self._any_small and (self.first_equals >= 0).any():
             self._look_closely()
+            if self._whole:
+                self.first_equals = self._search()
 
     def of(self, start: int, rows: pa.Table) -> pa.Array:
         """The hashes of the rows of a shard (their columns `pixels_hash` and SMALL_HASH), of which the first is sample `start`."""
@@ -55,23 +54,24 @@ class Hashes:
             texts[self._whole_ids[number] - start] = self._whole[number]
         return pa.array(texts, pa.string())
 
-    def first_equals(self) -> Ids:
-        """For each sample, in shard order, the first one with the same pixels, or -1 where it is itself the first; (N,)."""
-        return first_of_equal(self._all())
+    def _search(self) -> Ids:
+        return first_of_equal(self._all()) if self._num_rows else np.empty(0, np.int64)
 
     def _all(self) -> Iterator[pa.Array]:
         start = 0
         for shard in self._num_rows:
             rows = read_rows(self._dest, shard, ["pixels_hash", SMALL_HASH])
+            self._num_rows[shard] = rows.num_rows
+            self._any_small = self._any_small or rows[SMALL_HASH].null_count < rows.num_rows
             yield self.of(start, rows)
             start += rows.num_rows
 
     def _look_closely(self) -> None:
-        first = self.first_equals()
+        first = self.first_equals
         again = np.flatnonzero(first >= 0)
         ids = np.union1d(again, first[again])
         group = np.where(first[ids] >= 0, first[ids], ids)
-        del first, again
+        del again
         files = self._files(ids)
         # One entry for each file of each group; `own` says which is a sample's.
         order = np.lexsort((*files.digest.T, group))
@@ -102,7 +102,7 @@ class Hashes:
                 offsets, sizes = rows["offset"].to_pylist(), rows["size"].to_pylist()
                 places += zip([shard] * len(sizes), offsets, sizes, strict=True)
             start += size
-        return _Files(np.concatenate(digests) if digests else np.empty((0, 2), np.uint64), whole, places)
+        return _Files(np.concatenate(digests), whole, places)
 
     def _decoded(self, files: _Files, numbers: list[int]) -> list[str]:
         def hash_of(number: int) -> str:

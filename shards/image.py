@@ -320,15 +320,15 @@ def _stored(
 ) -> Stored:
     pixels = _with_channels(pixels)
     height, width, channels = pixels.shape
+    # numpy takes longer to find a name than to hash a small image.
+    dtype = "uint8" if pixels.dtype == np.uint8 else pixels.dtype.name
     return Stored(
         data,
         ext,
         width,
         height,
         channels,
-        "uint8"
-        if pixels.dtype == np.uint8
-        else pixels.dtype.name,  # numpy takes longer for a name than to hash a small image
+        dtype,
         how,
         pixels_hash(pixels),
         sampled(pixels),

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from shards import layout
 from shards.columns import read_columns
-from shards.equal import Hashes
+from shards.equal import PixelHashes
 from shards.errors import UserError
 from shards.layout import Manifest, ShardFile
 from shards.make import Marks, read_marks, read_rows
@@ -63,8 +63,8 @@ def merge(dest: Place, plan: Plan) -> Manifest:
             f"none of the {num_quarantined:,} images can be used. The first: {first}. All stand in '{dest / layout.QUARANTINE}'."
         )
     made = list(files)
-    hashes = Hashes(dest, made)
-    first_equal = hashes.first_equals() if plan.settings.dedupe != "keep" else None
+    hashes = PixelHashes(dest, made)
+    first_equal = hashes.first_equals if plan.settings.dedupe != "keep" else None
     sums = _Sums()
 
     def write(file: BinaryIO) -> None:
@@ -135,7 +135,7 @@ def write_dropped(dest: Place, plan: Plan) -> None:
     Every shard must be finished, with its duplicates still in it.
     """
     made = [shard for shard in range(plan.num_shards) if _marks(dest, shard).shard]
-    first = Hashes(dest, made).first_equals() if made else np.empty(0, np.int64)
+    first = PixelHashes(dest, made).first_equals
     again = np.flatnonzero(first >= 0)
     wanted = np.union1d(again, first[again])  # the names of all the others would be most of the memory
     parts, start = [pa.table({"key": pa.array([], pa.string()), "source": pa.array([], pa.string())})], 0
