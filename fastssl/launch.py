@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.errors import UserError
+from shards.errors import UserError, check_least
 
 USAGE = """usage: fastssl launch slurm CONFIG [options] [--section.key value ...]
 
@@ -153,11 +153,7 @@ def check(path: str, overrides: list[str], args: argparse.Namespace) -> None:
     """Refuse here what would otherwise fail after hours in the queue: UserError, with the way out."""
     from fastssl import config
 
-    for name, least in (("nodes", 1), ("gpus", 1), ("cpus_per_gpu", 1), ("max_requeues", 0)):
-        if getattr(args, name) < least:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}, but it must be at least {least}."
-            )
+    check_least(args, nodes=1, gpus=1, cpus_per_gpu=1, max_requeues=0)
     if not 0 < args.save_before < args.hours * 3600:
         raise UserError(
             f"--save-before is {args.save_before} s, but it must be above 0 and less than --hours {args.hours:g} "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from pipelines.engines import EngineName, engine_names
-from shards.errors import UserError, nearest
+from shards.errors import UserError, check_least, nearest
 from shards.files import check_output
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ def run(argv: list[str]) -> int:
     rest, changes = _take_recipe_flags(argv)
     args = tyro.cli(Preview, prog="fastssl preview", args=rest)
     check_output(args.out, "--out")
-    for name, least in (("rows", 1), ("epochs", 1), ("size", 0), ("cell", 96)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}, but it must be at least {least}.")
+    check_least(args, rows=1, epochs=1, size=0, cell=96)
     compared = [name for name in args.engines.split(",") if name]
     for name in compared:
         if name not in engine_names():

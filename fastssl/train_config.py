@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shards.errors import UserError
+from shards.errors import UserError, check_least
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,7 @@ class TrainConfig:
     """Steps of the run that may be skipped; one more stops it."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("epochs", 1),
-            ("batch", 2),
-            ("seed", 0),
-            ("log_every", 1),
-            ("save_every", 1),
-            ("clip_grad", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"train.{name} is {getattr(self, name)}, but it must be at least {least}.")
+        check_least(self, "train.", epochs=1, batch=2, seed=0, log_every=1, save_every=1, clip_grad=0)
         if self.micro_batch != "auto" and (self.micro_batch < 0 or self.micro_batch == 1):
             raise UserError(
                 f"train.micro_batch is {self.micro_batch}, but it must be 0 (the whole batch), auto, or at least 2."

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -9,6 +10,18 @@ class UserError(Exception):
 
     No ValueError: the parser of the settings would catch that and print a box of its own.
     """
+
+
+def check_least(settings: Any, prefix: str = "--", **least: float) -> None:
+    """UserError where an attribute of `settings` is below its least value; one that is None is not set.
+
+    `prefix`: what a user writes before the name: "--" of a command's flags, "train." of a section.
+    """
+    for name, low in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < low:
+            written = name.replace("_", "-") if prefix == "--" else name
+            raise UserError(f"{prefix}{written} is {value}, but it must be at least {low}.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastssl.bench.report import Row, brief, busy, machine, tell_failures, today, versions, write_rows
-from shards.errors import UserError
+from fastssl.bench.report import Row, brief, busy, machine, tell_failures, write_measured
+from shards.errors import UserError, check_least
 from shards.files import check_output
 
 if TYPE_CHECKING:
@@ -84,16 +84,13 @@ def run(argv: list[str]) -> int:
             "threads": work.threads,
             "images": len(work.images),
         }
-        shared = {"date": today(), "versions": versions(), "machine": where, "settings": settings}
-        write_rows(args.json, [row.as_json() | shared for row in rows])
+        write_measured(args.json, where, settings, rows)
         console.print(f"[dim]Written to {args.json}[/]")
     return 0
 
 
 def _check(args: BenchAugment) -> None:
-    for name, least in (("size", 1), ("batch", 1), ("images", 0), ("threads", 0), ("repeats", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}, but it must be at least {least}.")
+    check_least(args, size=1, batch=1, images=0, threads=0, repeats=1)
     if args.seconds <= 0:
         raise UserError(f"--seconds is {args.seconds:g}, but it must be above 0.")
     if args.images and args.images < args.batch:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastssl.bench.report import versions, write_rows
-from shards.errors import UserError, nearest
+from shards.errors import UserError, check_least, nearest
 from shards.files import check_output
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ def run(argv: list[str]) -> int:
     args = tyro.cli(BenchFidelity, prog="fastssl bench fidelity", args=argv)
     if args.json:
         check_output(args.json, "--json")
-    for name in ("size", "images"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}, but it must be at least 1.")
+    check_least(args, size=1, images=1)
     from rich.console import Console
 
     from pipelines.engines import engine_names, refuse_deep

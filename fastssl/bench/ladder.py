@@ -10,7 +10,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shards.errors import UserError
+from shards.errors import UserError, check_least
 from shards.files import check_output
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", default="")
     args, overrides = parser.parse_known_args(argv[1:])
     steps, repeats = args.steps or (4 if args.quick else 20), args.repeats or (1 if args.quick else 3)
-    for name in ("steps", "repeats"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}, but it must be at least 1.")
+    check_least(args, steps=1, repeats=1)
     if args.json:
         check_output(args.json, "--json")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -22,12 +22,10 @@ from fastssl.bench.report import (
     machine,
     reason,
     tell_failures,
-    today,
-    versions,
-    write_rows,
+    write_measured,
 )
 from fastssl.bench.work import Source, Work
-from shards.errors import UserError, nearest
+from shards.errors import UserError, check_least, nearest
 from shards.files import check_output
 
 if TYPE_CHECKING:
@@ -130,17 +128,14 @@ def run(argv: list[str]) -> int:
             "images": len(sample_ids),
             "page_cache": "warm",
         }
-        shared = {"date": today(), "versions": versions(), "machine": where, "settings": settings}
-        write_rows(args.json, [row.as_json() | shared for row in rows])
+        write_measured(args.json, where, settings, rows)
         console.print(f"[dim]Written to {args.json}[/]")
     return 0
 
 
 def check(args: BenchLoader) -> None:
     """UserError for a number out of range."""
-    for name, least in (("size", 1), ("batch", 1), ("threads", 0), ("repeats", 1), ("images", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}, but it must be at least {least}.")
+    check_least(args, size=1, batch=1, threads=0, repeats=1, images=1)
     if args.seconds <= 0:
         raise UserError(f"--seconds is {args.seconds:g}, but it must be above 0.")
 

@@ -13,7 +13,7 @@ import tyro
 
 from fastssl.bench.fresh import in_fresh_process, peak_bytes
 from fastssl.bench.report import busy, machine, write_report
-from shards.errors import UserError
+from shards.errors import UserError, check_least
 from shards.files import check_output
 from shards.sources import BATCH_ROWS, Source, entry_batch
 
@@ -63,8 +63,7 @@ def run(argv: list[str]) -> int:
     args = tyro.cli(BenchPlan, prog="fastssl bench plan", args=argv)
     if args.json:
         check_output(args.json, "--json")
-    if args.entries < 1:
-        raise UserError(f"--entries is {args.entries}, but it must be at least 1.")
+    check_least(args, entries=1)
     if args.out and not Path(args.out).is_dir():
         raise UserError(f"there is no folder '{args.out}' for --out: make it first.")
     from rich.console import Console

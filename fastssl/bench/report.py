@@ -276,6 +276,12 @@ def write_rows(path: str, rows: Sequence[dict[str, Any]]) -> None:
     _write(path, list(rows))
 
 
+def write_measured(path: str, machine: dict[str, Any], settings: dict[str, Any], rows: Sequence[Row]) -> None:
+    """As `write_rows`, each row with the date, versions, machine and settings that it was measured with."""
+    shared = {"date": today(), "versions": versions(), "machine": machine, "settings": settings}
+    write_rows(path, [row.as_json() | shared for row in rows])
+
+
 def _write(path: str, values: Any) -> None:
     from shards.errors import UserError
     from shards.files import atomic_write

@@ -16,7 +16,7 @@ import tyro
 
 from fastssl.bench.report import Row, Stopwatch, brief, busy, machine, tell_failures, write_report
 from fastssl.bench.writers import Task, Turn, litdata, only, ours, proof, smaller, webdataset
-from shards.errors import UserError
+from shards.errors import UserError, check_least
 from shards.files import check_output
 
 SUFFIXES = (".jpg", ".jpeg")
@@ -87,9 +87,7 @@ def run(argv: list[str]) -> int:
     args = tyro.cli(BenchShard, prog="fastssl bench shard", args=argv, config=(tyro.conf.FlagConversionOff,))
     if args.json:
         check_output(args.json, "--json")
-    for name, least in (("images", 1), ("workers", 0), ("repeats", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}, but it must be at least {least}.")
+    check_least(args, images=1, workers=0, repeats=1)
     if args.out and not Path(args.out).is_dir():
         raise UserError(f"there is no folder '{args.out}' for --out: make it first.")
     from rich.console import Console

@@ -17,7 +17,7 @@ from fastssl.bench.first_batch import STAGES, first_batch
 from fastssl.bench.fresh import in_fresh_process
 from fastssl.bench.report import busy, machine, write_report
 from pipelines.engines import EngineName
-from shards.errors import UserError
+from shards.errors import UserError, check_least
 from shards.files import check_output
 
 ALL = "all"
@@ -143,9 +143,7 @@ def _check(args: BenchStart) -> None:
     from shards.places import open_place
     from shards.read import ShardSet
 
-    for name, least in (("size", 1), ("batch", 1), ("threads", 0), ("repeats", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}, but it must be at least {least}.")
+    check_least(args, size=1, batch=1, threads=0, repeats=1)
     if args.samples < args.batch:
         raise UserError(
             f"--samples is {args.samples}, but it must be at least one batch (--batch {args.batch})."

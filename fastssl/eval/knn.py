@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shards.errors import UserError
+from shards.errors import UserError, check_least
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -39,9 +39,7 @@ class KNNConfig:
     """Samples used of each shard set, chosen once and for all; 0 means all."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("k", 1), ("max_samples", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"knn.{name} is {getattr(self, name)}, but it must be at least {least}.")
+        check_least(self, "knn.", every=0, k=1, max_samples=0)
 
 
 @dataclass(frozen=True)
