@@ -1,6 +1,7 @@
 """The shape of the code: who may import whom, how long a file may be, and that every setting is explained."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,12 +11,37 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("shards", "pipelines", "fastssl")
 FILES = sorted(path for package in (*PACKAGES, "tests", "docs") for path in (ROOT / package).rglob("*.py"))
 MAX_LINES = 400
+MAX_FILES = 15  # in a folder
 
 # folder or file: what it must not import
 FORBIDDEN = {
     "shards": ("pipelines", "fastssl", "torch", "torchvision", "timm"),
     "pipelines": ("fastssl",),
     "fastssl/methods": ("fastssl.train", "fastssl.config", "fastssl.pretrain", "fastssl.cli"),
+}
+# sub-package: those it may import from, beside the files that lie directly in its package; a folder not named here may import none
+LAYERS = {
+    "shards": {
+        "storage": (),
+        "images": ("storage",),
+        "format": ("storage", "images"),
+        "dataset": ("storage", "format"),
+        "splits": ("storage", "format", "dataset"),
+        "sources": ("storage", "images", "format", "splits"),
+        "conversion": ("storage", "images", "format", "dataset", "sources"),
+        "checking": ("storage", "images", "format", "splits", "sources", "conversion"),
+        "overview": ("storage", "images", "format", "dataset", "checking"),
+        "commands": (
+            "storage",
+            "images",
+            "format",
+            "splits",
+            "sources",
+            "conversion",
+            "checking",
+            "overview",
+        ),
+    },
 }
 SETTINGS = {
     "fastssl/models.py": ("ModelConfig",),
@@ -63,6 +89,90 @@ def test_imports_point_one_way(where: str) -> None:
         if name == banned or name.startswith(f"{banned}.")
     }
     assert not wrong
+
+
+def import_graph(package: str) -> dict[str, set[str]]:
+    """Which files of a package each of its files imports, in functions and for type checkers too; both as dotted names."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in (ROOT / package).rglob("*.py")
+    }
+    graph = {
+        name: {other for other in imported(path) if other in files} - {name} for name, path in files.items()
+    }
+    return {name: others for name, others in graph.items() if not name.endswith("__init__")}
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """The groups of nodes that reach one another."""
+
+    def reached(start: str) -> set[str]:
+        found, waiting = set(), [start]
+        while waiting:
+            new = graph.get(waiting.pop(), set()) - found
+            found |= new
+            waiting += new
+        return found
+
+    after = {node: reached(node) for node in graph}
+    return {
+        frozenset(other for other in after[node] if node in after.get(other, ()))
+        for node in graph
+        if node in after[node]
+    }
+
+
+def folder_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The same between folders."""
+    found: dict[str, set[str]] = {}
+    for name, others in graph.items():
+        folder = name.rpartition(".")[0]
+        found.setdefault(folder, set()).update({other.rpartition(".")[0] for other in others} - {folder})
+    return found
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_imports_go_in_a_circle(package: str) -> None:
+    graph = import_graph(package)
+    assert len(graph) > 5
+    assert circles(graph) == set()
+    assert circles(folder_graph(graph)) == set()
+
+
+def test_circles_are_found() -> None:
+    graph = {"p.a.x": {"p.b.y"}, "p.b.y": set(), "p.b.z": {"p.a.x"}, "p.c": {"p.b.z"}}
+    assert circles(graph) == set()
+    assert circles(folder_graph(graph)) == {frozenset({"p.a", "p.b"})}
+    assert circles(graph | {"p.b.y": {"p.b.z"}}) == {frozenset({"p.a.x", "p.b.y", "p.b.z"})}
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_sub_packages_import_in_one_direction(package: str) -> None:
+    folders = {path.parent.name for path in (ROOT / package).rglob("*.py")} - {package}
+    assert folders == set(LAYERS[package])
+    wrong = {
+        f"{name} imports {other}"
+        for name, others in import_graph(package).items()
+        if name.count(".") > 1
+        for other in others
+        if other.count(".") > 1
+        if (own := name.split(".")[1]) != (used := other.split(".")[1]) and used not in LAYERS[package][own]
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_folder_is_crowded(package: str) -> None:
+    count = Counter(path.parent for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py")
+    assert {str(folder.relative_to(ROOT)): n for folder, n in count.items() if n > MAX_FILES} == {}
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_tests_mirror_the_tree(package: str) -> None:
+    folders = {
+        path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests" / package).rglob("test_*.py")
+    }
+    assert {folder for folder in folders if not (ROOT / folder).is_dir()} == set()
 
 
 def test_the_import_reader_sees_all_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

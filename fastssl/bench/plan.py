@@ -108,7 +108,7 @@ def _plan(num_entries: int, folder: str, in_memory: int | None) -> dict[str, Any
     from shards.conversion.shard_plan import settings_for, write_plan
     from shards.format.layout import PLAN
     from shards.images.policy import Policy
-    from shards.storage.place import open_place
+    from shards.storage.opening import open_place
 
     if in_memory is not None:
         listing.IN_MEMORY = in_memory

@@ -141,7 +141,7 @@ def grow(shards: Path, dest: Path, num_samples: int) -> None:
 def _check(args: BenchStart) -> None:
     from pipelines.recipe import get_recipe
     from shards.dataset.shard_set import ShardSet
-    from shards.storage.place import open_place
+    from shards.storage.opening import open_place
 
     check_least(args, size=1, batch=1, threads=0, repeats=1)
     if args.samples < args.batch:

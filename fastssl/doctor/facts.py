@@ -285,7 +285,7 @@ def look_at(folder: str) -> DataSet:
 
     from shards.errors import UserError
     from shards.format.layout import MANIFEST, TABLE, Manifest, index_name
-    from shards.storage.place import open_place
+    from shards.storage.opening import open_place
 
     try:
         place = open_place(folder)

@@ -15,9 +15,9 @@ from PIL import Image
 
 from shards.format import layout
 from shards.format.tar_writer import BLOCK, Member, header
-from shards.images.headers import check_png
 from shards.images.pillow import strict_pillow
 from shards.images.pixels import BadImage, damage, read_npy
+from shards.images.png import check_png
 from shards.images.policy import Policy
 from shards.images.proof import prove
 
@@ -25,7 +25,7 @@ Row = dict[str, Any]  # of the sample table; where that cannot be read: key, off
 
 
 @dataclass(frozen=True)
-class Finding:
+class Damage:
     """One thing that is wrong in a shard folder.
 
     file: its name in the folder; kind: missing, length, bytes, index, table, json (manifest, quarantine), sums, decode or stale; what:
@@ -49,9 +49,9 @@ class Finding:
 
 def of_sample(
     file: str, kind: str, what: str, row: Row, member: str | None = None, offset: int | None = None
-) -> Finding:
+) -> Damage:
     """A finding that belongs to one sample."""
-    return Finding(file, kind, what, row.get("sample_id"), row["key"], row.get("source"), member, offset)
+    return Damage(file, kind, what, row.get("sample_id"), row["key"], row.get("source"), member, offset)
 
 
 def read_header(block: bytes) -> tuple[str, int] | None:
@@ -136,7 +136,7 @@ class Examiner:
         self._index = index if len(index) == len(rows) else [None] * len(rows)
         self._classes = classes
 
-    def findings(self, num_bytes: int) -> Iterator[Finding]:
+    def findings(self, num_bytes: int) -> Iterator[Damage]:
         """All that is wrong in the first `num_bytes` of the tar; samples beyond them are passed over."""
         end = 0
         for number, (row, end) in enumerate(zip(self._rows, self.ends(), strict=True)):
@@ -157,7 +157,7 @@ class Examiner:
         rest = np.frombuffer(self._file.read(num_bytes - end), np.uint8)
         if rest.any():
             wrong = end + int(np.flatnonzero(rest)[0])
-            yield Finding(self._name, "bytes", "the zeros at the tar's end are damaged", offset=wrong)
+            yield Damage(self._name, "bytes", "the zeros at the tar's end are damaged", offset=wrong)
 
     def ends(self) -> list[int]:
         """For each sample, the first byte behind its own."""
@@ -180,8 +180,8 @@ class Examiner:
             others.append(member)
         return [image, *others]
 
-    def _faults(self, data: bytes, start: int, members: list[Member], row: Row) -> Iterator[Finding]:
-        def fault(what: str, member: Member, at: int) -> Finding:
+    def _faults(self, data: bytes, start: int, members: list[Member], row: Row) -> Iterator[Damage]:
+        def fault(what: str, member: Member, at: int) -> Damage:
             return of_sample(self._name, "bytes", what, row, member.name, at)
 
         for member in members:

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 
 import pyarrow as pa
 
-from shards.checking.damage import Finding, grouped, walk
+from shards.checking.damage import Damage, grouped, walk
 from shards.checking.shard_checker import read_rows
-from shards.checking.verify import Promise, Verdict
+from shards.checking.verify import Promise, VerifyResult
 from shards.conversion.convert import SMALL, number
 from shards.conversion.listing import SCRATCH, Survey
 from shards.conversion.merge import by_shard, merge, read_dropped, write_dropped
@@ -29,7 +29,8 @@ from shards.format.tar_writer import write_index
 from shards.images.policy import Policy
 from shards.sources.source import Source
 from shards.splits.split_table import WAY_OUT
-from shards.storage.place import LocalPlace, Place
+from shards.storage.local import LocalPlace
+from shards.storage.place import Place
 
 _SHOWN = 3
 
@@ -39,12 +40,12 @@ class Repair:
     """What a repair did: names of the files that are whole again, and what could not be mended and why."""
 
     mended: list[str] = field(default_factory=list)
-    failed: list[Finding] = field(default_factory=list)
+    failed: list[Damage] = field(default_factory=list)
 
 
 def repair(
     place: Place,
-    verdict: Verdict,
+    verdict: VerifyResult,
     source: Source | None,
     *,
     workers: int | None = None,
@@ -80,7 +81,7 @@ class _Work:
     def __init__(
         self,
         place: Place,
-        verdict: Verdict,
+        verdict: VerifyResult,
         source: Source | None,
         workers: int | None,
         progress: Callable[[int, int, int], None],
@@ -103,7 +104,7 @@ class _Work:
         needing = [*tars, *sorted(merged | (self.damaged & {layout.PLAN}))]
         if needing and self.source is None:
             what = "is made again from the images: give --source and the options that `fastssl shard` had"
-            self.result.failed.extend(Finding(name, "failed", what) for name in needing)
+            self.result.failed.extend(Damage(name, "failed", what) for name in needing)
         elif needing and self.source is not None:
             self._remake(self.source, tars, merged)
         self._mend_sums()
@@ -112,7 +113,7 @@ class _Work:
             what = "cannot be mended; move it out of the folder"
             if name == layout.SPLITS:
                 what = f"is not made from the images. {WAY_OUT.rstrip('.')}"
-            self.result.failed.append(Finding(name, "failed", what))
+            self.result.failed.append(Damage(name, "failed", what))
         return self.result
 
     def _tidy(self) -> None:
@@ -133,7 +134,7 @@ class _Work:
             self.result.mended.append(name)
         else:
             what = "was written again from its tar, but its SHA-256 is not the manifest's"
-            self.result.failed.append(Finding(name, "failed", what))
+            self.result.failed.append(Damage(name, "failed", what))
 
     def _remake(self, source: Source, tars: dict[str, ShardFile], merged: set[str]) -> None:
         place = self.place
@@ -163,7 +164,7 @@ class _Work:
                         self.result.mended.append(index_of(name))
                 elif index_of(name) in self.damaged:
                     what = "is made from its tar, which cannot be made"
-                    self.result.failed.append(Finding(index_of(name), "failed", what))
+                    self.result.failed.append(Damage(index_of(name), "failed", what))
             if merged - {layout.DROPPED}:
                 self._merge(scratch, plan, merged - {layout.DROPPED})
 
@@ -174,7 +175,7 @@ class _Work:
             return read_plan(place)
         if manifest is None or layout.MANIFEST in self.damaged:
             what = "plan and manifest are both damaged: convert to a new folder"
-            self.result.failed.append(Finding(layout.PLAN, "failed", what))
+            self.result.failed.append(Damage(layout.PLAN, "failed", what))
             return None
         policy = Policy(**manifest.store)
         with Survey(source, manifest.seed, scratch.local) as survey:
@@ -187,7 +188,7 @@ class _Work:
                     f"cannot be made again: names, sizes or labels of '{source.name}' have changed since the conversion, or other "
                     "options were given"
                 )
-                self.result.failed.append(Finding(layout.PLAN, "failed", what))
+                self.result.failed.append(Damage(layout.PLAN, "failed", what))
                 return None
             plan = write_plan(scratch, survey, settings)
         self._take(scratch, layout.PLAN)
@@ -221,14 +222,14 @@ class _Work:
         else:
             run_here(remaker, todo, show)
         for path in sorted(scratch.local.glob("failed-*.json")):
-            self.result.failed.append(Finding(**json.loads(path.read_text())))
+            self.result.failed.append(Damage(**json.loads(path.read_text())))
             path.unlink()
 
     def _merge(self, scratch: Place, plan: Plan, wanted: set[str]) -> None:
         if self.result.failed:
             for name in sorted(wanted):
                 what = "needs every shard, and some cannot be made again"
-                self.result.failed.append(Finding(name, "failed", what))
+                self.result.failed.append(Damage(name, "failed", what))
             return
         merge(scratch, plan).save(scratch)
         for name in sorted(wanted):
@@ -241,7 +242,7 @@ class _Work:
         same = wanted is None or sha256_of(scratch, name) == wanted
         if not same and name in (layout.MANIFEST, layout.QUARANTINE):
             what = "was made again, but differs from its SHA-256: the images that are refused have changed"
-            self.result.failed.append(Finding(name, "failed", what))
+            self.result.failed.append(Damage(name, "failed", what))
             return
         _copy(scratch, name, self.place)
         self.result.mended.append(name)
@@ -253,7 +254,7 @@ class _Work:
             return
         if self.result.failed:
             what = "is written when all other files are whole"
-            self.result.failed.append(Finding(layout.SUMS, "failed", what))
+            self.result.failed.append(Damage(layout.SUMS, "failed", what))
             return
         write_sums(self.place, Manifest.load(self.place))
         self.result.mended.append(layout.SUMS)
@@ -282,7 +283,7 @@ class _Remaker:
         promised = self.wanted.get(shard)
         if self.wanted and (marks.shard and marks.shard.sha256) != (promised and promised.sha256):
             what = f"cannot be made again: {self._culprits(shard, promised, marks.quarantined)}"
-            text = json.dumps(asdict(Finding(tar, "failed", what)))
+            text = json.dumps(asdict(Damage(tar, "failed", what)))
             scratch.write(f"failed-{shard:09d}.json", text.encode())
         elif shard in self.hurt:
             _copy(scratch, tar, self.place)

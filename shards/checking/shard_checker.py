@@ -12,8 +12,8 @@ from typing import IO
 import pyarrow.parquet as pq
 
 from shards.checking.damage import (
+    Damage,
     Examiner,
-    Finding,
     Row,
     as_rows,
     decode_fault,
@@ -59,19 +59,19 @@ class Checker:
             (self.out / f"{number:09d}.json").write_text(text)
         count(0, len(found))
 
-    def _check(self, number: int, count: Count) -> Iterator[Finding]:
+    def _check(self, number: int, count: Count) -> Iterator[Damage]:
         file = self.files[number]
         length = self.place.size(file.name)
         if length is None:
-            yield Finding(file.name, "missing", f"the shard is missing, {file.num_samples:,} samples with it")
+            yield Damage(file.name, "missing", f"the shard is missing, {file.num_samples:,} samples with it")
         else:
             with self.place.open(file.name) as tar:
                 yield from self._check_tar(number, tar, length, count)
         name = index_of(file.name)
         if not self.place.exists(name):
-            yield Finding(name, "missing", "the DALI index is missing")
+            yield Damage(name, "missing", "the DALI index is missing")
 
-    def _check_tar(self, number: int, tar: IO[bytes], length: int, count: Count) -> Iterator[Finding]:
+    def _check_tar(self, number: int, tar: IO[bytes], length: int, count: Count) -> Iterator[Damage]:
         file = self.files[number]
         wanted = file.bytes if file.bytes >= 0 else length
         whole = length >= wanted and _sha256(tar, wanted, count) == file.sha256
@@ -80,7 +80,7 @@ class Checker:
         if rows is None and not whole:
             rows = as_rows([members for members in read_index(index or b"") if members])
         rows = rows or []
-        hurt: list[Finding] = []
+        hurt: list[Damage] = []
         if not whole or length != wanted:
             examiner = Examiner(file.name, tar, rows, read_index(index or b""), self.classes)
             if length != wanted:
@@ -89,7 +89,7 @@ class Checker:
             hurt = list(examiner.findings(min(length, wanted)))
             if not hurt and length == wanted:
                 what = "differs from its SHA-256, though every sample's own checks pass"
-                hurt = [Finding(file.name, "bytes", what)]
+                hurt = [Damage(file.name, "bytes", what)]
             yield from hurt
         if index is not None:
             yield from self._check_index(file, index, tar if whole else None, rows)
@@ -123,20 +123,20 @@ class Checker:
 
     def _check_index(
         self, file: ShardFile, data: bytes, tar: IO[bytes] | None, rows: list[Row]
-    ) -> Iterator[Finding]:
+    ) -> Iterator[Damage]:
         if file.index_sha256 and hashlib.sha256(data).hexdigest() == file.index_sha256:
             return
         name = index_of(file.name)
         if tar is None:
             if file.index_sha256:
-                yield Finding(name, "index", "differs from its SHA-256, and the tar is damaged too")
+                yield Damage(name, "index", "differs from its SHA-256, and the tar is damaged too")
             return
         wanted = index_lines(grouped(walk(tar)))
         if data == ("\n".join(wanted) + "\n").encode():
             return
         found = data.decode("utf-8", "replace").split("\n")
         if found[0] != wanted[0]:
-            yield Finding(
+            yield Damage(
                 name, "index", f"its first line is {found[0]!r}, but must be {wanted[0]!r}", offset=0
             )
         at, num_wrong = len(found[0]) + 1, 0
@@ -149,9 +149,9 @@ class Checker:
                 yield of_sample(name, "index", what, row, None, at)
             at += len(was) + 1
         if not num_wrong and found[0] == wanted[0]:
-            yield Finding(name, "index", "its end differs from what the tar says", offset=at)
+            yield Damage(name, "index", "its end differs from what the tar says", offset=at)
 
-    def _compare(self, number: int, tar: IO[bytes], rows: list[Row]) -> Iterator[Finding]:
+    def _compare(self, number: int, tar: IO[bytes], rows: list[Row]) -> Iterator[Damage]:
         """What a table that is not as it was written says wrongly of a whole tar."""
         for row, truth in zip(rows, self._truth(number, tar), strict=False):
             wrong = [name for name, value in truth.items() if row[name] != value]
@@ -181,7 +181,7 @@ class Checker:
                 "label": int(data["cls"]) if "cls" in data else None,
             } | {name: facts[name] for name in _TOLD_BY_JSON}
 
-    def _decode(self, name: str, tar: IO[bytes], rows: Iterable[Row]) -> Iterator[Finding]:
+    def _decode(self, name: str, tar: IO[bytes], rows: Iterable[Row]) -> Iterator[Damage]:
         for row in rows:
             tar.seek(row["offset"])
             fault = decode_fault(tar.read(row["size"]), row, self.policy)
@@ -211,13 +211,13 @@ def read_rows(place: Place, start: int, stop: int) -> list[Row]:
     return rows
 
 
-def _wrong_length(file: ShardFile, length: int, wanted: int, rows: list[Row], ends: list[int]) -> Finding:
+def _wrong_length(file: ShardFile, length: int, wanted: int, rows: list[Row], ends: list[int]) -> Damage:
     what = f"has {length:,} bytes and should have {wanted:,}"
     if length > wanted:
-        return Finding(file.name, "length", what, offset=wanted)
+        return Damage(file.name, "length", what, offset=wanted)
     cut = next((number for number, end in enumerate(ends) if end > length), None)
     if cut is None:
-        return Finding(file.name, "length", f"{what}: cut off behind its last sample", offset=length)
+        return Damage(file.name, "length", f"{what}: cut off behind its last sample", offset=length)
     more = len(rows) - cut - 1
     what += ": cut off in this sample" + (f", {more:,} more after it are lost" if more else "")
     return of_sample(file.name, "length", what, rows[cut], None, length)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from shards.checking.damage import Finding
+from shards.checking.damage import Damage
 from shards.checking.shard_checker import Checker
 from shards.conversion.listing import SCRATCH
 from shards.conversion.shard_plan import read_plan
@@ -35,7 +35,7 @@ _SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|idx)")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerifyResult:
     """What a check found; `level` says how deep it looked."""
 
     level: str
@@ -43,7 +43,7 @@ class Verdict:
     num_samples: int
     num_bytes: int
     duration_s: float
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Damage] = field(default_factory=list)
 
     @property
     def damaged(self) -> bool:
@@ -64,13 +64,13 @@ class Promise:
     sums: Sums | None
     files: list[ShardFile]
     classes: list[str] | None
-    findings: list[Finding]  # about these two themselves
+    findings: list[Damage]  # about these two themselves
 
     @classmethod
     def read(cls, place: Place) -> Promise:
         """Raises UserError where there is no finished conversion."""
         sums = read_sums(place)
-        findings: list[Finding] = []
+        findings: list[Damage] = []
         manifest = None
         if sums is None or not sums.by_name:
             manifest = Manifest.load(place)
@@ -85,14 +85,14 @@ class Promise:
                     kind, what = "missing", "the manifest is missing"
                 elif "format version" in str(fault) and _agrees(place, sums, layout.MANIFEST):
                     raise
-                findings.append(Finding(layout.MANIFEST, kind, what))
+                findings.append(Damage(layout.MANIFEST, kind, what))
         if sums is None:
             what = "there are no checksums of the files that are no shards"
-            findings.append(Finding(layout.SUMS, "missing", what))
+            findings.append(Damage(layout.SUMS, "missing", what))
         elif not sums.is_whole:
-            findings.append(Finding(layout.SUMS, "sums", "its own checksum does not match"))
+            findings.append(Damage(layout.SUMS, "sums", "its own checksum does not match"))
         elif manifest and not _agrees(place, sums, layout.MANIFEST):
-            findings.append(Finding(layout.MANIFEST, "json", _manifest_fault(place, manifest, sums)))
+            findings.append(Damage(layout.MANIFEST, "json", _manifest_fault(place, manifest, sums)))
         files = _files(place, manifest, sums)
         classes = manifest.classes if manifest and not findings else None
         return cls(place, manifest, sums, files, classes, findings)
@@ -115,7 +115,7 @@ def verify(
     level: str = "hash",
     workers: int | None = None,
     progress: Callable[[int, int, int], None] = lambda *_: None,
-) -> Verdict:
+) -> VerifyResult:
     """Checks a finished shard folder; changes nothing in it.
 
     Args:
@@ -142,7 +142,7 @@ def verify(
     num_bytes = sum(max(0, file.bytes) for file in promise.files)
     num_samples = sum(file.num_samples for file in promise.files)
     duration_s = time.monotonic() - begin_s
-    return Verdict(level, len(promise.files), num_samples, num_bytes, duration_s, findings)
+    return VerifyResult(level, len(promise.files), num_samples, num_bytes, duration_s, findings)
 
 
 def _shards(
@@ -151,7 +151,7 @@ def _shards(
     decode: bool,
     workers: int | None,
     progress: Callable[[int, int, int], None],
-) -> list[Finding]:
+) -> list[Damage]:
     files = promise.files
     num_bytes = sum(max(0, file.bytes) for file in files)
     max_pixels = promise.manifest.store.get("max_pixels", MAX_PIXELS) if promise.manifest else MAX_PIXELS
@@ -177,24 +177,24 @@ def _shards(
         else:
             run_here(checker, range(len(files)), show)
         texts = [path.read_text() for path in sorted(Path(out).iterdir())]
-    return [Finding(**fields) for text in texts for fields in json.loads(text)]
+    return [Damage(**fields) for text in texts for fields in json.loads(text)]
 
 
-def _lengths(promise: Promise) -> Iterator[Finding]:
+def _lengths(promise: Promise) -> Iterator[Damage]:
     sizes = promise.place.sizes()  # a store takes its time for each question
     for file in promise.files:
         length = promise.place.size(file.name) if sizes is None else sizes.get(file.name)
         if length is None:
             what = f"the shard is missing, {file.num_samples:,} samples with it"
-            yield Finding(file.name, "missing", what)
+            yield Damage(file.name, "missing", what)
         elif length != file.bytes >= 0:
-            yield Finding(file.name, "length", f"has {length:,} bytes and should have {file.bytes:,}")
+            yield Damage(file.name, "length", f"has {length:,} bytes and should have {file.bytes:,}")
         index = index_of(file.name)
         if not (promise.place.exists(index) if sizes is None else index in sizes):
-            yield Finding(index, "missing", "the DALI index is missing")
+            yield Damage(index, "missing", "the DALI index is missing")
 
 
-def _other_files(promise: Promise, *, read: bool) -> Iterator[Finding]:
+def _other_files(promise: Promise, *, read: bool) -> Iterator[Damage]:
     """Table, plan, quarantine and splits; `read`: by their checksums, not just their presence."""
     place = promise.place
     expected = {layout.TABLE, layout.PLAN, layout.QUARANTINE}
@@ -202,19 +202,19 @@ def _other_files(promise: Promise, *, read: bool) -> Iterator[Finding]:
         expected.add(layout.DROPPED)
     for name in sorted(expected):
         if not place.exists(name):
-            yield Finding(name, "missing", "the file is missing")
+            yield Damage(name, "missing", "the file is missing")
             continue
         wanted = promise.sum_of(name)
         agrees = not read or wanted is None or sha256_of(place, name) == wanted
         fault = _fault_of(promise, name) if read or name == layout.TABLE else ""
         kind = "json" if name == layout.QUARANTINE else "table"
         if fault:
-            yield Finding(name, kind, fault)
+            yield Damage(name, kind, fault)
         elif not agrees:
-            yield Finding(name, kind, "differs from its SHA-256")
+            yield Damage(name, kind, "differs from its SHA-256")
     fault = splits_fault(place, promise.manifest) if read else ""
     if fault:
-        yield Finding(layout.SPLITS, "table", f"{fault}. {WAY_OUT.rstrip('.')}")
+        yield Damage(layout.SPLITS, "table", f"{fault}. {WAY_OUT.rstrip('.')}")
 
 
 def _fault_of(promise: Promise, name: str) -> str:
@@ -257,19 +257,19 @@ def _quarantine_fault(lines: Iterable[bytes], manifest: Manifest | None) -> str:
     return ""
 
 
-def _stale(promise: Promise) -> Iterator[Finding]:
+def _stale(promise: Promise) -> Iterator[Damage]:
     """Litter of killed runs, and shards that are not this conversion's."""
     known = {file.name for file in promise.files}
     known |= {index_of(name) for name in known}
     for name in promise.place.names():
         if is_unfinished(name) or name.startswith(SCRATCH):
-            yield Finding(name, "stale", "left by a run that was killed")
+            yield Damage(name, "stale", "left by a run that was killed")
         elif _SHARD_FILE.fullmatch(name) and name not in known:
-            yield Finding(
+            yield Damage(
                 name, "table", "is none of this conversion's shards, but readers of *.tar would take it"
             )
     if promise.place.names(layout.ROWS):
-        yield Finding(layout.ROWS, "stale", "left by a run that was killed")
+        yield Damage(layout.ROWS, "stale", "left by a run that was killed")
 
 
 def _agrees(place: Place, sums: Sums, name: str) -> bool:

@@ -50,7 +50,7 @@ def inspect_command(args: Inspect) -> None:
     from shards.overview.contact_sheet import draw_overview
     from shards.overview.summary import read_overview
     from shards.storage.atomic_files import atomic_write, check_output
-    from shards.storage.place import open_place
+    from shards.storage.opening import open_place
 
     if not 1 <= args.samples <= MAX_SAMPLES:
         raise UserError(f"--samples is {args.samples}, but it must be between 1 and {MAX_SAMPLES}.")

@@ -8,17 +8,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from shards.conversion.convert import Report
+from shards.conversion.convert import ProgressReport
 from shards.conversion.shard_plan import Plan
 from shards.conversion.size_estimate import estimate
 from shards.images.policy import Policy
-from shards.sources.source import Source, looks_like_splits
+from shards.sources.file_set import looks_like_splits
+from shards.sources.source import Source
 from shards.units import human_size, plural
 
 PLAIN_INTERVAL_S = 30.0
 
 
-class Screen(Report):
+class ConversionScreen(ProgressReport):
     """Progress of one conversion; a context manager. `num_shards`: -1 until the plan stands, then how many were to be made."""
 
     def __init__(self, console: Console, source: str, policy: Policy):
@@ -40,7 +41,7 @@ class Screen(Report):
         self._bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
         self._task: Any = None
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> ConversionScreen:
         if self._bar:
             self._task = self._bar.add_task("Listing", total=None, speed="", quarantined="")
             self._bar.start()

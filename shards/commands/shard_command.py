@@ -104,10 +104,10 @@ def shard(args: Shard) -> None:
     """Runs one conversion with progress on the screen."""
     from rich.console import Console
 
-    from shards.commands.progress import Screen
+    from shards.commands.progress import ConversionScreen
     from shards.conversion.convert import Part, convert
     from shards.format.layout import MANIFEST
-    from shards.storage.place import open_place
+    from shards.storage.opening import open_place
 
     console = Console(highlight=False, soft_wrap=True)
     dest = open_place(args.dest)
@@ -117,7 +117,7 @@ def shard(args: Shard) -> None:
         raise UserError(f"--ray-address {args.ray_address} goes with --engine ray.")
     was_complete = dest.exists(MANIFEST)
     start_s = time.monotonic()
-    with Screen(console, args.source, args.policy) as screen:
+    with ConversionScreen(console, args.source, args.policy) as screen:
         manifest = convert(
             source,
             dest,

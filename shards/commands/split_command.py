@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # imported where used: the help reads this file too
     import numpy as np
     from rich.console import Console
 
-    from shards.splits.split_rules import Division, Rule
+    from shards.splits.split_rules import Division, SplitRule
 
 _SHOWN_CLASSES = 20
 
@@ -60,11 +60,11 @@ def run(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Split, prog="fastssl split", args=argv)
     from rich.console import Console
 
-    from shards.splits.split_rules import Rule
+    from shards.splits.split_rules import SplitRule
     from shards.splits.split_table import make_split
-    from shards.storage.place import open_place
+    from shards.storage.opening import open_place
 
-    rule = Rule(
+    rule = SplitRule(
         val=args.val,
         test=args.test,
         labelled=_shares(args.labelled),
@@ -93,7 +93,7 @@ def _shares(text: str) -> tuple[float, ...]:
     return tuple(sorted(shares))
 
 
-def _show(console: Console, args: Split, rule: Rule, made: Division) -> None:
+def _show(console: Console, args: Split, rule: SplitRule, made: Division) -> None:
     import numpy as np
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -103,7 +103,7 @@ def _show(console: Console, args: Split, rule: Rule, made: Division) -> None:
     from shards.format.layout import Manifest
     from shards.splits.split_rules import fraction_name
     from shards.splits.split_table import DEFAULT
-    from shards.storage.place import open_place
+    from shards.storage.opening import open_place
 
     place = open_place(args.shards)
     classes = Manifest.load(place).classes

@@ -16,9 +16,9 @@ if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
 
     from rich.console import Console
 
-    from shards.checking.damage import Finding
+    from shards.checking.damage import Damage
     from shards.checking.repair import Repair
-    from shards.checking.verify import Verdict
+    from shards.checking.verify import VerifyResult
     from shards.sources.source import Source
     from shards.storage.place import Place
 
@@ -76,7 +76,7 @@ def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
     from shards.errors import UserError, nearest
     from shards.format.layout import SPLITS
     from shards.storage.atomic_files import atomic_write, check_output
-    from shards.storage.place import open_place
+    from shards.storage.opening import open_place
 
     if args.fast and args.decode:
         raise UserError("--fast looks at lengths only and --decode at every pixel: choose one.")
@@ -167,7 +167,7 @@ def _bar(console: Console, what: str, of: str = "bytes") -> Iterator[Callable[[i
         yield show
 
 
-def _print(console: Console, folder: str, verdict: Verdict) -> None:
+def _print(console: Console, folder: str, verdict: VerifyResult) -> None:
     from shards.units import human_size, plural
 
     if verdict.findings:
@@ -196,7 +196,7 @@ def _print(console: Console, folder: str, verdict: Verdict) -> None:
         console.print(f"{folder} is whole: {looked}. {about} ({speed}).", style="green", markup=False)
 
 
-def _table(findings: list[Finding]):
+def _table(findings: list[Damage]):
     from rich.table import Table
     from rich.text import Text
 

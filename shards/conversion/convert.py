@@ -26,13 +26,14 @@ from shards.images.policy import Policy
 from shards.sources.source import Source
 from shards.sources.source_kinds import open_source
 from shards.storage.atomic_files import is_unfinished
-from shards.storage.place import Place, open_place
+from shards.storage.opening import open_place
+from shards.storage.place import Place
 
 DEDUPE = ("mark", "drop", "keep")
 SMALL = 256  # images below which starting processes takes longer than converting
 
 
-class Report:
+class ProgressReport:
     """What a conversion tells while it runs; this one says nothing."""
 
     def listed(self, num_images: int) -> None:
@@ -48,14 +49,14 @@ class Report:
         """One sentence about what comes next."""
 
 
-class OnProgress(Report):
+class OnProgress(ProgressReport):
     """Passes the counts on to a function of (done, total, quarantined), and says nothing else."""
 
     def __init__(self, function: Callable[[int, int, int], None]):
         self._function = function
 
     def progress(self, done: int, total: int, quarantined: int) -> None:
-        """See `Report.progress`."""
+        """See `ProgressReport.progress`."""
         self._function(done, total, quarantined)
 
 
@@ -90,7 +91,7 @@ def convert(
     dedupe: str = "mark",
     part: Part | None = None,
     ray_address: str | None = None,
-    report: Report | None = None,
+    report: ProgressReport | None = None,
 ) -> Manifest | None:
     """Converts `source` (a folder, or any Source) to shards in `dest`; returns the manifest, or None after a `part`.
 
@@ -118,7 +119,7 @@ def convert(
         raise UserError(f"the samples per shard must be 1 or more, got {samples_per_shard}.")
     if dedupe not in DEDUPE:
         raise UserError(f"there is no --dedupe '{dedupe}'.{nearest(dedupe, DEDUPE)}")
-    report, policy = report or Report(), policy or Policy()
+    report, policy = report or ProgressReport(), policy or Policy()
     connected = connect(ray_address) if ray_address is not None else contextlib.nullcontext()
     with connected as cluster:
         _make_folder(place)
@@ -160,7 +161,7 @@ class _Run:
         policy: Policy,
         workers: int | None,
         cluster: Cluster | None,
-        report: Report,
+        report: ProgressReport,
     ):
         self.source = source
         self.dest = dest

@@ -6,7 +6,7 @@ differ. They are found here, by their hashes, and then decoded whole; copies of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 from shards.conversion.shard_maker import SMALL_HASH, read_rows
 from shards.cpus import available_cpus
 from shards.format import layout
+from shards.format.equal_hashes import first_of_equal, halves
 from shards.images.jpeg import simple_header, simple_jpeg
 from shards.images.pixels import pixels_hash
 from shards.storage.place import Place
@@ -97,7 +98,7 @@ class PixelHashes:
             if last > first:
                 rows = read_rows(self._dest, shard, ["sha256", "pixels_hash", "offset", "size"])
                 rows = rows.take(pa.array(ids[first:last] - start))
-                digests.append(np.column_stack(_halves(text[:32] for text in rows["sha256"].to_pylist())))
+                digests.append(np.column_stack(halves(text[:32] for text in rows["sha256"].to_pylist())))
                 whole += rows["pixels_hash"].to_pylist()
                 offsets, sizes = rows["offset"].to_pylist(), rows["size"].to_pylist()
                 places += zip([shard] * len(sizes), offsets, sizes, strict=True)
@@ -127,29 +128,3 @@ class _Files:
     digest: npt.NDArray[np.uint64]
     whole: list[str | None]
     places: list[tuple[int, int, int]]
-
-
-def first_of_equal(hashes: Iterable[pa.Array | pa.ChunkedArray]) -> npt.NDArray[np.int64]:
-    """For each of the hashes (32 hexadecimal digits), chunk after chunk, the first equal one, or -1 where it is itself the first; (N,)
-    int64.
-
-    24 bytes of memory a sample, and as much again while sorting.
-    """
-    halves = [_halves(chunk.to_pylist()) for chunk in hashes]
-    high = np.concatenate([part[0] for part in halves])
-    low = np.concatenate([part[1] for part in halves])
-    del halves
-    order = np.lexsort((low, high))  # stable: equal ones keep their order
-    high, low = high[order], low[order]
-    starts = np.ones(len(order), bool)
-    starts[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
-    first = np.empty(len(order), np.int64)
-    first[order] = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]
-    first[order[starts]] = -1
-    return first
-
-
-def _halves(hashes: Iterable[str]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """The high and low 64 bits of hashes of 32 hexadecimal digits."""
-    words = np.frombuffer(bytes.fromhex("".join(hashes)), ">u8").reshape(-1, 2).astype(np.uint64)
-    return words[:, 0], words[:, 1]

@@ -7,7 +7,6 @@ million entries are sorted in parts, on disk.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from xxhash import xxh3_64_intdigest
 
 from shards.dataset.order import PLAN_TAG
 from shards.errors import UserError
+from shards.format.columns import hash_values
 from shards.hashing import fold, hash_key
 from shards.sources.source import Source
 
@@ -34,7 +33,6 @@ _WRITE_ROWS = 1 << 14
 _KEY = "_key"
 SCRATCH = ".listing."  # begins the name of the folder of what is sorted on disk
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
-_NULL = 0x6E756C6C
 _JPEG_NAME = r"(?i)\.jpe?g$"
 
 
@@ -232,25 +230,3 @@ def _digest(batch: pa.RecordBatch, names: npt.NDArray[np.uint64]) -> npt.NDArray
             folded = [np.where(known, new, row) for new, row in zip(folded, rows, strict=True)]
         rows = folded
     return np.array([row.sum(dtype=np.uint64) for row in rows])
-
-
-def hash_values(column: pa.Array) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of each value, (N,) uint64: XXH3 of strings, the bits of integers, XXH3 of JSON for all else.
-
-    A value's hash does not hang on the others of the column; nulls have one of their own.
-    """
-    if pa.types.is_integer(column.type):
-        bits = column.fill_null(0).to_numpy(zero_copy_only=False).astype(np.uint64)
-        return (
-            np.where(column.is_valid().to_numpy(zero_copy_only=False), bits, np.uint64(_NULL))
-            if column.null_count
-            else bits
-        )
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        values = column.cast(pa.large_binary()).to_pylist()
-    else:
-        values = [
-            None if value is None else json.dumps(value, default=str).encode() for value in column.to_pylist()
-        ]
-    hashes = (_NULL if value is None else xxh3_64_intdigest(value) for value in values)
-    return np.fromiter(hashes, np.uint64, len(column))

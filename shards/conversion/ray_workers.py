@@ -35,7 +35,7 @@ _reached: set[tuple[str, ...]] = set()
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """What every task needs. `probe`: an entry of the source that can be read where the command was given; None: none is good."""
 
     maker: Maker
@@ -121,7 +121,7 @@ class Cluster:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         board = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
         make = ray.remote(num_cpus=1, max_retries=RETRIES)(make_shard)
-        job = ray.put(Job(maker, find_probe(maker, todo)))
+        job = ray.put(ShardJob(maker, find_probe(maker, todo)))
         counts = _Counts(ray, board, show)
         waiting = deque(todo)
         running: dict[Any, int] = {}
@@ -221,7 +221,7 @@ class _Counts:
         self._show(*self._finished)
 
 
-def make_shard(job: Job, board: Any, shard: int) -> tuple:
+def make_shard(job: ShardJob, board: Any, shard: int) -> tuple:
     """The task: ("done", images, of these quarantined), or ("user error", text), which Ray would wrap and print as a traceback."""
     totals = [0, 0]
 
@@ -250,7 +250,7 @@ def find_probe(maker: Maker, todo: Sequence[int]) -> dict[str, Any] | None:
     return None
 
 
-def check_node(job: Job) -> None:
+def check_node(job: ShardJob) -> None:
     """Raises UserError where this node does not see the plan in DEST, or cannot read the probe; once a process.
 
     A disk that is not mounted here would otherwise quarantine every image.

@@ -19,7 +19,7 @@ from shards.errors import UserError
 from shards.format.columns import integers, read_columns
 from shards.format.layout import TABLE, Manifest, check_size, shard_name
 from shards.storage.cache_settings import CacheSettings
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 
 if TYPE_CHECKING:
     from shards.dataset.remote_shards import Near

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from shards.errors import UserError
-from shards.storage.place import Place, open_place
+from shards.storage.opening import open_place
+from shards.storage.place import Place
 
 FORMAT_VERSION = 2
 INDEX_VERSION = "v1.2"  # of DALI's webdataset index

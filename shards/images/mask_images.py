@@ -11,11 +11,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from shards.errors import UserError
-from shards.images.headers import check_png, png_colour, png_depth, tiff_header
 from shards.images.pillow import TURNS, encode, orientation, strict_pillow
 from shards.images.pixels import BadImage, damage, turned
+from shards.images.png import check_png, png_colour, png_depth
 from shards.images.policy import Policy
 from shards.images.proof import Stored, check_size
+from shards.images.tiff import tiff_header
 from shards.storage.place import Place
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")

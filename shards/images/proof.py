@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from shards.images.headers import TIFF_MAGIC, TiffHeader, check_png, png_colour, png_depth, tiff_header
 from shards.images.jpeg import (
     JPEG_MAGIC,
     JpegHeader,
@@ -36,7 +35,9 @@ from shards.images.pixels import (
     turned,
     write_npy,
 )
+from shards.images.png import check_png, png_colour, png_depth
 from shards.images.policy import Policy
+from shards.images.tiff import TIFF_MAGIC, TiffHeader, tiff_header
 
 # No format that runs an interpreter (EPS) or hides several images; the content decides, not the file's name.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")

@@ -15,11 +15,13 @@ from shards.errors import UserError, nearest
 from shards.format import layout
 from shards.images.mask_images import read_mask
 from shards.images.pixels import BadImage
-from shards.sources import source as sources
-from shards.sources.source import ENTRIES, Picture, Source, entry_batch, read_file, split_url
+from shards.sources.file_set import IMAGE_SUFFIXES, split_url
+from shards.sources.source import ENTRIES, Picture, Source, entry_batch, read_file
 from shards.sources.source_options import NO_COLUMN, ListOptions
 from shards.sources.table_reader import ListFile, open_list
-from shards.storage.place import LocalPlace, Place, open_place
+from shards.storage.local import LocalPlace
+from shards.storage.opening import open_place
+from shards.storage.place import Place
 
 # Where no column is named: the first of these that the list has, in any case of letters.
 USUAL = {
@@ -264,7 +266,7 @@ def choose(listed: ListFile, role: str, wanted: str) -> str | None:
         if usual in lowered:
             return lowered[usual]
     if role == "path":
-        if any(name.lower().endswith(sources.SUFFIXES) for name in known):
+        if any(name.lower().endswith(IMAGE_SUFFIXES) for name in known):
             raise UserError(
                 f"the first line of '{listed.where}' seems to be an image already ({', '.join(known)}): put a line with the names of "
                 "the columns above it."

@@ -5,12 +5,15 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 from shards.errors import UserError
-from shards.sources import source
-from shards.sources.source import split_url
-from shards.storage.place import Place, open_place
+from shards.storage.opening import open_place
+from shards.storage.place import Place
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 class FileSet:
@@ -58,6 +61,16 @@ class FileSet:
         return size
 
 
+def split_url(where: str) -> tuple[str, str]:
+    """A file's path or URL as (folder, name); a query belongs to the name."""
+    if "://" not in where:
+        folder, name = os.path.split(where)
+        return folder or ".", name
+    head, mark, query = where.partition("?")
+    folder, _, name = head.rpartition("/")
+    return folder, name + mark + query
+
+
 def _split_pattern(where: str) -> tuple[str, str]:
     """The folder before the first part with `*` or `{`, and the pattern below it."""
     parts = where.split("/")
@@ -93,10 +106,15 @@ def expand_braces(pattern: str) -> list[str]:
     ]
 
 
+def looks_like_splits(classes: list[str]) -> bool:
+    """Whether the class folders are named as train/validation/test splits, so that labels would be these."""
+    return bool(classes) and {name.lower() for name in classes} <= SPLITS
+
+
 def looks_like_split_files(names: list[str]) -> list[str]:
     """The splits that files are named after, such as `train-00000.parquet` and `test-00000.parquet`; none for one at most."""
     firsts = {re.split(r"[-_.]", name.rpartition("/")[2])[0] for name in names}
-    found = sorted(first for first in firsts if first.lower() in source.SPLITS)
+    found = sorted(first for first in firsts if first.lower() in SPLITS)
     return found if len(found) > 1 else []
 
 
@@ -104,6 +122,37 @@ def holds_only(place: Place, suffix: str) -> bool:
     """Whether a folder holds files with this ending and neither images nor folders, hidden ones aside."""
     names = [name for name in place.names() if not name.startswith(".")]
     found = [name for name in names if name.lower().endswith(suffix)]
-    if not found or any(name.lower().endswith(source.SUFFIXES) for name in names):
+    if not found or any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
         return False
     return place.local is None or not any((place.local / name).is_dir() for name in names)
+
+
+_WAYS_OUT = {
+    ".arrow": "save a Hugging Face data set with its `to_parquet`",
+    **dict.fromkeys((".tar", ".parquet"), "tars and Parquet files in folders below are named by a pattern"),
+    **dict.fromkeys(
+        (".zip", ".gz", ".tgz", ".xz", ".zst", ".7z"), "unpack archives, or give them as plain .tar"
+    ),
+    **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".gif"), "turn these into JPEG or PNG first"),
+}
+
+
+def nothing_found(
+    where: str,
+    others: Counter[str],
+    what: str = "images",
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+    example: str = "",
+) -> str:
+    """What to say of a folder without images; `others` counts what it holds, by suffix; `example`: a file below, for a pattern."""
+    if not others:
+        return f"'{where}' is empty: it holds no {what} and no other files (hidden ones do not count)."
+    seen = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+    noun = "file" if others.total() == 1 else "files"
+    text = f"'{where}' holds no {what}, only {others.total()} other {noun} ({seen}); {what} are files named {', '.join(suffixes)}."
+    for way_out in dict.fromkeys(
+        _WAYS_OUT[suffix] for suffix, _ in others.most_common() if suffix in _WAYS_OUT
+    ):
+        pattern = f": '{where.rstrip('/')}/{example}'" if "pattern" in way_out and example else ""
+        text += f" {way_out[0].upper()}{way_out[1:]}{pattern}."
+    return text

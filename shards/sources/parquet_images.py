@@ -11,12 +11,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.conversion.listing import hash_values
 from shards.errors import UserError
+from shards.format.columns import hash_values
 from shards.format.parquet_pages import Column, Page
 from shards.hashing import fold
 from shards.images.pixels import BadImage
-from shards.sources import source as sources
+from shards.sources import source
 from shards.sources.file_list import choose, extra_columns, find_file, is_binary
 from shards.sources.file_set import FileSet, looks_like_split_files
 from shards.sources.parquet_columns import choose_image, class_names, has_path, is_image
@@ -183,7 +183,7 @@ class ImageTableSource(Source):
                     raise UserError(
                         f"'{self.place / name}' has no column '{missing[0]}', which '{self._table.where}' has; convert it by itself."
                     )
-                for batch in parquet.iter_batches(sources.BATCH_ROWS, columns=wanted, use_threads=False):
+                for batch in parquet.iter_batches(source.BATCH_ROWS, columns=wanted, use_threads=False):
                     batch.validate(full=True)  # text that is no UTF-8
                     yield first, batch
                     first += batch.num_rows

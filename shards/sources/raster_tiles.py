@@ -14,16 +14,17 @@ import pyarrow as pa
 from shards.errors import UserError
 from shards.images.pixels import BadImage, checked
 from shards.sources import source
+from shards.sources.file_set import nothing_found, split_url
 from shards.sources.raster_reader import Header, check_rasterio, read_header, read_mask_tile, read_tile
-from shards.sources.source import Picture, Source, entry_batch, split_url
+from shards.sources.source import Picture, Source, entry_batch
 from shards.sources.source_options import RasterOptions
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from shards.units import plural
 
 if TYPE_CHECKING:
     from shards.images.mask_images import MaskFolder
 
-SUFFIXES = (
+RASTER_SUFFIXES = (
     ".tif",
     ".tiff",
     ".gtiff",
@@ -66,7 +67,7 @@ class RasterSource(Source):
         self._masks = masks
         folder, name = split_url(where)
         # The name of the only raster; empty for all in a folder.
-        self.one = name if where.lower().endswith(SUFFIXES) and not os.path.isdir(where) else ""
+        self.one = name if where.lower().endswith(RASTER_SUFFIXES) and not os.path.isdir(where) else ""
         self.place = open_place(folder if self.one else where)
         self.name = self.one or self.place.name
         self._clear()
@@ -99,7 +100,7 @@ class RasterSource(Source):
         others: Counter[str] = Counter()
         for name, size in self._files():
             suffix = os.path.splitext(name)[1].lower()
-            if suffix not in SUFFIXES:
+            if suffix not in RASTER_SUFFIXES:
                 others[suffix or "without extension"] += 1
                 continue
             held += self._scene(name, size)
@@ -121,7 +122,7 @@ class RasterSource(Source):
             )
         if self._refused:
             return f"no raster in '{where}' can be used, such as {self._refused[0]}."
-        return source.nothing_found(where, others, "rasters", SUFFIXES)
+        return nothing_found(where, others, "rasters", RASTER_SUFFIXES)
 
     def _files(self) -> Iterator[tuple[str, int]]:
         if not self.one:

@@ -20,7 +20,8 @@ from shards.format.layout import Manifest
 from shards.format.tar_reader import BLOCK
 from shards.sources import source
 from shards.sources.source import Picture, Source, entry_batch, read_file
-from shards.storage.place import Place, open_place
+from shards.storage.opening import open_place
+from shards.storage.place import Place
 
 _pc: Any = pyarrow.compute  # its functions are made at run time
 _OWN = ("height", "width", "label", "source")  # what the JSON says of every sample

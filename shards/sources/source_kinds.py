@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
 from shards.sources.source_options import ListOptions, RasterOptions, TarOptions
-from shards.sources.table_reader import SUFFIXES as LISTS
+from shards.sources.table_reader import TABLE_SUFFIXES
 
 if TYPE_CHECKING:
     from shards.sources.source import Source
@@ -33,15 +33,15 @@ def open_source(
     the source, and where an option does not go with it.
     """
     from shards.images.mask_images import MaskFolder
-    from shards.sources.source import FolderSource
-    from shards.storage.place import open_place
+    from shards.sources.image_folder import FolderSource
+    from shards.storage.opening import open_place
 
     if mask_suffix and not masks:
         raise UserError(f"--mask-suffix '{mask_suffix}' needs --masks FOLDER.")
     lists, rasters, tars = lists or ListOptions(), rasters or RasterOptions(), tars or TarOptions()
     kind = _kind(where, rasters, lists)
     if kind not in ("list", "parquet"):
-        _refuse(lists, f"a list ({', '.join(LISTS)})", where)
+        _refuse(lists, f"a list ({', '.join(TABLE_SUFFIXES)})", where)
     if kind != "tars":
         _refuse(tars, "tars", where)
     if kind != "rasters":
@@ -86,20 +86,19 @@ def open_source(
 
 
 def _kind(where: str, rasters: RasterOptions, lists: ListOptions) -> str:
-    from shards.sources.file_set import holds_only, is_pattern
+    from shards.sources.file_set import IMAGE_SUFFIXES, holds_only, is_pattern
     from shards.sources.shard_folder import is_shard_folder
-    from shards.sources.source import SUFFIXES as IMAGES
-    from shards.storage.place import open_place
+    from shards.storage.opening import open_place
 
     if not _is_folder(where):
         name = where.partition("?")[0].lower()
-        if name.endswith(LISTS) and not (name.endswith(".parquet") and _holds_images(where, lists)):
+        if name.endswith(TABLE_SUFFIXES) and not (name.endswith(".parquet") and _holds_images(where, lists)):
             return "list"
         if rasters.tile:
             return "rasters"
         if name.endswith(".parquet"):
             return "parquet"
-        if is_pattern(where) and name.endswith(IMAGES):
+        if is_pattern(where) and name.endswith(IMAGE_SUFFIXES):
             raise UserError(
                 f"'{where}': a pattern names tars or Parquet files; of images give the folder, and all in it and below count."
             )
@@ -109,7 +108,7 @@ def _kind(where: str, rasters: RasterOptions, lists: ListOptions) -> str:
         return "rasters"
     if os.path.isfile(where):
         raise UserError(
-            f"'{where}' is one file: SOURCE is a folder, a list ({', '.join(LISTS)}) or a .tar; one raster needs --tile N."
+            f"'{where}' is one file: SOURCE is a folder, a list ({', '.join(TABLE_SUFFIXES)}) or a .tar; one raster needs --tile N."
         )
     place = open_place(where)
     if is_shard_folder(place):
@@ -120,10 +119,9 @@ def _kind(where: str, rasters: RasterOptions, lists: ListOptions) -> str:
 
 
 def _holds_images(where: str, lists: ListOptions) -> bool:
-    from shards.sources.file_set import is_pattern
+    from shards.sources.file_set import is_pattern, split_url
     from shards.sources.parquet_columns import holds_images
-    from shards.sources.source import split_url
-    from shards.storage.place import open_place
+    from shards.storage.opening import open_place
 
     if is_pattern(where):
         return True

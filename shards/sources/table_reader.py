@@ -18,7 +18,7 @@ from shards.errors import UserError
 from shards.sources import source
 from shards.storage.place import Place
 
-SUFFIXES = (".csv", ".tsv", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what Arrow raises of a damaged Parquet file
 _DELIMITERS = ",;\t|"
 _MAX_CELL = 1 << 24

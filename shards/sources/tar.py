@@ -15,13 +15,13 @@ from shards.errors import UserError
 from shards.format.tar_reader import Archive, Cut, TarMember, split_name
 from shards.images.pixels import BadImage
 from shards.sources import source
-from shards.sources.file_set import FileSet
+from shards.sources.file_set import IMAGE_SUFFIXES, FileSet
 from shards.sources.source import Picture, Source, entry_batch, read_file
 from shards.sources.source_options import TarOptions
-from shards.sources.tar_labels import Rule, describe
+from shards.sources.tar_labels import LabelRule, describe
 from shards.units import plural
 
-_IMAGES = {suffix.removeprefix(".") for suffix in source.SUFFIXES}
+_IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
 _MASKS = {"mask", "seg", "segmentation"}
 _TEXTS = ("txt", "caption")
 _MAX_LABEL_BYTES = 1 << 10
@@ -67,7 +67,7 @@ class TarSource(Source):
 
     def __init__(self, where: str, options: TarOptions | None = None):
         self._label_from = (options or TarOptions()).label_from
-        self._rule = Rule.of(options or TarOptions())
+        self._rule = LabelRule.of(options or TarOptions())
         self.files = FileSet(where, ".tar")
         self.place, self.name = self.files.place, self.files.name
         self._clear()
@@ -105,7 +105,7 @@ class TarSource(Source):
             seen = ", ".join(f"{count} {ext}" for ext, count in self._others.most_common(5))
             raise UserError(
                 f"'{self.place / self.files.pattern}' holds no images{reason or (f', only {seen}' if seen else '')}. Images are files "
-                f"named {', '.join(source.SUFFIXES)}."
+                f"named {', '.join(IMAGE_SUFFIXES)}."
             )
 
     def _tar(self, tar: str, size: int) -> Iterator[dict[str, Any]]:

@@ -15,14 +15,14 @@ _ORIGINS = {
 
 
 @dataclass(frozen=True)
-class Rule:
+class LabelRule:
     """kind: auto, sample, folder, tar or none; depth: of the folder, from 1 at the left, or 0 for the one that holds the image."""
 
     kind: str
     depth: int
 
     @classmethod
-    def of(cls, options: TarOptions) -> Rule:
+    def of(cls, options: TarOptions) -> LabelRule:
         """The rule that `--label-from` names."""
         kind, _, depth = options.label_from.partition(":")
         return cls(kind, int(depth or 0))

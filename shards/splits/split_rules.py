@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.conversion.duplicates import first_of_equal
-from shards.conversion.listing import hash_values
 from shards.errors import UserError, nearest
 from shards.format import layout
+from shards.format.columns import hash_values
+from shards.format.equal_hashes import first_of_equal
 from shards.splits import assignment
 from shards.splits.assignment import NONE, SIDES, Hashes, Ids
 from shards.splits.split_lists import read_lists, sides_of_lists
@@ -29,7 +29,7 @@ _MANY = 128  # more than there are sides
 
 
 @dataclass(frozen=True)
-class Rule:
+class SplitRule:
     """What decides a split; with the samples' names, groups and pixels it is all that does."""
 
     val: float = 0.0
@@ -81,7 +81,7 @@ class Division:
     notes: list[str] = field(default_factory=list)
 
 
-def apply(place: Place, rule: Rule) -> Division:
+def apply(place: Place, rule: SplitRule) -> Division:
     """The split that a rule makes of a finished shard folder. Raises UserError for what the user can mend."""
     names, groups, pixels, labels = [], [], [], []
     group_of = _grouping(place, rule)
@@ -119,7 +119,7 @@ def read_batches(place: Place, columns: list[str]) -> Iterator[pa.RecordBatch]:
         yield from parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
 
 
-def _by_shares(place: Place, rule: Rule, least: Hashes, group: Ids) -> npt.NDArray[np.int8]:
+def _by_shares(place: Place, rule: SplitRule, least: Hashes, group: Ids) -> npt.NDArray[np.int8]:
     sizes = np.bincount(group, minlength=len(least))
     strata = np.zeros(len(least), np.int64)
     if rule.stratify:
@@ -136,7 +136,7 @@ def _by_shares(place: Place, rule: Rule, least: Hashes, group: Ids) -> npt.NDArr
     return sides[group]
 
 
-def _check_none_is_empty(rule: Rule, sides: npt.NDArray[np.int8], num_groups: int) -> None:
+def _check_none_is_empty(rule: SplitRule, sides: npt.NDArray[np.int8], num_groups: int) -> None:
     for side, share in enumerate((1.0, rule.val, rule.test)):
         if share and not (sides == side).any():
             raise UserError(
@@ -168,7 +168,7 @@ def _torn(sides: npt.NDArray[np.int8], group: Ids) -> list[str]:
 
 def _about_labels(
     place: Place,
-    rule: Rule,
+    rule: SplitRule,
     splits: tuple[str, ...],
     sides: npt.NDArray[np.int8],
     labels: Ids,
@@ -250,7 +250,7 @@ class _ByPattern(_Grouping):
             )
 
 
-def _grouping(place: Place, rule: Rule) -> _Grouping:
+def _grouping(place: Place, rule: SplitRule) -> _Grouping:
     if rule.lists or not rule.group_by:
         if any(batch["group"].null_count < batch.num_rows for batch in read_batches(place, ["group"])):
             note = "Groups are those of the column 'group' (--group-by none turns that off)."

@@ -24,9 +24,10 @@ from shards.format import layout
 from shards.format.columns import read_columns
 from shards.format.layout import Manifest
 from shards.format.sealed_parquet import check_seal, sealed
-from shards.splits.split_rules import Division, Rule, apply, fraction_name
+from shards.splits.split_rules import Division, SplitRule, apply, fraction_name
 from shards.storage.cache_settings import CacheSettings
-from shards.storage.place import Place, open_place
+from shards.storage.opening import open_place
+from shards.storage.place import Place
 
 DEFAULT = "default"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -35,7 +36,7 @@ _ABOUT = b"splits"
 WAY_OUT = "Delete it and run `fastssl split` again: the same flags make the same split."
 
 
-def make_split(place: Place, rule: Rule, name: str = DEFAULT, *, overwrite: bool = False) -> Division:
+def make_split(place: Place, rule: SplitRule, name: str = DEFAULT, *, overwrite: bool = False) -> Division:
     """Divides a finished shard folder and notes it under `name`; other names in the file stay as they are.
 
     The same rule on the same folder writes the same bytes. Raises UserError where the name stands for another division, unless
@@ -75,7 +76,7 @@ def make_split(place: Place, rule: Rule, name: str = DEFAULT, *, overwrite: bool
     return made
 
 
-def _difference(was: dict[str, Any], rule: Rule) -> str:
+def _difference(was: dict[str, Any], rule: SplitRule) -> str:
     now = json.loads(json.dumps(dataclasses.asdict(rule)))
     for key, value in now.items():
         if key in was and was[key] != value:
@@ -83,7 +84,7 @@ def _difference(was: dict[str, Any], rule: Rule) -> str:
     return ""
 
 
-def _as_columns(made: Division, rule: Rule, name: str) -> dict[str, pa.Array]:
+def _as_columns(made: Division, rule: SplitRule, name: str) -> dict[str, pa.Array]:
     sides = pa.DictionaryArray.from_arrays(
         pa.array(made.sides, mask=made.sides < 0), pa.array(made.names, pa.string())
     )

@@ -13,20 +13,29 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from shards.errors import UserError
-
-if TYPE_CHECKING:
-    from shards.storage.remote import RemotePlace
 
 BEAT_S = 15.0
 DEAD_S = 60.0  # without a beat
 LOOK_S = 1.0
 
 
+class Store(Protocol):
+    """What a lock needs of the place in which it lies."""
+
+    url: str
+
+    def names(self, folder: str = "") -> list[str]: ...
+    def read(self, name: str, listed_bytes: int = 0) -> bytes: ...
+    def write(self, name: str, content: bytes) -> object: ...
+    def create(self, name: str, content: bytes) -> bool: ...
+    def remove(self, name: str) -> None: ...
+
+
 @contextlib.contextmanager
-def hold(place: RemotePlace, name: str, *, shared: bool = False) -> Iterator[None]:
+def hold(place: Store, name: str, *, shared: bool = False) -> Iterator[None]:
     """Holds the lock `name`, or, `shared`, makes sure that nobody holds it.
 
     An exclusive lock also waits for none of the locks that begin with its name and a hyphen. Raises UserError where a living process
@@ -60,7 +69,7 @@ def hold(place: RemotePlace, name: str, *, shared: bool = False) -> Iterator[Non
             place.remove(name)
 
 
-def _beat(place: RemotePlace, name: str, me: dict, done: threading.Event) -> None:
+def _beat(place: Store, name: str, me: dict, done: threading.Event) -> None:
     count = 0
     while not done.wait(BEAT_S):
         count += 1
@@ -68,7 +77,7 @@ def _beat(place: RemotePlace, name: str, me: dict, done: threading.Event) -> Non
             place.write(name, _text(me, count))
 
 
-def _refuse_living(place: RemotePlace, name: str) -> None:
+def _refuse_living(place: Store, name: str) -> None:
     """Returns when nobody holds the lock any more, or its holder is dead; raises UserError when it is seen to live."""
     first = _read(place, name)
     end_s = time.monotonic() + DEAD_S
@@ -110,7 +119,7 @@ def _process(pid: int) -> str:
     return f"{machine} {pid} {start}"
 
 
-def _read(place: RemotePlace, name: str) -> dict | None:
+def _read(place: Store, name: str) -> dict | None:
     try:
         return json.loads(place.read(name))
     except FileNotFoundError:

@@ -16,6 +16,7 @@ from typing import IO, Any, TypeVar
 
 from shards.errors import UserError
 from shards.storage.atomic_files import RangeFile
+from shards.storage.lease import hold
 from shards.storage.place import Place, whole
 
 T = TypeVar("T")
@@ -263,8 +264,6 @@ class RemotePlace(Place):
 
     def lock(self, name: str, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
         """As `Place.lock`, by a small file that its holder keeps touching: `shards.storage.lease`."""
-        from shards.storage.lease import hold
-
         return hold(self, name, shared=shared)
 
 

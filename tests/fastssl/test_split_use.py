@@ -10,9 +10,9 @@ from fastssl.eval.command import knn_report
 from fastssl.train import pretrain
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.splits.split_rules import Rule
+from shards.splits.split_rules import SplitRule
 from shards.splits.split_table import make_split, open_split
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from tests.fastssl.runs import resolve, rows
 
 
@@ -20,7 +20,7 @@ from tests.fastssl.runs import resolve, rows
 def folder(shards: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "shards"
     shutil.copytree(shards, copy)
-    make_split(open_place(copy), Rule(val=0.2, labelled=(0.25,)))
+    make_split(open_place(copy), SplitRule(val=0.2, labelled=(0.25,)))
     return copy
 
 
@@ -48,7 +48,7 @@ def test_pretraining_on_a_split_and_resuming_on_that_alone(folder: Path, tmp_pat
     assert state["shards"]["num_samples"] == 48
     assert state["step"] == 4 * resolve(folder, run, *flags).config.train.epochs
     assert [row for row in rows(run) if "knn_accuracy" in row]
-    make_split(open_place(folder), Rule(val=0.2, labelled=(0.25,), seed=1), overwrite=True)
+    make_split(open_place(folder), SplitRule(val=0.2, labelled=(0.25,), seed=1), overwrite=True)
     assert len(open_split(folder, "train")) == 48
     with pytest.raises(UserError, match="of another conversion or split"):
         pretrain(resolve(folder, run, *flags), resume=True)

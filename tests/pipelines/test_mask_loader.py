@@ -25,8 +25,8 @@ from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.images.mask_images import MaskFolder
-from shards.sources.source import FolderSource
-from shards.storage.place import open_place
+from shards.sources.image_folder import FolderSource
+from shards.storage.opening import open_place
 from tests.pictures import photo
 
 COUNT, WITHOUT, DEEP = 30, (4, 11), 3

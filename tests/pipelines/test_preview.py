@@ -12,8 +12,8 @@ from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.images.mask_images import MaskFolder
-from shards.sources.source import FolderSource
-from shards.storage.place import open_place
+from shards.sources.image_folder import FolderSource
+from shards.storage.opening import open_place
 from tests.pictures import photo
 from tests.pipelines.test_channels import bands, save
 

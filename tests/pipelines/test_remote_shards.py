@@ -17,7 +17,7 @@ from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.format.layout import MANIFEST, TABLE
 from shards.storage.cache_settings import CacheSettings, held_files
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from tests.pictures import photo
 from tests.s3 import FaultProxy
 

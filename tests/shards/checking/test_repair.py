@@ -16,7 +16,7 @@ from shards.format import layout
 from shards.sources.source import Source
 from shards.sources.source_kinds import open_source
 from shards.sources.source_options import ListOptions, RasterOptions
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from tests.pictures import encoded, fingerprints, picture
 
 

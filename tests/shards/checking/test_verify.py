@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastssl.cli import main
-from shards.checking.damage import Finding
+from shards.checking.damage import Damage
 from shards.checking.verify import verify
 from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet
@@ -20,7 +20,7 @@ from shards.errors import UserError
 from shards.format import layout
 from shards.format.layout import Manifest
 from shards.sources.source_kinds import open_source
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from tests.pictures import encoded, picture
 
 FLIPS = 12  # of each kind of byte
@@ -52,7 +52,7 @@ def folder(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "out"))
 
 
-def findings(folder: Path, level: str = "hash") -> list[Finding]:
+def findings(folder: Path, level: str = "hash") -> list[Damage]:
     return verify(open_place(folder), level=level, workers=0).findings
 
 

@@ -13,7 +13,8 @@ from shards.errors import UserError
 from shards.format import layout
 from shards.sources.source_kinds import open_source
 from shards.storage import remote
-from shards.storage.place import Place, open_place
+from shards.storage.opening import open_place
+from shards.storage.place import Place
 from tests.pictures import fingerprints
 from tests.s3 import FaultProxy, web_server
 from tests.shards.storage.test_s3 import downloaded, now_and_then, upload

@@ -13,7 +13,7 @@ from shards.images.pixels import write_npy
 from shards.overview.contact_sheet import THUMB, thumbnail, with_mask
 from shards.overview.summary import read_overview
 from shards.sources.source_kinds import open_source
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from tests.pictures import encoded, picture
 
 

@@ -119,7 +119,7 @@ def test_ctrl_c_says_how_to_go_on(make_folder, tmp_path: Path):
     script.write_text(
         f"""import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from shards import make
+from shards.conversion import shard_maker as make
 from shards.commands.shard_command import run
 prove = make.prove
 make.prove = lambda *args, **options: (time.sleep(0.02), prove(*args, **options))[1]

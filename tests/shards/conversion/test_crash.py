@@ -23,7 +23,8 @@ PER_SHARD = 4
 # Slowed down, so that it can be caught at work on a fast machine too.
 SLOW = """
 import sys, time
-from shards import convert, make
+from shards.conversion import convert
+from shards.conversion import shard_maker as make
 prove = make.prove
 def slowly(*args, **options):
     time.sleep(0.02)

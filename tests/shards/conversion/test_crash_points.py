@@ -27,7 +27,11 @@ KILLS = 14
 FORKS = """
 import json, os, random, resource, signal, sys
 import pyarrow as pa
-from shards import convert, files, make, merge, write
+from shards.conversion import convert
+from shards.storage import atomic_files as files
+from shards.conversion import shard_maker as make
+from shards.conversion import merge
+from shards.format import tar_writer as write
 from shards.errors import UserError
 
 pa.set_cpu_count(1)

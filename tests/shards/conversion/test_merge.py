@@ -16,7 +16,7 @@ from shards.conversion.shard_maker import Marks, read_marks, read_rows, write_ro
 from shards.conversion.shard_plan import Plan, read_plan
 from shards.errors import UserError
 from shards.format import layout
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 
 PER_SHARD = 1000
 NUM_SHARDS = 60

@@ -15,14 +15,15 @@ import pytest
 from shards.commands.shard_command import run
 from shards.conversion import ray_workers
 from shards.conversion.convert import convert
-from shards.conversion.ray_workers import Job, check_node, find_probe
+from shards.conversion.ray_workers import ShardJob, check_node, find_probe
 from shards.conversion.shard_maker import Maker
 from shards.conversion.shard_plan import read_plan
 from shards.errors import UserError
 from shards.format import layout
 from shards.images.policy import Policy
-from shards.sources.source import FolderSource
-from shards.storage.place import LocalPlace, open_place
+from shards.sources.image_folder import FolderSource
+from shards.storage.local import LocalPlace
+from shards.storage.opening import open_place
 from tests.pictures import fingerprints
 
 ROOT = Path(__file__).parents[3]
@@ -38,8 +39,8 @@ import ray
 from ray.cluster_utils import Cluster
 from shards.conversion.convert import OnProgress, convert
 from shards.errors import UserError
-from shards.storage.place import open_place
-from shards.sources.source import FolderSource
+from shards.storage.opening import open_place
+from shards.sources.image_folder import FolderSource
 
 source, dest, log, per_shard = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 driver, stuck = os.getpid(), f"{log}/stuck"
@@ -184,28 +185,28 @@ def test_options_that_contradict(source: Path, tmp_path: Path, more: list[str], 
 
 
 @pytest.fixture
-def job(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+def job(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardJob:
     monkeypatch.setattr(ray_workers, "_reached", set())
     dest = tmp_path / "out"
     convert(source, dest, samples_per_shard=PER_SHARD, workers=0)
     plan = read_plan(open_place(dest))
     maker = Maker(FolderSource(open_place(source)), open_place(dest), plan, Policy(), {})
-    return Job(maker, find_probe(maker, range(plan.num_shards)))
+    return ShardJob(maker, find_probe(maker, range(plan.num_shards)))
 
 
-def test_a_node_that_sees_all_is_asked_once(job: Job, source: Path, tmp_path: Path):
+def test_a_node_that_sees_all_is_asked_once(job: ShardJob, source: Path, tmp_path: Path):
     check_node(job)
     source.rename(tmp_path / "away")
     check_node(job)
 
 
-def test_a_node_without_the_plan(job: Job, tmp_path: Path):
+def test_a_node_without_the_plan(job: ShardJob, tmp_path: Path):
     (tmp_path / "out" / layout.PLAN).unlink()
     with pytest.raises(UserError, match=r"plan\.parquet' here.*the same path"):
         check_node(job)
 
 
-def test_a_node_with_the_plan_of_another_conversion(job: Job, source: Path, tmp_path: Path):
+def test_a_node_with_the_plan_of_another_conversion(job: ShardJob, source: Path, tmp_path: Path):
     convert(source, tmp_path / "other", samples_per_shard=7, workers=0)
     (tmp_path / "other" / layout.PLAN).replace(tmp_path / "out" / layout.PLAN)
     with pytest.raises(UserError, match=r"another conversion's"):
@@ -213,7 +214,7 @@ def test_a_node_with_the_plan_of_another_conversion(job: Job, source: Path, tmp_
 
 
 @pytest.mark.parametrize("folder_there", [True, False])
-def test_a_node_without_the_source(job: Job, source: Path, tmp_path: Path, folder_there: bool):
+def test_a_node_without_the_source(job: ShardJob, source: Path, tmp_path: Path, folder_there: bool):
     assert job.probe is not None
     source.rename(tmp_path / "away")
     if folder_there:  # a disk that is not mounted leaves an empty folder
@@ -224,14 +225,14 @@ def test_a_node_without_the_source(job: Job, source: Path, tmp_path: Path, folde
         check_node(job)
 
 
-def test_what_keeps_a_task_from_its_shard_names_the_node(job: Job, source: Path, tmp_path: Path):
+def test_what_keeps_a_task_from_its_shard_names_the_node(job: ShardJob, source: Path, tmp_path: Path):
     source.rename(tmp_path / "away")
     kind, text = ray_workers.make_shard(job, None, 0)
     assert kind == "user error"
     assert text.startswith(f"on node {ray_workers.node_name()}: '")
 
 
-def test_a_source_without_one_good_image_has_no_probe(job: Job, source: Path):
+def test_a_source_without_one_good_image_has_no_probe(job: ShardJob, source: Path):
     for path in source.rglob("*.*"):
         path.unlink()
     assert find_probe(job.maker, range(3)) is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shards.format.tar_writer import MAX_MEMBER_BYTES, Member, Sample, header, write_index, write_shard
 from shards.images.proof import Stored
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 
 
 def sample(position: int, data: bytes, ext: str = "jpg", label: int | None = None) -> Sample:

@@ -21,7 +21,7 @@ from shards.sources import source as sources
 from shards.sources.file_list import ListSource
 from shards.sources.source_kinds import open_source
 from shards.sources.source_options import ListOptions
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from tests.pictures import encoded, fingerprints, picture
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.sources.source import FolderSource, looks_like_splits
-from shards.storage.place import open_place
+from shards.sources.file_set import looks_like_splits
+from shards.sources.image_folder import FolderSource
+from shards.storage.opening import open_place
 
 
 def scan_folder(root: Path) -> list[dict]:

@@ -29,7 +29,7 @@ from shards.sources import parquet_images
 from shards.sources.parquet_images import ImageTableSource
 from shards.sources.source_kinds import open_source
 from shards.sources.source_options import ListOptions
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from tests.pictures import encoded, fingerprints, picture
 from tests.shards.conversion.test_crash import ROOT, wait_for_shards
 from tests.shards.sources.test_file_list import samples_json
@@ -314,7 +314,8 @@ def test_splits_put_together_are_told_of(tmp_path: Path):
 
 KILLED = """
 import sys, time
-from shards import convert, make
+from shards.conversion import convert
+from shards.conversion import shard_maker as make
 prove = make.prove
 make.prove = lambda *args, **named: (time.sleep(0.02), prove(*args, **named))[1]
 convert.convert(sys.argv[1], sys.argv[2], samples_per_shard=4, workers=0)

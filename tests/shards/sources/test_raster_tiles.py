@@ -24,7 +24,7 @@ from shards.sources.raster_reader import NO_INDEX
 from shards.sources.raster_tiles import RasterSource, starts
 from shards.sources.source_kinds import open_source
 from shards.sources.source_options import ListOptions, RasterOptions
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from tests.pictures import fingerprints
 
 rasterio = pytest.importorskip("rasterio")

@@ -16,7 +16,7 @@ from shards.format import layout
 from shards.sources.file_list import ListSource
 from shards.sources.shard_folder import ShardFolderSource, read_only
 from shards.sources.source_kinds import open_source
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from tests.pictures import encoded, fingerprints, picture
 from tests.shards.sources.test_file_list import samples_json
 
@@ -124,10 +124,10 @@ def test_some_samples_only(first: Path, tmp_path: Path):
 
 
 def test_a_split_only(first: Path, tmp_path: Path):
-    from shards.splits.split_rules import Rule
+    from shards.splits.split_rules import SplitRule
     from shards.splits.split_table import make_split, open_split
 
-    make_split(open_place(first), Rule(val=0.3))
+    make_split(open_place(first), SplitRule(val=0.3))
     ids = read_only(str(first), "val")
     assert ids.tolist() == open_split(first, "val").ids.tolist()
     assert 0 < len(ids) < 10

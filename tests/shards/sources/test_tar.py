@@ -25,7 +25,7 @@ from shards.sources.file_set import expand_braces
 from shards.sources.source_kinds import open_source
 from shards.sources.source_options import ListOptions
 from shards.sources.tar import TarSource
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from tests.pictures import encoded, fingerprints, picture
 from tests.shards.sources.test_file_list import samples_json
 
@@ -301,7 +301,8 @@ def test_a_folder_means_tars_where_it_holds_nothing_else(tmp_path: Path):
 
 KILLED = """
 import sys, time
-from shards import convert, make
+from shards.conversion import convert
+from shards.conversion import shard_maker as make
 from shards.sources.tar import TarSource
 prove = make.prove
 make.prove = lambda *args, **options: (time.sleep(0.02), prove(*args, **options))[1]

@@ -10,7 +10,7 @@ from shards.errors import UserError
 from shards.sources.source_kinds import open_source
 from shards.sources.source_options import TarOptions
 from shards.sources.tar import TarSource
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from tests.shards.sources.test_tar import FORMATS, jpeg, write
 
 PLAIN = [

@@ -12,7 +12,7 @@ from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.format import layout
 from shards.storage import remote
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from tests.gs import gs_server
 from tests.s3 import FaultProxy
 from tests.shards.storage.test_s3 import downloaded, local, now_and_then, upload

@@ -9,7 +9,9 @@ import pytest
 from shards.conversion.convert import convert
 from shards.errors import UserError
 from shards.storage import remote
-from shards.storage.place import LocalPlace, Place, open_place
+from shards.storage.local import LocalPlace
+from shards.storage.opening import open_place
+from shards.storage.place import Place
 from tests.pictures import fingerprints
 
 

@@ -17,7 +17,8 @@ from shards.conversion.shard_plan import read_plan
 from shards.errors import UserError
 from shards.format import layout
 from shards.storage import lease, remote
-from shards.storage.place import Place, open_place
+from shards.storage.opening import open_place
+from shards.storage.place import Place
 from tests.pictures import encoded, fingerprints, picture
 from tests.s3 import FAULTS, FaultProxy, web_server
 from tests.shards.conversion.test_crash import PER_SHARD, SLOW, start

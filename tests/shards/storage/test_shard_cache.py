@@ -21,7 +21,7 @@ from shards.errors import UserError
 from shards.format.layout import MANIFEST, TABLE, shard_name
 from shards.storage import remote, shard_cache
 from shards.storage.cache_settings import CacheSettings
-from shards.storage.place import open_place
+from shards.storage.opening import open_place
 from shards.storage.shard_cache import CachedFile, ShardCache
 from shards.units import parse_bytes
 from tests.s3 import FAULTS, FaultProxy

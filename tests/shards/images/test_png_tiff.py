@@ -3,8 +3,8 @@ import io
 import pytest
 from PIL import Image
 
-from shards.images.headers import tiff_header
 from shards.images.jpeg import decode_jpeg, jpeg_header
+from shards.images.tiff import tiff_header
 from tests.pictures import encoded, picture
 
 JPEG = encoded(picture(0), "JPEG")

@@ -1,10 +1,8 @@
-"""What PNG and TIFF files themselves say, where decoders are silent: checksums, bits, bands, pages."""
+"""What a TIFF itself says where decoders are silent: bits, bands, pages."""
 
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from dataclasses import dataclass
 
 from PIL import TiffImagePlugin
@@ -24,36 +22,6 @@ _SUBFILE, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 254, 338, 339
 _COLOURS = {2: 3, 5: 4, 6: 3, 8: 3}  # samples that a photometric interpretation needs; 1 for the others
 _NO_PAGE = 1 | 4  # NewSubfileType: a smaller copy (an overview), a transparency mask
 _MAX_PAGES = 10_000
-
-
-def png_depth(data: bytes) -> int:
-    """Bits of each sample of a PNG."""
-    return data[24]  # signature 8, chunk head 8, width 4, height 4
-
-
-def png_colour(data: bytes) -> int:
-    """The colour type of a PNG: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGB with alpha."""
-    return data[25]
-
-
-def check_png(data: bytes) -> None:
-    """Raises BadImage unless every chunk is whole; Pillow checks neither pixel chunks' sums nor the end.
-
-    libpng does check them: one such file ends a DALI pipeline.
-    """
-    at = 8
-    while True:
-        if at + 12 > len(data):
-            raise BadImage("damaged PNG: the end is missing")
-        (length,) = struct.unpack_from(">I", data, at)
-        end = at + 8 + length
-        if end + 4 > len(data):
-            raise BadImage("damaged PNG: the end is missing")
-        if zlib.crc32(memoryview(data)[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
-            raise BadImage("damaged PNG: a checksum does not match")
-        if data[at + 4 : at + 8] == b"IEND":
-            return
-        at = end + 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,89 @@
+"""A folder of images as a source, the plainest kind."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from shards.errors import UserError
+from shards.sources import source
+from shards.sources.file_set import IMAGE_SUFFIXES, nothing_found
+from shards.sources.source import Picture, Source, entry_batch, read_file
+from shards.storage.place import Place
+
+if TYPE_CHECKING:
+    from shards.images.mask_images import MaskFolder
+
+
+class FolderSource(Source):
+    """All images below a folder, found by their names; an image's label is the first folder of its path.
+
+    Follows links to folders; skips hidden names and `__MACOSX`. `masks`: a second folder with masks of the same relative names.
+    """
+
+    kind = "folder"
+
+    def __init__(self, place: Place, masks: MaskFolder | None = None):
+        self.place = place
+        self.masks = masks
+        self.name = place.name
+        self._others: Counter[str] = Counter()
+        self._example = ""
+
+    def settings(self) -> dict[str, Any]:
+        """The rule by which masks are found, where there are any."""
+        return {"masks": self.masks.settings()} if self.masks else {}
+
+    def entries(self) -> Iterator[pa.RecordBatch]:
+        """See `Source.entries`; also raises UserError for a name that is not valid UTF-8."""
+        self.place.check_folder("SOURCE")
+        self._others.clear()
+        names: list[str] = []
+        sizes: list[int] = []
+        found = False
+        for name, size in self.place.walk():
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix not in IMAGE_SUFFIXES:
+                self._others[suffix or "without extension"] += 1
+                if suffix in (".tar", ".parquet"):
+                    self._example = "*/" * name.count("/") + f"*{suffix}"
+                continue
+            found = True
+            names.append(name)
+            sizes.append(size)
+            if len(names) == source.BATCH_ROWS:
+                yield self._batch(names, sizes)
+                names, sizes = [], []
+        if names:
+            yield self._batch(names, sizes)
+        if found and self.masks:
+            self.masks.check()
+        if not found:
+            raise UserError(nothing_found(self.place.url, self._others, example=self._example))
+
+    def _batch(self, names: list[str], sizes: list[int]) -> pa.RecordBatch:
+        labels = [name.partition("/")[0] if "/" in name else None for name in names]
+        masks = [self.masks.find(name) for name in names] if self.masks else None
+        return entry_batch(
+            {"source": names, "bytes": np.array(sizes, np.int64), "label": labels, "mask": masks}
+        )
+
+    def read(self, row: dict[str, Any]) -> Picture:
+        """The file's bytes, and its mask's."""
+        data = read_file(self.place, row["source"], row["bytes"])
+        mask = self.masks.read(row["mask"]) if self.masks and row["mask"] else None
+        return Picture(data, mask)
+
+    def describe(self) -> list[str]:
+        """What lies in the folder beside the images."""
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in self._others.most_common(5))
+        return [f"Other files are left out, by their names: {kinds}."] if kinds else []
+
+    def warnings(self) -> list[str]:
+        """Masks without image and images without mask."""
+        return self.masks.warnings() if self.masks else []

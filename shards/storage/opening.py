@@ -1,0 +1,23 @@
+"""From a path or a URL to the place that it names."""
+
+from __future__ import annotations
+
+import os
+
+from shards.storage.local import LocalPlace
+from shards.storage.place import Place
+
+
+def open_place(where: str | os.PathLike | Place) -> Place:
+    """The place of a path, or of a URL such as `s3://bucket/shards`; a Place is returned as it is.
+
+    Raises UserError where the package for a URL's protocol is missing (extra `remote`) or the protocol is unknown.
+    """
+    if isinstance(where, Place):
+        return where
+    text = os.fspath(where)
+    if "://" not in text or text.startswith("file://"):
+        return LocalPlace(text)
+    from shards.storage.remote import RemotePlace
+
+    return RemotePlace(text)
