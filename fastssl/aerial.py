@@ -320,7 +320,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _replace(path: Path, content: Callable[[], bytes]) -> None:
-    # No fsync per file, unlike shards.files: a tile lost in a crash is empty or missing, and is drawn again.
+    # No fsync per file, unlike shards.storage.atomic_files: a tile lost in a crash is empty or missing, and is drawn again.
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content())
     os.replace(temporary, path)

@@ -21,8 +21,8 @@ from fastssl.recompute import checkpoint_blocks, frozen_statistics
 from fastssl.step import Door
 from pipelines.channels import fit_recipe
 from pipelines.gpu_kernels import Form
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
 
 if TYPE_CHECKING:
     from fastssl.config import Resolved

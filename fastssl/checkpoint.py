@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from shards.files import atomic_write
+from shards.storage.atomic_files import atomic_write
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})\.pt")

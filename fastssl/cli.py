@@ -14,16 +14,19 @@ COMMANDS = {
         "See it work: draw a small data set, shard, preview, pretrain and evaluate it (5 minutes on a CPU)",
     ),
     "shard": (
-        "shards.command",
+        "shards.commands.shard_command",
         "Turn folders, lists, tars or rasters into WebDataset shards, each image proven to decode",
     ),
     "split": (
-        "shards.split_command",
+        "shards.commands.split_command",
         "Divide shards into train, val, test and nested label fractions, without leaks",
     ),
-    "verify": ("shards.verify_command", "Check every byte of shards, and say which sample is damaged"),
+    "verify": (
+        "shards.commands.verify_command",
+        "Check every byte of shards, and say which sample is damaged",
+    ),
     "inspect": (
-        "shards.inspect_command",
+        "shards.commands.inspect_command",
         "Show what shards hold: tables, and a contact sheet with histograms",
     ),
     "preview": ("fastssl.preview", "Draw originals beside the views a recipe makes of them, as a PNG"),

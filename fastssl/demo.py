@@ -153,7 +153,7 @@ def _draw(out: Path, args: Demo) -> None:
 def _convert(out: Path) -> float:
     from rich.progress import Progress
 
-    from shards.convert import OnProgress, convert
+    from shards.conversion.convert import OnProgress, convert
 
     done, began = 0, time.perf_counter()
     with Progress(transient=True) as bar:
@@ -171,7 +171,7 @@ def _convert(out: Path) -> float:
 
 def _preview(out: Path, args: Demo) -> None:
     from pipelines.preview import contact_sheet
-    from shards.read import ShardSet
+    from shards.dataset.shard_set import ShardSet
 
     recipe = configuration(out, args).config.recipe
     contact_sheet(ShardSet.open(out / "train-shards"), recipe, out / "views.png", seed=args.seed)
@@ -189,7 +189,7 @@ def _pretrain(out: Path, args: Demo):
 
 def _evaluate(out: Path, checkpoint: Path) -> dict[str, Any]:
     from fastssl.eval.command import knn_report
-    from shards.files import atomic_write
+    from shards.storage.atomic_files import atomic_write
 
     report = knn_report(checkpoint, out / "train-shards", out / "test-shards")
     atomic_write(out / "knn.json", (json.dumps(report, indent=1) + "\n").encode())

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastssl.distributed import mean_over_ranks, rank, world
 from shards.errors import UserError
-from shards.files import atomic_write
+from shards.storage.atomic_files import atomic_write
 
 
 class Meters:

@@ -10,7 +10,7 @@ import tyro
 
 from pipelines.engines import EngineName, engine_names
 from shards.errors import UserError, check_least, nearest
-from shards.files import check_output
+from shards.storage.atomic_files import check_output
 
 if TYPE_CHECKING:
     from pipelines.recipe import Recipe
@@ -69,7 +69,7 @@ def run(argv: list[str]) -> int:
     if args.engines and (len(compared) < 2 or args.ops):
         raise UserError("--engines needs two or more names, such as reference,fused, and goes without --ops.")
     from pipelines import preview
-    from shards.splits import open_split
+    from shards.splits.split_table import open_split
 
     recipe = _recipe(args, changes)
     shards, out = open_split(args.shards, args.split), Path(args.out)

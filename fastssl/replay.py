@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastssl.health import BadStep
-    from shards.read import ShardSet
+    from shards.dataset.shard_set import ShardSet
 
 MAX_FILES = 3  # of a run: each holds its weights
 PATTERN = "nonfinite-step-*.pt"
@@ -77,7 +77,7 @@ def _draws(config: dict[str, Any], step: int, ids: np.ndarray, shards: ShardSet)
 
     from fastssl.config import from_tree
     from pipelines.draws import draw
-    from shards.order import steps_per_epoch
+    from shards.dataset.order import steps_per_epoch
 
     cfg = from_tree(config).config
     epoch = (step - 1) // steps_per_epoch(len(shards), cfg.train.batch)

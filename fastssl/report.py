@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from shards.errors import UserError
-from shards.files import atomic_write, check_output
+from shards.storage.atomic_files import atomic_write, check_output
 
 # metric: (title, what it says)
 PANELS = {

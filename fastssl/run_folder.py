@@ -13,7 +13,7 @@ from fastssl.config import leaves
 from fastssl.meters import MetricsLog, six_digits
 from fastssl.sinks import Sinks
 from shards.errors import UserError
-from shards.files import atomic_write, lock_file, remove_unfinished
+from shards.storage.atomic_files import atomic_write, lock_file, remove_unfinished
 
 if TYPE_CHECKING:
     from fastssl.config import Resolved

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastssl.config import from_tree
 from fastssl.models import check_architecture
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
 
 if TYPE_CHECKING:
     from fastssl.config import Resolved

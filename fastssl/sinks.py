@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from shards.files import atomic_write
+from shards.storage.atomic_files import atomic_write
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from fastssl.same_run import check_same_run, data_set_of
 from fastssl.schedules import lr_at, progress_at
 from fastssl.step import Step, chunks, steady_statistics
 from pipelines.loader import Batch
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.hashing import hash_key
-from shards.read import ShardSet
 
 if TYPE_CHECKING:
     from fastssl.config import Resolved

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
 from shards.units import human_size
 
 REACH = 8  # shards asked for before they are in use, at least

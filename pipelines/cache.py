@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
 
 GB = 1e9
 SHARE = 0.5  # of the free memory that a cache may fill by itself; the rest is for batches, the model and other programs

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.recipe import IMAGENET_MEAN, IMAGENET_STD, Recipe
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
 
 # What the largest number of a type is in [0, 1], before recipe.value_low and value_high.
 FULL = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}

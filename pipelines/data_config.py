@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from pipelines.engines import EngineName
-from shards.cache_settings import CacheSettings
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
-from shards.splits import open_split
+from shards.splits.split_table import open_split
+from shards.storage.cache_settings import CacheSettings
 from shards.units import parse_bytes
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shards.pixels import NPY_MAGIC, BadImage, read_npy
+from shards.images.pixels import NPY_MAGIC, BadImage, read_npy
 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the command line asks for the names only, and must not wait
 
     from pipelines.batch_engine import BatchEngine, BatchOptions
     from pipelines.recipe import Recipe
-    from shards.read import ShardSet
+    from shards.dataset.shard_set import ShardSet
 
 EngineName = Literal["fused", "dali", "kornia", "reference"]
 

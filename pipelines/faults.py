@@ -12,9 +12,9 @@ import numpy as np
 
 from pipelines.draws import draw
 from pipelines.recipe import Recipe
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.hashing import hash_key
-from shards.read import ShardSet
 
 ALLOWED = 10  # bad samples that never stop a run whose share is above 0: one bad sample of a hundred is 1 %
 TRIES = 20  # replacements that may be bad in a row

@@ -21,9 +21,9 @@ from pipelines.masks import NO_MASK
 from pipelines.recipe import Recipe
 from pipelines.slots import host_slots, open_slots, view_shapes
 from pipelines.stream import Batch, Job, Slot, default_threads, exact_device, stream
+from shards.dataset.order import block_order, epoch_order, rank_positions, steps_per_epoch
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.order import block_order, epoch_order, rank_positions, steps_per_epoch
-from shards.read import ShardSet
 
 __all__ = ["Batch", "Loader", "default_threads", "eval_batches", "open_loader"]
 

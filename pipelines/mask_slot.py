@@ -10,8 +10,8 @@ import torch
 from pipelines.cache import Keeps, Samples, Unreadable, free_share, mask_bytes, sound
 from pipelines.masks import decode_mask, render_masks
 from pipelines.stream import HostMemory, Job, Slot, work_stream
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
 
 
 class Masks:

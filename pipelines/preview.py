@@ -16,9 +16,9 @@ from pipelines.faults import bad_sample
 from pipelines.masks import decode_mask, mask_view
 from pipelines.recipe import JITTER, Recipe
 from pipelines.sheet import Display, Sheet, overlay
+from shards.dataset.order import epoch_order
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.order import epoch_order
-from shards.read import ShardSet
 
 TIMES = 8  # how much the differences of engines are amplified
 SEARCH_EPOCHS = 200  # looked through for one that draws an operation

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from pipelines.channels import FULL, HIGH, LOW, gain_and_offset
 from pipelines.masks import NO_MASK
 from pipelines.recipe import Recipe
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.files import atomic_write
-from shards.read import ShardSet
+from shards.storage.atomic_files import atomic_write
 
 GAP, HEAD, FOOT = 6, 26, 18
 PAPER, INK, FAINT, BACK = (255, 255, 255), (20, 20, 20), (110, 110, 110), (238, 238, 238)

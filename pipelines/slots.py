@@ -16,8 +16,8 @@ from pipelines.mask_slot import with_masks
 from pipelines.masks import NO_MASK
 from pipelines.recipe import Recipe
 from pipelines.stream import SLOTS, HostMemory, HostSlot, Renderer, Slot, work_stream
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
 
 
 def open_slots(

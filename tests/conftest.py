@@ -47,7 +47,7 @@ def proxy(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultPro
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    monkeypatch.setattr("shards.remote.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("shards.storage.remote.FIRST_PAUSE_S", 0.001)
     fsspec.filesystem("s3").clear_instance_cache()
     yield proxy
     proxy.close()

@@ -21,9 +21,9 @@ from pipelines.draws import draw
 from pipelines.engines import make_engine
 from pipelines.loader import open_loader
 from pipelines.recipe import RECIPES
-from shards.convert import convert
-from shards.order import block_order, epoch_order
-from shards.read import ShardSet
+from shards.conversion.convert import convert
+from shards.dataset.order import block_order, epoch_order
+from shards.dataset.shard_set import ShardSet
 from tests.fastssl.runs import write_yaml
 from tests.pictures import fingerprints, photo
 

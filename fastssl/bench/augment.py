@@ -11,7 +11,7 @@ import tyro
 
 from fastssl.bench.report import Row, brief, busy, machine, tell_failures, write_measured
 from shards.errors import UserError, check_least
-from shards.files import check_output
+from shards.storage.atomic_files import check_output
 
 if TYPE_CHECKING:
     import torch
@@ -110,8 +110,8 @@ def _open(args: BenchAugment, device: torch.device) -> Decoded:
     count = args.images or 2 * args.batch
     if args.shards:
         from pipelines.decode import decode_rgb
-        from shards.order import epoch_order
-        from shards.read import ShardSet
+        from shards.dataset.order import epoch_order
+        from shards.dataset.shard_set import ShardSet
 
         shards = ShardSet.open(args.shards)
         kinds, channels = shards.manifest.dtypes, shards.manifest.channels

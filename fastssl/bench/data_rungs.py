@@ -22,9 +22,9 @@ from pipelines.engines import make_engine, whole_batches
 from pipelines.loader import default_threads, open_loader
 from pipelines.slots import gpu_slots, host_slots, view_shapes
 from pipelines.stream import Job, stream
+from shards.dataset.order import epoch_order
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.order import epoch_order
-from shards.read import ShardSet
 
 if TYPE_CHECKING:
     from fastssl.bench.parts import Clock

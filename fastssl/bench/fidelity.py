@@ -10,7 +10,7 @@ import tyro
 
 from fastssl.bench.report import versions, write_rows
 from shards.errors import UserError, check_least, nearest
-from shards.files import check_output
+from shards.storage.atomic_files import check_output
 
 if TYPE_CHECKING:
     from pipelines.fidelity import Difference
@@ -49,8 +49,8 @@ def run(argv: list[str]) -> int:
     from pipelines.fidelity import classify, encode, measure
     from pipelines.pictures import edge_cases
     from pipelines.recipe import get_recipe
-    from shards.order import epoch_order
-    from shards.read import ShardSet
+    from shards.dataset.order import epoch_order
+    from shards.dataset.shard_set import ShardSet
 
     engines = choose_engines(args.engines, engine_names())
     recipe = dataclasses.replace(get_recipe(args.recipe), size=args.size)

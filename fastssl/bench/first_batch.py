@@ -26,7 +26,7 @@ def first_batch(
 
     from pipelines.loader import open_loader
     from pipelines.recipe import get_recipe
-    from shards.read import ShardSet
+    from shards.dataset.shard_set import ShardSet
 
     laps.append(_now())
     shards = ShardSet.open(folder)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError, check_least
-from shards.files import check_output
+from shards.storage.atomic_files import check_output
 
 if TYPE_CHECKING:
     import torch

@@ -26,7 +26,7 @@ from fastssl.bench.report import (
 )
 from fastssl.bench.work import Source, Work
 from shards.errors import UserError, check_least, nearest
-from shards.files import check_output
+from shards.storage.atomic_files import check_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,8 +81,8 @@ def run(argv: list[str]) -> int:
     from pipelines.engines import engine_names
     from pipelines.loader import default_threads
     from pipelines.recipe import get_recipe
-    from shards.order import epoch_order
-    from shards.read import ShardSet
+    from shards.dataset.order import epoch_order
+    from shards.dataset.shard_set import ShardSet
 
     peers = choose(args.peers, PEERS, "peer")
     engines = choose(args.engines, {name: name for name in engine_names()}, "engine")

@@ -27,7 +27,7 @@ from fastssl.bench.dali import decoded_batches, view_batches
 from fastssl.bench.work import Source, Work
 from pipelines.decode import decode_rgb
 from pipelines.recipe import Recipe
-from shards.read import ShardSet
+from shards.dataset.shard_set import ShardSet
 
 # ------------------------------------------------------------------------------------------- PyTorch's DataLoader
 

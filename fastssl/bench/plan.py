@@ -14,8 +14,8 @@ import tyro
 from fastssl.bench.fresh import in_fresh_process, peak_bytes
 from fastssl.bench.report import busy, machine, write_report
 from shards.errors import UserError, check_least
-from shards.files import check_output
-from shards.sources import BATCH_ROWS, Source, entry_batch
+from shards.sources.source import BATCH_ROWS, Source, entry_batch
+from shards.storage.atomic_files import check_output
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -94,7 +94,7 @@ def run(argv: list[str]) -> int:
 def measure(num_entries: int, out: str = "", in_memory: int | None = None) -> dict[str, Any]:
     """Plans in a fresh process: seconds, bytes of memory at the peak and before, size of the plan, number of shards.
 
-    `in_memory`: entries above which they are sorted on disk, in place of `shards.listing.IN_MEMORY`.
+    `in_memory`: entries above which they are sorted on disk, in place of `shards.conversion.listing.IN_MEMORY`.
     """
     with tempfile.TemporaryDirectory(dir=out or None, prefix="fastssl-bench-") as folder:
         try:
@@ -104,11 +104,11 @@ def measure(num_entries: int, out: str = "", in_memory: int | None = None) -> di
 
 
 def _plan(num_entries: int, folder: str, in_memory: int | None) -> dict[str, Any]:
-    from shards import listing
-    from shards.layout import PLAN
-    from shards.places import open_place
-    from shards.plan import settings_for, write_plan
-    from shards.policy import Policy
+    from shards.conversion import listing
+    from shards.conversion.shard_plan import settings_for, write_plan
+    from shards.format.layout import PLAN
+    from shards.images.policy import Policy
+    from shards.storage.place import open_place
 
     if in_memory is not None:
         listing.IN_MEMORY = in_memory

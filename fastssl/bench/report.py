@@ -284,7 +284,7 @@ def write_measured(path: str, machine: dict[str, Any], settings: dict[str, Any],
 
 def _write(path: str, values: Any) -> None:
     from shards.errors import UserError
-    from shards.files import atomic_write
+    from shards.storage.atomic_files import atomic_write
 
     try:
         atomic_write(path, (json.dumps(values, indent=2) + "\n").encode())

@@ -17,7 +17,7 @@ import tyro
 from fastssl.bench.report import Row, Stopwatch, brief, busy, machine, tell_failures, write_report
 from fastssl.bench.writers import Task, Turn, litdata, only, ours, proof, smaller, webdataset
 from shards.errors import UserError, check_least
-from shards.files import check_output
+from shards.storage.atomic_files import check_output
 
 SUFFIXES = (".jpg", ".jpeg")
 

@@ -18,7 +18,7 @@ from fastssl.bench.fresh import in_fresh_process
 from fastssl.bench.report import busy, machine, write_report
 from pipelines.engines import EngineName
 from shards.errors import UserError, check_least
-from shards.files import check_output
+from shards.storage.atomic_files import check_output
 
 ALL = "all"
 
@@ -124,8 +124,8 @@ def grow(shards: Path, dest: Path, num_samples: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from shards.columns import read_columns
-    from shards.layout import TABLE, Manifest
+    from shards.format.columns import read_columns
+    from shards.format.layout import TABLE, Manifest
 
     manifest = Manifest.load(shards)
     rows = read_columns(shards / TABLE)
@@ -140,8 +140,8 @@ def grow(shards: Path, dest: Path, num_samples: int) -> None:
 
 def _check(args: BenchStart) -> None:
     from pipelines.recipe import get_recipe
-    from shards.places import open_place
-    from shards.read import ShardSet
+    from shards.dataset.shard_set import ShardSet
+    from shards.storage.place import open_place
 
     check_least(args, size=1, batch=1, threads=0, repeats=1)
     if args.samples < args.batch:

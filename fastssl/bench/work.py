@@ -7,13 +7,13 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from shards.order import epoch_order
+from shards.dataset.order import epoch_order
 
 if TYPE_CHECKING:
     import numpy as np
 
     from pipelines.recipe import Recipe
-    from shards.read import ShardSet
+    from shards.dataset.shard_set import ShardSet
 
 
 class Order:

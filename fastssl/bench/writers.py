@@ -97,8 +97,8 @@ def only(task: Task, out: Path, deed: str) -> None:
 
 def ours(task: Task, out: Path, deed: str) -> None:
     """`fastssl shard`: listing, plan, proof, shards, checksums, statistics, duplicates, manifest."""
-    from shards.convert import convert
-    from shards.policy import Policy
+    from shards.conversion.convert import convert
+    from shards.images.policy import Policy
 
     policy = Policy(short_side=SHORT_SIDE, quality=QUALITY) if deed == "smaller" else Policy()
     manifest = convert(task.folder, out / "shards", workers=task.workers, policy=policy)

@@ -8,7 +8,7 @@ from fastssl.doctor import host
 from fastssl.doctor.facts import Facts
 from fastssl.doctor.faults import faults_of
 from fastssl.doctor.finding import Finding
-from shards.progress import human_size
+from shards.commands.progress import human_size
 
 
 def examine(facts: Facts) -> list[Finding]:

@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
 
     from fastssl.doctor.checks import examine
     from fastssl.doctor.facts import gather
-    from shards.files import atomic_write, check_output
+    from shards.storage.atomic_files import atomic_write, check_output
 
     if args.json:
         check_output(args.json, "--json")

@@ -284,8 +284,8 @@ def look_at(folder: str) -> DataSet:
     import pyarrow.parquet as pq
 
     from shards.errors import UserError
-    from shards.layout import MANIFEST, TABLE, Manifest, index_name
-    from shards.places import open_place
+    from shards.format.layout import MANIFEST, TABLE, Manifest, index_name
+    from shards.storage.place import open_place
 
     try:
         place = open_place(folder)

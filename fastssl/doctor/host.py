@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from fastssl.doctor.facts import Facts
 from fastssl.doctor.finding import Finding
-from shards.progress import human_size
+from shards.commands.progress import human_size
 
 GB = 10**9
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from shards.errors import UserError, nearest
-from shards.files import atomic_write, check_output
+from shards.storage.atomic_files import atomic_write, check_output
 
 TESTS = ("knn",)
 
@@ -129,7 +129,7 @@ def knn_report(
     )
     from fastssl.eval.knn import classify
     from fastssl.models import architecture, build_backbone, check_architecture
-    from shards.splits import open_split
+    from shards.splits.split_table import open_split
 
     if max_samples < 0:
         raise UserError(f"max_samples is {max_samples}, but it must be at least 0 (all).")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from pipelines.loader import eval_batches
 from pipelines.recipe import Recipe
+from shards.dataset.order import epoch_order
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.order import epoch_order
-from shards.read import ShardSet
 
 MAX_PIXEL_SIDE = 32  # raw pixels are compared at this side at most: 3,072 numbers an image
 

@@ -9,8 +9,8 @@ from fastssl.eval.features import backbone_encoder, check_labels, check_same_cla
 from fastssl.eval.knn import KNNConfig, classify
 from fastssl.eval.ridge import probe_accuracy
 from pipelines.recipe import Recipe
-from shards.read import ShardSet
-from shards.splits import open_split
+from shards.dataset.shard_set import ShardSet
+from shards.splits.split_table import open_split
 
 
 class OnlineTests:

@@ -9,7 +9,7 @@ from PIL import Image
 from fastssl import distributed
 from fastssl.cli import main
 from fastssl.train import pretrain
-from shards.convert import convert
+from shards.conversion.convert import convert
 from tests.fastssl.runs import NUM_IMAGES, resolve, tiny, write_yaml
 from tests.pictures import picture
 

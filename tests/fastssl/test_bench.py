@@ -17,9 +17,9 @@ from fastssl.bench import command, loader, peers, report
 from fastssl.bench.report import Row
 from fastssl.bench.work import Source, Work
 from pipelines.recipe import Recipe, get_recipe
-from shards.convert import convert
+from shards.conversion.convert import convert
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
 from tests.pictures import photo
 
 TINY = ["--size", "16", "--batch", "4", "--threads", "1", "--repeats", "1", "--seconds", "0.02"]

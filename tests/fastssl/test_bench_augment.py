@@ -14,7 +14,7 @@ from fastssl.bench import augment_turns, command
 from fastssl.bench.augmenters import AUGMENTERS, Augmenter, Decoded, measured_levels
 from pipelines.pictures import SIZES, photographs
 from pipelines.recipe import get_recipe
-from shards.convert import convert
+from shards.conversion.convert import convert
 from shards.errors import UserError
 
 CPU = torch.device("cpu")

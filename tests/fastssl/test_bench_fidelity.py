@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastssl.bench import command
-from shards.convert import convert
+from shards.conversion.convert import convert
 from shards.errors import UserError
 from tests.pictures import photo
 

@@ -12,9 +12,9 @@ from fastssl.bench.fresh import in_fresh_process
 from fastssl.bench.start import grow
 from pipelines.loader import open_loader
 from pipelines.recipe import Recipe
-from shards.convert import convert
+from shards.conversion.convert import convert
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
 from tests.pictures import photo
 
 

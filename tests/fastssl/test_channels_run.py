@@ -10,10 +10,10 @@ from fastssl import checkpoint
 from fastssl.build import build_method, follow_shards
 from fastssl.eval.command import knn_report
 from fastssl.train import pretrain
-from shards.convert import convert
+from shards.conversion.convert import convert
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.pixels import write_npy
-from shards.read import ShardSet
+from shards.images.pixels import write_npy
 from tests.fastssl.runs import resolve, rows
 from tests.pipelines.test_channels import bands
 

@@ -11,8 +11,8 @@ from torch import nn
 from fastssl import checkpoint
 from fastssl.checkpoint import checkpoint_path, find_checkpoint, list_checkpoints, load, load_weights, save
 from fastssl.train import pretrain
-from shards import files
 from shards.errors import UserError
+from shards.storage import atomic_files
 from tests.fastssl.runs import SAVE_STEPS, differences, newest, resolve
 
 STATE = {
@@ -119,7 +119,7 @@ def test_weights_must_match_entirely() -> None:
 
 def _fail_from(monkeypatch: pytest.MonkeyPatch, step: int, error: OSError) -> None:
     """Let the disk refuse the checkpoint of `step`, halfway through its bytes."""
-    write = files.atomic_write
+    write = atomic_files.atomic_write
 
     def write_half(path, content):
         if Path(path).name != f"step-{step:09d}.pt":

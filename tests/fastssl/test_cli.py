@@ -13,7 +13,7 @@ import torch
 
 from fastssl import __version__, train
 from fastssl.cli import COMMANDS, main
-from shards.layout import Manifest, shard_name
+from shards.format.layout import Manifest, shard_name
 from tests.fastssl.runs import NUM_IMAGES
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,9 @@ from fastssl.eval.features import backbone_encoder, extract, labelled_ids, pixel
 from fastssl.eval.knn import classify
 from fastssl.models import build_backbone
 from pipelines.recipe import Recipe
-from shards.convert import convert
+from shards.conversion.convert import convert
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
 from tests.fastssl.runs import NUM_IMAGES, TOTAL, newest, resolve, rows
 
 KS = (1, 5, 20)

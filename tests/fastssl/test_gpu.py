@@ -13,8 +13,8 @@ from fastssl.models import build_backbone
 from fastssl.train import pretrain
 from pipelines.loader import open_loader
 from pipelines.recipe import Recipe
-from shards.convert import convert
-from shards.read import ShardSet
+from shards.conversion.convert import convert
+from shards.dataset.shard_set import ShardSet
 from tests.fastssl.tiny import Normed, Plain, make_method, make_views
 from tests.pictures import photo
 

@@ -13,7 +13,7 @@ from fastssl.config import load
 from fastssl.distributed import Dist, cleanup
 from fastssl.train import pretrain
 from pipelines.loader import Loader, open_loader
-from shards.read import ShardSet
+from shards.dataset.shard_set import ShardSet
 from tests.fastssl.runs import BATCH, NUM_IMAGES, SAVE_STEPS, STEPS, newest, resolve, rows
 from tests.gloo import _free_port, run_ranks
 

@@ -11,7 +11,7 @@ import torch
 from fastssl import checkpoint, run_folder, training
 from fastssl.cli import main
 from fastssl.meters import MetricsLog
-from shards.files import lock_file
+from shards.storage.atomic_files import lock_file
 from tests.fastssl.runs import SAVE_STEPS, STEPS, TOTAL, assert_same_end, differences, newest, rows
 
 
@@ -178,7 +178,7 @@ def test_two_trainers_in_one_folder(stopped: Path, told, config) -> None:
 
 
 def test_a_full_disk(told, config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shards import files
+    from shards.storage import atomic_files
 
     replace = os.replace
 
@@ -187,7 +187,7 @@ def test_a_full_disk(told, config, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", refuse)
+    monkeypatch.setattr(atomic_files.os, "replace", refuse)
     sentence = told("pretrain", config())
     assert sentence.startswith("the disk is full: '")
     assert "bytes are free. Make room there" in sentence

@@ -8,11 +8,11 @@ import pytest
 from fastssl import checkpoint
 from fastssl.eval.command import knn_report
 from fastssl.train import pretrain
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.places import open_place
-from shards.read import ShardSet
-from shards.split_rules import Rule
-from shards.splits import make_split, open_split
+from shards.splits.split_rules import Rule
+from shards.splits.split_table import make_split, open_split
+from shards.storage.place import open_place
 from tests.fastssl.runs import resolve, rows
 
 

@@ -21,9 +21,9 @@ from fastssl.schedules import lr_at
 from fastssl.train import pretrain
 from fastssl.train_config import TrainConfig
 from pipelines.loader import Loader
+from shards.dataset.order import epoch_order
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.order import epoch_order
-from shards.read import ShardSet
 from tests.fastssl.runs import BATCH, NUM_IMAGES, STEPS, TINY_VIT, TOTAL, differences, newest, resolve, rows
 from tests.gloo import _free_port, run_ranks
 

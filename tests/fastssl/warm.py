@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastssl.train import pretrain
-from shards.convert import convert
+from shards.conversion.convert import convert
 from tests.fastssl.runs import resolve
 from tests.pictures import picture
 

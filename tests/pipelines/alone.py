@@ -10,7 +10,7 @@ from pipelines.draws import draw
 from pipelines.engines import make_engine
 from pipelines.loader import open_loader
 from pipelines.recipe import RECIPES
-from shards.read import ShardSet
+from shards.dataset.shard_set import ShardSet
 
 
 def in_batch_and_alone(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from shards.convert import convert
-from shards.read import ShardSet
+from shards.conversion.convert import convert
+from shards.dataset.shard_set import ShardSet
 from tests.pictures import photo
 
 

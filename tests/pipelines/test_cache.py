@@ -13,8 +13,8 @@ from pipelines.gpu_engine import GpuStore
 from pipelines.loader import Loader, open_loader
 from pipelines.recipe import RECIPES, Recipe
 from pipelines.slots import gpu_slots
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
 
 SMALL = Recipe(size=16)
 

@@ -12,10 +12,10 @@ from pipelines.engines import make_engine
 from pipelines.loader import eval_batches, open_loader
 from pipelines.recipe import RECIPES, Recipe
 from pipelines.slots import view_shapes
-from shards.convert import convert
+from shards.conversion.convert import convert
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.pixels import write_npy
-from shards.read import ShardSet
+from shards.images.pixels import write_npy
 from tests.pictures import photo
 
 SPECTRAL = dataclasses.replace(

@@ -13,9 +13,9 @@ from pipelines.draws import draw
 from pipelines.engines import make_engine
 from pipelines.loader import open_loader
 from pipelines.recipe import RECIPES, Recipe
-from shards.convert import convert
+from shards.conversion.convert import convert
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
 from tests.pictures import colours, encoded, photo
 from tests.pipelines.alone import in_batch_and_alone
 from tests.pipelines.fidelity_check import UNNORMALISED, draws_of

@@ -12,9 +12,9 @@ from pipelines.faults import ALLOWED, BadSamples
 from pipelines.fused_engine import FusedEngine
 from pipelines.loader import Batch, eval_batches, open_loader
 from pipelines.recipe import Recipe
+from shards.dataset.order import epoch_order
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.order import epoch_order
-from shards.read import ShardSet
 
 SMALL = Recipe(size=16)
 

@@ -12,8 +12,8 @@ from pipelines.draws import draw
 from pipelines.gpu_kernels import Form
 from pipelines.loader import open_loader
 from pipelines.recipe import RECIPES, Recipe
-from shards.convert import convert
-from shards.read import ShardSet
+from shards.conversion.convert import convert
+from shards.dataset.shard_set import ShardSet
 from tests.pictures import photo
 
 pytestmark = pytest.mark.gpu

@@ -14,9 +14,9 @@ from pipelines.gpu_decode import BatchDecoder, check_decoder, gpu_decoder
 from pipelines.loader import Loader, open_loader
 from pipelines.recipe import Recipe
 from pipelines.slots import gpu_slots
-from shards.convert import convert
+from shards.conversion.convert import convert
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.read import ShardSet
 from tests.pictures import photo
 
 pytest.importorskip("nvidia.nvimgcodec")

@@ -17,7 +17,7 @@ from pipelines.gpu_kernels import PLAIN, Form
 from pipelines.recipe import Recipe
 from pipelines.slots import gpu_slots
 from pipelines.stream import Job
-from shards.read import ShardSet
+from shards.dataset.shard_set import ShardSet
 
 CPU, RECIPE = torch.device("cpu"), Recipe(size=12)
 

@@ -14,8 +14,8 @@ import torch
 
 from pipelines.loader import Batch, Loader, eval_batches, open_loader
 from pipelines.recipe import RECIPES, Recipe
+from shards.dataset.order import epoch_order
 from shards.errors import UserError
-from shards.order import epoch_order
 
 SMALL = Recipe(size=16)
 
@@ -167,7 +167,7 @@ import os, signal, sys, threading, time
 from pipelines.loader import open_loader
 from pipelines.fused_engine import FusedEngine
 from pipelines.recipe import Recipe
-from shards.read import ShardSet
+from shards.dataset.shard_set import ShardSet
 render = FusedEngine.render
 def slow(self, *args):
     time.sleep(0.2)  # 41 samples in 2 threads: a batch takes 4 s, and two are always under way

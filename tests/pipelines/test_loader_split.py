@@ -11,12 +11,12 @@ from pipelines.data_config import DataConfig
 from pipelines.faults import BadSamples
 from pipelines.loader import open_loader
 from pipelines.recipe import Recipe
+from shards.dataset.order import epoch_order
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.order import epoch_order
-from shards.places import open_place
-from shards.read import ShardSet
-from shards.split_rules import Rule
-from shards.splits import make_split
+from shards.splits.split_rules import Rule
+from shards.splits.split_table import make_split
+from shards.storage.place import open_place
 
 SMALL = Recipe(size=16)
 

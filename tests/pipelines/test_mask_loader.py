@@ -20,13 +20,13 @@ from pipelines.mask_slot import Masks, with_masks
 from pipelines.masks import decode_mask
 from pipelines.recipe import RECIPES, Recipe
 from pipelines.slots import gpu_slots
-from shards.convert import convert
+from shards.conversion.convert import convert
+from shards.dataset.order import epoch_order
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.masks import MaskFolder
-from shards.order import epoch_order
-from shards.places import open_place
-from shards.read import ShardSet
-from shards.sources import FolderSource
+from shards.images.mask_images import MaskFolder
+from shards.sources.source import FolderSource
+from shards.storage.place import open_place
 from tests.pictures import photo
 
 COUNT, WITHOUT, DEEP = 30, (4, 11), 3

@@ -8,12 +8,12 @@ from pipelines.draws import draw
 from pipelines.preview import OPERATIONS, contact_sheet, describe, engines_sheet, operations_sheet
 from pipelines.recipe import RECIPES, Recipe
 from pipelines.sheet import overlay
-from shards.convert import convert
+from shards.conversion.convert import convert
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.masks import MaskFolder
-from shards.places import open_place
-from shards.read import ShardSet
-from shards.sources import FolderSource
+from shards.images.mask_images import MaskFolder
+from shards.sources.source import FolderSource
+from shards.storage.place import open_place
 from tests.pictures import photo
 from tests.pipelines.test_channels import bands, save
 

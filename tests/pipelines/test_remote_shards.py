@@ -11,13 +11,13 @@ from pipelines.ahead import Ahead, Uses
 from pipelines.data_config import DataConfig
 from pipelines.loader import Batch, eval_batches, open_loader
 from pipelines.recipe import Recipe
-from shards.cache_settings import CacheSettings, held_files
-from shards.convert import convert
+from shards.conversion.convert import convert
+from shards.dataset.order import block_order
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.layout import MANIFEST, TABLE
-from shards.order import block_order
-from shards.places import open_place
-from shards.read import ShardSet
+from shards.format.layout import MANIFEST, TABLE
+from shards.storage.cache_settings import CacheSettings, held_files
+from shards.storage.place import open_place
 from tests.pictures import photo
 from tests.s3 import FaultProxy
 

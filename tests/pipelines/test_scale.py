@@ -15,9 +15,9 @@ import pytest
 
 from pipelines.loader import open_loader
 from pipelines.recipe import Recipe
-from shards.convert import convert
-from shards.layout import TABLE
-from shards.read import ShardSet
+from shards.conversion.convert import convert
+from shards.dataset.shard_set import ShardSet
+from shards.format.layout import TABLE
 from tests.pictures import photo
 
 MANY = 1_000_000
@@ -50,7 +50,7 @@ FIRST_BATCH = """
 import sys
 from pipelines.loader import open_loader
 from pipelines.recipe import Recipe
-from shards.splits import open_split
+from shards.splits.split_table import open_split
 batches = open_loader(open_split(sys.argv[1]), Recipe(size=16), batch=8, seed=0, threads=2).epoch(0)
 next(batches)
 batches.close()

@@ -12,9 +12,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from shards.image import prove
-from shards.pixels import BadImage, write_npy
-from shards.policy import Policy
+from shards.images.pixels import BadImage, write_npy
+from shards.images.policy import Policy
+from shards.images.proof import prove
 from tests import pictures
 from tests.pictures import exif, picture, png
 
@@ -352,8 +352,8 @@ def page() -> str:
 
 _INTRODUCTION = """# What happens to nasty images
 
-`python -m tests.shards.nasty` writes this page from the table that `tests/shards/test_nasty_images.py` checks, image by image. In
-brackets: the stored format, channels and type. A refused image is in `quarantine.jsonl` with its reason.
+`python -m tests.shards.nasty` writes this page from the table that `tests/shards/images/test_nasty_images.py` checks, image by image.
+In brackets: the stored format, channels and type. A refused image is in `quarantine.jsonl` with its reason.
 """
 
 _LIMITS = """

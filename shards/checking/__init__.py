@@ -1,0 +1,1 @@
+"""Verify a shard folder, locate the damage, and repair it."""

@@ -1,0 +1,344 @@
+"""Mends a damaged shard folder from its plan and its source; a shard is put in place only if its bytes are the promised ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+import pyarrow as pa
+
+from shards.checking.damage import Finding, grouped, walk
+from shards.checking.shard_checker import read_rows
+from shards.checking.verify import Promise, Verdict
+from shards.conversion.convert import SMALL, number
+from shards.conversion.listing import SCRATCH, Survey
+from shards.conversion.merge import by_shard, merge, read_dropped, write_dropped
+from shards.conversion.shard_maker import Maker, read_marks
+from shards.conversion.shard_maker import read_rows as read_made
+from shards.conversion.shard_plan import Plan, read_plan, settings_for, write_plan
+from shards.conversion.workers import Count, run_here, run_in_processes
+from shards.cpus import available_cpus
+from shards.errors import UserError
+from shards.format import layout
+from shards.format.checksums import index_of, sha256_of, write_sums
+from shards.format.layout import Manifest, ShardFile
+from shards.format.tar_writer import write_index
+from shards.images.policy import Policy
+from shards.sources.source import Source
+from shards.splits.split_table import WAY_OUT
+from shards.storage.place import LocalPlace, Place
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a repair did: names of the files that are whole again, and what could not be mended and why."""
+
+    mended: list[str] = field(default_factory=list)
+    failed: list[Finding] = field(default_factory=list)
+
+
+def repair(
+    place: Place,
+    verdict: Verdict,
+    source: Source | None,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, int, int], None] = lambda *_: None,
+) -> Repair:
+    """Mends what `verify` found in a folder, and removes what killed runs left in it.
+
+    Shards are made again from the plan and the source, and replaced where their SHA-256 is the manifest's; else the old one stays.
+    Indexes come from their tars. Table, quarantine and manifest are merged again from all shards, which takes as long as a conversion
+    but no more room than a few shards.
+
+    Args:
+        source: None mends only what needs no source: indexes, and the checksums.
+        progress: called with (images made, images to make, 0).
+
+    Raises:
+        UserError: the source has gone away or is of another kind; another process works on the folder.
+    """
+    check_repairable(place)
+    with place.lock(layout.LOCK):
+        return _Work(place, verdict, source, workers, progress).run()
+
+
+def check_repairable(place: Place) -> None:
+    """Raises UserError where nothing can be mended, because nothing can be written."""
+    place.check_writable(
+        "repair the folder where it lies on a disk or in a store, or download it, repair the copy and upload the files that are named "
+        "as mended"
+    )
+
+
+class _Work:
+    def __init__(
+        self,
+        place: Place,
+        verdict: Verdict,
+        source: Source | None,
+        workers: int | None,
+        progress: Callable[[int, int, int], None],
+    ):
+        self.place = place
+        self.source = source
+        self.workers = workers
+        self.progress = progress
+        self.promise = Promise.read(place)
+        self.damaged = {finding.file for finding in verdict.findings if not finding.harmless}
+        self.result = Repair()
+
+    def run(self) -> Repair:
+        self._tidy()
+        tars = {file.name: file for file in self.promise.files if file.name in self.damaged}
+        for file in self.promise.files:
+            if index_of(file.name) in self.damaged and file.name not in tars:
+                self._mend_index(file)
+        merged = self.damaged & {layout.TABLE, layout.MANIFEST, layout.QUARANTINE, layout.DROPPED}
+        needing = [*tars, *sorted(merged | (self.damaged & {layout.PLAN}))]
+        if needing and self.source is None:
+            what = "is made again from the images: give --source and the options that `fastssl shard` had"
+            self.result.failed.extend(Finding(name, "failed", what) for name in needing)
+        elif needing and self.source is not None:
+            self._remake(self.source, tars, merged)
+        self._mend_sums()
+        handled = {*self.result.mended, *(finding.file for finding in self.result.failed)}
+        for name in sorted(self.damaged - handled):
+            what = "cannot be mended; move it out of the folder"
+            if name == layout.SPLITS:
+                what = f"is not made from the images. {WAY_OUT.rstrip('.')}"
+            self.result.failed.append(Finding(name, "failed", what))
+        return self.result
+
+    def _tidy(self) -> None:
+        place = self.place
+        place.remove_unfinished("")
+        for name in place.names():
+            if name.startswith(SCRATCH):
+                place.remove_tree(name)
+        if self.promise.manifest and layout.TABLE not in self.damaged:
+            place.remove_tree(layout.ROWS)
+
+    def _mend_index(self, file: ShardFile) -> None:
+        name = index_of(file.name)
+        with self.place.open(file.name) as tar:
+            samples = grouped(walk(tar))
+        digest = write_index(self.place, name, samples)
+        if file.index_sha256 in ("", digest):
+            self.result.mended.append(name)
+        else:
+            what = "was written again from its tar, but its SHA-256 is not the manifest's"
+            self.result.failed.append(Finding(name, "failed", what))
+
+    def _remake(self, source: Source, tars: dict[str, ShardFile], merged: set[str]) -> None:
+        place = self.place
+        # Beside the shards, where there is room for one of them; `SCRATCH` is what a killed run's litter is known by.
+        with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}repair-", dir=place.local) as folder:
+            scratch = LocalPlace(folder)
+            plan = self._plan(source, scratch)
+            if plan is None:
+                return
+            _check_kind(source, plan)
+            wanted = {number(file): file for file in self.promise.files}
+            todo = range(plan.num_shards) if merged else sorted(map(number, tars.values()))
+            if layout.DROPPED in merged:
+                self._make(source, scratch, plan, {}, todo, {}, {})
+                write_dropped(scratch, plan)
+                self._take(scratch, layout.DROPPED)
+            else:
+                _copy(place, layout.DROPPED, scratch)
+            dropped = by_shard(read_dropped(scratch), plan.settings.samples_per_shard)
+            hurt = {number(file): file for file in tars.values()}
+            self._make(source, scratch, plan, dropped, todo, wanted, hurt)
+            failed = {finding.file for finding in self.result.failed}
+            for name in tars:
+                if name not in failed:
+                    self.result.mended.append(name)
+                    if index_of(name) in self.damaged:
+                        self.result.mended.append(index_of(name))
+                elif index_of(name) in self.damaged:
+                    what = "is made from its tar, which cannot be made"
+                    self.result.failed.append(Finding(index_of(name), "failed", what))
+            if merged - {layout.DROPPED}:
+                self._merge(scratch, plan, merged - {layout.DROPPED})
+
+    def _plan(self, source: Source, scratch: Place) -> Plan | None:
+        """The plan, made again where it is damaged; None where that cannot be."""
+        place, manifest = self.place, self.promise.manifest
+        if layout.PLAN not in self.damaged:
+            return read_plan(place)
+        if manifest is None or layout.MANIFEST in self.damaged:
+            what = "plan and manifest are both damaged: convert to a new folder"
+            self.result.failed.append(Finding(layout.PLAN, "failed", what))
+            return None
+        policy = Policy(**manifest.store)
+        with Survey(source, manifest.seed, scratch.local) as survey:
+            settings = settings_for(
+                source, survey.listing, manifest.seed, manifest.samples_per_shard, policy, manifest.dedupe
+            )
+            settings = replace(settings, source=manifest.source)
+            if settings.sha256() != manifest.options_sha256:
+                what = (
+                    f"cannot be made again: names, sizes or labels of '{source.name}' have changed since the conversion, or other "
+                    "options were given"
+                )
+                self.result.failed.append(Finding(layout.PLAN, "failed", what))
+                return None
+            plan = write_plan(scratch, survey, settings)
+        self._take(scratch, layout.PLAN)
+        return replace(plan, place=place)
+
+    def _make(
+        self,
+        source: Source,
+        scratch: LocalPlace,
+        plan: Plan,
+        dropped: dict[int, frozenset[int]],
+        todo: range | list[int],
+        wanted: dict[int, ShardFile],
+        hurt: dict[int, ShardFile],
+    ) -> None:
+        """Makes shards in `scratch`; see `_Remaker` for `wanted` and `hurt`. Adds to what has failed."""
+        maker = Maker(source, scratch, plan, Policy(**plan.settings.store), dropped)
+        table_whole = layout.TABLE not in self.damaged
+        starts = dict(zip(map(number, self.promise.files), self.promise.starts(), strict=True))
+        remaker = _Remaker(maker, self.place, wanted, hurt, starts if table_whole else {})
+        total = sum(map(plan.num_rows, todo))
+
+        def show(done: int, _: int) -> None:
+            self.progress(done, total, 0)
+
+        workers = self.workers
+        if workers is None:
+            workers = 0 if total < SMALL else available_cpus()
+        if workers and todo:
+            run_in_processes(remaker, todo, workers, show)
+        else:
+            run_here(remaker, todo, show)
+        for path in sorted(scratch.local.glob("failed-*.json")):
+            self.result.failed.append(Finding(**json.loads(path.read_text())))
+            path.unlink()
+
+    def _merge(self, scratch: Place, plan: Plan, wanted: set[str]) -> None:
+        if self.result.failed:
+            for name in sorted(wanted):
+                what = "needs every shard, and some cannot be made again"
+                self.result.failed.append(Finding(name, "failed", what))
+            return
+        merge(scratch, plan).save(scratch)
+        for name in sorted(wanted):
+            self._take(scratch, name)
+
+    def _take(self, scratch: Place, name: str) -> None:
+        """Puts a file that was made again in place, unless it is not as it was."""
+        wanted = self.promise.sum_of(name)
+        # Another version of pyarrow writes the same rows as other bytes: the checksums are then written anew.
+        same = wanted is None or sha256_of(scratch, name) == wanted
+        if not same and name in (layout.MANIFEST, layout.QUARANTINE):
+            what = "was made again, but differs from its SHA-256: the images that are refused have changed"
+            self.result.failed.append(Finding(name, "failed", what))
+            return
+        _copy(scratch, name, self.place)
+        self.result.mended.append(name)
+        if not same:
+            self.damaged.add(layout.SUMS)
+
+    def _mend_sums(self) -> None:
+        if layout.SUMS not in self.damaged:
+            return
+        if self.result.failed:
+            what = "is written when all other files are whole"
+            self.result.failed.append(Finding(layout.SUMS, "failed", what))
+            return
+        write_sums(self.place, Manifest.load(self.place))
+        self.result.mended.append(layout.SUMS)
+
+
+@dataclass(frozen=True)
+class _Remaker:
+    """Makes one shard in the maker's folder, compares it with the promise, and keeps its rows only; picklable.
+
+    wanted: what each shard must be (nothing is compared where it is empty); hurt: those to put into `place`; starts: the first sample
+    id of each, for the names of images that have changed.
+    """
+
+    maker: Maker
+    place: Place
+    wanted: dict[int, ShardFile]
+    hurt: dict[int, ShardFile]
+    starts: dict[int, int]
+
+    def __call__(self, shard: int, count: Count) -> None:
+        self.maker(shard, count)
+        scratch = self.maker.dest
+        tar, index = layout.shard_name(shard), layout.index_name(shard)
+        marks = read_marks(scratch, shard)
+        assert marks is not None
+        promised = self.wanted.get(shard)
+        if self.wanted and (marks.shard and marks.shard.sha256) != (promised and promised.sha256):
+            what = f"cannot be made again: {self._culprits(shard, promised, marks.quarantined)}"
+            text = json.dumps(asdict(Finding(tar, "failed", what)))
+            scratch.write(f"failed-{shard:09d}.json", text.encode())
+        elif shard in self.hurt:
+            _copy(scratch, tar, self.place)
+            if not _same(scratch, self.place, index):
+                _copy(scratch, index, self.place)
+        scratch.remove(tar)
+        scratch.remove(index)
+
+    def _culprits(self, shard: int, promised: ShardFile | None, quarantined: list[dict]) -> str:
+        """Which images are no longer what they were."""
+        now = {bad["source"]: bad["reason"] for bad in quarantined}
+        made = {row["source"]: row for row in _rows(read_made(self.maker.dest, shard))}
+        then: dict[str, dict] = {}
+        if promised and shard in self.starts:
+            start = self.starts[shard]
+            then = {row["source"]: row for row in read_rows(self.place, start, start + promised.num_samples)}
+        if then and all(name in now for name in then):
+            name = next(iter(then))
+            return f"not one of its {len(then):,} images can be used in this --source, such as '{name}' ({now[name]})"
+        changed = [f"'{name}' is refused now ({now[name]})" for name in then if name in now]
+        changed += [
+            f"'{name}' has changed since the conversion"
+            for name, row in then.items()
+            if name in made and row["tar_crc32"] != made[name]["tar_crc32"]
+        ]
+        if then:
+            changed += [f"'{name}' was refused then, and is not now" for name in made if name not in then]
+        if not changed:
+            return "its images have changed since the conversion"
+        more = f", and {len(changed) - _SHOWN:,} more" if len(changed) > _SHOWN else ""
+        return "; ".join(changed[:_SHOWN]) + more
+
+
+def _rows(table: pa.Table) -> list[dict]:
+    return table.select(["source", "tar_crc32"]).to_pylist()
+
+
+def _check_kind(source: Source, plan: Plan) -> None:
+    """Raises UserError where a source is not what the plan was made of, by its kind and options."""
+    then = {"kind": plan.settings.kind} | plan.settings.source_settings
+    now = {"kind": source.kind} | json.loads(json.dumps(source.settings()))
+    for name in {**then, **now}:
+        if then.get(name) != now.get(name):
+            raise UserError(
+                f"'{plan.place.url}' was made with {name} {then.get(name)!r}, now it is {now.get(name)!r}; give --source the "
+                "options that `fastssl shard` had."
+            )
+
+
+def _same(one: Place, other: Place, name: str) -> bool:
+    return one.exists(name) and other.exists(name) and one.read(name) == other.read(name)
+
+
+def _copy(source: Place, name: str, dest: Place) -> None:
+    """Copies a file, whole or not at all; nothing where it is missing."""
+    if not source.exists(name):
+        return
+    with source.open(name) as file:
+        dest.write(name, lambda out: shutil.copyfileobj(file, out, 1 << 20))

@@ -1,0 +1,1 @@
+"""The commands `fastssl shard`, `split`, `verify` and `inspect`."""

@@ -1,0 +1,201 @@
+"""`fastssl shard SOURCE DEST`: converts images to shards, with progress and a closing summary."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from shards.errors import UserError
+from shards.images.policy import Policy
+from shards.sources.source_options import ListOptions, RasterOptions, TarOptions
+
+if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
+    from rich.console import Console
+
+    from shards.format.layout import Manifest
+    from shards.sources.source import Source
+    from shards.storage.place import Place
+
+_SHOWN_REASONS = 5
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Convert images to WebDataset shards.
+
+    In a folder of images the folders directly below it become class labels, which pretraining does not need; docs/sources.md tells of
+    lists, tars and rasters. Every image is decoded once as a proof;
+    broken ones are set aside and listed in DEST/quarantine.jsonl. The same command again finishes an interrupted conversion, with the
+    same bytes.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A folder with images in it and below; a list (.csv, .tsv, .parquet); .parquet with the images inside; with --tile rasters; a
+    .tar, 'x-*.tar' or a folder of tars; a finished shard folder. A path or a URL."""
+    dest: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
+    """The folder for the shards: new, empty, or one to go on with."""
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Decides the order of the samples in the shards."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Processes to use; 0 for none beside this one. None: one a CPU. With --engine ray: shards at a time, None for two a CPU."""
+    engine: Literal["local", "ray"] = "local"
+    """Where shards are made: in processes of this machine, or on all nodes of a running Ray cluster."""
+    ray_address: Annotated[str, tyro.conf.arg(metavar="auto|HOST:PORT")] = "auto"
+    """The Ray cluster; auto: the one that this machine is a node of."""
+    samples_per_shard: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Images in one shard. None: 64 shards of 128 to 4096 images each."""
+    dedupe: Literal["mark", "drop", "keep"] = "mark"
+    """Images whose pixels equal those of an earlier one: marked in the sample table, left out, or kept unmarked."""
+    policy: Policy = field(default_factory=Policy)
+    list: ListOptions = field(default_factory=ListOptions)
+    tar: TarOptions = field(default_factory=TarOptions)
+    raster: RasterOptions = field(default_factory=RasterOptions)
+    masks: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
+    """Folder of masks (class indices) with the images' relative names; for segmentation."""
+    mask_suffix: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
+    """What follows an image's name in its mask's name, such as _mask."""
+    only: Annotated[str, tyro.conf.arg(metavar="IDS|SPLIT")] = ""
+    """Of a finished shard folder as SOURCE: the samples to take, as a file (one sample_id a line, or Parquet) or a split's name."""
+    part: Annotated[str, tyro.conf.arg(metavar="I/N")] = ""
+    """I/N: make every N-th shard, from the I-th on, and do not merge; for job arrays. The command without --part merges."""
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Parses the arguments after `fastssl shard` and runs it; UserError passes, Ctrl-C exits with 130."""
+    paths = list(itertools.takewhile(lambda word: not word.startswith("-"), argv or ()))
+    if len(paths) > 2:
+        raise UserError(
+            f"there are {len(paths)} paths, not SOURCE and DEST only. Put a pattern in quotes, so that the shell leaves it; of images "
+            f"give the folder, '{os.path.dirname(paths[0]) or '.'}'."
+        )
+    args = tyro.cli(Shard, prog="fastssl shard", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        shard(args)
+    except KeyboardInterrupt:
+        print("\nStopped. What is finished is kept; the same command goes on from there.")
+        raise SystemExit(130) from None
+
+
+def source_of(args: Shard, dest: Place) -> Source:
+    """The source that the arguments name; UserError where they contradict one another."""
+    from shards.sources.source_kinds import open_source
+
+    return open_source(
+        args.source,
+        dest,
+        masks=args.masks,
+        mask_suffix=args.mask_suffix,
+        only=args.only,
+        lists=args.list,
+        rasters=args.raster,
+        tars=args.tar,
+    )
+
+
+def shard(args: Shard) -> None:
+    """Runs one conversion with progress on the screen."""
+    from rich.console import Console
+
+    from shards.commands.progress import Screen
+    from shards.conversion.convert import Part, convert
+    from shards.format.layout import MANIFEST
+    from shards.storage.place import open_place
+
+    console = Console(highlight=False, soft_wrap=True)
+    dest = open_place(args.dest)
+    source = source_of(args, dest)
+    part = Part.parse(args.part) if args.part else None
+    if args.engine != "ray" and args.ray_address != "auto":
+        raise UserError(f"--ray-address {args.ray_address} goes with --engine ray.")
+    was_complete = dest.exists(MANIFEST)
+    start_s = time.monotonic()
+    with Screen(console, args.source, args.policy) as screen:
+        manifest = convert(
+            source,
+            dest,
+            seed=args.seed,
+            workers=args.workers,
+            samples_per_shard=args.samples_per_shard,
+            policy=args.policy,
+            dedupe=args.dedupe,
+            part=part,
+            ray_address=args.ray_address if args.engine == "ray" else None,
+            report=screen,
+        )
+    if manifest is None:
+        console.print(
+            f"Part {args.part} is done. When all parts are, the same command without --part merges them.",
+            markup=False,
+        )
+    elif screen.num_shards == 0 and was_complete:
+        console.print(
+            f"{args.dest} is complete: {manifest.num_samples:,} images in {len(manifest.shards):,} shards. "
+            "Nothing to do.",
+            markup=False,
+        )
+    else:
+        _print_summary(console, dest, manifest, screen.num_converted, time.monotonic() - start_s)
+
+
+def _print_summary(
+    console: Console, dest: Place, manifest: Manifest, num_converted: int, duration_s: float
+) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from shards.format import layout
+    from shards.units import human_size
+
+    table = Table(
+        title=Text(dest.url), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+    )
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("images", f"{manifest.num_samples:,}")
+    if manifest.dtypes != ["uint8"] or not set(manifest.channels) <= {1, 3}:
+        table.add_row("channels", f"{', '.join(map(str, manifest.channels))} of {', '.join(manifest.dtypes)}")
+    table.add_row("classes", f"{len(manifest.classes):,}" if manifest.classes else "none: no labels")
+    if manifest.num_masks:
+        table.add_row("masks", f"{manifest.num_masks:,}")
+    table.add_row("shards", f"{len(manifest.shards):,}")
+    table.add_row("size", human_size(manifest.bytes))
+    for name, count in changes(dest).most_common(_SHOWN_REASONS):
+        table.add_row(Text(name.partition(":")[0]), Text(f"{count:,}:{name.partition(':')[2]}"))
+    if manifest.num_duplicates:
+        done = {"drop": "left out", "mark": "marked in the table"}[manifest.dedupe]
+        table.add_row("duplicates", f"{manifest.num_duplicates:,}, {done}")
+    table.add_row("quarantined", f"{manifest.num_quarantined:,}" if manifest.num_quarantined else "none")
+    for reason, count in reasons(dest).most_common(_SHOWN_REASONS):
+        table.add_row("", Text(f"{count:,}: {reason}"))
+    if manifest.num_quarantined:
+        table.add_row("", Text(f"listed in {dest / layout.QUARANTINE}"))
+    speed = f", {num_converted / max(duration_s, 1e-9):,.0f} images/s" if num_converted else ""
+    table.add_row("time", f"{duration_s:,.1f} s{speed}")
+    console.print(table)
+
+
+def changes(dest: Place) -> Counter[str]:
+    """How many images were stored in which way, other than plainly kept, by the words of the table's `stored`."""
+    from shards.format.columns import read_columns
+    from shards.format.layout import TABLE
+
+    with dest.open(TABLE) as file:
+        counts = read_columns(file, ["stored"])["stored"].value_counts().to_pylist()
+    return Counter({row["values"]: row["counts"] for row in counts if row["values"] != "kept"})
+
+
+def reasons(dest: Place) -> Counter[str]:
+    """How many images were refused for which reason; what stands in brackets and the numbers differ for each and are left out."""
+    from shards.conversion.merge import quarantine
+
+    return Counter(
+        re.sub(r"\s*\([^)]*\)|\d+ x \d+ |'[^']*' ", "", bad["reason"]).strip() for bad in quarantine(dest)
+    )

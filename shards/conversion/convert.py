@@ -1,0 +1,303 @@
+"""A source to a folder of shards: plan, make each shard, merge.
+
+A shard is a function of (plan, shard number). So the work may be killed at any moment and started again, and may be done by any number
+of processes on any number of machines: the files are the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shards.conversion.listing import SCRATCH, Survey
+from shards.conversion.merge import by_shard, merge, read_dropped, write_dropped
+from shards.conversion.ray_workers import Cluster, connect
+from shards.conversion.shard_maker import Maker, read_marks, rows_path
+from shards.conversion.shard_plan import Plan, check_same, read_plan, settings_for, write_plan
+from shards.conversion.workers import run_here, run_in_processes, warm_up
+from shards.cpus import available_cpus
+from shards.errors import UserError, nearest
+from shards.format import layout
+from shards.format.checksums import write_sums
+from shards.format.layout import Manifest, ShardFile
+from shards.images.policy import Policy
+from shards.sources.source import Source
+from shards.sources.source_kinds import open_source
+from shards.storage.atomic_files import is_unfinished
+from shards.storage.place import Place, open_place
+
+DEDUPE = ("mark", "drop", "keep")
+SMALL = 256  # images below which starting processes takes longer than converting
+
+
+class Report:
+    """What a conversion tells while it runs; this one says nothing."""
+
+    def listed(self, num_images: int) -> None:
+        """So many images have been found so far."""
+
+    def planned(self, plan: Plan, source: Source, todo: int) -> None:
+        """The plan stands; `todo` shards of it are to be made."""
+
+    def progress(self, done: int, total: int, quarantined: int) -> None:
+        """Counts of images, about 10 times a second."""
+
+    def say(self, text: str) -> None:
+        """One sentence about what comes next."""
+
+
+class OnProgress(Report):
+    """Passes the counts on to a function of (done, total, quarantined), and says nothing else."""
+
+    def __init__(self, function: Callable[[int, int, int], None]):
+        self._function = function
+
+    def progress(self, done: int, total: int, quarantined: int) -> None:
+        """See `Report.progress`."""
+        self._function(done, total, quarantined)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `index` of `count`: the shards whose number leaves `index` when divided by `count`."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """From `0/8`; UserError unless 0 <= index < count."""
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise UserError(f"the part is '{text}', but it must be I/N with 0 <= I < N, such as 0/8.")
+        return cls(int(index), int(count))
+
+    def shards(self, num_shards: int) -> range:
+        """The numbers of this part's shards."""
+        return range(self.index, num_shards, self.count)
+
+
+def convert(
+    source: Source | str | os.PathLike,
+    dest: str | os.PathLike | Place,
+    *,
+    seed: int = 0,
+    workers: int | None = None,
+    samples_per_shard: int | None = None,
+    policy: Policy | None = None,
+    dedupe: str = "mark",
+    part: Part | None = None,
+    ray_address: str | None = None,
+    report: Report | None = None,
+) -> Manifest | None:
+    """Converts `source` (a folder, or any Source) to shards in `dest`; returns the manifest, or None after a `part`.
+
+    The same call again finishes what was interrupted, mends missing or cut shards, and otherwise changes nothing.
+
+    Args:
+        workers: processes, 0 for this one, None for one a CPU (this one below 256 images).
+        samples_per_shard: None for 64 shards of 128 to 4096.
+        policy: what is stored, and what is refused.
+        dedupe: images with the same pixels as an earlier one are marked in the table, dropped, or kept unmarked.
+        part: makes some of the shards only; when all parts are done, the same call without `part` merges them.
+        ray_address: of a Ray cluster, whose nodes make the shards, at most `workers` at a time; see `ray_engine.connect`.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    place = open_place(dest)
+    if isinstance(source, str | os.PathLike):
+        source = open_source(os.fspath(source), place)
+    if workers is not None and workers < 0:
+        raise UserError(f"the number of workers must be 0 or more, got {workers}.")
+    if workers == 0 and ray_address is not None:
+        raise UserError("--workers 0 means this process alone, which does not go with --engine ray.")
+    if samples_per_shard is not None and samples_per_shard < 1:
+        raise UserError(f"the samples per shard must be 1 or more, got {samples_per_shard}.")
+    if dedupe not in DEDUPE:
+        raise UserError(f"there is no --dedupe '{dedupe}'.{nearest(dedupe, DEDUPE)}")
+    report, policy = report or Report(), policy or Policy()
+    connected = connect(ray_address) if ray_address is not None else contextlib.nullcontext()
+    with connected as cluster:
+        _make_folder(place)
+        own_lock = (
+            place.lock(f"{layout.LOCK}-{part.index}-of-{part.count}") if part else contextlib.nullcontext()
+        )
+        with place.lock(layout.LOCK, shared=part is not None), own_lock:
+            if part is None:
+                place.remove_unfinished("")
+                for name in place.names():
+                    if name.startswith(SCRATCH):
+                        place.remove_tree(name)
+            planned = place.exists(layout.PLAN)
+
+            def listed(num_images: int) -> None:
+                report.listed(num_images)
+                if num_images >= SMALL and workers != 0 and not cluster:
+                    warm_up()
+
+            with Survey(source, seed, place.local, listed, keep=not planned) as survey:
+                settings = settings_for(source, survey.listing, seed, samples_per_shard, policy, dedupe)
+                if planned:
+                    plan = read_plan(place)
+                    check_same(plan, settings)
+                else:
+                    plan = write_plan(place, survey, settings)
+            run = _Run(source, place, plan, policy, workers, cluster, report)
+            return run.part(part) if part else run.whole()
+
+
+class _Run:
+    """One call of `convert`, its plan made."""
+
+    def __init__(
+        self,
+        source: Source,
+        dest: Place,
+        plan: Plan,
+        policy: Policy,
+        workers: int | None,
+        cluster: Cluster | None,
+        report: Report,
+    ):
+        self.source = source
+        self.dest = dest
+        self.plan = plan
+        self.policy = policy
+        self.workers = workers
+        self.cluster = cluster
+        self.report = report
+        self._quarantined = 0  # images, in shards that were finished before
+
+    def part(self, part: Part) -> None:
+        """Makes the unfinished shards of a part; merges nothing."""
+        if self.dest.exists(layout.MANIFEST):
+            self.report.planned(self.plan, self.source, 0)
+            return
+        own = part.shards(self.plan.num_shards)
+        self._remove_unfinished(own)
+        self._make(self._unfinished(own, None), {}, own)
+
+    def whole(self) -> Manifest:
+        """Makes what is missing, merges, and returns the manifest."""
+        dest, plan = self.dest, self.plan
+        if not (dest.exists(layout.TABLE) and dest.exists(layout.QUARANTINE)):
+            dest.remove(layout.MANIFEST)
+        finished = Manifest.load(dest) if dest.exists(layout.MANIFEST) else None
+        dest.remove_unfinished(layout.ROWS)
+        dropped = by_shard(read_dropped(dest), plan.settings.samples_per_shard)
+        every = range(plan.num_shards)
+        if finished:
+            todo = [number(file) for file in finished.shards if not is_whole(dest, file)]
+            self._make(todo, dropped, every)
+            self._check_mended(finished, todo)
+            manifest = finished
+        else:
+            counts = None if not dest.exists(layout.DROPPED) else {s: len(d) for s, d in dropped.items()}
+            self._make(self._unfinished(every, counts), dropped, every)
+            if plan.settings.dedupe == "drop" and counts is None:
+                write_dropped(dest, plan)
+                dropped = by_shard(read_dropped(dest), plan.settings.samples_per_shard)
+                if dropped:
+                    self.report.say(
+                        f"{sum(map(len, dropped.values())):,} duplicates: making {len(dropped):,} shards without them"
+                    )
+                self._make(sorted(dropped), dropped, every)
+            manifest = merge(dest, plan)
+            write_sums(dest, manifest)
+            manifest.save(dest)
+        dest.remove_tree(layout.ROWS)
+        return manifest
+
+    def _unfinished(self, shards: range, num_dropped: dict[int, int] | None) -> list[int]:
+        """Those that do not lie there whole, or, where drops are decided, not without those of their own.
+
+        Counts the images that the others have refused.
+        """
+        todo = []
+        marked = set(
+            self.dest.names(layout.ROWS)
+        )  # asked at once: a remote store takes its time for each question
+        for shard in shards:
+            marks = read_marks(self.dest, shard) if layout.rows_name(shard) in marked else None
+            right = marks and (num_dropped is None or marks.num_dropped == num_dropped.get(shard, 0))
+            if marks and right and (marks.shard is None or is_whole(self.dest, marks.shard)):
+                self._quarantined += len(marks.quarantined)
+            else:
+                todo.append(shard)
+        return todo
+
+    def _make(self, todo: list[int], dropped: dict[int, frozenset[int]], among: range) -> None:
+        """Makes shards; progress counts the images of all shards `among` which they are."""
+        plan, report = self.plan, self.report
+        report.planned(plan, self.source, len(todo))
+        if not todo:
+            return
+        todo_images, total = (sum(map(plan.num_rows, shards)) for shards in (todo, among))
+
+        def show(done: int, quarantined: int) -> None:
+            report.progress(total - todo_images + done, total, self._quarantined + quarantined)
+
+        maker = Maker(
+            self.source, self.dest, plan, self.policy, {s: dropped[s] for s in todo if s in dropped}
+        )
+        workers = self.workers
+        if self.cluster:
+            self.cluster.run(maker, todo, workers, show)
+            self._remove_unfinished(todo)  # of nodes that died
+            return
+        if workers is None:
+            workers = 0 if todo_images < SMALL else available_cpus()
+        if workers:
+            run_in_processes(maker, todo, workers, show)
+        else:
+            run_here(maker, todo, show)
+
+    def _remove_unfinished(self, shards: Sequence[int]) -> None:
+        names = {name(shard) for shard in shards for name in (layout.shard_name, layout.index_name)}
+        self.dest.remove_unfinished("", names)
+        self.dest.remove_unfinished(layout.ROWS, {layout.rows_name(shard) for shard in shards})
+
+    def _check_mended(self, manifest: Manifest, mended: list[int]) -> None:
+        listed = {number(file): file for file in manifest.shards}
+        for shard in mended:
+            marks = read_marks(self.dest, shard)
+            if marks is None or marks.shard is None or marks.shard.sha256 != listed[shard].sha256:
+                self.dest.remove(layout.shard_name(shard))
+                self.dest.remove(rows_path(shard))
+                raise UserError(
+                    f"'{layout.shard_name(shard)}' was missing or damaged and cannot be made again: its images have changed since. "
+                    "Give a new DEST."
+                )
+
+
+def is_whole(dest: Place, file: ShardFile) -> bool:
+    """Whether a shard's tar has its size and its index is there; no byte of it is read."""
+    return dest.size(file.name) == file.bytes and dest.exists(layout.index_name(number(file)))
+
+
+def number(file: ShardFile) -> int:
+    """The shard's number, from its file name."""
+    return int(file.name.removeprefix("shard-").removesuffix(".tar"))
+
+
+def _make_folder(dest: Place) -> None:
+    try:
+        dest.make()
+        names = dest.names()
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"'{dest.url}' is a file; DEST is the folder for the shards.") from None
+    except OSError as fault:
+        raise UserError(
+            f"'{dest.url}' cannot be written ({fault.strerror or fault}); choose another DEST."
+        ) from fault
+    # With a plan the folder is ours, and what a user laid beside the shards does no harm.
+    foreign = [
+        name for name in names if not name.startswith((layout.LOCK, SCRATCH)) and not is_unfinished(name)
+    ]
+    if layout.PLAN not in names and foreign:
+        raise UserError(
+            f"'{dest.url}' already holds other files, such as '{foreign[0]}'; give a new or an empty folder."
+        )

@@ -1,0 +1,37 @@
+"""What a conversion will cost in space, from a few of its images."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+from shards.conversion.shard_plan import Plan
+from shards.images.pixels import BadImage
+from shards.images.policy import Policy
+from shards.images.proof import prove
+from shards.sources.source import Source
+
+NUM_TRIED = 16
+_PER_SAMPLE_BYTES = 2048  # headers, padding, JSON
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that the shards will take; `free` is what their disk has, None where nobody knows."""
+
+    num_bytes: int
+    free: int | None
+
+
+def estimate(source: Source, plan: Plan, policy: Policy, todo: int) -> Estimate:
+    """Converts the plan's first images on trial, and reckons with their average for the `todo` shards to be made."""
+    sizes = []
+    for row in plan.rows(0).slice(0, NUM_TRIED).to_pylist():
+        try:
+            stored = prove(source.read(row).data, row["source"], policy)
+        except BadImage:
+            continue
+        sizes.append(len(stored.data) + _PER_SAMPLE_BYTES)
+    num_images = min(plan.settings.num_images, todo * plan.settings.samples_per_shard)
+    free = shutil.disk_usage(plan.place.local).free if plan.place.local else None
+    return Estimate(round(num_images * sum(sizes) / max(len(sizes), 1)), free)

@@ -1,0 +1,172 @@
+"""What a shard folder holds: file names, the sample table's columns, the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from shards.errors import UserError
+from shards.storage.place import Place, open_place
+
+FORMAT_VERSION = 2
+INDEX_VERSION = "v1.2"  # of DALI's webdataset index
+
+MANIFEST = "manifest.json"
+TABLE = "samples.parquet"
+PLAN = "plan.parquet"
+QUARANTINE = "quarantine.jsonl"
+DROPPED = "dropped.parquet"
+SPLITS = "splits.parquet"
+SUMS = "SHA256SUMS"
+ROWS = ".rows"
+LOCK = ".lock"
+MASK_EXT = "mask.png"
+
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.int64()),  # 0..N-1 without gaps, in shard order
+        ("key", pa.string()),  # the members' name in the tar, before the dot
+        ("shard", pa.int32()),  # number of the shard, as in its file name
+        ("offset", pa.int64()),  # of the first byte of the image in the tar
+        ("size", pa.int64()),  # bytes of the stored image
+        ("ext", pa.string()),  # jpg, png, webp or npy
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("channels", pa.int16()),
+        ("dtype", pa.string()),  # uint8, uint16 or float32
+        ("label", pa.int32()),  # index into the manifest's classes, or null
+        ("mask_offset", pa.int64()),  # of the mask's first byte in the tar, or null
+        ("mask_size", pa.int64()),
+        ("group", pa.string()),  # what a split may not tear apart, or null
+        ("source", pa.string()),  # what the source calls it, such as the path below the source folder
+        ("sha256", pa.string()),  # of the stored image, hexadecimal
+        ("pixels_hash", pa.string()),  # XXH3, 128 bit, equal where the pixels are: see `equal`
+        ("duplicate_of", pa.int64()),  # the first sample with the same pixels, or null
+        ("stored", pa.string()),  # "kept", or "re-encoded: " and why
+        (
+            "tar_crc32",
+            pa.uint32(),
+        ),  # of all the sample's bytes in the tar, from its first header to its last padding
+    ]
+)
+
+
+def shard_name(shard: int) -> str:
+    """The tar's file name: `shard-000012.tar`."""
+    return f"shard-{shard:06d}.tar"
+
+
+def index_name(shard: int) -> str:
+    """The DALI index's file name: `shard-000012.idx`."""
+    return f"shard-{shard:06d}.idx"
+
+
+def rows_name(shard: int) -> str:
+    """The file name, below `.rows`, that marks a shard as finished: `shard-000012.parquet`."""
+    return f"shard-{shard:06d}.parquet"
+
+
+def sample_key(position: int) -> str:
+    """The key of the sample at this position of the plan: digits only, so no reader splits it wrongly."""
+    return f"{position:09d}"
+
+
+def tool_version() -> str:
+    """The version of the installed distribution."""
+    try:
+        return importlib.metadata.version("fastssl-pretrain")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One tar as it must lie in the folder."""
+
+    name: str
+    num_samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str = ""  # of its DALI index
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The facts of a finished shard folder; written last, so its presence means that the folder is whole."""
+
+    source: str  # the source's own name
+    kind: str  # folder, list, tars, ...
+    seed: int
+    num_samples: int
+    num_quarantined: int
+    num_duplicates: int  # marked or dropped
+    dedupe: str
+    samples_per_shard: int  # planned, before bad images are left out
+    classes: list[str]
+    channels: list[int]  # the numbers of channels that occur
+    dtypes: list[str]
+    num_masks: int
+    max_width: int
+    max_height: int
+    bytes: int  # of all tars
+    store: dict[str, Any]  # the policy
+    statistics: dict[str, Any]  # per channel mean, std, percentiles: shards.images.channel_statistics
+    shards: list[ShardFile]
+    options_sha256: str
+    tool_version: str = dataclasses.field(default_factory=tool_version)
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike | Place) -> Manifest:
+        """Reads `manifest.json`; raises UserError when it is missing, damaged or of another version."""
+        place = open_place(folder)
+        try:
+            fields: Any = json.loads(place.read(MANIFEST))
+            version = fields["format_version"]
+            if version == FORMAT_VERSION:
+                shards = [ShardFile(**shard) for shard in fields.pop("shards")]
+                return cls(shards=shards, **fields)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(_no_manifest(place)) from None
+        except (ValueError, KeyError, TypeError) as fault:
+            raise UserError(f"'{place / MANIFEST}' is damaged ({fault}); convert to a new folder.") from fault
+        raise UserError(
+            f"'{place / MANIFEST}' has format version {version}, this fastssl reads {FORMAT_VERSION}; convert again, "
+            "or update fastssl where that is older."
+        )
+
+    def to_bytes(self) -> bytes:
+        """The content of `manifest.json`; the same facts give the same bytes."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
+        return (text + "\n").encode()
+
+    def save(self, folder: str | os.PathLike | Place) -> None:
+        """Writes `manifest.json`, atomically."""
+        open_place(folder).write(MANIFEST, self.to_bytes())
+
+
+def check_size(where: str, found_bytes: int | None, expected_bytes: int) -> None:
+    """Raises UserError unless the file `where` has the bytes that the manifest says; None where it is missing."""
+    if found_bytes is None:
+        raise UserError(f"'{where}' is missing; run the same `fastssl shard` command again to make it.")
+    if found_bytes != expected_bytes:
+        raise UserError(
+            f"'{where}' has {found_bytes:,} bytes and should have {expected_bytes:,}; run the same `fastssl shard` command again to "
+            "mend it."
+        )
+
+
+def _no_manifest(place: Place) -> str:
+    if not place.is_there():
+        return f"there is no folder '{place.url}'; give the folder that `fastssl shard SOURCE DEST` made."
+    if place.exists(PLAN):
+        return f"the conversion into '{place.url}' is unfinished; run the same `fastssl shard` command again."
+    return (
+        f"'{place.url}' holds no {MANIFEST}, so it is no shard folder; `fastssl shard SOURCE DEST` makes one."
+    )

@@ -1,0 +1,146 @@
+"""Masks of class indices: found beside the images, proven, and stored as PNG."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from shards.errors import UserError
+from shards.images.headers import check_png, png_colour, png_depth, tiff_header
+from shards.images.pillow import TURNS, encode, orientation, strict_pillow
+from shards.images.pixels import BadImage, damage, turned
+from shards.images.policy import Policy
+from shards.images.proof import Stored, check_size
+from shards.storage.place import Place
+
+SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
+_SHOWN = 3
+
+
+class MaskFolder:
+    """A folder of masks with the images' relative names; endings may differ, and `suffix` may follow the name (`_mask`)."""
+
+    def __init__(self, place: Place, suffix: str = ""):
+        place.check_folder("--masks")
+        self.place = place
+        self._suffix = suffix
+        self._found = 0
+        self._without: list[str] = []
+        self._num_without = 0
+
+    def settings(self) -> dict[str, Any]:
+        """What decides which mask an image gets."""
+        return {"folder": self.place.name, "suffix": self._suffix}
+
+    def find(self, name: str) -> str | None:
+        """The mask of an image, as a name in the mask folder; None where there is none."""
+        stem = os.path.splitext(name)[0] + self._suffix
+        for ending in SUFFIXES:
+            if self.place.exists(stem + ending):
+                self._found += 1
+                return stem + ending
+        self._num_without += 1
+        if len(self._without) < _SHOWN:
+            self._without.append(name)
+        return None
+
+    def read(self, mask_name: str) -> bytes:
+        """A mask's file; BadImage where it cannot be read."""
+        return read_mask(self.place, mask_name)
+
+    def check(self) -> None:
+        """After the listing: raises UserError where no image has a mask."""
+        if not self._found:
+            there = next((name for name, _ in self.place.walk()), None)
+            raise UserError(
+                f"'{self.place.url}' holds no mask of any image (such as '{self._without[0]}'): masks have the images' names, "
+                f"{f'then {self._suffix!r}, ' if self._suffix else ''}then one of {', '.join(SUFFIXES)}. "
+                + (
+                    f"It holds '{there}'; --mask-suffix is what follows an image's name."
+                    if there
+                    else "It is empty."
+                )
+            )
+
+    def warnings(self) -> list[str]:
+        """How many images have no mask."""
+        if not self._num_without:
+            return []
+        return [
+            f"{self._num_without:,} images have no mask, such as {', '.join(self._without)}; they are converted without one."
+        ]
+
+
+def read_mask(place: Place, name: str) -> bytes:
+    """A mask's file; BadImage where it cannot be read."""
+    try:
+        return place.read(name)
+    except OSError as fault:
+        raise BadImage(f"its mask '{name}' cannot be read: {fault.strerror or fault}") from fault
+
+
+def prove_mask(mask: bytes | npt.NDArray, name: str, stored: Stored, policy: Policy) -> bytes:
+    """A mask of class indices for an image, as a grey PNG of 8 or 16 bits and of the stored image's size.
+
+    Palette images give their indices. A mask of the file's size is turned as the image was, unless it has an EXIF orientation of its
+    own; scaling takes the nearest pixel. Raises BadImage for colour masks, other sizes and what does not decode.
+    """
+    own_turn = 0
+    if isinstance(mask, bytes):
+        with strict_pillow():
+            try:
+                image = Image.open(io.BytesIO(mask), formats=("PNG", "TIFF", "BMP", "GIF"))
+                check_size(*image.size, policy)
+                tiff = tiff_header(mask) if image.format == "TIFF" else None
+                if image.format == "PNG":
+                    check_png(mask)
+                image.load()
+                own_turn = tiff.orientation if tiff else orientation(image)
+            except BadImage as fault:
+                raise BadImage(f"its mask '{name}': {fault.reason}") from None
+            except Exception as fault:
+                raise BadImage(f"its mask '{name}' is {damage(fault).reason}") from fault
+            if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "F"):
+                raise BadImage(
+                    f"its mask '{name}' has colours ({image.mode}); one grey channel of class indices is wanted"
+                )
+            pixels = np.asarray(image)
+            if image.mode == "L":
+                pixels = pixels // _grey_step(mask, image.format, tiff.bits if tiff else 8)
+            mask = pixels if tiff else turned(pixels[:, :, None], own_turn)[:, :, 0]
+    if mask.ndim == 3 and mask.shape[2] == 1:
+        mask = mask[:, :, 0]
+    if (
+        mask.dtype.kind not in "buif"
+        or mask.ndim != 2
+        or mask.min() < 0
+        or mask.max() > 65535
+        or (mask != np.floor(mask)).any()
+    ):
+        raise BadImage(f"its mask '{name}' does not hold class indices of 0 to 65535")
+    mask = mask.astype(np.uint8 if mask.max() < 256 else np.uint16)
+    size = (mask.shape[1], mask.shape[0])
+    upright = stored.file_size if stored.turn not in (5, 6, 7, 8) else stored.file_size[::-1]
+    if size == stored.file_size and own_turn not in TURNS:
+        mask = turned(mask[:, :, None], stored.turn)[:, :, 0]
+    elif size != upright:
+        raise BadImage(
+            f"its mask '{name}' has {size[0]} x {size[1]} pixels, the image {stored.file_size[0]} x {stored.file_size[1]}"
+        )
+    if (mask.shape[1], mask.shape[0]) != (stored.width, stored.height):
+        # The centre of each new pixel, as Pillow's nearest filter takes it; that one does not know 16 bits.
+        rows = ((np.arange(stored.height) + 0.5) * mask.shape[0] / stored.height).astype(np.int64)
+        columns = ((np.arange(stored.width) + 0.5) * mask.shape[1] / stored.width).astype(np.int64)
+        mask = mask[rows[:, None], columns]
+    return encode(Image.fromarray(np.ascontiguousarray(mask)), "PNG", 0)
+
+
+def _grey_step(data: bytes, kind: str | None, tiff_bits: int) -> int:
+    """What Pillow multiplies the values of 2- and 4-bit grey files with, to fill 0 to 255."""
+    bits = png_depth(data) if kind == "PNG" and png_colour(data) == 0 else tiff_bits
+    return 255 // ((1 << bits) - 1) if bits < 8 else 1

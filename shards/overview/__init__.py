@@ -1,0 +1,1 @@
+"""Describe a shard folder in numbers and in one picture."""

@@ -1,0 +1,111 @@
+"""What a shard folder holds, in numbers: from the sample table and the manifest, without decoding an image."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from shards.format import layout
+from shards.format.layout import Manifest
+from shards.storage.place import Place
+
+PERCENTILES = (0, 1, 25, 50, 75, 99, 100)
+_COLUMNS = ["width", "height", "size", "channels", "dtype", "ext", "stored", "label", "mask_size", "group"]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Counts and distributions of a shard folder.
+
+    widths, heights (pixels), sizes (bytes of the stored images): (num_samples,); labels: (num_samples,), -1 where there is none;
+    formats: counts by (ext, channels, dtype); stored: counts by the words of the table's `stored`; extra: the source's own columns as
+    (name, type, nulls, text of the values).
+    """
+
+    manifest: Manifest
+    widths: npt.NDArray[np.int32]
+    heights: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    formats: Counter[tuple[str, int, str]]
+    stored: Counter[str]
+    num_groups: int
+    num_duplicates: int
+    extra: list[tuple[str, str, int, str]]
+
+    @property
+    def aspects(self) -> npt.NDArray[np.float64]:
+        """Width / height, (num_samples,)."""
+        return self.widths / self.heights
+
+    @property
+    def short_sides(self) -> npt.NDArray[np.int32]:
+        """The shorter side in pixels, (num_samples,)."""
+        return np.minimum(self.widths, self.heights)
+
+    def class_counts(self) -> npt.NDArray[np.int64]:
+        """Samples of each class, (num_classes,)."""
+        return np.bincount(self.labels[self.labels >= 0], minlength=len(self.manifest.classes))
+
+    def percentiles(self) -> dict[str, npt.NDArray[np.float64]]:
+        """The PERCENTILES of each distribution, by its name."""
+        of = {
+            "width": self.widths,
+            "height": self.heights,
+            "short side": self.short_sides,
+            "width / height": self.aspects,
+            "bytes": self.sizes,
+        }
+        return {name: np.percentile(values, PERCENTILES) for name, values in of.items()}
+
+
+def read_overview(place: Place) -> Overview:
+    """Reads the manifest and the table's small columns; UserError where the folder is no finished one."""
+    manifest = Manifest.load(place)
+    with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
+        names = parquet.schema_arrow.names
+        table = parquet.read(columns=[*_COLUMNS, "duplicate_of"])
+        extra = []
+        for name in names:
+            if name not in layout.SCHEMA.names:
+                column = parquet.read(columns=[name])[name]
+                extra.append((name, str(column.type), column.null_count, _values(column)))
+    kinds = zip(*(table[name].to_pylist() for name in ("ext", "channels", "dtype")), strict=True)
+    return Overview(
+        manifest,
+        table["width"].to_numpy(),
+        table["height"].to_numpy(),
+        table["size"].to_numpy(),
+        table["label"].fill_null(-1).to_numpy().astype(np.int64),
+        Counter(kinds),
+        _counts(table["stored"]),
+        len(table["group"].drop_null().unique()),
+        len(table) - table["duplicate_of"].null_count,
+        extra,
+    )
+
+
+def _counts(column: Any) -> Counter[str]:
+    return Counter({pair["values"]: pair["counts"] for pair in column.value_counts().to_pylist()})
+
+
+def _values(column: Any) -> str:
+    """A few words about a column's values: its range, or how many different ones there are and the most frequent."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_temporal(kind):
+        ends = pc.min_max(column).as_py()  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+        return f"{ends['min']} to {ends['max']}"
+    try:
+        counts = _counts(column.drop_null())
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):  # lists and the like
+        return ""
+    most = ", ".join(f"{value} ({count:,})" for value, count in counts.most_common(3))
+    return f"{len(counts):,} different: {most}" if counts else ""

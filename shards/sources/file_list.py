@@ -1,0 +1,276 @@
+"""Lists: a CSV, TSV or Parquet file with one image a row, and whatever else is known of it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import posixpath
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shards.errors import UserError, nearest
+from shards.format import layout
+from shards.images.mask_images import read_mask
+from shards.images.pixels import BadImage
+from shards.sources import source as sources
+from shards.sources.source import ENTRIES, Picture, Source, entry_batch, read_file, split_url
+from shards.sources.source_options import NO_COLUMN, ListOptions
+from shards.sources.table_reader import ListFile, open_list
+from shards.storage.place import LocalPlace, Place, open_place
+
+# Where no column is named: the first of these that the list has, in any case of letters.
+USUAL = {
+    "path": (
+        *(
+            "path",
+            "image_path",
+            "img_path",
+            "file_path",
+            "filepath",
+            "image",
+            "img",
+            "file",
+            "filename",
+            "file_name",
+        ),
+        *("image_file", "image_name", "image_filename", "url", "image_url", "uri"),
+    ),
+    "label": ("label", "class", "class_name", "classname", "label_name", "category", "target", "labels"),
+    "mask": ("mask", "mask_path", "mask_file", "segmentation", "label_path"),
+    "group": ("group", "group_id"),
+}
+RENAMED = "list_"  # put before the names that the sample table uses itself
+
+
+class ListSource(Source):
+    """The images that a list names, with label, mask, group, and all its other columns.
+
+    Paths are relative to the list's folder or `options.root`, absolute, or URLs. Raises UserError for columns that are not there.
+    """
+
+    kind = "list"
+
+    def __init__(self, where: str, options: ListOptions | None = None):
+        options = options or ListOptions()
+        folder, self._file_name = split_url(where)
+        self._place = open_place(folder)
+        self.name = self._file_name
+        self._root = open_place(options.root) if options.root else self._place
+        self._root_name = self._root.name if options.root else ""
+        if options.root:
+            self._root.check_folder("--root")
+        self._where = where
+        listed = self._open()
+        self._row_word = listed.row_word
+        self._warnings: list[str] = []
+        self._protocols = {"file"}  # of URLs, that are known to be readable
+        self._missing: list[str] = []  # the warning about it, if any
+        self._columns = {
+            role: found
+            for role in USUAL
+            if (found := choose(listed, role, getattr(options, f"{role}_column"))) is not None
+        }
+        self._check_label(listed)
+        names, self._notes = extra_columns(listed, set(self._columns.values()))
+        types = listed.types(list(names))
+        self._extra = {name: kind for name, kind in zip(names, types, strict=True) if not is_binary(kind)}
+        binary = [name for name in names if name not in self._extra]
+        if binary:
+            self._warnings.append(f"columns of binary data are left out: {', '.join(binary)}.")
+        self.extra_schema = pa.schema([(names[name], kind) for name, kind in self._extra.items()])
+
+    def _open(self) -> ListFile:
+        return open_list(self._place, self._file_name, self._where)
+
+    def _check_label(self, listed: ListFile) -> None:
+        """One label is supported; a column of lists is kept as it is."""
+        name = self._columns.get("label")
+        kind = listed.columns[name] if name else None
+        if kind is not None and pa.types.is_nested(kind):
+            del self._columns["label"]
+            self._warnings.append(
+                f"the column '{name}' holds {kind}, several labels an image: kept in the sample table and the JSON, but there is one "
+                "label a sample, so the samples have none."
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Which columns are read as what, and the root's own name."""
+        extra = {column.name: str(column.type) for column in self.extra_schema}
+        return {"columns": self._columns, "extra": extra, "root": self._root_name}
+
+    def describe(self) -> list[str]:
+        """Which columns were taken for what."""
+        roles = ", ".join(f"{role} '{name}'" for role, name in self._columns.items())
+        extra = f"; kept as well: {', '.join(self.extra_schema.names)}" if self.extra_schema.names else ""
+        return [f"Columns: {roles}{extra}.", *self._notes]
+
+    def warnings(self) -> list[str]:
+        """Columns that are left out, and files that are missing."""
+        return [*self._warnings, *self._missing]
+
+    def entries(self) -> Iterator[pa.RecordBatch]:
+        """See `Source.entries`; UserError with the line of what cannot be read, and where not one file is there."""
+        self._missing.clear()
+        missing, num_missing, num_local, num_rows = "", 0, 0, 0
+        for rows in self._open().rows(list(self._columns.values()), self._extra):
+            columns = {role: rows.columns[name] for role, name in self._columns.items()}
+            paths = columns.pop("path")
+            if paths.null_count:
+                line = rows.first_lines[paths.is_null().to_pylist().index(True)]
+                raise UserError(
+                    f"'{self._where}', {self._row_word} {line}: the cell of the column '{self._columns['path']}' is empty; "
+                    "remove the row, or name its file."
+                )
+            self._check_protocols(paths.to_pylist(), rows.first_lines)
+            sizes = [self._size(path) for path in paths.to_pylist()]
+            gone = [i for i, size in enumerate(sizes) if size is None]
+            if gone and not missing:
+                missing = f"'{paths[gone[0]].as_py()}' ({self._row_word} {rows.first_lines[gone[0]]})"
+            num_missing += len(gone)
+            num_local += sum(size != -1 for size in sizes)
+            num_rows += len(sizes)
+            known = [0 if size is None or size < 0 else size for size in sizes]
+            extra = {
+                new: rows.columns[old] for new, old in zip(self.extra_schema.names, self._extra, strict=True)
+            }
+            columns |= {"source": paths, "bytes": np.array(known, np.int64)} | extra
+            yield entry_batch(columns, self.extra_schema)
+        if not num_rows:
+            raise UserError(f"'{self._where}' lists no images: it has a header and no rows.")
+        if num_missing and num_missing == num_local == num_rows:
+            raise UserError(
+                f"not one of the {num_rows:,} files that '{self._where}' names is there, such as {missing}; looked in "
+                f"'{self._root.url}'. Give --root FOLDER, which the paths start from, or another --path-column."
+            )
+        if num_missing:
+            self._missing.append(
+                f"{num_missing:,} of {num_rows:,} files are not there, such as {missing}; they will be quarantined."
+            )
+
+    def _check_protocols(self, paths: list[str], lines: Sequence[int]) -> None:
+        """Raises UserError where one is unknown or its package missing: better now than in the middle."""
+        for path, line in zip(paths, lines, strict=True):
+            protocol, mark, _ = path.partition("://")
+            if mark and protocol not in self._protocols:
+                try:
+                    _place(split_url(path)[0])
+                except UserError as fault:
+                    raise UserError(f"'{self._where}', {self._row_word} {line}: {fault}") from fault
+                self._protocols.add(protocol)
+
+    def _size(self, path: str) -> int | None:
+        """Bytes of a file on this machine, None where it is missing; -1 for what lies elsewhere, which is not asked."""
+        if "://" in path:
+            return -1
+        if self._root.local is None and not os.path.isabs(path):
+            return -1
+        try:
+            return os.stat(os.path.join(self._root.local or "", path)).st_size
+        except (OSError, ValueError):  # ValueError: a null character
+            return None
+
+    def locate(self, source: str) -> str:
+        """The lines or rows that name a path."""
+        path = self._columns["path"]
+        found = [
+            str(rows.first_lines[i])
+            for rows in self._open().rows([path], {})
+            for i, value in enumerate(rows.columns[path].to_pylist())
+            if value == source
+        ]
+        return f"{self._row_word}s {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}"
+
+    def read(self, row: dict[str, Any]) -> Picture:
+        """The file's bytes, and its mask's."""
+        place, name = find_file(row["source"], self._root)
+        if place.local is None and place is not self._root:
+            try:
+                data = place.read(name)
+            except FileNotFoundError:  # nor is its folder there, in a store that knows files only
+                raise BadImage("cannot be read: there is no such file") from None
+        elif place is not self._root and not row["bytes"] and not place.is_there():
+            raise BadImage("cannot be read: its folder is not there")
+        else:
+            data = read_file(place, name, row["bytes"])
+        return Picture(data, read_mask(*find_file(row["mask"], self._root)) if row["mask"] else None)
+
+
+def find_file(path: str, root: Place) -> tuple[Place, str]:
+    """The place of a file that a table names, and its name there; `root`: where relative ones start. BadImage for a null character."""
+    if "\0" in path:
+        raise BadImage(f"its path {path!r} has a null character in it")
+    if "://" in path:
+        folder, name = split_url(path)
+        return _place(folder), name
+    if os.path.isabs(path):
+        return LocalPlace(os.path.dirname(path)), os.path.basename(path)
+    # An object store takes `..` for a name.
+    return root, path if root.local else posixpath.normpath(path)
+
+
+@functools.lru_cache(maxsize=64)
+def _place(url: str) -> Place:
+    return open_place(url)
+
+
+def extra_columns(listed: ListFile, used: set[str]) -> tuple[dict[str, str], list[str]]:
+    """The columns of a table that are not `used`: their names in it -> those in the sample table; and what the user should know."""
+    taken = {*ENTRIES.names, *layout.SCHEMA.names, "position"}
+    names, renamed, notes = {}, [], []
+    for name in listed.columns:
+        if name in used:
+            continue
+        names[name] = name
+        if name in taken or name.startswith("_"):
+            names[name] = RENAMED + name.lstrip("_")
+            renamed.append(f"{name} as {names[name]}")
+    if renamed:
+        notes.append(f"Kept under another name, since the sample table has its own: {', '.join(renamed)}.")
+    both = sorted(name for name in names.values() if list(names.values()).count(name) > 1)
+    if both:
+        raise UserError(
+            f"'{listed.where}': two columns would be named '{both[0]}' in the sample table; rename one."
+        )
+    return names, notes
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether a column holds bytes."""
+    return (
+        str(kind) == "binary_view"
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
+
+
+def choose(listed: ListFile, role: str, wanted: str) -> str | None:
+    """The column for a role: the one wanted, else the first usual one; None where there is none."""
+    known = list(listed.columns)
+    if wanted == NO_COLUMN and wanted not in known and role != "path":
+        return None
+    if wanted:
+        if wanted not in known:
+            raise UserError(
+                f"'{listed.where}' has no column '{wanted}' (--{role}-column). It has: {', '.join(known)}."
+                + (nearest(wanted, known) if len(known) > 12 else "")
+            )
+        return wanted
+    lowered = {name.lower(): name for name in reversed(known)}
+    for usual in USUAL[role]:
+        if usual in lowered:
+            return lowered[usual]
+    if role == "path":
+        if any(name.lower().endswith(sources.SUFFIXES) for name in known):
+            raise UserError(
+                f"the first line of '{listed.where}' seems to be an image already ({', '.join(known)}): put a line with the names of "
+                "the columns above it."
+            )
+        raise UserError(
+            f"'{listed.where}' has no column named {', '.join(USUAL['path'][:6])} or the like; give --path-column NAME. "
+            f"It has: {', '.join(known)}."
+        )
+    return None

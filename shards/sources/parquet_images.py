@@ -1,0 +1,266 @@
+"""Images that lie in Parquet files themselves, as Hugging Face data sets have them: encoded bytes in a column, one image a row."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.conversion.listing import hash_values
+from shards.errors import UserError
+from shards.format.parquet_pages import Column, Page
+from shards.hashing import fold
+from shards.images.pixels import BadImage
+from shards.sources import source as sources
+from shards.sources.file_list import choose, extra_columns, find_file, is_binary
+from shards.sources.file_set import FileSet, looks_like_split_files
+from shards.sources.parquet_columns import choose_image, class_names, has_path, is_image
+from shards.sources.source import Picture, Source, entry_batch, read_file
+from shards.sources.source_options import NO_COLUMN, ListOptions
+from shards.sources.table_reader import UNREADABLE, ParquetFile, as_text
+from shards.storage.place import Place
+from shards.units import human_size, plural
+
+_LARGE_PAGE_BYTES = 50_000_000
+_IMAGE, _MASK = "image", "mask"
+
+
+class ImageTableSource(Source):
+    """The images in one Parquet file, in those of a folder, or in those that a pattern names: called `FILE@ROW`, rows from 0.
+
+    The image is a column of binary data, or a struct of `bytes` and `path` as Hugging Face writes it; so is the mask, if there is one.
+    Numbers of a `ClassLabel` become their names. Memory: some pages of the column. Raises UserError for columns that are not there.
+    """
+
+    kind = "parquet"
+
+    def __init__(self, where: str, options: ListOptions | None = None):
+        options = options or ListOptions()
+        if options.root:
+            raise UserError(
+                f"--root {options.root} goes with a list of paths; '{where}' has its images inside."
+            )
+        self.files = FileSet(where, ".parquet")
+        self.place, self.name = self.files.place, self.files.name
+        first = min(name for name, _ in self.files.sizes())
+        self._table = ParquetFile(self.place, first, self.place / first)
+        kinds = self._table.columns
+        images = [name for name, kind in kinds.items() if kind is not None and is_image(kind)]
+        self._columns: dict[str, str] = {_IMAGE: choose_image(self._table, images, options)}
+        if (mask := choose(self._table, _MASK, options.mask_column)) in images and mask != self._columns[
+            _IMAGE
+        ]:
+            self._columns[_MASK] = mask
+        elif options.mask_column not in ("", NO_COLUMN):
+            raise UserError(
+                f"'{self._table.where}': --mask-column '{mask}' holds {kinds[mask] if mask else ''}; encoded images are wanted."
+            )
+        for role in ("label", "group"):
+            found = choose(self._table, role, getattr(options, f"{role}_column"))
+            if found is not None and not pa.types.is_nested(kinds[found]) and found not in images:
+                self._columns[role] = found
+        self._leaves = {
+            role: self._leaf(self._columns[role]) for role in (_IMAGE, _MASK) if role in self._columns
+        }
+        self._pages = {role: Column(self.place, first, leaf) for role, leaf in self._leaves.items()}
+        self._path = ""  # the column of the images' own names
+        used = {*self._columns.values(), *images}
+        names, self._notes = extra_columns(self._table, used)
+        self._extra = {old: new for old, new in names.items() if not is_binary(self._kind(old))}
+        fields = [pa.field(new, self._kind(old)) for old, new in self._extra.items()]
+        if (
+            has_path(self._kind(self._columns[_IMAGE]))
+            and f"{self._columns[_IMAGE]}_path" not in self._extra.values()
+        ):
+            self._path = f"{self._columns[_IMAGE]}_path"
+            fields.append(pa.field(self._path, pa.string()))
+        self.extra_schema = pa.schema(fields)
+        self._left_out = [name for name in images if name not in self._columns.values()]
+        self._left_out += [old for old in names if old not in self._extra]
+        self.classes = class_names(self.place, first, self._columns.get("label", ""))
+        self._num_files = self._largest_bytes = 0
+        self._split_files: list[str] = []
+
+    def _kind(self, name: str) -> pa.DataType:
+        kind = self._table.columns[name]
+        assert kind is not None, "Parquet says all types"
+        return kind
+
+    def _leaf(self, name: str) -> str:
+        return f"{name}.bytes" if pa.types.is_struct(self._kind(name)) else name
+
+    def settings(self) -> dict[str, Any]:
+        """Which files and columns."""
+        extra = {column.name: str(column.type) for column in self.extra_schema}
+        return {"tables": self.files.pattern, "columns": self._columns, "extra": extra}
+
+    def describe(self) -> list[str]:
+        """Which columns were taken for what."""
+        roles = ", ".join(f"{role} '{name}'" for role, name in self._columns.items())
+        extra = f"; kept as well: {', '.join(self.extra_schema.names)}" if self.extra_schema.names else ""
+        return [
+            f"Images in {plural(self._num_files, 'Parquet file')}. Columns: {roles}{extra}.",
+            *self._notes,
+        ]
+
+    def warnings(self) -> list[str]:
+        """Columns that are left out, files of several splits."""
+        found = []
+        if self._left_out:
+            found.append(f"columns of binary data are left out: {', '.join(self._left_out)}.")
+        if self._largest_bytes > _LARGE_PAGE_BYTES:
+            found.append(
+                f"pages of the table have up to {human_size(self._largest_bytes)}, and each process needs some four times that: where "
+                "memory is short, use fewer --workers, or write the table with row groups of 100 rows."
+            )
+        if self._split_files:
+            found.append(
+                f"files of {', '.join(self._split_files)} are put together. To keep them apart, convert each: fastssl shard "
+                f"'{self.place / self._split_files[0]}*.parquet' ..."
+            )
+        return found
+
+    def entries(self) -> Iterator[pa.RecordBatch]:
+        """See `Source.entries`. Reads all columns but those of images, and of these the headers of the pages."""
+        num_rows = self._num_files = self._largest_bytes = 0
+        names = []
+        for name, _ in self.files.sizes():
+            self._num_files += 1
+            names.append(name)
+            for batch in self._file(name):
+                num_rows += batch.num_rows
+                yield batch
+        self._split_files = looks_like_split_files(names)
+        if not num_rows:
+            raise UserError(
+                f"'{self.place / self.files.pattern}' holds no images: it has columns and no rows."
+            )
+
+    def _file(self, name: str) -> Iterator[pa.RecordBatch]:
+        windows = {
+            role: self._windows(column.pages(self.place, name)) for role, column in self._pages.items()
+        }
+        for first, table in self._rows(name):
+            num_rows = table.num_rows
+            taken = {role: [next(rows) for _ in range(num_rows)] for role, rows in windows.items()}
+            known = {new: table[old] for old, new in self._extra.items()}
+            if self._path:
+                known[self._path] = as_text(table[self._columns[_IMAGE]].field("path"), name, self._path)
+            columns = {
+                "source": [f"{name}@{row}" for row in range(first, first + num_rows)],
+                "path": pa.repeat(name, num_rows),
+                "window": [window for window, _ in taken[_IMAGE]],
+                "bytes": np.array([size for _, size in taken[_IMAGE]], np.int64),
+                **known,
+            }
+            if _MASK in taken:
+                columns["mask"] = [f"{source}.{_MASK}" for source in columns["source"]]
+                columns["mask_window"] = [window for window, _ in taken[_MASK]]
+            if "label" in self._columns:
+                columns["label"] = self._labels(name, table[self._columns["label"]])
+            if "group" in self._columns:
+                columns["group"] = as_text(table[self._columns["group"]], name, self._columns["group"])
+            yield entry_batch(columns, self.extra_schema)
+
+    def _rows(self, name: str) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The columns that are not images, in batches, each with its first row's number."""
+        roles = [column for role, column in self._columns.items() if role not in self._leaves]
+        wanted = [*roles, *self._extra]
+        if self._path:
+            wanted.append(f"{self._columns[_IMAGE]}.path")
+        first = 0
+        try:
+            with self.place.open(name) as file, pq.ParquetFile(file) as parquet:
+                missing = [
+                    column for column in (*roles, *self._extra) if column not in parquet.schema_arrow.names
+                ]
+                if missing:
+                    raise UserError(
+                        f"'{self.place / name}' has no column '{missing[0]}', which '{self._table.where}' has; convert it by itself."
+                    )
+                for batch in parquet.iter_batches(sources.BATCH_ROWS, columns=wanted, use_threads=False):
+                    batch.validate(full=True)  # text that is no UTF-8
+                    yield first, batch
+                    first += batch.num_rows
+        except UNREADABLE as fault:
+            raise UserError(
+                f"'{self.place / name}' cannot be read from row {first:,} on ({fault})."
+            ) from fault
+
+    def _labels(self, name: str, values: pa.Array) -> pa.Array:
+        if not self.classes:
+            return as_text(values, name, self._columns["label"])
+        numbers = values.cast(pa.int64()).to_pylist()
+        known = range(len(self.classes))  # -1 stands for none
+        return pa.array(
+            [self.classes[i] if i is not None and i in known else None for i in numbers], pa.string()
+        )
+
+    def _windows(self, pages: Iterator[Page]) -> Iterator[tuple[list[int], int]]:
+        """For each row: where it lies (its index in the page, then all that `_page` needs), and about how many bytes it has."""
+        for page in pages:
+            self._largest_bytes = max(self._largest_bytes, page.size)
+            where = [page.offset, page.size, page.num_rows, *page.dictionary, page.codec]
+            for index in range(page.num_rows):
+                yield [index, *where], page.row_bytes
+
+    def units(self, batch: pa.RecordBatch) -> npt.NDArray[np.uint64]:
+        """The page of each row: whoever reads one of its images has read them all."""
+        pages = np.array([window[1] for window in batch["window"].to_pylist()], np.uint64)
+        return fold(hash_values(batch["path"]), pages)
+
+    def read(self, row: dict[str, Any]) -> Picture:
+        """One image and its mask, from their pages."""
+        data = self._cell(_IMAGE, row["path"], row["window"])
+        if data is None:
+            path = row[self._path] if self._path else None
+            if not path:
+                raise BadImage("its cell is empty")
+            data = read_file(*find_file(path, self.place), 0)
+        return Picture(
+            data, self._cell(_MASK, row["path"], row["mask_window"]) if row["mask_window"] else None
+        )
+
+    def _cell(self, role: str, name: str, window: Sequence[int]) -> bytes | None:
+        index, *where = window
+        return _page(self.place, name, self._pages[role], len(self._pages), *where)[index].as_py()
+
+
+_held: OrderedDict[tuple[str, str, int], pa.ChunkedArray] = OrderedDict()
+
+
+def _page(
+    place: Place,
+    name: str,
+    column: Column,
+    num_held: int,
+    offset: int,
+    size: int,
+    num_rows: int,
+    dictionary: int,
+    dictionary_size: int,
+    codec: int,
+) -> pa.ChunkedArray:
+    """The values of a page. `num_held` pages, one of each column, stay in memory: the plan keeps the rows of a page together."""
+    key = place.url, name, offset
+    if key in _held:
+        _held.move_to_end(key)
+        return _held[key]
+    while len(_held) >= num_held:  # before the next is read: some are large
+        _held.popitem(last=False)
+    refers_to = read_file(place, name, dictionary_size, dictionary) if dictionary_size else b""
+    try:
+        values = column.values(read_file(place, name, size, offset), num_rows, refers_to, codec)
+    except UNREADABLE as fault:
+        raise BadImage(f"its page in the table is damaged ({str(fault).splitlines()[0]})") from fault
+    if len(values) != num_rows:
+        raise BadImage(
+            f"its page in the table holds {len(values)} rows, not {num_rows} as when the plan was made"
+        )
+    _held[key] = values
+    return values

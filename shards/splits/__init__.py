@@ -1,0 +1,1 @@
+"""Divide a shard folder into train, val, test and label fractions."""

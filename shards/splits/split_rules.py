@@ -1,0 +1,302 @@
+"""How a split is asked for, and what it says about a shard folder's samples."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.conversion.duplicates import first_of_equal
+from shards.conversion.listing import hash_values
+from shards.errors import UserError, nearest
+from shards.format import layout
+from shards.splits import assignment
+from shards.splits.assignment import NONE, SIDES, Hashes, Ids
+from shards.splits.split_lists import read_lists, sides_of_lists
+from shards.storage.place import Place
+
+BATCH_ROWS = 1 << 16
+NO_GROUPS = "none"
+MAX_STRATA = 100_000
+_GROUP = np.uint64(0x67726F7570)  # keeps a group's name apart from a sample's of the same letters
+_SHOWN = 3
+_MANY = 128  # more than there are sides
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What decides a split; with the samples' names, groups and pixels it is all that does."""
+
+    val: float = 0.0
+    test: float = 0.0
+    labelled: tuple[float, ...] = ()  # of train's labelled samples, ascending
+    group_by: str = ""  # a column, a regular expression on the name, "none", or "" for the column `group` where it has values
+    stratify: str = ""  # a column, or ""
+    exact: bool = True
+    seed: int = 0
+    lists: tuple[
+        str, ...
+    ] = ()  # files of names; then `val`, `test` and the rules of groups have no part in it
+
+    def __post_init__(self) -> None:
+        for name, share in (("val", self.val), ("test", self.test)):
+            if not 0 <= share < 1:
+                raise UserError(f"--{name} is {share:g}, but it must be a share from 0 up to, but not, 1.")
+        if self.val + self.test >= 1:
+            raise UserError(
+                f"--val {self.val:g} and --test {self.test:g} sum to {self.val + self.test:g}, which leaves no train: they must "
+                "sum to less than 1."
+            )
+        if list(self.labelled) != sorted(set(self.labelled)):
+            raise UserError("--labelled: give each fraction once, in ascending order.")
+        for share in self.labelled:
+            if not 0 < share <= 1:
+                raise UserError(f"--labelled has {share:g}, but a fraction lies above 0 and up to 1.")
+        if self.lists and (self.val or self.test or self.group_by or self.stratify):
+            raise UserError(
+                "--by-list says where each image goes: leave out --val, --test, --group-by and --stratify."
+            )
+        if not (self.lists or self.val or self.test or self.labelled):
+            raise UserError("nothing to split: give --val, --test, --labelled or --by-list.")
+        if self.stratify and not self.exact:
+            raise UserError("--stratify needs --method exact: with 'stable' each name alone decides.")
+
+
+@dataclass(frozen=True)
+class Division:
+    """A split of N samples. `names`: its splits; `sides` (N,) int8, indices into them, NONE for samples in none of them; `fractions`
+    (N,): the least label fraction that holds the sample, nan where none does; `groups` (N,): samples with the same number hang
+    together; `notes`: what the user should know, a sentence each."""
+
+    names: tuple[str, ...]
+    sides: npt.NDArray[np.int8]
+    fractions: npt.NDArray[np.float64]
+    groups: Ids
+    labels: Ids
+    notes: list[str] = field(default_factory=list)
+
+
+def apply(place: Place, rule: Rule) -> Division:
+    """The split that a rule makes of a finished shard folder. Raises UserError for what the user can mend."""
+    names, groups, pixels, labels = [], [], [], []
+    group_of = _grouping(place, rule)
+    columns = ["source", "label", "pixels_hash", *([group_of.column] if group_of.column else [])]
+    for batch in read_batches(place, columns):
+        own = hash_values(batch["source"])
+        names.append(own)
+        groups.append(group_of(batch, own))
+        pixels.append(batch["pixels_hash"])
+        labels.append(batch["label"].fill_null(-1).to_numpy().astype(np.int64))
+    group_of.check()
+    own, label = np.concatenate(names), np.concatenate(labels)
+    least, group = assignment.join(np.concatenate(groups), first_of_equal(pixels))
+    del names, groups, pixels, labels
+    notes = [group_of.note] if group_of.note else []
+    if rule.lists:
+        lists = read_lists(rule.lists)
+        sides, more = sides_of_lists(lists, lambda: read_batches(place, ["source"]), len(own))
+        splits = tuple(lists)
+        notes += more + _torn(sides, group)
+    else:
+        sides, splits = _by_shares(place, rule, least, group), SIDES
+        _check_none_is_empty(rule, sides, len(least))
+    fractions = np.full(len(own), np.nan)
+    if rule.labelled:
+        inside = np.flatnonzero((sides == _train(splits)) & (label >= 0))
+        fractions[inside] = assignment.label_fractions(own[inside], label[inside], rule.labelled, rule.seed)
+        notes += _about_labels(place, rule, splits, sides, label, fractions)
+    return Division(splits, sides, fractions, group, label, notes)
+
+
+def read_batches(place: Place, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Columns of the sample table, piece by piece."""
+    with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
+        yield from parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
+
+
+def _by_shares(place: Place, rule: Rule, least: Hashes, group: Ids) -> npt.NDArray[np.int8]:
+    sizes = np.bincount(group, minlength=len(least))
+    strata = np.zeros(len(least), np.int64)
+    if rule.stratify:
+        _check_column(place, rule.stratify, "--stratify")
+        values = [hash_values(_text(batch[rule.stratify])) for batch in read_batches(place, [rule.stratify])]
+        known, of_sample = np.unique(np.concatenate(values), return_inverse=True)
+        if len(known) > MAX_STRATA:
+            raise UserError(
+                f"--stratify {rule.stratify}: the column has {len(known):,} values, more than {MAX_STRATA:,}; choose another."
+            )
+        strata = assignment.strata_of_groups(group, of_sample, len(least))
+    shares = {"val": rule.val, "test": rule.test}
+    sides = assignment.divide(least, sizes, strata, seed=rule.seed, exact=rule.exact, **shares)
+    return sides[group]
+
+
+def _check_none_is_empty(rule: Rule, sides: npt.NDArray[np.int8], num_groups: int) -> None:
+    for side, share in enumerate((1.0, rule.val, rule.test)):
+        if share and not (sides == side).any():
+            raise UserError(
+                f"{SIDES[side]} would be empty: {len(sides):,} images in {num_groups:,} groups that may not be torn apart do not "
+                f"give a share of {share:g}. Give a larger one, or finer groups (--group-by)."
+            )
+
+
+def _train(names: tuple[str, ...]) -> int:
+    """The split that label fractions are taken of."""
+    if "train" not in names:
+        raise UserError(
+            f"--labelled takes its samples from train, and the lists are named {', '.join(names)}: name one 'train' (train=FILE)."
+        )
+    return names.index("train")
+
+
+def _torn(sides: npt.NDArray[np.int8], group: Ids) -> list[str]:
+    placed = sides != NONE
+    pairs = np.unique(group[placed] * _MANY + sides[placed])
+    split = np.unique(pairs // _MANY, return_counts=True)[1] > 1
+    if not split.any():
+        return []
+    return [
+        f"The lists tear {int(split.sum()):,} groups apart (images with the same pixels, or of one group): their images lie in "
+        "several splits."
+    ]
+
+
+def _about_labels(
+    place: Place,
+    rule: Rule,
+    splits: tuple[str, ...],
+    sides: npt.NDArray[np.int8],
+    labels: Ids,
+    fractions: npt.NDArray[np.float64],
+) -> list[str]:
+    inside = (sides == _train(splits)) & (labels >= 0)
+    total = int(inside.sum())
+    classes = layout.Manifest.load(place).classes
+    if not total:
+        raise UserError(f"--labelled: none of the images in train of '{place.url}' has a label.")
+    notes = []
+    without = np.flatnonzero(np.bincount(labels[inside], minlength=len(classes)) == 0)
+    if len(without):
+        shown = ", ".join(classes[i] for i in without[:_SHOWN]) + (" ..." if len(without) > _SHOWN else "")
+        notes.append(
+            f"{len(without):,} of {len(classes):,} classes have no labelled image in train, so no label fraction has one: {shown}."
+        )
+    for share in rule.labelled:
+        num = int((fractions <= share).sum())
+        if abs(num - share * total) >= 1:
+            notes.append(
+                f"{fraction_name(share)} has {num:,} of {total:,} labelled images, {num / total:.2%}: at least one of each class."
+            )
+    return notes
+
+
+def fraction_name(share: float) -> str:
+    """What the subset of a label fraction is called: labelled-0.01."""
+    return f"labelled-{share:g}"
+
+
+class _Grouping:
+    """The name hashes that hold groups together: (batch, hashes of the samples' names) -> hashes."""
+
+    column = ""
+    note = ""
+
+    def __call__(self, batch: pa.RecordBatch, own: Hashes) -> Hashes:
+        return own
+
+    def check(self) -> None:
+        """After the last batch: UserError where the rule did not fit."""
+
+
+class _ByColumn(_Grouping):
+    def __init__(self, column: str, note: str = ""):
+        self.column, self.note = column, note
+
+    def __call__(self, batch: pa.RecordBatch, own: Hashes) -> Hashes:
+        return _groups_or_alone(_text(batch[self.column]), own)
+
+
+class _ByPattern(_Grouping):
+    def __init__(self, pattern: re.Pattern[str]):
+        self._pattern = pattern
+        self._missed: list[str] = []
+        self._num_missed = 0
+
+    def __call__(self, batch: pa.RecordBatch, own: Hashes) -> Hashes:
+        keys: list[str | None] = []
+        for name in batch["source"].to_pylist():
+            found = self._pattern.search(name)
+            parts = found.groups() if found else ()
+            keys.append(
+                "\0".join(part or "" for part in parts) if any(p is not None for p in parts) else None
+            )
+            if found is None:
+                self._num_missed += 1
+                if len(self._missed) < _SHOWN:
+                    self._missed.append(name)
+        return _groups_or_alone(pa.array(keys, pa.string()), own)
+
+    def check(self) -> None:
+        if self._num_missed:
+            shown = ", ".join(f"'{name}'" for name in self._missed)
+            raise UserError(
+                f"--group-by '{self._pattern.pattern}' does not match {self._num_missed:,} of the names, such as {shown}. Mend it, or "
+                f"let each of these be a group of its own: '{self._pattern.pattern}|$'."
+            )
+
+
+def _grouping(place: Place, rule: Rule) -> _Grouping:
+    if rule.lists or not rule.group_by:
+        if any(batch["group"].null_count < batch.num_rows for batch in read_batches(place, ["group"])):
+            note = "Groups are those of the column 'group' (--group-by none turns that off)."
+            return _ByColumn("group", "" if rule.lists else note)
+        return _Grouping()
+    if rule.group_by == NO_GROUPS:
+        return _Grouping()
+    with place.open(layout.TABLE) as file:
+        names = pq.read_schema(file).names
+    if rule.group_by in names:
+        _check_column(place, rule.group_by, "--group-by")
+        return _ByColumn(rule.group_by)
+    if not set(rule.group_by) & set("([\\^$.*+?|"):
+        _check_column(place, rule.group_by, "--group-by")
+    try:
+        pattern = re.compile(rule.group_by)
+    except re.error as fault:
+        raise UserError(
+            f"--group-by '{rule.group_by}' is no column and no regular expression ({fault})."
+        ) from None
+    if not pattern.groups:
+        raise UserError(
+            f"--group-by '{rule.group_by}' has no group: put the part of the name that a scene's images share in brackets, such as "
+            r"'^(.+)_r\d+_c\d+'."
+        )
+    return _ByPattern(pattern)
+
+
+def _check_column(place: Place, column: str, flag: str) -> None:
+    with place.open(layout.TABLE) as file:
+        schema = pq.read_schema(file)
+    usable = [field.name for field in schema if not pa.types.is_nested(field.type)]
+    if column not in usable:
+        hint = nearest(column, usable)
+        more = "" if hint.startswith(" Known") else f" Columns: {', '.join(usable)}."
+        brackets = " A regular expression needs round brackets." if flag == "--group-by" else ""
+        raise UserError(
+            f"{flag} '{column}': the sample table has no such column.{hint.replace('Known', 'Columns')}{more}{brackets}"
+        )
+
+
+def _groups_or_alone(groups: pa.Array, own: Hashes) -> Hashes:
+    alone = np.asarray(groups.is_null())
+    return np.where(alone, own, hash_values(groups) ^ _GROUP)
+
+
+def _text(column: pa.Array) -> pa.Array:
+    """A column's values as text, so that every batch hashes them alike."""
+    return column.cast(pa.string())

@@ -1,0 +1,189 @@
+"""Named splits of a shard folder, in `splits.parquet` beside the manifest: written whole or not at all, read as sets of sample ids.
+
+One row a sample. The column `NAME` says which split of the division NAME the sample belongs to (null: none); `NAME_labelled` is the
+least label fraction that holds it, so that smaller fractions lie inside larger ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shards.dataset.shard_set import ShardSet
+from shards.errors import UserError, nearest
+from shards.format import layout
+from shards.format.columns import read_columns
+from shards.format.layout import Manifest
+from shards.format.sealed_parquet import check_seal, sealed
+from shards.splits.split_rules import Division, Rule, apply, fraction_name
+from shards.storage.cache_settings import CacheSettings
+from shards.storage.place import Place, open_place
+
+DEFAULT = "default"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_LABELLED = "_labelled"
+_ABOUT = b"splits"
+WAY_OUT = "Delete it and run `fastssl split` again: the same flags make the same split."
+
+
+def make_split(place: Place, rule: Rule, name: str = DEFAULT, *, overwrite: bool = False) -> Division:
+    """Divides a finished shard folder and notes it under `name`; other names in the file stay as they are.
+
+    The same rule on the same folder writes the same bytes. Raises UserError where the name stands for another division, unless
+    `overwrite`.
+    """
+    if not _NAME.fullmatch(name) or name.endswith(_LABELLED) or name == "sample_id":
+        raise UserError(
+            f"--name '{name}' cannot name a split: use letters, digits, - _ and ., but not sample_id or an ending {_LABELLED}."
+        )
+    manifest = Manifest.load(place)
+    if not place.exists(layout.TABLE):
+        raise UserError(
+            f"'{place / layout.TABLE}' is missing; run the same `fastssl shard` command again to mend it."
+        )
+    _about(place, manifest)  # a damaged or foreign file is told before the work
+    made = apply(place, rule)
+    with place.lock(f"{layout.LOCK}-splits"):
+        about = _about(place, manifest)
+        columns = {} if about is None else _columns(place)
+        before = {key: columns.pop(key) for key in (name, name + _LABELLED) if key in columns}
+        columns |= _as_columns(made, rule, name)
+        same = before.keys() == {key for key in (name, name + _LABELLED) if key in columns} and all(
+            before[key].equals(columns[key]) for key in before
+        )
+        if before and not same and not overwrite:
+            was = (about or {}).get(name, {}).get("rule", {})
+            raise UserError(
+                f"'{place.url}' has a split '{name}' already, made differently{_difference(was, rule)}: give another --name, or "
+                "--overwrite."
+            )
+        entry = {
+            "rule": dataclasses.asdict(rule),
+            "splits": list(made.names),
+            "options_sha256": manifest.options_sha256,
+        }
+        _write(place, columns, (about or {}) | {name: entry})
+    return made
+
+
+def _difference(was: dict[str, Any], rule: Rule) -> str:
+    now = json.loads(json.dumps(dataclasses.asdict(rule)))
+    for key, value in now.items():
+        if key in was and was[key] != value:
+            return f" ({key.replace('_', ' ')} was {was[key]!r}, now {value!r})"
+    return ""
+
+
+def _as_columns(made: Division, rule: Rule, name: str) -> dict[str, pa.Array]:
+    sides = pa.DictionaryArray.from_arrays(
+        pa.array(made.sides, mask=made.sides < 0), pa.array(made.names, pa.string())
+    )
+    columns: dict[str, pa.Array] = {name: sides}
+    if rule.labelled:
+        columns[name + _LABELLED] = pa.array(made.fractions, mask=np.isnan(made.fractions))
+    return columns
+
+
+def _write(place: Place, columns: dict[str, Any], about: dict[str, Any]) -> None:
+    num_samples = len(next(iter(columns.values())))
+    ordered = {key: columns[key] for key in sorted(columns)}
+    table = pa.table({"sample_id": pa.array(np.arange(num_samples)), **ordered})
+    table = table.replace_schema_metadata({_ABOUT: json.dumps(about, sort_keys=True)})
+    place.write(layout.SPLITS, sealed(table))
+
+
+def _columns(place: Place) -> dict[str, pa.Array]:
+    with place.open(layout.SPLITS) as file:
+        table = read_columns(file)
+    return {
+        name: table[name].unify_dictionaries().combine_chunks()
+        for name in table.column_names
+        if name != "sample_id"
+    }
+
+
+def _about(place: Place, manifest: Manifest) -> dict[str, Any] | None:
+    """What the file says of its splits, by name; None where there is no file. UserError where it is damaged or of other shards."""
+    try:
+        return _told(place, manifest)
+    except FileNotFoundError:
+        return None
+    except UserError as fault:
+        raise UserError(f"'{place / layout.SPLITS}' {fault}. {WAY_OUT}") from fault
+
+
+def _told(place: Place, manifest: Manifest | None) -> dict[str, Any]:
+    data = place.read(layout.SPLITS)
+    check_seal(data)
+    with pq.ParquetFile(io.BytesIO(data)) as parquet:
+        num_samples = parquet.metadata.num_rows
+        about = json.loads(parquet.schema_arrow.metadata[_ABOUT])
+    if manifest is None:
+        return about
+    of_others = any(entry["options_sha256"] != manifest.options_sha256 for entry in about.values())
+    if num_samples != manifest.num_samples or of_others:
+        raise UserError(
+            f"divides {num_samples:,} samples of another conversion, '{place.url}' has {manifest.num_samples:,}"
+        )
+    return about
+
+
+def splits_fault(place: Place, manifest: Manifest | None) -> str:
+    """What is wrong with the file of splits, in a clause; empty where nothing is, and where there is no such file."""
+    try:
+        _told(place, manifest)
+    except FileNotFoundError:
+        pass
+    except UserError as fault:
+        return str(fault)
+    return ""
+
+
+def subsets(place: Place, manifest: Manifest) -> dict[str, tuple[str, str | float]]:
+    """The subsets there are, by what they are called: (division, name of the split or label fraction). `train` is of `default`, others
+    are called `NAME/train`."""
+    known: dict[str, tuple[str, str | float]] = {}
+    for name, entry in (_about(place, manifest) or {}).items():
+        prefix = "" if name == DEFAULT else f"{name}/"
+        known |= {prefix + split: (name, split) for split in entry["splits"]}
+        known |= {prefix + fraction_name(share): (name, share) for share in entry["rule"]["labelled"]}
+    return known
+
+
+def open_split(folder: str | os.PathLike, split: str = "", cache: CacheSettings | None = None) -> ShardSet:
+    """Opens a shard folder, all of it or the samples of one split: `val`, `labelled-0.01`, or `NAME/val` for a split of another name.
+
+    Sample ids stay those of the folder. Raises UserError as `ShardSet.open` does, where there is no such split, and where it is empty.
+    """
+    shards = ShardSet.open(folder, cache)
+    if not split:
+        return shards
+    place = open_place(folder)
+    known = subsets(place, shards.manifest)
+    if not known:
+        raise UserError(f"'{place.url}' has no splits: `fastssl split {place.url} --val 0.1` makes some.")
+    wanted = split.removeprefix(f"{DEFAULT}/")
+    if wanted not in known:
+        raise UserError(f"'{place.url}' has no split called '{split}'.{nearest(wanted, known)}")
+    name, which = known[wanted]
+    column = name if isinstance(which, str) else name + _LABELLED
+    with place.open(layout.SPLITS) as file:
+        values = read_columns(file, [column])[column]
+    if isinstance(which, str):
+        same = pc.equal(values.cast(pa.string()), which)  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+        inside = same.fill_null(False).to_numpy()
+    else:
+        inside = values.fill_null(np.inf).to_numpy() <= which
+    ids = np.flatnonzero(inside)
+    if not len(ids):
+        raise UserError(f"the split '{split}' of '{place.url}' is empty.")
+    return shards.subset(ids, split)
