@@ -10,7 +10,7 @@ from fastssl import __version__
 # name: (module with run(argv), one line of help)
 COMMANDS = {
     "demo": (
-        "fastssl.demo",
+        "fastssl.demo.demo_command",
         "See it work: draw a small data set, shard, preview, pretrain and evaluate it (5 minutes on a CPU)",
     ),
     "shard": (
@@ -29,21 +29,30 @@ COMMANDS = {
         "shards.commands.inspect_command",
         "Show what shards hold: tables, and a contact sheet with histograms",
     ),
-    "preview": ("fastssl.preview", "Draw originals beside the views a recipe makes of them, as a PNG"),
-    "pretrain": ("fastssl.pretrain", "Pretrain a backbone on shards, without labels"),
+    "preview": (
+        "fastssl.commands.preview_command",
+        "Draw originals beside the views a recipe makes of them, as a PNG",
+    ),
+    "pretrain": ("fastssl.commands.pretrain_command", "Pretrain a backbone on shards, without labels"),
     "launch": (
-        "fastssl.launch",
+        "fastssl.commands.launch_command",
         "Start a run on a cluster: launch slurm, which saves, queues itself again and goes on",
     ),
-    "eval": ("fastssl.eval.command", "Test what a checkpoint has learned: eval knn"),
+    "eval": ("fastssl.commands.eval_command", "Test what a checkpoint has learned: eval knn"),
     "doctor": (
-        "fastssl.doctor.command",
+        "fastssl.doctor.doctor_command",
         "Check driver, packages, limits, disks and a data set, with a way out of each fault",
     ),
-    "replay": ("fastssl.replay", "Do a step again that was not finite, and say where it went wrong"),
-    "report": ("fastssl.report", "Draw the curves of runs as a PNG: loss, accuracy, collapse, speed"),
+    "replay": (
+        "fastssl.pretraining.replay",
+        "Do a step again that was not finite, and say where it went wrong",
+    ),
+    "report": (
+        "fastssl.commands.report_command",
+        "Draw the curves of runs as a PNG: loss, accuracy, collapse, speed",
+    ),
     "bench": (
-        "fastssl.bench.command",
+        "fastssl.bench.bench_command",
         "Find what limits a run, rung by rung: bench CONFIG; compare loaders and engines: bench loader, bench fidelity",
     ),
 }

@@ -19,7 +19,7 @@ def run_ranks(function: Callable[..., Any], *args: Any, world: int = 2, timeout_
     """Call function(Dist, *args) on each of `world` new processes and return the results in rank order.
 
     `function` must be importable (defined at the top of its module). Each process has joined a gloo group
-    through fastssl.distributed.setup and runs on one thread. Raises RankError when a rank fails, and when not
+    through fastssl.core.distributed.setup and runs on one thread. Raises RankError when a rank fails, and when not
     all have answered after `timeout_s`. No process outlives the call.
     """
     port = _free_port()
@@ -100,7 +100,7 @@ def _rank_main(
     try:
         import torch
 
-        from fastssl.distributed import cleanup, setup
+        from fastssl.core.distributed import cleanup, setup
 
         torch.set_num_threads(1)
         here = setup("cpu", timeout_s=timeout_s)

@@ -15,25 +15,30 @@ MAX_LINES = 400
 FORBIDDEN = {
     "shards": ("pipelines", "fastssl", "torch", "torchvision", "timm"),
     "pipelines": ("fastssl",),
-    "fastssl/methods": ("fastssl.train", "fastssl.config", "fastssl.pretrain", "fastssl.cli"),
+    "fastssl/methods": (
+        "fastssl.pretraining.loop",
+        "fastssl.pretraining.run_config",
+        "fastssl.commands.pretrain_command",
+        "fastssl.cli",
+    ),
 }
 SETTINGS = {
-    "fastssl/models.py": ("ModelConfig",),
-    "fastssl/replay.py": ("Replay",),
-    "fastssl/sinks.py": ("LogConfig",),
-    "fastssl/optim.py": ("OptimConfig",),
-    "fastssl/train_config.py": ("TrainConfig",),
-    "fastssl/eval/knn.py": ("KNNConfig",),
-    "fastssl/eval/command.py": ("EvalKNN",),
-    "fastssl/preview.py": ("Preview",),
+    "fastssl/models/model_config.py": ("ModelConfig",),
+    "fastssl/pretraining/replay.py": ("Replay",),
+    "fastssl/core/loggers.py": ("LogConfig",),
+    "fastssl/core/optimizers.py": ("OptimConfig",),
+    "fastssl/pretraining/train_config.py": ("TrainConfig",),
+    "fastssl/evaluation/knn.py": ("KNNConfig",),
+    "fastssl/commands/eval_command.py": ("EvalKNN",),
+    "fastssl/commands/preview_command.py": ("Preview",),
     "shards/sources/source_options.py": ("ListOptions", "RasterOptions"),
-    "pipelines/data_config.py": ("DataConfig",),
+    "pipelines/loading/data_config.py": ("DataConfig",),
     "shards/commands/split_command.py": ("Split",),
     "shards/commands/verify_command.py": ("Verify",),
     "shards/commands/inspect_command.py": ("Inspect",),
     "fastssl/bench/shard.py": ("BenchShard",),
     "fastssl/bench/plan.py": ("BenchPlan",),
-    "pipelines/recipe.py": ("Recipe",),
+    "pipelines/augment/recipe.py": ("Recipe",),
 }
 
 

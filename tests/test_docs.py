@@ -107,7 +107,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_of_the_pages_exist(page: Path) -> None:
-    from fastssl.bench.command import SUBCOMMANDS
+    from fastssl.bench.bench_command import SUBCOMMANDS
     from fastssl.cli import COMMANDS
 
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)

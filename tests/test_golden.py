@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastssl import checkpoint, distributed
-from fastssl.config import load
-from fastssl.train import pretrain
-from pipelines.draws import draw
-from pipelines.engines import make_engine
-from pipelines.loader import open_loader
-from pipelines.recipe import RECIPES
+from fastssl.core import checkpoint, distributed
+from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.run_config import load
+from pipelines.augment.draws import draw
+from pipelines.augment.recipe import RECIPES
+from pipelines.engines.engine_table import make_engine
+from pipelines.loading.loader import open_loader
 from shards.conversion.convert import convert
 from shards.dataset.order import block_order, epoch_order
 from shards.dataset.shard_set import ShardSet

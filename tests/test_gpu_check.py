@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fastssl import config
 from fastssl.cli import main as fastssl
+from fastssl.pretraining import run_config
 from tests import gpu_check, gpu_goals, gpu_jobs
 from tests.gpu_jobs import Job, Plan
 
@@ -82,7 +82,7 @@ def test_every_job_has_settings_that_exist_and_a_file_of_its_own(part, on_gpu, m
                 if ours in flags:
                     at = flags.index(ours)
                     del flags[at : at + 2]
-            cfg = config.load(job.argv[1], [flag for flag in flags if flag != "--quick"]).config
+            cfg = run_config.load(job.argv[1], [flag for flag in flags if flag != "--quick"]).config
             assert cfg.train.batch < 4096
             if part == "memory":
                 assert cfg.train.batch == 2 * int(cfg.train.micro_batch)
@@ -157,7 +157,7 @@ def test_options_of_the_benchmarks_exist():
     from fastssl.bench.augment import BenchAugment
     from fastssl.bench.loader import BenchLoader, choose
     from fastssl.bench.peers import PEERS
-    from pipelines.engines import engine_names
+    from pipelines.engines.engine_table import engine_names
 
     kinds = {"augment": BenchAugment, "loader": BenchLoader}
     for part in ("augment", "loader", "loader_peers"):
@@ -170,8 +170,8 @@ def test_options_of_the_benchmarks_exist():
             choose(made.peers, PEERS, "peer")
     [job] = plan().jobs("tests")
     files = [arg for arg in job.argv if arg.endswith(".py")]
-    assert "tests/pipelines/test_gpu.py" in files
-    assert "tests/fastssl/test_gpu_step.py" in files
+    assert "tests/pipelines/loading/test_gpu_views.py" in files
+    assert "tests/fastssl/pretraining/test_gpu_step.py" in files
     assert all((ROOT / name).exists() for name in files)
 
 

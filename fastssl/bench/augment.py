@@ -63,7 +63,7 @@ def run(argv: list[str]) -> int:
     from fastssl.bench.augment_turns import measure
     from fastssl.bench.augmenters import AUGMENTERS
     from fastssl.bench.loader import choose
-    from fastssl.distributed import choose_device
+    from fastssl.core.distributed import choose_device
 
     device = choose_device(args.device)
     named = choose(args.engines, AUGMENTERS, "engine")
@@ -102,14 +102,14 @@ def _check(args: BenchAugment) -> None:
 def _open(args: BenchAugment, device: torch.device) -> Decoded:
     """The images. UserError where the shards hold fewer than a batch, or other images than 8-bit ones of 1 or 3 channels."""
     from fastssl.bench.augmenters import Decoded
-    from pipelines.loader import default_threads
-    from pipelines.pictures import photographs
-    from pipelines.recipe import get_recipe
+    from pipelines.augment.recipe import get_recipe
+    from pipelines.loading.loader import default_threads
+    from pipelines.previews.pictures import photographs
 
     recipe = dataclasses.replace(get_recipe(args.recipe), size=args.size)
     count = args.images or 2 * args.batch
     if args.shards:
-        from pipelines.decode import decode_rgb
+        from pipelines.kernels.decode import decode_rgb
         from shards.dataset.order import epoch_order
         from shards.dataset.shard_set import ShardSet
 

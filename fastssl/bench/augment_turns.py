@@ -13,8 +13,8 @@ import torch
 from fastssl.bench.augmenters import Augmenter, Decoded, Step, measured_levels
 from fastssl.bench.parts import Clock
 from fastssl.bench.report import PeakMemory, Row, reason
-from pipelines.draws import draw
-from pipelines.fidelity import classify
+from pipelines.augment.draws import draw
+from pipelines.previews.engine_fidelity import classify
 from shards.errors import UserError
 
 OURS = ("triton", "torch", "fused")

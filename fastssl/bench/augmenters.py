@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.bench.work import Order
-from pipelines.draws import draw
-from pipelines.recipe import Recipe
+from pipelines.augment.draws import draw
+from pipelines.augment.recipe import Recipe
 
 if TYPE_CHECKING:
-    from pipelines.batched import BatchedKernels
+    from pipelines.kernels.batched_views import BatchedKernels
 
 FIDELITY_IMAGES = 16
 Step = Callable[[], list[Tensor]]
@@ -90,7 +90,7 @@ def _batched(name: str) -> Callable[[Decoded], contextlib.AbstractContextManager
 
 def batched_step(work: Decoded, kernels: BatchedKernels) -> Step:
     """The whole-batch kernels on images that lie end to end on the device; draws, parameters and their copy included."""
-    from pipelines.batched import BatchedViews
+    from pipelines.kernels.batched_views import BatchedViews
 
     sizes = np.array([image.size for image in work.images])
     first_bytes, widths = np.cumsum(sizes) - sizes, work.sides()[0]
@@ -107,8 +107,8 @@ def batched_step(work: Decoded, kernels: BatchedKernels) -> Step:
 @contextlib.contextmanager
 def _fused(work: Decoded) -> Iterator[Step]:
     """Our CPU engine in threads, into memory that is used again."""
-    from pipelines.fused_engine import FusedEngine
-    from pipelines.slots import view_shapes
+    from pipelines.engines.fused_engine import FusedEngine
+    from pipelines.loading.slots import view_shapes
 
     engine, drawn = FusedEngine(work.recipe), work.drawn()
     views = [torch.empty((work.batch, *shape)) for shape in view_shapes(work.recipe)]
@@ -132,8 +132,8 @@ def _fused(work: Decoded) -> Iterator[Step]:
 
 @contextlib.contextmanager
 def _kornia_engine(work: Decoded) -> Iterator[Step]:
-    from pipelines.batch_engine import BatchOptions
-    from pipelines.engines import make_engine
+    from pipelines.engines.batch_engine import BatchOptions
+    from pipelines.engines.engine_table import make_engine
 
     engine: Any = make_engine("kornia", work.recipe, BatchOptions(work.device, work.threads, work.batch))
     drawn = work.drawn()
@@ -310,7 +310,7 @@ def measured_levels(augmenter: Augmenter, work: Decoded) -> float:
 
     from PIL import Image
 
-    from pipelines import reference
+    from pipelines.kernels import reference
 
     count = min(FIDELITY_IMAGES, len(work.images))
     plain = dataclasses.replace(work.recipe, mean=(0.0,) * 3, std=(1.0,) * 3)

@@ -15,7 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from fastssl.bench.work import Work
-    from pipelines.recipe import Recipe
+    from pipelines.augment.recipe import Recipe
 
 
 def decoded_batches(work: Work) -> Generator[int]:

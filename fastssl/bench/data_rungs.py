@@ -15,20 +15,20 @@ from fastssl.bench.loader import _in_threads, _read
 from fastssl.bench.report import Row
 from fastssl.bench.verdict import AUGMENT, DECODE, READ, TO_DEVICE
 from fastssl.bench.work import Work
-from fastssl.build import view_form
-from pipelines.cache import Samples
-from pipelines.draws import draw
-from pipelines.engines import make_engine, whole_batches
-from pipelines.loader import default_threads, open_loader
-from pipelines.slots import gpu_slots, host_slots, view_shapes
-from pipelines.stream import Job, stream
+from fastssl.pretraining.build import view_form
+from pipelines.augment.draws import draw
+from pipelines.engines.engine_table import make_engine, whole_batches
+from pipelines.loading.loader import default_threads, open_loader
+from pipelines.loading.slots import gpu_slots, host_slots, view_shapes
+from pipelines.streaming.cache import Samples
+from pipelines.streaming.stream import Job, stream
 from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
 if TYPE_CHECKING:
     from fastssl.bench.parts import Clock
-    from fastssl.config import Resolved
+    from fastssl.pretraining.run_config import Resolved
 
 RESIDENT_BATCHES, RESIDENT_IMAGES = 4, 2048  # decoded, an image of 500 x 375 takes half a megabyte
 

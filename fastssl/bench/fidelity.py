@@ -13,7 +13,7 @@ from shards.errors import UserError, check_least, nearest
 from shards.storage.atomic_files import check_output
 
 if TYPE_CHECKING:
-    from pipelines.fidelity import Difference
+    from pipelines.previews.engine_fidelity import Difference
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ def run(argv: list[str]) -> int:
     check_least(args, size=1, images=1)
     from rich.console import Console
 
-    from pipelines.engines import engine_names, refuse_deep
-    from pipelines.fidelity import classify, encode, measure
-    from pipelines.pictures import edge_cases
-    from pipelines.recipe import get_recipe
+    from pipelines.augment.recipe import get_recipe
+    from pipelines.engines.engine_table import engine_names, refuse_deep
+    from pipelines.previews.engine_fidelity import classify, encode, measure
+    from pipelines.previews.pictures import edge_cases
     from shards.dataset.order import epoch_order
     from shards.dataset.shard_set import ShardSet
 

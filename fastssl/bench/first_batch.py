@@ -24,8 +24,8 @@ def first_batch(
     laps = [_now()]
     import dataclasses
 
-    from pipelines.loader import open_loader
-    from pipelines.recipe import get_recipe
+    from pipelines.augment.recipe import get_recipe
+    from pipelines.loading.loader import open_loader
     from shards.dataset.shard_set import ShardSet
 
     laps.append(_now())

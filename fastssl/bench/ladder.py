@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastssl.bench.hardware import Peak
     from fastssl.bench.parts import Clock, Trainee
     from fastssl.bench.report import Row
-    from fastssl.config import Resolved
+    from fastssl.pretraining.run_config import Resolved
 
 USAGE = """usage: fastssl bench CONFIG [--data.shards DIR] [--quick] [--json FILE] [--section.key value ...]
 
@@ -67,9 +67,9 @@ def run(argv: list[str]) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("bench measures one process: start it without torchrun.")
 
-    from fastssl import config
+    from fastssl.pretraining import run_config
 
-    report(config.load(argv[0], overrides), steps, repeats, args.json, compare=not args.quick)
+    report(run_config.load(argv[0], overrides), steps, repeats, args.json, compare=not args.quick)
     return 0
 
 
@@ -83,8 +83,8 @@ def report(resolved: Resolved, steps: int, repeats: int, json_path: str, *, comp
     from fastssl.bench.parts import Clock, build
     from fastssl.bench.report import machine, write_report
     from fastssl.bench.verdict import judge
-    from fastssl.build import follow_shards
-    from fastssl.distributed import choose_device
+    from fastssl.core.distributed import choose_device
+    from fastssl.pretraining.build import follow_shards
 
     if resolved.config.data.shards:
         resolved = follow_shards(resolved, resolved.config.data.open())
@@ -138,7 +138,7 @@ def measure(resolved: Resolved, trainee: Trainee, clock: Clock, *, compare: bool
     from fastssl.bench.data_rungs import data_rows, open_work
     from fastssl.bench.parts import step_rows, step_views
     from fastssl.bench.verdict import FULL, RUNGS
-    from fastssl.build import compile_blocks, has_compiler
+    from fastssl.pretraining.build import compile_blocks, has_compiler
 
     train, rows = resolved.config.train, {}
     can_compile = has_compiler(trainee.device)
@@ -251,9 +251,9 @@ def switches(resolved: Resolved, trainee: Trainee, ladder: Ladder) -> Any:
 
     from fastssl.bench.parts import is_cnn
     from fastssl.bench.verdict import Switches
-    from fastssl.build import compute_dtype
-    from pipelines.cache import SHARE, decoded_sizes, free_memory
-    from pipelines.loader import default_threads
+    from fastssl.pretraining.build import compute_dtype
+    from pipelines.loading.loader import default_threads
+    from pipelines.streaming.cache import SHARE, decoded_sizes, free_memory
 
     data, train = resolved.config.data, resolved.config.train
     fits = False

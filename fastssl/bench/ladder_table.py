@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fastssl.bench.hardware import Peak
     from fastssl.bench.ladder import Ladder
     from fastssl.bench.verdict import Verdict
-    from fastssl.config import Resolved
+    from fastssl.pretraining.run_config import Resolved
 
 
 def show(

@@ -78,9 +78,9 @@ def run(argv: list[str]) -> int:
     from rich.console import Console
 
     from fastssl.bench.peers import MOCO_V3, PEERS
-    from pipelines.engines import engine_names
-    from pipelines.loader import default_threads
-    from pipelines.recipe import get_recipe
+    from pipelines.augment.recipe import get_recipe
+    from pipelines.engines.engine_table import engine_names
+    from pipelines.loading.loader import default_threads
     from shards.dataset.order import epoch_order
     from shards.dataset.shard_set import ShardSet
 
@@ -187,7 +187,7 @@ def _read(work: Work) -> Generator[int]:
 
 
 def _decode(work: Work) -> Generator[int]:
-    from pipelines.decode import decode_rgb
+    from pipelines.kernels.decode import decode_rgb
 
     return _in_threads(work, lambda sample_id: decode_rgb(work.shards.read(sample_id)))
 
@@ -243,9 +243,9 @@ class Way:
         """The views of each batch without end, as the loader gives them. UserError where they cannot be made."""
         import torch
 
-        from pipelines.draws import draw
-        from pipelines.slots import open_slots
-        from pipelines.stream import Job, stream
+        from pipelines.augment.draws import draw
+        from pipelines.loading.slots import open_slots
+        from pipelines.streaming.stream import Job, stream
 
         shards, recipe = work.shards, work.recipe
         jobs = (
@@ -298,7 +298,7 @@ def engine_sources(engines: list[str], work: Work) -> list[Source]:
 
 def measured_fidelity(way: Way, work: Work) -> tuple[str, str]:
     """The class of an engine's views of some of the images, and the figure in words; empty where it cannot make them."""
-    from pipelines.fidelity import classify
+    from pipelines.previews.engine_fidelity import classify
 
     plain = dataclasses.replace(work.recipe, mean=(0.0,) * 3, std=(1.0,) * 3)
     ids = work.sample_ids[:FIDELITY_IMAGES]

@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastssl.bench.hardware import bytes_of
 from fastssl.bench.report import Row, Stopwatch
 from fastssl.bench.verdict import STUDENT, TEACHER, UPDATE
-from fastssl.build import build_method, compute_dtype, prepare_backend, view_form
-from fastssl.config import Resolved
-from fastssl.distributed import Dist
-from fastssl.fit import choose_micro_batch
+from fastssl.core.distributed import Dist
+from fastssl.core.optimizers import build_optimizer, set_lr
 from fastssl.methods import MoCoV3
-from fastssl.optim import build_optimizer, set_lr
-from fastssl.step import Door, Step, chunks
+from fastssl.pretraining.build import build_method, compute_dtype, prepare_backend, view_form
+from fastssl.pretraining.micro_batch import choose_micro_batch
+from fastssl.pretraining.run_config import Resolved
+from fastssl.pretraining.step import Door, Step, chunks
 
 FORWARDS = 8  # per image: student 2 views x (forward + backward = 3), teacher 2 x 1
 

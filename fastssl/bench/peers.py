@@ -25,8 +25,8 @@ from torchvision.transforms import v2
 
 from fastssl.bench.dali import decoded_batches, view_batches
 from fastssl.bench.work import Source, Work
-from pipelines.decode import decode_rgb
-from pipelines.recipe import Recipe
+from pipelines.augment.recipe import Recipe
+from pipelines.kernels.decode import decode_rgb
 from shards.dataset.shard_set import ShardSet
 
 # ------------------------------------------------------------------------------------------- PyTorch's DataLoader

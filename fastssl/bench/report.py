@@ -203,7 +203,7 @@ def _version(distribution: str) -> str | None:
 
 def machine(device: torch.device | str | None = None) -> dict[str, Any]:
     """The processor, the cores this process may use, how busy they were in the last minute, and the GPU in use."""
-    from pipelines.loader import default_threads
+    from pipelines.loading.loader import default_threads
 
     info: dict[str, Any] = {
         "cpu": _cpu_model(),

@@ -16,7 +16,7 @@ import tyro
 from fastssl.bench.first_batch import STAGES, first_batch
 from fastssl.bench.fresh import in_fresh_process
 from fastssl.bench.report import busy, machine, write_report
-from pipelines.engines import EngineName
+from pipelines.engines.engine_table import EngineName
 from shards.errors import UserError, check_least
 from shards.storage.atomic_files import check_output
 
@@ -139,7 +139,7 @@ def grow(shards: Path, dest: Path, num_samples: int) -> None:
 
 
 def _check(args: BenchStart) -> None:
-    from pipelines.recipe import get_recipe
+    from pipelines.augment.recipe import get_recipe
     from shards.dataset.shard_set import ShardSet
     from shards.storage.place import open_place
 

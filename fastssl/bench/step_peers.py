@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.bench.report import Row
-from fastssl.build import build_method
-from fastssl.config import Resolved
+from fastssl.core.optimizers import build_optimizer, set_lr
 from fastssl.methods import MoCoV3
-from fastssl.optim import build_optimizer, set_lr
+from fastssl.pretraining.build import build_method
+from fastssl.pretraining.run_config import Resolved
 
 if TYPE_CHECKING:
     from fastssl.bench.parts import Clock

@@ -12,7 +12,7 @@ from shards.dataset.order import epoch_order
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipelines.recipe import Recipe
+    from pipelines.augment.recipe import Recipe
     from shards.dataset.shard_set import ShardSet
 
 
@@ -64,8 +64,8 @@ class Source:
 
     name: str
     fidelity: str
-    """Of our engines the measured class, see `pipelines.fidelity.classify`; of others exact for Pillow's own operations, drawn per
-    image, else approximate; empty: part of the work."""
+    """Of our engines the measured class, see `pipelines.previews.engine_fidelity.classify`; of others exact for Pillow's own
+    operations, drawn per image, else approximate; empty: part of the work."""
     open: Callable[[Work], Generator[int]]
     """Yields the number of source images of each batch, without end; closing it stops its workers."""
     note: str = ""

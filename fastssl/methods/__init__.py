@@ -1,6 +1,6 @@
 """The methods by name; each is one nn.Module that follows `contract.Method`."""
 
-from fastssl.methods.contract import Method, StepOutput
+from fastssl.methods.method import Method, StepOutput
 from fastssl.methods.moco_v3 import MoCoV3
 from shards.errors import UserError, nearest
 

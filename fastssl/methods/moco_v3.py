@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastssl.distributed import gather_keys, rank, world
-from fastssl.methods.contract import Method, StepOutput
+from fastssl.core.distributed import gather_keys, rank, world
+from fastssl.core.schedules import cosine_momentum
+from fastssl.methods.method import Method, StepOutput
 from fastssl.methods.parts import (
     batch_statistics,
     depends_on_batch,
@@ -20,7 +21,6 @@ from fastssl.methods.parts import (
     relative_distance,
 )
 from fastssl.methods.queue import KeyQueue
-from fastssl.schedules import cosine_momentum
 from shards.errors import UserError
 
 

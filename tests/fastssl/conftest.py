@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastssl import distributed
 from fastssl.cli import main
-from fastssl.train import pretrain
+from fastssl.core import distributed
+from fastssl.pretraining.loop import pretrain
 from shards.conversion.convert import convert
 from tests.fastssl.runs import NUM_IMAGES, resolve, tiny, write_yaml
 from tests.pictures import picture

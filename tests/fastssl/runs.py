@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import yaml
 
-from fastssl import checkpoint
-from fastssl.config import Resolved, load
+from fastssl.core import checkpoint
+from fastssl.pretraining.run_config import Resolved, load
 
 NUM_IMAGES, BATCH, EPOCHS = 60, 8, 3
 STEPS = NUM_IMAGES // BATCH  # an epoch
@@ -61,7 +61,7 @@ def write_yaml(path: Path, tree: dict[str, Any]) -> Path:
 
 
 def resolve(shards: Path | str, out: Path, *changes: dict[str, Any]) -> Resolved:
-    """As `tiny`, read by `fastssl.config.load`."""
+    """As `tiny`, read by `fastssl.pretraining.run_config.load`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     return load(write_yaml(out.parent / f"{out.name}.yaml", tiny(shards, out, *changes)))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastssl.train import pretrain
+from fastssl.pretraining.loop import pretrain
 from shards.conversion.convert import convert
 from tests.fastssl.runs import resolve
 from tests.pictures import picture

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from pipelines.draws import draw
-from pipelines.engines import make_engine
-from pipelines.loader import open_loader
-from pipelines.recipe import RECIPES
+from pipelines.augment.draws import draw
+from pipelines.augment.recipe import RECIPES
+from pipelines.engines.engine_table import make_engine
+from pipelines.loading.loader import open_loader
 from shards.dataset.shard_set import ShardSet
 
 

@@ -1,0 +1,1 @@
+"""The commands of `fastssl` that are more than a call: their options and what they print."""

@@ -1,0 +1,120 @@
+"""`fastssl preview SHARDS --recipe NAME --out views.png`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from pipelines.engines.engine_table import EngineName, engine_names
+from shards.errors import UserError, check_least, nearest
+from shards.storage.atomic_files import check_output
+
+if TYPE_CHECKING:
+    from pipelines.augment.recipe import Recipe
+
+RECIPE_FLAG = "--recipe."
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Draw originals beside the views that training would see, as a PNG.
+
+    With --ops, each operation of the recipe by itself and the value drawn; with --engines, how far engines are apart. Any setting of
+    the recipe can be changed as for pretrain: --recipe.crop-scale 0.2 1. Masks lie over originals and views where there are any.
+    """
+
+    shards: Annotated[str, tyro.conf.Positional]
+    """Folder of shards."""
+    recipe: str = "moco_v3"
+    """Name of a preset, or a configuration file whose recipe is to be shown."""
+    out: str = "views.png"
+    """PNG file to write."""
+    ops: bool = False
+    """Show each operation alone instead of the views."""
+    engines: str = ""
+    """Compare engines instead: names with commas between; the others are compared with the first. Such as reference,fused,kornia."""
+    rows: int = 6
+    """Images shown."""
+    epochs: int = 3
+    """Epochs shown: each has its own views."""
+    size: int = 0
+    """Side of the (global) views in pixels; 0 takes the recipe's."""
+    cell: int = 144
+    """Side of each picture on the sheet, in pixels."""
+    seed: int = 0
+    """The seed of the run to be previewed."""
+    split: str = ""
+    """Split of the shards to show (`fastssl split`); empty: all."""
+    engine: EngineName = "fused"
+    """What makes the views."""
+    value_range: Literal["type", "percentiles"] = "type"
+    """As data.value_range."""
+    bands: tuple[int, ...] = ()
+    """Channels shown as red, green and blue, counted from 1; empty: the first three."""
+
+
+def run(argv: list[str]) -> int:
+    """Run the command."""
+    rest, changes = _take_recipe_flags(argv)
+    args = tyro.cli(Preview, prog="fastssl preview", args=rest)
+    check_output(args.out, "--out")
+    check_least(args, rows=1, epochs=1, size=0, cell=96)
+    compared = [name for name in args.engines.split(",") if name]
+    for name in compared:
+        if name not in engine_names():
+            raise UserError(f"There is no engine called '{name}'.{nearest(name, engine_names())}")
+    if args.engines and (len(compared) < 2 or args.ops):
+        raise UserError("--engines needs two or more names, such as reference,fused, and goes without --ops.")
+    from pipelines.previews import preview_sheets
+    from shards.splits.split_table import open_split
+
+    recipe = _recipe(args, changes)
+    shards, out = open_split(args.shards, args.split), Path(args.out)
+    how: dict[str, Any] = {
+        "rows": args.rows,
+        "cell": args.cell,
+        "seed": args.seed,
+        "bands": args.bands,
+        "value_range": args.value_range,
+    }
+    shown = f"{min(args.rows, len(shards))} images"
+    if compared:
+        preview_sheets.engines_sheet(shards, recipe, out, compared, **how)
+        print(f"{shown} by {', '.join(compared)}: {out}")
+    elif args.ops:
+        preview_sheets.operations_sheet(shards, recipe, out, engine=args.engine, **how)
+        print(f"{shown}, each operation by itself: {out}")
+    else:
+        preview_sheets.contact_sheet(shards, recipe, out, epochs=args.epochs, engine=args.engine, **how)
+        local = f" and {recipe.local_views} at {recipe.local_size} px" if recipe.local_views else ""
+        print(f"{shown}, {args.epochs} epochs of {recipe.num_views} views at {recipe.size} px{local}: {out}")
+    return 0
+
+
+def _take_recipe_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without and with a name that begins with `--recipe.`, each with its values."""
+    kept: list[str] = []
+    taken: list[str] = []
+    place = kept
+    for token in argv:
+        if token.startswith("--"):
+            place = taken if token.startswith(RECIPE_FLAG) else kept
+        place.append(token)
+    return kept, taken
+
+
+def _recipe(args: Preview, changes: list[str]) -> Recipe:
+    from pipelines.augment.recipe import get_recipe
+
+    in_file = args.recipe.endswith((".yaml", ".yml"))
+    size = ["--recipe.size", str(args.size)] if args.size else []
+    if not (in_file or changes or size):
+        return get_recipe(args.recipe)
+    from fastssl.pretraining.run_config import load
+
+    if in_file:
+        return load(args.recipe, changes + size).config.recipe
+    return load(None, ["--recipe.preset", args.recipe, *changes, *size]).config.recipe

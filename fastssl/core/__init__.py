@@ -1,0 +1,1 @@
+"""What every trainer shares: processes, optimizers, schedules, checkpoints, loggers, meters, signals."""

@@ -1,0 +1,226 @@
+"""What a run tells: means kept on the device, rates, a JSON line per log step, and a live line for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastssl.core.distributed import mean_over_ranks, rank, world
+from shards.errors import UserError
+from shards.storage.atomic_files import atomic_write
+
+
+class Meters:
+    """Running means of metrics since the last log step. Adding never waits for the device; reading does."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._count: torch.Tensor | int = 0
+        self._replaced = 0
+        self._started_s = time.perf_counter()
+        self._wait_s = 0.0
+
+    def add(
+        self,
+        metrics: dict[str, torch.Tensor],
+        wait_s: float,
+        applied: torch.Tensor | bool = True,
+        replaced: int = 0,
+    ) -> None:
+        """Count one step: detached scalars, the seconds it waited for data, and how many of its samples others stood in for.
+
+        Means leave out a step that was not `applied`, a boolean on the device the same on every rank.
+        """
+        for name, value in metrics.items():
+            value = value.detach().float()
+            if isinstance(applied, torch.Tensor):
+                value = torch.where(applied, value, 0.0)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._count = self._count + (applied if isinstance(applied, torch.Tensor) else int(applied))
+        self._wait_s += wait_s
+        self._replaced += replaced
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done inside, a test or a save, out of images/s and of the share of waiting."""
+        began_s = time.perf_counter()
+        yield
+        self._started_s += time.perf_counter() - began_s
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to report the same means; all ranks call it, and hold the means of their sums from then on.
+
+        So a run on any number of ranks goes on from what one file says.
+        """
+        self._sums, self._replaced = self._over_ranks()
+        if rank():
+            self._replaced = 0  # the first rank has them all
+        return {
+            "sums": {k: v.cpu() for k, v in self._sums.items()},
+            "count": int(self._count),
+            "replaced": self._replaced,
+        }
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """The reverse of `state`. Times start afresh."""
+        self._sums = {k: v.to(device) for k, v in state["sums"].items()}
+        self._count, self._replaced = state["count"], 0 if rank() else state.get("replaced", 0)
+        self._started_s, self._wait_s = time.perf_counter(), 0.0
+
+    def read(self, images_per_step: int, steps_timed: int) -> dict[str, float]:
+        """Means over steps and ranks, images/s of the whole run, the share of time spent waiting for data, and the number of samples
+        that others stood in for; then reset. Where no step was applied there are no means."""
+        sums, replaced = self._over_ranks()
+        values = {k: float(v / self._count) for k, v in sums.items()}  # the one wait for the device
+        values = {k: v for k, v in values.items() if math.isfinite(v)}
+        seconds = max(1e-9, time.perf_counter() - self._started_s)
+        values["images_per_s"] = images_per_step * steps_timed / seconds
+        values["data_wait"] = min(1.0, self._wait_s / seconds)
+        values["stand_ins"] = replaced
+        self._sums, self._count, self._replaced = {}, 0, 0
+        self._started_s, self._wait_s = time.perf_counter(), 0.0
+        return values
+
+    def _over_ranks(self) -> tuple[dict[str, torch.Tensor], int]:
+        """The means over ranks of the sums, and the number of stand-ins on all of them."""
+        if world() == 1:
+            return dict(self._sums), self._replaced
+        if not self._sums:  # the same on every rank: no step since the last reading
+            return {}, self._replaced
+        like = next(iter(self._sums.values()))
+        means = mean_over_ranks({**self._sums, "": torch.full_like(like, self._replaced)})
+        return means, round(float(means.pop("")) * world())
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, appended; cut back to the checkpoint's step on resume.
+
+    `last` is the newest row that was there before, empty where there was none; `highest` the highest value of each name so far.
+    """
+
+    def __init__(self, path: Path, resume_step: int):
+        self._path = path
+        self.last: dict[str, Any] = {}
+        self.highest: dict[str, float] = {}
+        if path.exists():
+            # Lines after the checkpoint belong to steps that are about to be done again; the last may be half a line.
+            rows = [
+                row
+                for row in map(_parse, path.read_text().splitlines())
+                if row and row["step"] <= resume_step
+            ]
+            self.last = rows[-1] if rows else {}
+            for row in rows:
+                self._note(row)
+            atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; it must hold `step`. Numbers keep six significant digits. Raises UserError for a full disk."""
+        short = {k: six_digits(v) if isinstance(v, float) else v for k, v in row.items()}
+        with self._told(), open(self._path, "a") as file:
+            file.write(json.dumps(short) + "\n")
+        self._note(short)
+
+    def flush(self) -> None:
+        """Make sure that the rows so far survive a loss of power."""
+        with self._told(), open(self._path, "a") as file:
+            os.fsync(file.fileno())
+
+    def _note(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            self.highest[name] = max(value, self.highest.get(name, value))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"'{self._path}' cannot be written ({error.strerror}): make room or mend it, then continue with --resume."
+            ) from error
+
+
+def six_digits(value: float) -> float:
+    """The value as the log keeps it."""
+    return float(f"{value:.6g}")
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "ce_norm": "ce/lnN {:.3f}",
+    "acc": "acc {:.0%}",
+    "feature_std": "std {:.2f}",
+    "images_per_s": "{:,.0f} img/s",
+    "data_wait": "wait {:.0%}",
+}
+WIDE = 120  # columns from which all values fit beside the bar
+
+
+class Screen:
+    """The run as people see it: a live bar in a terminal, a line now and then elsewhere; silent on other ranks than 0."""
+
+    QUIET_S = 20.0  # without a terminal: seconds between lines
+
+    def __init__(self, total_steps: int, done_steps: int, show: bool):
+        self.console = Console(quiet=not show, highlight=False)
+        self._live = show and self.console.is_terminal
+        self._total = total_steps
+        self._spoke_s = -self.QUIET_S  # the first line comes at once
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24 if self.console.width >= WIDE else 8),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("pretrain", total=total_steps, completed=done_steps, status="")
+
+    def __enter__(self) -> Screen:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def step(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, epoch: int, epochs: int, values: dict[str, float]) -> None:
+        """Show the newest values."""
+        narrow = ("loss", "acc", "images_per_s")
+        wide = self.console.width >= WIDE or not self._live
+        # A value may be missing: there are no means where every step was skipped.
+        status = "  ".join(
+            text.format(values[name])
+            for name, text in SHOWN.items()
+            if name in values and (wide or name in narrow)
+        )
+        self._bar.update(self._task, description=f"epoch {epoch + 1}/{epochs}", status=status)
+        if not self._live and time.perf_counter() - self._spoke_s >= self.QUIET_S:
+            self._spoke_s = time.perf_counter()
+            self.say(f"epoch {epoch + 1}/{epochs}  step {step}/{self._total}  {status}")
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self.console.print(text, markup=False, soft_wrap=True)

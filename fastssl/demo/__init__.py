@@ -1,0 +1,1 @@
+"""`fastssl demo` and the synthetic aerial tiles that it draws."""

@@ -1,0 +1,105 @@
+"""Features of a whole shard set, and the two baselines any pretrained backbone must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.augment.recipe import Recipe
+from pipelines.loading.loader import eval_batches
+from shards.dataset.order import epoch_order
+from shards.dataset.shard_set import ShardSet
+from shards.errors import UserError
+
+MAX_PIXEL_SIDE = 32  # raw pixels are compared at this side at most: 3,072 numbers an image
+
+
+def labelled_ids(shards: ShardSet, limit: int = 0) -> np.ndarray:
+    """Ids of the labelled samples in use, ascending, int64; at most `limit` of them (0: all), chosen by a fixed permutation."""
+    ids = shards.ids[shards.labels[shards.ids] >= 0]
+    if limit and len(ids) > limit:
+        ids = np.sort(ids[epoch_order(len(ids), seed=0, epoch=0)[:limit]])
+    return ids
+
+
+def check_labels(shards: ShardSet, ids: np.ndarray, *, where: str = "", otherwise: str = "") -> None:
+    """Raise UserError unless kNN has two labelled samples; `where` begins the message, `otherwise` ends it with another way out."""
+    if len(ids) < 2:
+        part = f"the split '{shards.split}' of " if shards.split else ""
+        raise UserError(
+            f"{where}{part}'{shards.folder}' has {len(ids)} labelled samples and kNN needs at least 2: convert a folder "
+            f"whose sub-folders are classes{otherwise}."
+        )
+
+
+def check_same_classes(bank: ShardSet, queries: ShardSet) -> None:
+    """Raise UserError unless a label means the same class in both sets."""
+    if queries.classes != bank.classes:
+        raise UserError(
+            f"'{bank.folder}' and '{queries.folder}' have different classes ({len(bank.classes)} and "
+            f"{len(queries.classes)}): kNN needs the same class folders in both."
+        )
+
+
+@torch.no_grad()
+def extract(
+    shards: ShardSet,
+    recipe: Recipe,
+    sample_ids: np.ndarray,
+    encode: Callable[[Tensor], Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 256,
+    threads: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Features of the evaluation views of some samples: float32 (N, D) on the CPU, not normalised.
+
+    `encode` maps normalised views (n, 3, S, S) on `device` to (n, D); it is called on one batch at a time.
+    """
+    found, done = None, 0
+    for views in eval_batches(shards, recipe, sample_ids, batch=batch, threads=threads, device=device):
+        features = encode(views.views[0]).float().cpu()
+        if found is None:  # filled piece by piece: joining parts would need the memory twice
+            found = features.new_empty(len(sample_ids), features.shape[1])
+        found[done : done + len(features)] = features
+        done += len(features)
+        if progress:
+            progress(done, len(sample_ids))
+    assert found is not None, "callers refuse shards without labelled samples"
+    return found
+
+
+def backbone_encoder(
+    backbone: nn.Module, device: torch.device | str, bf16: bool
+) -> Callable[[Tensor], Tensor]:
+    """An `encode` for `extract`: the backbone in evaluation mode, under bf16 autocast if asked."""
+    kind = torch.device(device).type
+
+    def encode(views: Tensor) -> Tensor:
+        was_training = backbone.training
+        backbone.eval()
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
+            features = backbone(views)
+        backbone.train(was_training)
+        return features
+
+    return encode
+
+
+def pixel_encoder(recipe: Recipe) -> Callable[[Tensor], Tensor]:
+    """An `encode` that returns the view's pixels in [0, 1], area-averaged to at most 32 x 32: the raw-pixel baseline."""
+    side = min(recipe.size, MAX_PIXEL_SIDE)
+
+    def encode(views: Tensor) -> Tensor:
+        mean, std = (views.new_tensor(x)[:, None, None] for x in (recipe.mean, recipe.std))
+        pixels = views * std + mean
+        if side < recipe.size:
+            pixels = F.interpolate(pixels, (side, side), mode="area")
+        return pixels.flatten(1)
+
+    return encode

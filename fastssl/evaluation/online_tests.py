@@ -1,0 +1,79 @@
+"""Accuracy of the student while it is being trained, on labels that the training never sees: kNN and a linear classifier."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.evaluation.features import (
+    backbone_encoder,
+    check_labels,
+    check_same_classes,
+    extract,
+    labelled_ids,
+)
+from fastssl.evaluation.knn import KNNConfig, classify
+from fastssl.evaluation.linear_probe import probe_accuracy
+from pipelines.augment.recipe import Recipe
+from shards.dataset.shard_set import ShardSet
+from shards.splits.split_table import open_split
+
+
+class OnlineTests:
+    """Tests a backbone on the same labelled samples each time; made once at the start, so that a mistake shows at once."""
+
+    def __init__(
+        self,
+        cfg: KNNConfig,
+        recipe: Recipe,
+        training: ShardSet,
+        device: torch.device,
+        bf16: bool,
+        threads: int = 0,
+    ):
+        self._probe = cfg.linear
+        self._recipe, self._device, self._bf16, self._threads = recipe, device, bf16, threads
+        where, near = cfg.shards or training.folder, training.near and training.near.settings
+        self._bank = open_split(where, cfg.split, near) if cfg.shards or cfg.split else training
+        test = cfg.test_shards or (where if cfg.test_split else "")
+        self._queries = open_split(test, cfg.test_split, near) if test else None
+        self._bank_ids = labelled_ids(self._bank, cfg.max_samples)
+        self._query_ids = labelled_ids(self._queries, cfg.max_samples) if self._queries else None
+        for name, shards, ids in (
+            ("shards", self._bank, self._bank_ids),
+            ("test_shards", self._queries, self._query_ids),
+        ):
+            if shards is not None and ids is not None:
+                check_labels(shards, ids, where=f"knn.{name}: ", otherwise=", or set --knn.every 0")
+        if self._queries:
+            check_same_classes(self._bank, self._queries)
+        self.k = min(cfg.k, len(self._bank_ids) - (0 if self._queries else 1))
+        self.what = (
+            f"{len(self._query_ids)} test samples"
+            if self._query_ids is not None
+            else f"leave one out of {len(self._bank_ids)}"
+        )
+
+    def test(self, backbone: nn.Module) -> dict[str, float]:
+        """Accuracies in [0, 1] of the backbone as it is now: `knn_accuracy` and, if asked for, `linear_accuracy`."""
+
+        def features(shards: ShardSet, ids) -> tuple[Tensor, Tensor]:
+            encode = backbone_encoder(backbone, self._device, self._bf16)
+            found = extract(shards, self._recipe, ids, encode, device=self._device, threads=self._threads)
+            return found, torch.from_numpy(shards.labels[ids])
+
+        bank = features(self._bank, self._bank_ids)
+        queries = features(self._queries, self._query_ids) if self._queries else (None, None)
+        result = classify(
+            *bank, *queries, num_classes=len(self._bank.classes), ks=(self.k,), device=self._device
+        )
+        found = {"knn_accuracy": result.accuracy[self.k]}
+        if self._probe:
+            num_classes = len(self._bank.classes)
+            found["linear_accuracy"] = probe_accuracy(*bank, *queries, num_classes, self._device)
+        return found
+
+    def tell(self, found: dict[str, float]) -> str:
+        """The accuracies as a line for people."""
+        linear = f", linear {found['linear_accuracy']:.1%}" if "linear_accuracy" in found else ""
+        return f"kNN accuracy {found['knn_accuracy']:.1%}{linear} (k = {self.k}, {self.what})"

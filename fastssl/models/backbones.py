@@ -1,0 +1,141 @@
+"""Backbones by name: MoCo v3's ViTs, a narrow ResNet for small data, and every model of timm."""
+
+import difflib
+import warnings
+from typing import Any
+
+import timm
+import torch
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from fastssl.models.moco_vit import MOCO_VITS, build_moco_vit, check_patches
+from fastssl.models.model_config import ModelConfig
+from shards.errors import UserError, nearest
+
+RESNET10_W32 = "resnet10_w32"
+
+
+def build(cfg: ModelConfig, image_size: int) -> nn.Module:
+    """See `fastssl.models.model_config.build_backbone`."""
+    if cfg.backbone in MOCO_VITS:
+        backbone: nn.Module = build_moco_vit(
+            MOCO_VITS[cfg.backbone],
+            image_size=image_size,
+            patch_size=cfg.patch_size,
+            channels=cfg.channels,
+            drop_path=cfg.drop_path,
+        )
+    else:
+        if cfg.patch_size != ModelConfig.patch_size:
+            warnings.warn(
+                f"model.patch_size {cfg.patch_size} has no effect on {cfg.backbone}: "
+                "it is for the moco_vit family.",
+                stacklevel=3,
+            )
+        backbone = _build_other(cfg, image_size)
+    if cfg.stem_stride != 4:
+        _shrink_stem(backbone, cfg)
+    if cfg.stop_grad_conv1:
+        _freeze_patch_embedding(backbone)
+    for module in backbone.modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):  # as timm's attention layers call it
+            module.fused_attn = cfg.attention == "sdpa"  # pyright: ignore[reportArgumentType]
+    if cfg.residual == "autocast":
+        _narrow_residual_stream(backbone, cfg.backbone)
+    return backbone
+
+
+def _narrow_residual_stream(backbone: nn.Module, name: str) -> None:
+    """Keep the residual stream of a timm ViT in autocast's precision; warn where the backbone is no ViT.
+
+    Adding the float32 position table to bf16 patches gives float32, and each block adds to that. The stream is cast where it enters
+    the first block, and behind each block, since a block with LayerScale multiplies by float32 again.
+    """
+    if not isinstance(backbone, VisionTransformer):
+        warnings.warn(f"model.residual has no effect on {name}: it is for ViTs.", stacklevel=4)
+        return
+    for part in (backbone.norm_pre, *backbone.blocks):
+        part.register_forward_hook(_to_autocast)
+    # What leaves the stream is float32 as ever: GPUs' layer_norm computes in that anyway, CPUs' in the precision it is given.
+    backbone.norm.register_forward_pre_hook(_to_float32)
+
+
+def _to_autocast(module: nn.Module, args: Any, stream: Tensor) -> Tensor:
+    """A forward hook: the output in autocast's precision, unchanged outside of autocast."""
+    kind = stream.device.type
+    return stream.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else stream
+
+
+def _to_float32(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    """A forward pre-hook."""
+    return args[0].float()
+
+
+def _build_other(cfg: ModelConfig, image_size: int) -> nn.Module:
+    """resnet10_w32 or a timm model; timm starts ResNet blocks as the identity, as MoCo v3 does."""
+    if cfg.backbone == RESNET10_W32:
+        return ResNet(
+            BasicBlock,  # pyright: ignore[reportArgumentType]
+            (1, 1, 1, 1),
+            num_classes=0,
+            in_chans=cfg.channels,
+            channels=(32, 64, 128, 256),
+            drop_path_rate=cfg.drop_path,
+        )
+    if not timm.is_model(cfg.backbone):
+        raise _unknown(cfg.backbone)
+    plain_name, _, tag = cfg.backbone.partition(".")
+    if tag:
+        raise UserError(
+            f"{cfg.backbone} names pretrained weights ({tag}), but pretraining starts from scratch: "
+            f"use {plain_name}."
+        )
+    options: dict[str, Any] = {"drop_path_rate": cfg.drop_path} if cfg.drop_path else {}
+    defaults = timm.get_pretrained_cfg(cfg.backbone)
+    if defaults is not None and defaults.fixed_input_size:
+        options["img_size"] = image_size
+    try:
+        backbone = timm.create_model(
+            cfg.backbone, pretrained=False, num_classes=0, in_chans=cfg.channels, **options
+        )
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise UserError(f"{cfg.backbone} has no stochastic depth: set model.drop_path to 0.") from error
+    # A few models (MobileNetV3, for one) pool into a wider layer than the one timm calls num_features.
+    backbone.num_features = getattr(backbone, "head_hidden_size", backbone.num_features)
+    patch_embed = getattr(backbone, "patch_embed", None)
+    if isinstance(patch_embed, PatchEmbed):
+        check_patches(image_size, int(patch_embed.patch_size[0]))
+    return backbone
+
+
+def _unknown(name: str) -> UserError:
+    """The error for a backbone that does not exist, without timm's thousand names."""
+    ours = [*MOCO_VITS, RESNET10_W32]
+    close = difflib.get_close_matches(name, [*ours, *timm.list_models()], n=1)
+    hint = nearest(name, close or ours)
+    if not close:
+        hint = f"{hint[:-1]}, and every model that timm.list_models() names."
+    return UserError(f"There is no backbone {name!r}.{hint}")
+
+
+def _shrink_stem(backbone: nn.Module, cfg: ModelConfig) -> None:
+    if not isinstance(backbone, ResNet) or not isinstance(backbone.conv1, nn.Conv2d):
+        raise UserError(
+            f"model.stem_stride is for ResNets with a plain first convolution and {cfg.backbone} is none: leave it at 4."
+        )
+    old = backbone.conv1
+    backbone.conv1 = nn.Conv2d(
+        old.in_channels, old.out_channels, 3, stride=cfg.stem_stride, padding=1, bias=False
+    )
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+    backbone.maxpool = nn.Identity()
+
+
+def _freeze_patch_embedding(backbone: nn.Module) -> None:
+    if isinstance(backbone, VisionTransformer) and isinstance(backbone.patch_embed, PatchEmbed):
+        backbone.patch_embed.proj.requires_grad_(False)

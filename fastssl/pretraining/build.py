@@ -1,0 +1,186 @@
+"""The model made ready to train: built from a configuration, on its device, in its memory format, compiled, spread over processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import shutil
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastssl.core import distributed
+from fastssl.methods import Method, MoCoV3, get_method
+from fastssl.methods.parts import depends_on_batch
+from fastssl.models.activation_checkpointing import checkpoint_blocks, frozen_statistics
+from fastssl.models.model_config import ModelConfig, architecture, build_backbone
+from fastssl.pretraining.step import Door
+from pipelines.augment.channels import fit_recipe
+from pipelines.kernels.torch_kernels import Form
+from shards.dataset.shard_set import ShardSet
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from fastssl.pretraining.run_config import Resolved
+    from fastssl.pretraining.train_config import TrainConfig
+
+
+def prepare_backend(device: torch.device) -> None:
+    """Let cuDNN time its algorithms: every step has the same shapes, so the choice pays off from the second step on."""
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What autocast computes in: as asked, or, for auto, what the hardware multiplies fast.
+
+    auto takes bf16 where the hardware has it, fp16 on GPUs that have only that (before Ampere), and float32 on other CPUs.
+    """
+    if precision != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether `compute_dtype` is bf16."""
+    return compute_dtype(precision, device) == torch.bfloat16
+
+
+def view_form(train: TrainConfig, device: torch.device) -> Form:
+    """How views that a GPU makes lie in memory: in the precision and layout of the step, so that it need not cast them."""
+    return Form(compute_dtype(train.precision, device), train.channels_last)
+
+
+def follow_shards(resolved: Resolved, shards: ShardSet) -> Resolved:
+    """The configuration with model.channels, and the recipe's mean, std and value range, of a data set: what a run is made with.
+
+    Raises:
+        UserError: see `pipelines.augment.channels.fit_recipe`; or model.channels was set to another number.
+    """
+    cfg = resolved.config
+    recipe = fit_recipe(cfg.recipe, shards, cfg.data.value_range)
+    channels = len(recipe.mean)
+    if cfg.model.channels not in (ModelConfig.channels, channels):
+        raise UserError(
+            f"model.channels is {cfg.model.channels} and the images of '{shards.folder}' make views of {channels}: leave it out."
+        )
+    model = dataclasses.replace(cfg.model, channels=channels)
+    return dataclasses.replace(resolved, config=dataclasses.replace(cfg, recipe=recipe, model=model))
+
+
+def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict[str, Any]]:
+    """The method with the initial weights of the run's seed, on the device, and its backbone's architecture.
+
+    Raises:
+        UserError: an unknown name, sizes that do not fit, or a number of channels that the engines do not make.
+    """
+    cfg = resolved.config
+    if cfg.model.channels != len(cfg.recipe.mean):
+        raise UserError(
+            f"model.channels is {cfg.model.channels} and the recipe makes views of {len(cfg.recipe.mean)} channels: leave it out, it "
+            "follows the shards."
+        )
+    torch.manual_seed(cfg.train.seed)
+    backbone = build_backbone(cfg.model, cfg.recipe.size)
+    shape = architecture(backbone, cfg.model)
+    if cfg.method.queue % cfg.train.batch:
+        near = max(1, round(cfg.method.queue / cfg.train.batch)) * cfg.train.batch
+        raise UserError(
+            f"method.queue is {cfg.method.queue} and train.batch is {cfg.train.batch}, but whole batches must fill the queue: "
+            f"set --method.queue {near}."
+        )
+    method = get_method(resolved.method_name)(backbone, cfg.method)
+    method.check_views(cfg.recipe.num_views, cfg.recipe.local_views)
+    # The teacher keeps no activations: it has nothing to compute again.
+    checkpoint_blocks(backbone, cfg.train.checkpointing, cfg.model.backbone)
+    if cfg.train.channels_last:
+        method = method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return method.to(device), shape
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs: a C++ compiler for a CPU, a C compiler (for Triton) for a GPU."""
+    on_cpu = device.type == "cpu"
+    names = ("g++", "c++", "clang++") if on_cpu else ("gcc", "cc", "clang")
+    return bool(os.environ.get("CXX" if on_cpu else "CC")) or any(shutil.which(name) for name in names)
+
+
+def compile_blocks(method: Method, device: torch.device) -> bool:
+    """Compile student and teacher backbones in place: per block where there are blocks, so that equal ones share one graph.
+
+    State dicts keep their keys. Returns False, with a warning, where there is no compiler.
+    """
+    if not has_compiler(device):
+        what, package = ("C++ compiler", "g++") if device.type == "cpu" else ("C compiler", "gcc")
+        warnings.warn(
+            f"train.compile needs a {what} and there is none (Debian: {package}): running uncompiled.",
+            stacklevel=2,
+        )
+        return False
+    for backbone in method.backbones():
+        blocks = getattr(backbone, "blocks", None)
+        for part in blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else [backbone]:
+            part.compile()
+    return True
+
+
+def spread(method: Method, ranks: distributed.Dist) -> nn.Module:
+    """The method's `Door`, under DDP where there is more than one process; on GPUs BatchNorm then spans them, as the paper's does."""
+    if ranks.world == 1:
+        return Door(method)
+    on_gpu = ranks.device.type == "cuda"
+    if on_gpu:
+        convert_batch_norm(method)
+    elif ranks.is_main and depends_on_batch(method):
+        warnings.warn(
+            "PyTorch has no SyncBatchNorm on CPUs: BatchNorm sees each process's share of the batch only.",
+            stacklevel=2,
+        )
+    # Each process keeps its own BatchNorm buffers (equal ones under SyncBatchNorm); torch 2.14 renamed the switch.
+    known = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {switch: False, "device_ids": [ranks.local_rank] if on_gpu else None}
+    return DistributedDataParallel(Door(method), **options)
+
+
+def freeze_unused(method: Method, view_shape: tuple[int, ...], ranks: distributed.Dist) -> list[str]:
+    """Freeze, aloud, what is trainable but takes no part in the loss, for which DDP would wait in vain; returns the names.
+
+    Tries a step on two random images (C, H, W). Call it on every rank, before `spread` and after the optimiser is built, whose
+    state then has the same layout with any number of ranks. Nothing to do, and nothing tried, at world 1.
+    """
+    if ranks.world == 1:
+        return []
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.rand(2, *view_shape, generator=generator).to(ranks.device) for _ in range(2)]
+    with frozen_statistics(method):
+        method(views).loss.backward()
+    unused = {name: p for name, p in method.named_parameters() if p.requires_grad and p.grad is None}
+    for parameter in method.parameters():
+        parameter.grad = None
+    for parameter in unused.values():
+        parameter.requires_grad_(False)
+    if unused and ranks.is_main:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        warnings.warn(
+            f"These weights take no part in the loss and stay as they are: {', '.join(list(unused)[:3])}{more}.",
+            stacklevel=2,
+        )
+    return list(unused)
+
+
+def convert_batch_norm(method: nn.Module) -> None:
+    """Make every BatchNorm of the method's parts a SyncBatchNorm, in place; the state dict keeps its keys.
+
+    timm's conversion, not PyTorch's: that one drops the activation which timm's BatchNormAct2d holds.
+    """
+    from timm.layers.norm_act import convert_sync_batchnorm
+
+    for name, child in method.named_children():
+        setattr(method, name, convert_sync_batchnorm(child))

@@ -1,0 +1,243 @@
+"""`fastssl replay FILE`: do a step again that was not finite, and say where the first value arises that is not."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastssl.core.nonfinite import BadStep
+    from shards.dataset.shard_set import ShardSet
+
+MAX_FILES = 3  # of a run: each holds its weights
+PATTERN = "nonfinite-step-*.pt"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Do a step again whose loss or gradient was not finite, and say where the first such value arises.
+
+    A run writes FILE, with its weights and the batch's sample ids and draws, when such a step stops it or is skipped.
+    """
+
+    file: Annotated[str, tyro.conf.Positional]
+    """nonfinite-step-*.pt in the folder of a run."""
+    shards: str = ""
+    """The run's shards, where they have moved since."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    precision: Literal["", "bf16", "fp16", "fp32"] = ""
+    """What to compute in; empty: as the run did on this kind of device. A step that is finite in fp32 tells of an overflow."""
+    micro_batch: int = 0
+    """Images at a time, where the batch does not fit; 0: as the run did."""
+
+
+def run(argv: list[str]) -> int:
+    """Run the command."""
+    args = tyro.cli(Replay, prog="fastssl replay", args=argv)
+    for line in replay(args):
+        print(line)
+    return 0
+
+
+def capture(path: Path, bad: BadStep, weights: dict[str, Any], shards: ShardSet) -> None:
+    """Write what `replay` needs, `weights` being those of a checkpoint; says so, and goes on, where that is not possible."""
+    import torch
+
+    from fastssl.core import checkpoint
+
+    if len(list(path.parent.glob(PATTERN))) >= MAX_FILES:
+        return
+    batch = {
+        "bad_step": bad.step,
+        "loss": bad.loss,
+        "sample_ids": torch.from_numpy(bad.sample_ids),
+        "draws": _draws(weights["config"], bad.step, bad.sample_ids, shards),
+        "rng": torch.get_rng_state(),
+    }
+    try:
+        checkpoint.save(path, {**weights, **batch})
+    except UserError as error:  # what has happened is to be told in any case
+        warnings.warn(f"The batch could not be kept for a replay: {error}", stacklevel=2)
+
+
+def _draws(config: dict[str, Any], step: int, ids: np.ndarray, shards: ShardSet) -> torch.Tensor:
+    """The bytes of the batch's DRAW records (V, N), uint8; for a sample in place of a bad one, those of its regular place."""
+    import torch
+
+    from fastssl.pretraining.run_config import from_tree
+    from pipelines.augment.draws import draw
+    from shards.dataset.order import steps_per_epoch
+
+    cfg = from_tree(config).config
+    epoch = (step - 1) // steps_per_epoch(len(shards), cfg.train.batch)
+    drawn = draw(cfg.recipe, cfg.train.seed, epoch, ids, shards.widths[ids], shards.heights[ids])
+    return torch.from_numpy(np.frombuffer(drawn.tobytes(), dtype=np.uint8).copy())
+
+
+def replay(args: Replay) -> list[str]:
+    """The report, line by line.
+
+    Raises:
+        UserError: no such file, or other shards than the run's.
+    """
+    import torch
+
+    from fastssl.core import checkpoint
+    from fastssl.core.distributed import choose_device
+    from fastssl.pretraining.build import build_method, compute_dtype
+    from fastssl.pretraining.resume import data_set_of
+    from fastssl.pretraining.run_config import from_tree
+    from fastssl.pretraining.step import Door, Step
+    from fastssl.pretraining.trainer import depth_draws
+    from pipelines.loading.loader import open_loader
+
+    state = checkpoint.load(Path(args.file))
+    if "bad_step" not in state:
+        raise UserError(
+            f"'{args.file}' is a checkpoint, not a step that was not finite: give a {PATTERN} of a run."
+        )
+    resolved = from_tree(state["config"])
+    cfg = resolved.config
+    data = replace(cfg.data, shards=args.shards or cfg.data.shards)
+    # Recomputed activations would be met twice.
+    train = replace(cfg.train, checkpointing="none", precision=args.precision or cfg.train.precision)
+    resolved = replace(resolved, config=replace(cfg, data=data, train=train))
+    shards = data.open()
+    if state["shards"] != data_set_of(shards):
+        raise UserError(
+            f"'{shards.folder}' holds other samples than the run's: give its shards with --shards."
+        )
+    place, step = choose_device(args.device), state["bad_step"]
+    method, _ = build_method(resolved, place)
+    checkpoint.load_weights(method, state["method"], args.file)
+
+    chunk = args.micro_batch or (train.micro_batch if train.micro_batch != "auto" else 0)
+    options = {**data.options(), **({} if place.type == "cuda" else {"augment_on": "cpu", "cache": "none"})}
+    loader = open_loader(
+        shards, cfg.recipe, batch=train.batch, seed=train.seed, device=place, on_host=bool(chunk), **options
+    )
+    [batch] = loader.steps(step - 1, step)
+    ids = state["sample_ids"].numpy()
+    what = "gradient was not finite" if np.isfinite(state["loss"]) else f"loss was {state['loss']}"
+    lines = [f"step {step}: the {what}; {len(ids)} images, weights of step {min(state['step'], step - 1)}"]
+    if not np.array_equal(batch.sample_ids, ids):
+        lines.append("note: other samples stand in for bad ones than did then")
+    if not torch.equal(_draws(state["config"], step, ids, shards), state["draws"]):
+        lines.append("note: this version of fastssl draws other augmentations than did the run")
+    if train.nonfinite == "skip" and state["step"] > step:
+        lines[0] = lines[0].replace(f"step {step - 1}", f"step {state['step']}, which came later")
+
+    # BatchNorm's running statistics have taken the step in, and no step looks at them.
+    broken = [name for name, value in method.named_parameters() if _count(value)]
+    lines.append(f"weights    {'finite' if not broken else f'not finite in {_some(broken)}'}")
+    spoiled = [str(i) for i, view in enumerate(batch.views) if _count(view)]
+    lines.append(f"views      {'finite' if not spoiled else f'not finite: view {_some(spoiled)}'}")
+    dtype = compute_dtype(train.precision, place)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.0)
+    stepper = Step(
+        method, Door(method), optimizer, place, dtype, micro_batch=chunk, exact_heads=train.exact_heads
+    )
+    trace = Trace(method)
+    draws = depth_draws(train.seed, step - 1, 0) if cfg.model.drop_path else None
+    stepper.gradients(batch.views, draws)
+    lines.append(f"forward    {trace.forward.tell() if trace.forward else 'finite'}")
+    if trace.forward and len(trace.forward.rows) and not chunk:
+        named = [f"{i} '{shards.name(int(i))}'" for i in dict.fromkeys(ids[trace.forward.rows % len(ids)])]
+        lines.append(f"images     {_some(named)}")
+    lines.append(f"loss       {float(stepper.loss):g}")
+    wrong = [name for name, p in method.named_parameters() if p.grad is not None and _count(p.grad)]
+    first = (
+        trace.backward.tell() if trace.backward else f"not finite in {_some(wrong)}" if wrong else "finite"
+    )
+    lines.append(f"gradient   {first}")
+    if not (broken or spoiled or trace.forward or wrong or not np.isfinite(float(stepper.loss))):
+        lines.append(
+            "The step is finite when done again: what made it fail is in another precision, device or later weights."
+        )
+    elif dtype != torch.float32 and not broken:
+        lines.append(f"See whether float32 bears it: fastssl replay {args.file} --precision fp32")
+    return lines
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a value was first not finite."""
+
+    name: str
+    """Of the module whose output, or the gradient of whose output, it was."""
+    kind: str
+    shape: tuple[int, ...]
+    count: int
+    """Values that are not finite."""
+    before: str
+    """What came before it."""
+    rows: np.ndarray
+    """Places in the first dimension, int64."""
+
+    def tell(self) -> str:
+        """A line for people."""
+        return (
+            f"first not finite in {self.name} ({self.kind}): {self.count:,} of {int(np.prod(self.shape)):,} values of "
+            f"{self.shape}; {self.before}"
+        )
+
+
+class Trace:
+    """Watches the modules without parts of a method, in the order in which they run, and the gradients of their outputs."""
+
+    def __init__(self, method: torch.nn.Module) -> None:
+        self.forward: Spot | None = None
+        self.backward: Spot | None = None
+        self._last = "the views"
+        for name, module in method.named_modules():
+            if next(module.children(), None) is None:
+                module.register_forward_hook(partial(self._after, name))
+
+    def _after(self, name: str, module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        for value in _tensors(output):
+            if self.forward is None and (count := _count(value)):
+                rotten = any(_count(x) for x in _tensors(inputs))
+                before = f"its input is not: between {self._last} and it" if rotten else "its input is finite"
+                self.forward = Spot(
+                    name, type(module).__name__, tuple(value.shape), count, before, _rows(value)
+                )
+            if value.requires_grad:
+                value.register_hook(partial(self._back, name, type(module).__name__))
+        self._last = name
+
+    def _back(self, name: str, kind: str, gradient: torch.Tensor) -> None:
+        if self.backward is None and (count := _count(gradient)):
+            before = "the gradient of its output, on the way back"
+            self.backward = Spot(name, kind, tuple(gradient.shape), count, before, _rows(gradient))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    import torch
+
+    values = value if isinstance(value, tuple | list) else (value,)
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _count(value: torch.Tensor) -> int:
+    return int((~value.isfinite()).sum()) if value.is_floating_point() else 0
+
+
+def _rows(value: torch.Tensor) -> np.ndarray:
+    """The places in the first dimension that hold a value which is not finite; none where nearly all do, which names no culprit."""
+    found = (~value.detach().isfinite()).reshape(len(value), -1).any(dim=1).nonzero().flatten().cpu().numpy()
+    return found if len(found) <= len(value) // 2 else found[:0]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

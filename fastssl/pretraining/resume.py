@@ -1,0 +1,70 @@
+"""Whether a checkpoint belongs to the run that wants to continue it."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from fastssl.models.model_config import check_architecture
+from fastssl.pretraining.run_config import from_tree
+from shards.dataset.shard_set import ShardSet
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from fastssl.pretraining.run_config import Resolved
+
+
+def data_set_of(shards: ShardSet) -> dict[str, Any]:
+    """What a data set must agree on for a run to continue on it."""
+    whole = {"num_samples": len(shards), "options_sha256": shards.manifest.options_sha256}
+    # A split made anew under its old name is another one.
+    part = {"ids_sha256": hashlib.sha256(shards.ids.tobytes()).hexdigest()} if shards.split else {}
+    return whole | part
+
+
+def check_same_run(
+    state: dict[str, Any], resolved: Resolved, shards: ShardSet, shape: dict[str, Any], where: str
+) -> None:
+    """A checkpoint continues only the run it came from; settings that may change do so aloud.
+
+    The number of processes is no setting: order and draws follow the global step, so any number that divides the batch goes on with
+    the same samples. So does another train.micro_batch.
+    """
+    check_architecture(shape, state["architecture"], where)
+    if state["shards"] != data_set_of(shards):
+        raise UserError(
+            f"'{where}' was trained on {state['shards']['num_samples']} samples of another conversion or split, '{shards.folder}' "
+            f"has {len(shards)}: give the same shards, or start anew with another --train.out."
+        )
+    # Read as settings, so that those of an older version have their names of now, and the defaults where they did not exist.
+    before, now = from_tree(state["config"]).tree(), resolved.tree()
+    fixed = {("train", "batch"), ("train", "seed"), ("train", "epochs")}
+    # What the optimiser holds, and for which weights.
+    fixed |= {("optim", "name"), ("model", "stop_grad_conv1")}
+    free = {
+        ("train", k)
+        for k in (
+            "out",
+            "device",
+            "log_every",
+            "save_every",
+            "save_every_steps",
+            "keep_last",
+            "keep_every",
+            "max_skipped",
+            "compile",
+            "checkpointing",
+        )
+    }
+    for section, values in now.items():
+        for key, value in values.items():
+            old = before.get(section, {}).get(key)
+            if old == value or section in ("data", "knn", "log") or (section, key) in free:
+                continue
+            if section in ("recipe", "method") or (section, key) in fixed:
+                raise UserError(
+                    f"'{where}' was made with {section}.{key} = {old} and this run has {value}: use the same to resume, or start anew "
+                    "with another --train.out."
+                )
+            warnings.warn(f"{section}.{key} was {old} until here and is {value} from now on.", stacklevel=3)

@@ -1,0 +1,217 @@
+"""A run's configuration: frozen sections put together, read from YAML and flags by one parser.
+
+YAML is just flags: the file is flattened to `--section.key value` and parsed by tyro, then the user's own flags are parsed with that
+result as their default. So a value means the same in both places, and there is one kind of error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastssl.core.loggers import LogConfig
+from fastssl.core.optimizers import OptimConfig
+from fastssl.evaluation.knn import KNNConfig
+from fastssl.methods import METHODS, get_method
+from fastssl.methods.moco_v3 import Config as MoCoV3Config
+from fastssl.models.model_config import ModelConfig
+from fastssl.pretraining.train_config import TrainConfig
+from pipelines.augment.recipe import RECIPES, Recipe, get_recipe
+from pipelines.loading.data_config import DataConfig
+from shards.errors import UserError, nearest
+
+# Chosen by name before the rest is read, because they decide which other keys exist and what their defaults are.
+METHOD_NAME, PRESET = "method.name", "recipe.preset"
+# Settings by their former names, which older files and checkpoints hold: the name of now, and the values.
+RENAMED = {
+    "model.grad_checkpointing": ("train.checkpointing", {"true": "blocks", "false": "none"}),
+    "train.keep": ("train.keep_last", {}),
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one pretraining run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    recipe: Recipe = field(default_factory=Recipe)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MoCoV3Config = field(default_factory=MoCoV3Config)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    knn: KNNConfig = field(default_factory=KNNConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration and the name of its method."""
+
+    config: RunConfig
+    method_name: str
+
+    def tree(self) -> dict[str, Any]:
+        """The whole configuration as plain nested values, loadable again by `load`."""
+        tree = _plain(dataclasses.asdict(self.config))
+        tree["method"] = {"name": self.method_name, **tree["method"]}
+        return tree
+
+    def to_yaml(self) -> str:
+        """As `tree`, in YAML."""
+        return yaml.safe_dump(self.tree(), sort_keys=False, width=110)
+
+
+def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolved:
+    """Read a YAML file (None: all defaults) and flags that override it.
+
+    Raises:
+        UserError: the file is missing or no YAML, or a key, method or recipe is unknown; the nearest known name is given.
+        SystemExit: `--help`, or a value of the wrong type (tyro prints which).
+    """
+    tree = _read_yaml(Path(path)) if path is not None else {}
+    where = f"'{path}'" if path is not None else "the defaults"
+    named = dict(leaves(tree))
+    tokens = list(overrides or [])
+    sections = {field.name for field in dataclasses.fields(RunConfig)}
+    named = {k: v for k, v in named.items() if v != "" or k not in sections}  # `train:` with nothing below it
+    written = {key: named.pop(key, None) for key in (METHOD_NAME, PRESET)}
+    named = _of_now(named)
+    chosen = {key: _take_flag(tokens, key) or name for key, name in written.items()}
+    method_name = chosen[METHOD_NAME] or next(iter(METHODS))
+    recipe = get_recipe(chosen[PRESET]) if chosen[PRESET] else Recipe()
+    start = RunConfig(recipe=recipe, method=get_method(method_name).Config())
+
+    known = dict(leaves(_plain(dataclasses.asdict(start)))).keys()
+    names = [*known, METHOD_NAME, PRESET]
+    for key in named:
+        if key not in known:
+            raise UserError(f"{where} has an unknown key '{key}'.{_suggest(key, names)}")
+    for token in tokens:
+        name = token.split("=", 1)[0].removeprefix("--").replace("-", "_")
+        if token.startswith("--") and name != "help" and name not in known:
+            raise UserError(f"There is no setting '{token.split('=', 1)[0]}'.{_suggest(name, names)}")
+    base = _parse(start, list(_flags(named)), prog=str(path))
+    return Resolved(_parse(base, tokens, prog="fastssl pretrain CONFIG"), method_name)
+
+
+def from_tree(tree: dict[str, Any]) -> Resolved:
+    """The configuration stored in a checkpoint (`Resolved.tree`)."""
+    tree = {section: dict(values) for section, values in tree.items()}
+    method_name = tree["method"].pop("name")
+    start = RunConfig(method=get_method(method_name).Config())
+    return Resolved(_parse(start, list(_flags(_of_now(dict(leaves(tree))))), prog="checkpoint"), method_name)
+
+
+def _of_now(named: dict[str, Any]) -> dict[str, Any]:
+    """Settings under their names of now; one that is there under both keeps the value of the new name."""
+    moved = {}
+    for old, (new, values) in RENAMED.items():
+        if old in named:
+            value = str(named[old])
+            moved[new] = values.get(value.lower(), value)
+    return {**moved, **{name: value for name, value in named.items() if name not in RENAMED}}
+
+
+def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:
+    import tyro
+
+    description = (
+        f"All settings, with the values of the file. Besides these: --{PRESET} NAME ({', '.join(RECIPES)}) and "
+        f"--{METHOD_NAME} NAME ({', '.join(METHODS)})."
+    )
+    return tyro.cli(
+        RunConfig,
+        prog=prog,
+        description=description,
+        default=default,
+        args=_spell_booleans(tokens, default),
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        # BaseLoader leaves every scalar a string: `lr: 3e-4` and `name: no` mean what they say.
+        tree = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
+    except FileNotFoundError:
+        here = [p.name for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+        there = f" '{path.parent}' holds {', '.join(here)}." if here else ""
+        raise UserError(f"There is no configuration file '{path}'.{there}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' cannot be read as a configuration file: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise UserError(f"'{path}'{line} is not valid YAML: {problem}.") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"'{path}' must hold sections such as 'train:', but holds one value: {tree!r}")
+    return tree
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{'train': {'lr': 1}} -> ('train.lr', 1)."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _flags(named: dict[str, Any]) -> Iterator[str]:
+    for key, value in named.items():
+        yield f"--{key}"
+        yield from (map(str, value) if isinstance(value, list) else (str(value),))
+
+
+def _spell_booleans(tokens: list[str], default: RunConfig) -> list[str]:
+    """`true` and `false` as tyro spells them, where a switch is set; a folder called `true` keeps its name."""
+    switches = {f"--{key}" for key, value in leaves(dataclasses.asdict(default)) if isinstance(value, bool)}
+    spelled, before = [], ""
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        flag = "--" + name.removeprefix("--").replace("-", "_")
+        if value.lower() in ("true", "false") and flag in switches:
+            token = name + equals + value.capitalize()
+        elif token.lower() in ("true", "false") and before in switches:
+            token = token.capitalize()
+        spelled.append(token)
+        before = flag
+    return spelled
+
+
+def _take_flag(tokens: list[str], name: str) -> str | None:
+    """Remove `--name value` or `--name=value` from the tokens and return the value."""
+    for i, token in enumerate(tokens):
+        if token == f"--{name}":
+            if i + 1 == len(tokens):
+                raise UserError(f"--{name} needs a value.")
+            value = tokens[i + 1]
+            del tokens[i : i + 2]
+            return value
+        if token.startswith(f"--{name}="):
+            del tokens[i]
+            return token.split("=", 1)[1]
+    return None
+
+
+def _suggest(key: str, known: Any) -> str:
+    """The nearest full key, or the one whose last part is meant where the section was forgotten."""
+    last = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    if len(last) == 1:
+        return f" Did you mean '{last[0]}'?"
+    hint = nearest(key, known)
+    # Sixty names are no help in a sentence.
+    return hint if "Did you mean" in hint else " `fastssl pretrain CONFIG --settings` lists them all."
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, so that YAML and JSON hold plain values."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,143 @@
+"""The folder of a run: whose it is, what it was continued from, and which of its checkpoints stay."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+from fastssl.core import checkpoint, distributed
+from fastssl.core.loggers import Sinks
+from fastssl.core.meters import MetricsLog, six_digits
+from fastssl.pretraining.run_config import leaves
+from shards.errors import UserError
+from shards.storage.atomic_files import atomic_write, lock_file, remove_unfinished
+
+if TYPE_CHECKING:
+    from fastssl.pretraining.run_config import Resolved
+
+BEST = "best.pt"
+
+
+class RunFolder:
+    """A context that holds a run's folder for one trainer; every rank has one, and only the first touches the disk.
+
+    config.yaml is the configuration, metrics.jsonl its log, checkpoints/step-*.pt what it goes on from, checkpoints/best.pt the
+    weights with the best kNN accuracy. Two trainers in one folder would overwrite each other, so the second is refused.
+    """
+
+    def __init__(self, resolved: Resolved, ranks: distributed.Dist, steps_per_epoch: int) -> None:
+        self.path = Path(resolved.config.train.out)
+        self._resolved, self._ranks, self._steps = resolved, ranks, steps_per_epoch
+        self._lock: IO[str] | None = None
+        self.log: MetricsLog | None = None
+        """metrics.jsonl, on the first rank, once the run has begun."""
+        self.sinks: Sinks | None = None
+
+    def __enter__(self) -> RunFolder:
+        distributed.on_main(self._take)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.sinks is not None:
+            self.sinks.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def newest(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, and what it holds; None where the run is new.
+
+        A damaged one is set aside, aloud, as `*.damaged`.
+
+        Raises:
+            UserError: the folder holds a run and `resume` is false, or none of its checkpoints can be read.
+        """
+        found: list[dict[str, Any]] = []
+        path = distributed.on_main(lambda: self._newest(resume, found))
+        if path is None:
+            return None
+        return path, found[0] if found else checkpoint.load(path)
+
+    def begin(self, step: int) -> None:
+        """Write the configuration, and cut the log back to `step`, the one to go on from."""
+        distributed.on_main(lambda: self._begin(step))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Log a row of metrics, which holds `step`, on the first rank: to metrics.jsonl, and to what else is asked for."""
+        if self.log is not None and self.sinks is not None:
+            row = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
+            self.log.write(row)
+            self.sinks.write(row)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the checkpoint of `state["step"]`, all that was logged before it, and remove what need not be kept."""
+        train = self._resolved.config.train
+        if self._ranks.is_main:
+            assert self.log is not None
+            self.log.flush()  # a checkpoint that survives a power loss finds the rows before it
+            lasting = train.keep_every * self._steps
+            checkpoint.save(
+                checkpoint.checkpoint_path(self.path, state["step"]), state, train.keep_last, lasting
+            )
+
+    def save_best(self, weights: dict[str, Any], accuracy: float) -> None:
+        """Write best.pt where `accuracy` is above all that the log holds; call it before that row is written."""
+        assert self.log is not None
+        if six_digits(accuracy) > self.log.highest.get("knn_accuracy", -1.0):
+            checkpoint.save(self.path / "checkpoints" / BEST, {**weights, "knn_accuracy": accuracy})
+
+    def _take(self) -> None:
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._lock = lock_file(self.path / ".lock")
+        except BlockingIOError:
+            raise UserError(
+                f"Another trainer is at work in '{self.path}': wait for it or stop it, or choose another --train.out."
+            ) from None
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _newest(self, resume: bool, loaded: list[dict[str, Any]]) -> Path | None:
+        found = checkpoint.list_checkpoints(self.path)
+        if found and not resume:
+            raise UserError(
+                f"'{self.path}' already holds a run ({found[-1].name}): add --resume to continue it, or choose another --train.out."
+            )
+        damaged: list[Path] = []
+        for path in reversed(found):
+            try:
+                loaded.append(checkpoint.load(path))
+            except checkpoint.DamagedError:
+                if path == found[0]:
+                    raise
+                damaged.append(path)
+                continue
+            for bad in damaged:
+                bad.rename(bad.with_name(f"{bad.name}.damaged"))
+                warnings.warn(
+                    f"The checkpoint '{bad}' is damaged: it is now called '{bad.name}.damaged', and the run goes on from "
+                    f"'{path.name}', the one before it.",
+                    stacklevel=2,
+                )
+            return path
+        return None
+
+    def _begin(self, step: int) -> None:
+        try:
+            for folder in (self.path, self.path / "checkpoints"):
+                remove_unfinished(folder)
+            atomic_write(self.path / "config.yaml", self._resolved.to_yaml().encode())
+            self.log = MetricsLog(self.path / "metrics.jsonl", step)
+            settings = dict(leaves(self._resolved.tree()))
+            self.sinks = Sinks(self._resolved.config.log, self.path, settings, step)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"The run folder '{self.path}' cannot be written ({error.strerror}): choose another --train.out."
+        )

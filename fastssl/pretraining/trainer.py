@@ -1,0 +1,221 @@
+"""What a run changes step by step: the method, its optimiser and its meters, built from a configuration and put into a checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastssl.core import checkpoint, distributed
+from fastssl.core.distributed import Dist, gather_keys
+from fastssl.core.meters import Meters
+from fastssl.core.nonfinite import Watch, rank_me
+from fastssl.core.optimizers import build_optimizer, match_layout, scaled_lr, set_lr
+from fastssl.core.schedules import lr_at, progress_at
+from fastssl.pretraining.build import (
+    build_method,
+    compile_blocks,
+    compute_dtype,
+    freeze_unused,
+    prepare_backend,
+    spread,
+)
+from fastssl.pretraining.micro_batch import choose_micro_batch
+from fastssl.pretraining.replay import capture
+from fastssl.pretraining.resume import check_same_run, data_set_of
+from fastssl.pretraining.run_folder import RunFolder
+from fastssl.pretraining.step import Step, chunks, steady_statistics
+from pipelines.loading.loader import Batch
+from shards.dataset.shard_set import ShardSet
+from shards.errors import UserError
+from shards.hashing import hash_key
+
+if TYPE_CHECKING:
+    from fastssl.pretraining.run_config import Resolved
+
+
+class Training:
+    """The trained thing of a run on one rank. Schedules and draws are functions of `done`, so `state` is all there is to save."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        shards: ShardSet,
+        ranks: Dist,
+        steps_per_epoch: int,
+        found: tuple[Path, dict[str, Any]] | None = None,
+    ) -> None:
+        """Build it anew, or as it was in the checkpoint (its path, what it holds).
+
+        Raises:
+            UserError: a configuration that cannot be built, a checkpoint of another run, a GPU on which nothing fits.
+        """
+        cfg, train = resolved.config, resolved.config.train
+        self.resolved, self.shards, self.ranks, self.steps_per_epoch = (
+            resolved,
+            shards,
+            ranks,
+            steps_per_epoch,
+        )
+        self.done = 0
+        """Optimiser steps that lie behind."""
+        self.total = steps_per_epoch * train.epochs
+        prepare_backend(ranks.device)
+        self.method, self.shape = build_method(resolved, ranks.device)
+        if found is not None:
+            path, state = found
+            check_same_run(state, resolved, shards, self.shape, str(path))
+            checkpoint.load_weights(self.method, state["method"], str(path))
+        self.dtype = compute_dtype(train.precision, ranks.device)
+        self.optimizer = build_optimizer(self.method.parameters(), cfg.optim)
+        view_shape = (cfg.model.channels, cfg.recipe.size, cfg.recipe.size)
+        micro_batch = choose_micro_batch(
+            train.micro_batch, self.method, resolved, ranks, self.dtype, view_shape
+        )
+        self.num_chunks = len(chunks(train.batch // ranks.world, micro_batch))
+        steady_statistics(self.method, self.num_chunks, train.exact_heads)
+        freeze_unused(self.method, view_shape, ranks)
+        if train.compile:
+            compile_blocks(self.method, ranks.device)
+        self.stepper = Step(
+            self.method,
+            spread(self.method, ranks),
+            self.optimizer,
+            ranks.device,
+            self.dtype,
+            micro_batch=micro_batch,
+            exact_heads=train.exact_heads,
+            clip_grad=train.clip_grad,
+            nonfinite=train.nonfinite,
+        )
+        self.meters, self.watch = Meters(), Watch(ranks.device)
+        self._peak_lr = scaled_lr(cfg.optim, train.batch)
+        self._warmup = min(cfg.optim.warmup_epochs, train.epochs)
+        if self._warmup != cfg.optim.warmup_epochs and ranks.is_main:
+            warnings.warn(
+                f"The warm-up of {cfg.optim.warmup_epochs:g} epochs is longer than the run: all of it warms up.",
+                stacklevel=2,
+            )
+        if found is not None:
+            self._restore(found[1])
+
+    def step(self, batch: Batch, wait_s: float) -> None:
+        """One optimiser step on this rank's batch, for which the run has waited `wait_s`."""
+        train = self.resolved.config.train
+        rate = lr_at(
+            self.done,
+            base_lr=self._peak_lr,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=train.epochs,
+            warmup_epochs=self._warmup,
+        )
+        set_lr(self.optimizer, rate)
+        draws = (
+            depth_draws(train.seed, self.done, self.ranks.rank)
+            if self.resolved.config.model.drop_path
+            else None
+        )
+        metrics = self.stepper.gradients(batch.views, draws)
+        self.done += 1
+        progress = progress_at(self.done, steps_per_epoch=self.steps_per_epoch, epochs=train.epochs)
+        stepper = self.stepper
+        bad = stepper.update(self.method.teacher_momentum(progress))
+        self.watch.note(self.done, bad, stepper.loss, batch.sample_ids)
+        metrics["grad_norm"] = stepper.grad_norm
+        self.meters.add(metrics, wait_s, stepper.applied, batch.replaced)
+
+    def row(self, steps_timed: int) -> dict[str, float]:
+        """The values of a line of metrics since the last one; every rank calls it, and it waits for the device."""
+        values = {"lr": self.optimizer.param_groups[0]["lr"]}
+        values |= self.meters.read(self.resolved.config.train.batch, steps_timed)
+        distance = self.method.teacher_distance()
+        if distance is not None:
+            values["teacher_distance"] = float(distance)
+        if self.resolved.config.train.nonfinite == "skip":
+            values["skipped"] = self.watch.count
+        return values
+
+    def rank_me(self) -> float:
+        """RankMe of the newest batch's features, of all ranks; every rank calls it, and it waits for the device."""
+        return rank_me(gather_keys(self.stepper.features))
+
+    def check(self, folder: RunFolder, to_save: bool = False) -> None:
+        """Look for steps since the last look that were not finite, and write the first one's batch for `fastssl replay`.
+
+        Every rank looks, and `to_save` also at the weights: all of them leave, or none. A checkpoint is worth having only if it can
+        go on.
+
+        Raises:
+            UserError: a step was not finite where that stops the run, or too many were, or a weight is not finite.
+        """
+        train = self.resolved.config.train
+        bad = self.watch.look()
+        if bad is not None:
+            path = folder.path / f"nonfinite-step-{bad.step:09d}.pt"
+            distributed.on_main(lambda: capture(path, bad, self.weights(), self.shards))
+            if train.nonfinite == "stop":
+                raise self._diverged(f"{bad}, replay it with `fastssl replay {path}`")
+            if bad.skipped > train.max_skipped:
+                raise self._diverged(
+                    f"{bad}, and {bad.skipped} steps of the run had to be skipped, more than train.max_skipped ({train.max_skipped})"
+                )
+            if self.ranks.is_main:
+                warnings.warn(
+                    f"{bad}: skipped. Replay it: fastssl replay {path} ({bad.skipped} skipped in this run so far)",
+                    stacklevel=2,
+                )
+        if to_save and not all(bool(p.isfinite().all()) for p in self.method.parameters()):
+            raise self._diverged(f"The weights are no longer finite at step {self.done}")
+
+    def weights(self) -> dict[str, Any]:
+        """What evaluation and export need of a checkpoint."""
+        return {
+            "step": self.done,
+            "config": self.resolved.tree(),
+            "architecture": self.shape,
+            "shards": data_set_of(self.shards),
+            "method": self.method.state_dict(),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds; every rank calls it."""
+        return {
+            **self.weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.stepper.scaler.state_dict(),
+            "meters": self.meters.state(),
+            "skipped": self.watch.count,
+            "rng": torch.get_rng_state(),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        # Settings such as weight_decay are this run's; those in the checkpoint would silently undo a change of them.
+        own_groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own_groups})
+        match_layout(self.optimizer)
+        if state.get("scaler"):
+            self.stepper.scaler.load_state_dict(state["scaler"])
+        self.meters.restore(state["meters"], self.ranks.device)
+        self.watch.restore(state.get("skipped", 0))
+        torch.set_rng_state(state["rng"])
+        self.done = state["step"]
+
+    def _diverged(self, what: str) -> UserError:
+        cfg = self.resolved.config
+        return UserError(
+            f"{what}: lower --optim.lr (now {cfg.optim.lr:g}) or set --train.clip_grad. "
+            f"'{cfg.train.out}' keeps the checkpoints from before."
+        )
+
+
+def depth_draws(seed: int, step: int, rank: int) -> Callable[[int], None]:
+    """Seeds random depths by chunk: a function of the step, another on each rank, so that there is nothing to save."""
+
+    def draw(chunk: int) -> None:
+        parts = (seed, step, rank, chunk) if chunk else (seed, step, rank)
+        torch.manual_seed(int(hash_key(*parts)) >> 1)
+
+    return draw

@@ -1,0 +1,1 @@
+"""What applies the draws: the engines fused, dali, kornia and reference."""

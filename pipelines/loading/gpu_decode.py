@@ -1,0 +1,118 @@
+"""Decoding whole batches with nvImageCodec: on a GPU its decoding engines and kernels, on a CPU its libjpeg-turbo (for the tests)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.streaming.cache import Samples, Unreadable, eight_bit
+from shards.errors import UserError
+
+TESTED_IMAGES = 8
+# nvJPEG computes the inverse DCT in floating point; with interpolated chroma it stays within a few levels of libjpeg-turbo. Without
+# that (the default of most bindings) photographs are 1 to 3 levels off on average, and edges tens.
+ALLOWED_MEAN_LEVELS = 0.75
+
+
+class BatchDecoder:
+    """nvImageCodec's decoder of one device, for 8-bit RGB."""
+
+    def __init__(self, device: torch.device, threads: int):
+        """`threads`: of the host, for what the GPU leaves to it. Raises UserError where the package is missing or does not start."""
+        try:
+            codec: Any = import_module("nvidia.nvimgcodec")
+        except ImportError as fault:
+            raise UserError(
+                f"data.decode gpu needs the package nvidia-nvimgcodec-cu12, which came with DALI ({fault}): install it, or set "
+                "--data.decode cpu."
+            ) from fault
+        on_gpu = device.type == "cuda"
+        backends = None if on_gpu else [codec.Backend(codec.CPU_ONLY)]
+        index = (device.index or 0) if on_gpu else codec.NVIMGCODEC_DEVICE_CPU_ONLY
+        self.version: str = codec.__version__
+        try:
+            # Chroma interpolated between its samples, as libjpeg-turbo does it.
+            self._decoder = codec.Decoder(index, threads, backends, ":fancy_upsampling=1")
+        except Exception as fault:
+            raise UserError(
+                f"data.decode gpu: nvImageCodec {self.version} does not start ({fault}): set --data.decode cpu."
+            ) from fault
+        # Shards hold upright images: a turn left in the header of a stored file has been dealt with by the converter.
+        self._params = codec.DecodeParams(
+            apply_exif_orientation=False, color_spec=codec.ColorSpec.SRGB, allow_any_depth=False
+        )
+        self._device = device
+        self._turn = threading.Lock()  # two batches may be under way
+
+    def __call__(self, encoded: Sequence[np.ndarray], stream: int = 0) -> list[torch.Tensor | None]:
+        """Decode files given as uint8 (bytes,): uint8 (H, W, 3) each, on the device; None for what is damaged or of an unknown format.
+
+        `stream`: handle of the CUDA stream on which the pixels are ready.
+        """
+        if not encoded:
+            return []
+        with self._turn:
+            made: list[Any] = self._decoder.decode(list(encoded), params=self._params, cuda_stream=stream)
+        return [None if image is None else self._tensor(image) for image in made]
+
+    def _tensor(self, image: Any) -> torch.Tensor | None:
+        # DLPack asks for a CUDA device even where the pixels are the host's.
+        on_gpu = self._device.type == "cuda"
+        pixels = torch.from_dlpack(image) if on_gpu else torch.from_numpy(np.array(image))
+        if pixels.ndim != 3 or pixels.dtype != torch.uint8:
+            return None
+        if pixels.shape[2] == 1:  # grey stays grey without a colour specification
+            pixels = pixels.expand(-1, -1, 3)
+        return pixels if pixels.shape[2] == 3 else None
+
+
+def check_decoder(decoder: BatchDecoder, samples: Samples) -> str:
+    """Decode images from all over the data set on the device and on the CPU, and compare; a line to print.
+
+    Raises:
+        UserError: they differ by more than rounding. What the device cannot decode is no fault: the CPU decodes it.
+    """
+    count = samples.shards.num_samples
+    ids = np.unique(np.linspace(0, count - 1, TESTED_IMAGES).astype(np.int64))
+    encoded, expected = [], []
+    for i in ids:
+        try:
+            expected.append((int(i), samples.pixels(int(i))))
+        except Unreadable:
+            continue  # bad on both: the run finds a stand-in for it
+        encoded.append(np.frombuffer(samples.encoded(int(i)), np.uint8))
+    made = decoder(encoded)
+    if made and made[0] is not None and made[0].device.type == "cuda":
+        torch.cuda.synchronize(made[0].device)
+    worst, refused = 0.0, 0
+    for pixels, (sample_id, wanted) in zip(made, expected, strict=True):
+        if pixels is None:
+            refused += 1
+            continue
+        found = pixels.cpu().numpy()
+        same_shape = found.shape == wanted.shape
+        levels = float(np.abs(found.astype(np.int16) - wanted).mean()) if same_shape else float("inf")
+        if levels > ALLOWED_MEAN_LEVELS:
+            what = f"{levels:.1f} levels of 255 apart on average" if same_shape else "of different sizes"
+            raise UserError(
+                f"data.decode gpu: nvImageCodec {decoder.version} and libjpeg-turbo decode '{samples.shards.name(sample_id)}' (sample "
+                f"{sample_id}) to images {what}, more than {ALLOWED_MEAN_LEVELS}: set --data.decode cpu, or install another version."
+            )
+        worst = max(worst, levels)
+    told = f"; {refused} of them are left to the CPU" if refused else ""
+    return f"decoding on the GPU: {len(made)} images tested, at most {worst:.2f} levels from the CPU's on average{told}"
+
+
+def gpu_decoder(samples: Samples, device: torch.device, threads: int) -> BatchDecoder:
+    """A decoder that has passed `check_decoder`; what it found is added to `samples.note`. UserError where it cannot be used."""
+    if not eight_bit(samples.shards):
+        raise UserError("data.decode gpu decodes 8-bit images, and these are others: set --data.decode cpu.")
+    decoder = BatchDecoder(device, threads)
+    found = check_decoder(decoder, samples)
+    samples.note = f"{samples.note}; {found}" if samples.note else found
+    return decoder

@@ -1,0 +1,204 @@
+"""The fused engine on a GPU: the CPU decodes in threads, batched kernels make the views on a stream of their own, a step ahead.
+
+Decoded images of any sizes lie end to end in one buffer of bytes; a GPU cache is such a buffer of the whole data set. With a
+`BatchDecoder` the device decodes too, and the CPU only what it cannot. The same code runs on CPU tensors, for the tests.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pipelines.augment.draws import DRAW
+from pipelines.augment.recipe import Recipe
+from pipelines.kernels.batched_views import BatchedKernels, BatchedViews
+from pipelines.kernels.torch_kernels import PLAIN, Form
+from pipelines.loading.gpu_decode import BatchDecoder
+from pipelines.streaming.cache import GB, SHARE, Samples, decoded_sizes, eight_bit
+from pipelines.streaming.stream import Job, Slot, hand_over
+from shards.errors import UserError
+
+
+class GpuStore:
+    """The decoded data set in the memory of a device: each image from its first use on."""
+
+    def __init__(self, samples: Samples, device: torch.device, cache_gb: float = 0):
+        """`cache_gb`: memory it may fill, in 10^9 bytes; 0 is half of what is free. Raises UserError where the pixels do not fit."""
+        sizes = decoded_sizes(samples.shards, samples.channels)
+        total = int(sizes.sum())
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total
+        allowed = cache_gb * GB or SHARE * free
+        what = f"{len(samples.shards):,} images are {total / GB:.2f} GB decoded"
+        if (device.type == "cuda" or cache_gb) and total > allowed:
+            raise UserError(
+                f"data.cache gpu: the {what}, more than the {allowed / GB:.2f} GB allowed on the device: set --data.cache ram, or "
+                "raise --data.cache-gb."
+            )
+        self.note = f"cache on the GPU: the {what}; kept from their first use on"
+        self.first_bytes = np.cumsum(sizes) - sizes
+        self.pixels = torch.empty(total, dtype=torch.uint8, device=device)
+        self.held = np.zeros(samples.shards.num_samples, dtype=np.bool_)
+
+
+class GpuSlot(Slot):
+    """Memory for one batch of decoded images, and the launches that turn them into views."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        recipe: Recipe,
+        device: torch.device,
+        side: torch.cuda.Stream | None = None,
+        store: GpuStore | None = None,
+        form: Form = PLAIN,
+        kernels: BatchedKernels | None = None,
+        decoder: BatchDecoder | None = None,
+        decoding: torch.cuda.Stream | None = None,
+    ):
+        """`side`: the stream of the copies and kernels; None on a CPU. `kernels`: without them the best for the device.
+
+        `decoder`: without it the CPU decodes everything. `decoding`: its stream: were it the side stream, the views of one batch would
+        wait for the decoding of the next.
+        """
+        self._samples, self._device, self._side, self._store = samples, device, side, store
+        self._make = BatchedViews(recipe, device, kernels, form)
+        self._decoder, self._decoding = decoder, decoding
+        self._ready = torch.cuda.Event() if decoding is not None else None
+        self._encoded: dict[int, np.ndarray] = {}  # to be decoded by the device
+        self._decoded: dict[int, torch.Tensor] = {}  # by the device
+        self._host, self._pixels = self._memory(0), torch.empty(0, dtype=torch.uint8, device=device)
+        self._copied = torch.cuda.Event() if side is not None else None
+        self._ids: np.ndarray = np.empty(0, dtype=np.int64)
+        self._draws: np.ndarray = np.empty(0, dtype=DRAW)
+        self._first_bytes, self._end = np.empty(0, dtype=np.int64), 0
+        self._strays: dict[int, np.ndarray] = {}
+        self._fresh: list[int] = []
+        self._views: list[torch.Tensor] = []
+
+    def begin(self, job: Job) -> None:
+        """As `Slot.begin`: each image gets the place that its size in the table asks for."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._ids, self._draws = np.array(job.ids), job.draws.copy()
+        sizes = self._sizes(self._ids)
+        self._first_bytes = np.cumsum(sizes) - sizes
+        self._strays, self._fresh = {}, []
+        self._encoded, self._decoded = {}, {}
+        self._end = int(sizes.sum())  # bytes in use
+        if (
+            len(self._host) < self._end
+        ):  # grows by quarters, so that batches of mixed sizes soon find it large enough
+            self._host = self._memory(self._end * 5 // 4)
+
+    def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
+        """As `Slot.fill`: decode, or gather what the device will decode."""
+        if self._store is None or not self._store.held[sample_id]:
+            # What stands in for a bad sample, and what the device has refused, is decoded here.
+            if self._decoder is not None and sample_id == self._ids[i] and i not in self._encoded:
+                self._encoded[i] = np.frombuffer(self._samples.encoded(sample_id), np.uint8)
+            else:
+                self._fill_pixels(i, sample_id)
+        self._ids[i] = sample_id
+        self._draws[:, i] = draws
+
+    def _fill_pixels(self, i: int, sample_id: int) -> None:
+        pixels = self._samples.pixels(sample_id).reshape(-1)
+        if sample_id == self._ids[i]:
+            first = int(self._first_bytes[i])
+            self._host[first : first + len(pixels)].numpy()[:] = pixels
+        else:  # stands in for a bad sample and may be larger
+            self._strays[i] = pixels
+        self._fresh.append(i)
+
+    def complete(self) -> list[int]:
+        """As `Slot.complete`: let the device decode; what it refuses, and what is not of the size in the table, is filled again."""
+        if self._decoder is None or not self._encoded:
+            return []
+        places = list(self._encoded)
+        stream = self._decoding.cuda_stream if self._decoding is not None else 0
+        with torch.cuda.stream(self._decoding):
+            made = self._decoder([self._encoded[i] for i in places], stream)
+            if self._ready is not None:
+                self._ready.record()
+        shards = self._samples.shards
+        for i, pixels in zip(places, made, strict=True):
+            size = int(shards.heights[self._ids[i]]), int(shards.widths[self._ids[i]]), 3
+            if pixels is not None and tuple(pixels.shape) == size:
+                self._decoded[i] = pixels
+        return [i for i in places if i not in self._decoded]
+
+    def launch(self) -> None:
+        """As `Slot.launch`."""
+        self._place_strays()
+        with torch.cuda.stream(self._side):
+            pixels, first_bytes = self._upload()
+            self._views = self._make(pixels, first_bytes, self._samples.shards.widths[self._ids], self._draws)
+            if self._copied is not None:
+                self._copied.record()
+
+    def views(self) -> list[torch.Tensor]:
+        """As `Slot.views`: the current stream waits for the kernels, the host does not."""
+        views, self._views = self._views, []
+        if self._copied is not None:
+            hand_over(views, self._copied, self._device)
+        return views
+
+    def done(self) -> None:
+        """As `Slot.done`: nothing is lent."""
+
+    def _upload(self) -> tuple[torch.Tensor, np.ndarray]:
+        """The bytes on the device and where each image of the batch begins in them."""
+        if self._store is not None:
+            self._place(self._store.pixels, self._store.first_bytes[self._ids])
+            # Later launches follow on the same stream, so what is marked as held here is there when they read it.
+            self._store.held[self._ids[[*self._fresh, *self._decoded]]] = True
+            return self._store.pixels, self._store.first_bytes[self._ids]
+        if len(self._pixels) < len(self._host):
+            self._pixels = torch.empty_like(self._host, device=self._device)
+        if self._decoded:
+            self._place(self._pixels, self._first_bytes)
+        else:
+            self._pixels[: self._end].copy_(self._host[: self._end], non_blocking=True)
+        return self._pixels, self._first_bytes
+
+    def _place(self, pixels: torch.Tensor, first_bytes: np.ndarray) -> None:
+        """Copy each image that was decoded for this batch to its place on the device."""
+        sizes = self._sizes(self._ids)
+        for i in self._fresh:
+            size, first, at = int(sizes[i]), int(self._first_bytes[i]), int(first_bytes[i])
+            pixels[at : at + size].copy_(self._host[first : first + size], non_blocking=True)
+        if self._decoded:  # in a few launches for all of them
+            if self._ready is not None:
+                torch.cuda.current_stream(self._device).wait_event(self._ready)
+            places = [
+                pixels[int(first_bytes[i]) :][: decoded.numel()].view(decoded.shape)
+                for i, decoded in self._decoded.items()
+            ]
+            decoded = list(self._decoded.values())
+            torch._foreach_copy_(places, decoded, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _place_strays(self) -> None:
+        """Put the stand-ins behind all others."""
+        old, total = self._host, self._end + sum(len(pixels) for pixels in self._strays.values())
+        if total > len(old):
+            self._host = self._memory(total)
+            self._host[: self._end] = old[: self._end]
+        for i, pixels in sorted(self._strays.items()):
+            self._first_bytes[i] = self._end
+            self._end += len(pixels)
+            self._host[self._end - len(pixels) : self._end].numpy()[:] = pixels
+
+    def _sizes(self, ids: np.ndarray) -> np.ndarray:
+        return decoded_sizes(self._samples.shards, self._samples.channels, ids)
+
+    def _memory(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.uint8, pin_memory=self._side is not None)
+
+
+def check_gpu_views(samples: Samples, recipe: Recipe) -> None:
+    """UserError where the batched kernels cannot make the views of this data set."""
+    if samples.channels != 3 or not eight_bit(samples.shards) or recipe.value_low:
+        raise UserError(
+            "data.augment_on gpu works on 8-bit images of 3 channels over their full range, and these are others: "
+            "set --data.augment-on cpu."
+        )

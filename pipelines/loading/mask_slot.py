@@ -1,0 +1,141 @@
+"""Masks in the stream of batches, beside the views of any engine: the threads that load an image decode and cut its mask too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from pipelines.loading.masks import decode_mask, render_masks
+from pipelines.streaming.cache import Keeps, Samples, Unreadable, free_share, mask_bytes, sound
+from pipelines.streaming.stream import HostMemory, Job, Slot, work_stream
+from shards.dataset.shard_set import ShardSet
+from shards.errors import UserError
+
+
+class Masks:
+    """The masks of a data set, as its images are kept in memory or read each time; safe to use from threads."""
+
+    def __init__(self, shards: ShardSet, keep: Keeps = "nothing"):
+        """`keep`: what of each mask stays in memory from its first use on. UserError where no sample in use has a mask."""
+        if shards.mask_sizes is None or not (shards.mask_sizes[shards.ids] > 0).any():
+            part = f"the split '{shards.split}' of " if shards.split else ""
+            raise UserError(
+                f"data.masks: {part}'{shards.folder}' holds no masks: convert with `fastssl shard SOURCE DEST --masks FOLDER`, or "
+                "leave out --data.masks."
+            )
+        self._shards, self._keep = shards, keep
+        self._encoded: dict[int, bytes] = {}
+        self._decoded: dict[int, np.ndarray] = {}
+
+    def mask(self, sample_id: int) -> np.ndarray | None:
+        """Class indices, uint8 or uint16 (H, W); None where the sample has no mask.
+
+        Raises:
+            Unreadable: it is gone, damaged, or not of its image's size.
+        """
+        assert self._shards.mask_sizes is not None
+        if not self._shards.mask_sizes[sample_id]:
+            return None
+        if sample_id in self._decoded:
+            return self._decoded[sample_id]
+        try:
+            made = sound(self._shards, sample_id, lambda again: decode_mask(self._read(sample_id, again)))
+        except Unreadable as fault:
+            raise Unreadable(f"its mask: {fault}") from fault
+        if self._keep == "decoded":
+            self._decoded[sample_id] = made
+        return made
+
+    def _read(self, sample_id: int, again: bool) -> memoryview:
+        if sample_id in self._encoded and not again:
+            return memoryview(self._encoded[sample_id])
+        data = self._shards.read_mask(sample_id)
+        assert data is not None
+        if self._keep == "encoded":
+            self._encoded[sample_id] = bytes(data)
+        return data
+
+
+class MaskedSlot(Slot):
+    """Adds masks to another slot, whatever makes its views: they are cut on the CPU."""
+
+    def __init__(self, slot: Slot, masks: Masks, memory: HostMemory, ignore: int):
+        """`memory`: int32, for (S, S) of each view. `ignore`: fills what has no class."""
+        self._slot, self._masks, self._memory, self._ignore = slot, masks, memory, ignore
+
+    def begin(self, job: Job) -> None:
+        """As `Slot.begin`."""
+        self._slot.begin(job)
+        self._memory.begin(len(job.ids))
+
+    def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
+        """As `Slot.fill`; a sample whose mask is bad is bad."""
+        mask, out = self._masks.mask(sample_id), self._memory.at(i)
+        self._slot.fill(i, sample_id, draws)
+        if mask is not None:
+            render_masks(mask, draws, self._ignore, out)
+            return
+        for view in out:
+            view.fill(self._ignore)
+
+    def complete(self) -> list[int]:
+        """As `Slot.complete`."""
+        return self._slot.complete()
+
+    def launch(self) -> None:
+        """As `Slot.launch`."""
+        self._slot.launch()
+        self._memory.launch()
+
+    def views(self) -> list[torch.Tensor]:
+        """As `Slot.views`."""
+        return self._slot.views()
+
+    def masks(self) -> list[torch.Tensor]:
+        """As `Slot.masks`."""
+        return self._memory.take()
+
+    def done(self) -> None:
+        """As `Slot.done`."""
+        self._slot.done()
+        self._memory.done()
+
+
+def with_masks(
+    make_slots: Callable[[], Sequence[Slot]],
+    samples: Samples,
+    sides: Sequence[int],
+    batch: int,
+    device: torch.device,
+    ignore: int,
+    *,
+    on_gpu_cache: bool = False,
+    on_host: bool = False,
+    side_stream: bool = True,
+) -> Callable[[], Sequence[Slot]]:
+    """What gives memory for a stream of views and their masks.
+
+    Args:
+        make_slots: gives that for the views.
+        sides: of each view, pixels; `batch`: samples in the largest batch.
+        on_gpu_cache: the images are kept on the device; masks then stay in main memory, if half of what is free there holds them.
+
+    Raises:
+        UserError: no sample in use has a mask.
+    """
+    shards, keep = samples.shards, samples.keeps
+    if on_gpu_cache and mask_bytes(shards) <= free_share():
+        keep = "decoded"
+    masks = Masks(shards, keep)
+
+    def slots() -> Sequence[Slot]:
+        copies = None if on_host else work_stream(device, side_stream)
+        shapes = [(side, side) for side in sides]
+        return [
+            MaskedSlot(slot, masks, HostMemory(shapes, batch, device, copies, torch.int32), ignore)
+            for slot in make_slots()
+        ]
+
+    return slots

@@ -1,0 +1,324 @@
+"""`fastssl bench CONFIG`: the verdict on made-up ladders, what is counted, and the command at tiny size."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl.bench import bench_command, hardware, ladder, parts, step_peers, verdict
+from fastssl.bench.report import Row
+from fastssl.bench.verdict import Switches, judge
+from fastssl.methods.parts import ema_update
+from fastssl.pretraining import run_config
+from shards.errors import UserError
+from tests.fastssl.tiny import Plain, make_method
+
+STEP = [
+    "--model.backbone",
+    "resnet10_w32",
+    "--recipe.size",
+    "16",
+    "--method.hidden_dim",
+    "8",
+    "--method.dim",
+    "4",
+]
+STEP += ["--train.batch", "4", "--train.device", "cpu", "--steps", "2", "--repeats", "1"]
+GPU = Switches(on_gpu=True, threads=16, cores=16)
+# Of a run beside a GPU in which nothing is lost.
+EVEN = {
+    verdict.READ: 50_000.0,
+    verdict.DECODE: 9000.0,
+    verdict.TO_DEVICE: 20_000.0,
+    verdict.AUGMENT: 7000.0,
+    verdict.LOADER: 6000.0,
+    verdict.STUDENT: 4000.0,
+    verdict.TEACHER: 12_000.0,
+    verdict.UPDATE: 100_000.0,
+    verdict.FULL: 3000.0,
+    verdict.FULL_AUGMENT: 2950.0,
+    verdict.END_TO_END: 2940.0,
+}
+
+
+def told(switches: Switches = GPU, contention: float | None = 1.0, **changes: float | None):
+    rates = EVEN | {name.replace("_", " "): rate for name, rate in changes.items()}
+    return judge(rates, switches, contention)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    (tmp_path / "run.yaml").write_text("train:\n  precision: fp32\n")
+    return str(tmp_path / "run.yaml")
+
+
+# -------------------------------------------------------------------------------------------------------- verdict
+
+
+def test_a_step_that_is_the_slower_side():
+    assert told().sentence == (
+        "The step is the bottleneck, and in it student forward + backward: every switch is on: try a smaller --model.backbone or "
+        "--recipe.size, or more devices; the loader makes 6,000 images/s, the step 3,000, together 2,940: 98% of what they allow."
+    )
+    assert (told().bottleneck, told().overlap, told().contention) == (verdict.STUDENT, 0.98, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("switches", "advice"),
+    [
+        ({"half": False}, "--train.precision bf16"),
+        ({"half": False, "half_is_fast": False}, "every switch is on"),
+        ({"compiled": False}, "--train.compile True"),
+        ({"compiled": False, "can_compile": False}, "every switch is on"),
+        ({"channels_last": False, "is_cnn": True}, "--train.channels-last True"),
+        ({"channels_last": False}, "every switch is on"),
+        ({"checkpointing": "blocks"}, "--train.checkpointing none"),
+    ],
+)
+def test_the_switch_for_a_slow_step(switches, advice):
+    assert advice in told(Switches(on_gpu=True, threads=16, cores=16, **switches)).sentence
+
+
+def test_a_slow_update_asks_for_a_larger_batch():
+    found = judge(EVEN | {verdict.UPDATE: 10_000.0}, GPU, 1.0)  # 0.3 of a step
+    assert found.bottleneck == verdict.UPDATE
+    assert "--train.batch" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("slow", "switches", "advice"),
+    [
+        (verdict.READ, {}, "--data.cache ram, or a faster disk"),
+        (verdict.DECODE, {}, "--short-side 256"),
+        (verdict.DECODE, {"fits_in_ram": True}, "--data.cache ram, which decodes"),
+        (verdict.DECODE, {"fits_in_ram": True, "cache": "ram"}, "--short-side 256"),
+        (verdict.AUGMENT, {}, "--data.augment-on gpu;"),
+        (verdict.TO_DEVICE, {}, "--data.augment-on gpu, which sends bytes"),
+        (verdict.AUGMENT, {"in_chunks": True}, "--recipe.size"),
+        (verdict.AUGMENT, {"augment_on": "gpu"}, "--recipe.size"),
+        (verdict.AUGMENT, {"engine": "reference"}, "--data.engine fused"),
+        (verdict.AUGMENT, {"threads": 4}, "--data.threads 16"),
+    ],
+)
+def test_the_switch_for_a_slow_loader(slow, switches, advice):
+    rates = EVEN | {slow: 1200.0, verdict.LOADER: 1000.0, verdict.END_TO_END: 990.0}
+    found = judge(rates, Switches(**{"on_gpu": True, "threads": 16, "cores": 16, **switches}), 1.0)
+    assert found.bottleneck == slow
+    assert found.sentence.startswith(f"The loader is the bottleneck, and in it {slow}: ")
+    assert advice in found.sentence
+
+
+def test_sides_that_compete():
+    found = judge(EVEN | {verdict.END_TO_END: 2100.0}, GPU, 1.4)
+    assert found.bottleneck == "contention"
+    assert found.sentence.startswith(
+        "Loader and step compete for the CPU cores (a step takes 1.40 times as long beside the loader):"
+    )
+    assert "--data.threads 12" in found.sentence
+    on_gpu = Switches(on_gpu=True, augment_on="gpu", threads=16, cores=16)
+    assert "compete for the GPU" in judge(EVEN | {verdict.END_TO_END: 2100.0}, on_gpu, 1.4).sentence
+    # A step that takes no longer is not held up by sharing.
+    assert judge(EVEN | {verdict.END_TO_END: 2100.0}, GPU, 1.05).bottleneck == verdict.STUDENT
+
+
+def test_on_a_cpu_both_sides_share_the_cores():
+    rates = EVEN | {verdict.FULL: 1000.0, verdict.LOADER: 3000.0, verdict.END_TO_END: 375.0}
+    found = judge(rates, Switches(), 1.5)  # 1 ms and 1/3 ms an image allow 750 images/s
+    assert found.overlap == 0.5
+    assert found.bottleneck == verdict.STUDENT
+
+
+def test_without_shards_it_says_what_is_missing():
+    found = judge({verdict.FULL: 100.0, verdict.STUDENT: 130.0, verdict.UPDATE: 9000.0}, GPU)
+    assert found.overlap is None
+    assert found.sentence.endswith("Give --data.shards to learn whether the loader keeps up.")
+
+
+# ----------------------------------------------------------------------------------------------- what is counted
+
+
+def test_data_sheets_go_by_the_longest_name():
+    assert hardware.sheet("NVIDIA H100 80GB HBM3") == hardware.Peak(989, 3.35, "data sheet")
+    assert hardware.sheet("NVIDIA A10G").tflops == 70
+    assert hardware.sheet("NVIDIA A100-SXM4-80GB").tb_per_s == 2.04
+    assert hardware.sheet("NVIDIA L40") is None
+    assert hardware.sheet("") is None
+
+
+def test_a_measured_peak_is_positive():
+    found = hardware.measured(torch.device("cpu"), torch.float32, side=64)
+    assert found.source == "measured"
+    assert found.tflops > 0
+    assert found.tb_per_s > 0
+
+
+def test_traffic_counts_what_operations_read_and_write():
+    x, y = torch.ones(10, 10), torch.ones(10, 10)
+    assert hardware.bytes_of(lambda: x + y) == 3 * 400
+    assert hardware.bytes_of(lambda: x.add_(y)) == 3 * 400
+    assert hardware.bytes_of(lambda: x.view(100).t()) == 0
+    assert hardware.bytes_of(lambda: x @ y) == 3 * 400
+    assert hardware.bytes_of(lambda: torch._foreach_lerp_([x, x], [y, y], 0.1)) == 2 * 3 * 400
+
+
+def test_forward_flops_of_linear_layers():
+    # Backbone 48 -> 6, projector 6 -> 7 -> 7 -> 5, predictor 5 -> 7 -> 5; a multiply-add is two operations.
+    method = make_method(Plain())
+    expected = 2 * (48 * 6 + 6 * 7 + 7 * 7 + 7 * 5 + 5 * 7 + 7 * 5)
+    assert parts.forward_flops(method, torch.randn(2, 3, 4, 4)) == expected
+
+
+def test_traffic_of_a_step_is_linear_in_the_batch(config_file):
+    resolved = run_config.load(config_file, STEP[:-4])
+    trainee = parts.build(resolved, torch.device("cpu"))
+    images = parts.views(resolved, "cpu", 6)
+    counted = hardware.bytes_of(lambda: trainee.step.gradients(images))
+    assert trainee.traffic(6) - trainee.update_bytes == pytest.approx(counted, rel=0.02)
+    trained = sum(p.numel() for p in trainee.method.parameters() if p.requires_grad)
+    assert trainee.update_bytes > 4 * 7 * trained  # AdamW alone reads four and writes three floats a weight
+    assert trainee.flops == 8 * parts.forward_flops(trainee.method, images[0])
+
+
+def test_mfu_counts_eight_forwards():
+    trainee = parts.Trainee(
+        None, None, None, torch.device("cpu"), torch.float32, 4, 4, 98_900_000_000, 1e9, 0.0, 8
+    )  # type: ignore[arg-type]
+    rows = {
+        verdict.FULL: Row(verdict.FULL, rates=[1000.0]),
+        verdict.TEACHER: Row(verdict.TEACHER, rates=[4000.0]),
+    }
+    rows |= {
+        verdict.UPDATE: Row(verdict.UPDATE, rates=[4e12]),
+        verdict.LOADER: Row(verdict.LOADER, error="no"),
+    }
+    ladder.annotate(rows, trainee, hardware.Peak(989, 3.0, "data sheet"))
+    assert rows[verdict.FULL].more["mfu"] == pytest.approx(0.1)  # 1000 x 98.9 GFLOP of 989 TFLOP/s
+    assert rows[verdict.TEACHER].more["mfu"] == pytest.approx(
+        0.1
+    )  # a quarter of the work, four times the rate
+    assert rows[verdict.FULL].more["tb_per_s"] == pytest.approx(1000 * (1e9 + 2) / 1e12)
+    assert rows[verdict.UPDATE].more["tb_per_s"] == pytest.approx(8.0)
+    assert rows[verdict.LOADER].more == {}
+
+
+def test_ema_loop_does_what_ours_does():
+    pairs = step_peers.ema_pairs(make_method(Plain()))
+    for _, student in pairs:
+        student.data += torch.randn_like(student)
+    copies = [teacher.detach().clone() for teacher, _ in pairs]
+    ema_update(copies, [student for _, student in pairs], 0.9)
+    step_peers.ema_loop(pairs, 0.9)
+    for (teacher, _), copied in zip(pairs, copies, strict=True):
+        torch.testing.assert_close(teacher.detach(), copied)
+
+
+def test_percentiles():
+    assert [parts.percentile([3.0, 1.0, 2.0, 4.0], p) for p in (0, 25, 50, 95, 100)] == [1, 1, 2, 4, 4]
+
+
+# ------------------------------------------------------------------------------------------------------- command
+
+
+def test_the_whole_ladder(config_file, shards, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lightly")
+    monkeypatch.setattr(
+        "fastssl.pretraining.build.has_compiler", lambda device: False
+    )  # compiling takes half a minute: see below
+    path = tmp_path / "ladder.json"
+    assert bench_command.run([config_file, *STEP, "--data.shards", str(shards), "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == [
+        *verdict.RUNGS,
+        "EMA",
+        "EMA as a Python loop",
+        "plain eager step",
+        "lightly's blocks",
+    ]
+    assert "nothing is copied" in rows.pop(verdict.TO_DEVICE)["error"]
+    for row in rows.values():
+        assert row["error"] is None
+        assert row["images_per_s"] > 0
+        assert 0 < row["ms_p50"] <= row["ms_p95"]
+        assert row["memory_bytes"] > 0
+    for name in (verdict.STUDENT, verdict.TEACHER, verdict.FULL, verdict.FULL_AUGMENT, verdict.END_TO_END):
+        assert 0 < rows[name]["mfu"] < 10
+    assert rows["EMA"]["ratio_to"] == "EMA as a Python loop"
+    ours = rows[verdict.FULL]["images_per_s"]
+    for peer in ("plain eager step", "lightly's blocks"):
+        assert rows[peer]["ours_over_this"] == pytest.approx(ours / rows[peer]["images_per_s"])
+    assert found["kind"] == "ladder"
+    assert found["settings"]["config"]["train"]["batch"] == 4
+    assert found["peak"]["source"] == "measured"
+    assert found["verdict"]["sentence"] == found["conclusion"]
+    assert found["verdict"]["contention"] > 0
+    assert found["conclusion"] in " ".join(capsys.readouterr().out.split())
+
+
+def test_chunks_exact_heads_and_a_queue_run_too(config_file, capsys):
+    extra = [
+        "--train.micro-batch",
+        "2",
+        "--method.queue",
+        "16",
+        "--train.exact-heads",
+        "True",
+        "--train.precision",
+        "bf16",
+        "--quick",
+    ]
+    assert bench_command.run(["step", config_file, *STEP, *extra]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "batch 4 in chunks of 2, bfloat16, eager" in said
+    assert "Give --data.shards to learn" in said
+
+
+def test_ratio_of_the_compiled_step(config_file, monkeypatch):
+    resolved = run_config.load(config_file, STEP[:-4])
+    device = torch.device("cpu")
+    from rich.console import Console
+
+    calls = []
+    monkeypatch.setattr("fastssl.pretraining.build.has_compiler", lambda device: True)
+    monkeypatch.setattr(
+        "fastssl.pretraining.build.compile_blocks", lambda method, device: calls.append(1) or True
+    )
+    clock = parts.Clock(device, 4, 1, 1, Console(quiet=True))
+    found = ladder.measure(resolved, parts.build(resolved, device), clock, compare=True)
+    assert calls == [1]
+    assert found.rows[ladder.COMPILED].ratio_to == verdict.FULL
+    assert not found.compiled
+    compiled = run_config.load(config_file, [*STEP[:-4], "--train.compile", "True"])
+    found = ladder.measure(compiled, parts.build(compiled, device), clock, compare=True)
+    assert found.rows[verdict.FULL].ratio_to == ladder.EAGER
+    assert found.compiled
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--steps", "2"], "no 'fastssl bench --steps'"),
+        (["none.yaml"], "no configuration file 'none.yaml'"),
+        (["step", "--steps", "0"], "Give the configuration file first"),
+        (["CONFIG", "--steps", "0"], "--steps is 0"),
+        (["CONFIG", "--train.bach", "4"], "Did you mean 'train.batch'"),
+        (["CONFIG", "--json", "no/such/x.json"], "no folder 'no/such'"),
+    ],
+)
+def test_mistakes_are_named(config_file, argv, words):
+    with pytest.raises(UserError, match=words):
+        bench_command.run([config_file if token == "CONFIG" else token for token in argv])
+
+
+def test_a_batch_beyond_the_images_is_told_before_anything_is_measured(config_file, shards):
+    with pytest.raises(UserError, match="has 60 samples in use, fewer than one batch of 64"):
+        bench_command.run(
+            [config_file, *STEP, "--train.batch", "64", "--data.shards", str(shards), "--quick"]
+        )
+
+
+def test_it_refuses_several_processes(config_file, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without torchrun"):
+        bench_command.run([config_file])

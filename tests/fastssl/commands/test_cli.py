@@ -1,0 +1,350 @@
+"""The command line: what it answers, how fast it can, and one clear sentence for every mistake."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl import __version__
+from fastssl.cli import COMMANDS, main
+from fastssl.pretraining import loop
+from shards.format.layout import Manifest, shard_name
+from tests.fastssl.runs import NUM_IMAGES
+
+ROOT = Path(__file__).parents[3]
+
+
+def run_process(*argv: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "fastssl", *argv],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_help_imports_nothing_slow() -> None:
+    """What keeps it under 0.3 s."""
+    code = (
+        "import sys; from fastssl.cli import main; assert main(['--help']) == 0; "
+        "slow = {'torch', 'numpy', 'tyro', 'rich', 'pyarrow', 'PIL', 'yaml', 'numba', 'timm'}; "
+        "sys.exit(', '.join(slow & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name, (_, text) in COMMANDS.items():
+        assert f"  {name} " in done.stdout
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize("word", ["-h", "--help", "help"])
+def test_all_words_for_help(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word]) == 0
+    out, err = capsys.readouterr()
+    assert "usage: fastssl COMMAND" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize("word", ["-V", "--version"])
+def test_version(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word]) == 0
+    assert capsys.readouterr().out == f"fastssl {__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [[name] for name in COMMANDS] + [["eval", "knn"]], ids=" ".join)
+def test_every_command_explains_itself(argv: list, capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module(COMMANDS[argv[0]][0])
+    try:
+        code = main([*argv, "--help"])
+    except SystemExit as stop:  # tyro's way
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert (code or 0, err) == (0, "")
+    assert f"usage: fastssl {argv[0]}" in out
+
+
+def test_settings_lists_every_key_with_the_file_s_value(config, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", str(config()), "--settings"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for text in (
+        "--train.save-every-steps",
+        "--recipe.blur-sigma",
+        "resnet10_w32",
+        "--recipe.preset NAME",
+        "moco_v3_resnet",
+    ):
+        assert text in out
+
+
+# ---------------------------------------------------------------- commands and their words
+
+
+def test_without_a_command_it_shows_them_all_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert "usage: fastssl COMMAND" in out
+    assert err == "fastssl: give a command, such as `fastssl demo`.\n"
+
+
+def test_unknown_commands(told) -> None:
+    assert told("pretrian") == "There is no command 'pretrian'. Did you mean 'pretrain'?"
+    assert told("xyz") == f"There is no command 'xyz'. Known: {', '.join(sorted(COMMANDS))}."
+
+
+def test_a_mistake_in_a_real_process(tmp_path: Path) -> None:
+    done = run_process("pretrain", "nowhere.yaml", "--resume")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "fastssl: There is no configuration file 'nowhere.yaml'.\n"
+
+
+def test_pretrain_wants_its_file_first(told) -> None:
+    assert told("pretrain") == "Give the configuration file first, as in `fastssl pretrain CONFIG`."
+    assert told("pretrain", "--resume", "x.yaml") == (
+        "Give the configuration file first, as in `fastssl pretrain CONFIG --resume x.yaml`."
+    )
+
+
+def test_ctrl_c_and_a_closed_pipe_have_their_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastssl.commands import pretrain_command
+
+    def raise_(error: BaseException):
+        raise error
+
+    monkeypatch.setattr(pretrain_command, "run", lambda argv: raise_(KeyboardInterrupt()))
+    assert main(["pretrain"]) == 130
+    assert capsys.readouterr().err == "fastssl: interrupted.\n"
+    monkeypatch.setattr(sys, "stderr", open(os.devnull, "w"))  # noqa: SIM115 (main closes it)
+    monkeypatch.setattr(pretrain_command, "run", lambda argv: raise_(BrokenPipeError()))
+    assert main(["pretrain"]) == 141
+
+
+# ---------------------------------------------------------------- folders and shards
+
+
+def test_folders_without_images(told, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "is empty" in told("shard", tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no image")
+    sentence = told("shard", tmp_path / "texts", tmp_path / "out")
+    assert "no images" in sentence
+    assert ".txt" in sentence
+    assert "none" in told("shard", tmp_path / "none", tmp_path / "out")
+
+
+def test_no_shards_to_train_on(told, config, tmp_path: Path) -> None:
+    assert "give --data.shards DIR, the folder that `fastssl shard` made" in told("pretrain", config(data=""))
+    assert str(tmp_path / "none") in told("pretrain", config(data=tmp_path / "none"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretraining_refuses_masks(told, config, shards: Path) -> None:
+    assert "pretraining uses no masks" in told("pretrain", config(data=shards), "--data.masks", "True")
+
+
+@pytest.mark.parametrize("kept_bytes", [None, 100])
+def test_a_shard_that_is_gone_or_cut(
+    kept_bytes: int | None, told, config, shards: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(shards, tmp_path / "broken")
+    victim = broken / shard_name(1)
+    size = victim.stat().st_size
+    if kept_bytes is None:
+        victim.unlink()
+        expected = f"'{victim}' is missing; run the same `fastssl shard` command again"
+    else:
+        victim.write_bytes(victim.read_bytes()[:kept_bytes])
+        expected = (
+            f"'{victim}' has 100 bytes and should have {size:,}; run the same `fastssl shard` command again"
+        )
+    assert expected in told("pretrain", config(data=broken))
+
+
+def test_a_shard_whose_bytes_changed_since(told, config, shards: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(shards, tmp_path / "broken")
+    for shard in range(len(Manifest.load(broken).shards)):
+        path = broken / shard_name(shard)
+        path.write_bytes(path.read_bytes().replace(b"IDAT", b"NOPE"))
+    sentence = told("pretrain", config({"knn": {"every": 0}}, data=broken))
+    assert "does not decode" in sentence
+    assert "delete '" in sentence
+    assert "shard-00000" in sentence
+    assert sentence.endswith("run the same `fastssl shard` command again, which makes it anew.")
+    assert told("preview", broken, "--out", tmp_path / "views.png") != ""
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"train": {"batch": 61}},
+            f"has {NUM_IMAGES} samples, fewer than one batch of 61: lower the batch size (--train.batch) to at most 60",
+        ),
+        ({"train": {"epoch": 1}}, "unknown key 'train.epoch'. Did you mean 'train.epochs'?"),
+        ({"recipe": {"preset": "moco_v33"}}, "There is no recipe called 'moco_v33'. Did you mean 'moco_v3'?"),
+        ({"method": {"name": "moco"}}, "There is no method 'moco'. Did you mean 'moco_v3'?"),
+        ({"model": {"backbone": "resnet5O"}}, "There is no backbone 'resnet5O'. Did you mean 'resnet50'?"),
+        ({"model": {"backbone": "vgg11"}}, "model.stem_stride is for ResNets"),
+        (
+            {"recipe": {"num_views": 3, "blur_p": 0.5, "solarize_p": 0.0}},
+            "compares 2 views of each image but the recipe makes 3",
+        ),
+        (
+            {"recipe": {"preset": "dino"}},
+            "compares 2 global views and the recipe makes 8 local ones too: set --recipe.local-views 0",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(changes: dict, expected: str, told, config) -> None:
+    assert expected in told("pretrain", config(changes))
+
+
+def test_a_batch_that_does_not_divide_among_ranks(told, config, monkeypatch: pytest.MonkeyPatch) -> None:
+    four = loop.distributed.Dist(rank=0, world=4, local_rank=0, device=torch.device("cpu"))
+    monkeypatch.setattr(loop.distributed, "setup", lambda device, **options: four)
+    sentence = told("pretrain", config({"train": {"batch": 10}}))
+    assert (
+        sentence == "the global batch size 10 does not divide among 4 ranks; use a multiple, such as 8 or 12."
+    )
+
+
+@pytest.mark.parametrize("flags", [["--train.epoch", "3"], ["--train.epochs", "three"]])
+def test_mistakes_in_flags_end_with_2(flags: list, config, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(["pretrain", str(config()), *flags])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert flags[0] in err
+    assert "Traceback" not in err
+
+
+# ---------------------------------------------------------------- eval and preview
+
+
+def test_eval_needs_labels(told, finished: Path, unlabelled_shards: Path) -> None:
+    sentence = told("eval", "knn", finished, "--shards", unlabelled_shards, "--device", "cpu")
+    assert sentence.endswith("kNN needs at least 2: convert a folder whose sub-folders are classes.")
+
+
+def test_eval_needs_a_checkpoint(told, shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "photo.pt").write_bytes(b"\x89PNG")
+    assert "photo.pt' is no checkpoint: give a .pt file" in told(
+        "eval", "knn", tmp_path / "photo.pt", "--shards", shards
+    )
+    assert f"There is no checkpoint at '{tmp_path / 'none'}'" in told(
+        "eval", "knn", tmp_path / "none", "--shards", shards
+    )
+
+
+def test_preview_draws_a_preset_or_a_configuration(
+    config, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--rows", "2", "--epochs", "1"]
+    for recipe, size in (("moco_v3", "32"), (str(config()), "16")):
+        out = tmp_path / f"{size}.png"
+        more = ["--size", "32"] if recipe == "moco_v3" else []
+        assert main(["preview", str(shards), "--recipe", recipe, "--out", str(out), *flags, *more]) == 0
+        assert f"2 images, 1 epochs of 2 views at {size} px: {out}" in capsys.readouterr().out
+        assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (
+            ["--recipe", "dino", "--epochs", "1", "--recipe.local-views", "1", "--recipe.size", "32"],
+            "1 epochs of 2 views at 32 px and 1 at 96 px",
+        ),
+        (["--ops", "--size", "32"], "2 images, each operation by itself"),
+        (["--engines", "reference,fused", "--size", "32"], "2 images by reference, fused"),
+    ],
+)
+def test_preview_shows_operations_and_engines(
+    flags: list, line: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sheet.png"
+    assert main(["preview", str(shards), "--rows", "2", "--out", str(out), *flags]) == 0
+    assert line in capsys.readouterr().out
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_preview_names_engines_it_cannot_compare(told, shards: Path) -> None:
+    assert "Did you mean 'fused'" in told("preview", shards, "--engines", "fussed,reference")
+    for flags in (("--engines", "fused"), ("--engines", "fused,reference", "--ops")):
+        assert told("preview", shards, *flags).startswith("--engines needs two or more names")
+    told_of = told("preview", shards, "--recipe.crop-scal", "0.1")
+    assert "Did you mean 'recipe.crop_scale'" in told_of
+
+
+def test_preview_names_unknown_recipes(told, shards: Path) -> None:
+    assert (
+        told("preview", shards, "--recipe", "satelite")
+        == "There is no recipe called 'satelite'. Did you mean 'satellite'?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "least"), [("--rows", 0, 1), ("--epochs", 0, 1), ("--size", -1, 0), ("--rows", -3, 1)]
+)
+def test_preview_names_impossible_numbers(flag: str, value: int, least: int, told, shards: Path) -> None:
+    assert told("preview", shards, flag, value) == f"{flag} is {value}, but it must be at least {least}."
+
+
+def test_outputs_are_checked_before_the_work(told, tmp_path: Path) -> None:
+    out = tmp_path / "none" / "out"
+    # Neither shards nor checkpoint exist either: the output is looked at first.
+    for flag, argv in (
+        ("--out", ("preview", "no-shards")),
+        ("--out", ("report", "no-run")),
+        ("--json", ("eval", "knn", "no-run", "--shards", "no-shards")),
+        ("--json", ("bench", "loader", "no-shards")),
+        ("--json", ("bench", "step", "no-file.yaml")),
+    ):
+        assert (
+            told(*argv, flag, out) == f"There is no folder '{out.parent}' for {flag} '{out}': make it first."
+        )
+    assert told("preview", "no-shards", "--out", tmp_path) == f"--out '{tmp_path}' is a folder: name a file."
+
+
+def test_a_report_is_valid_json(finished: Path, shards: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    assert (
+        main(
+            [
+                "eval",
+                "knn",
+                str(finished),
+                "--shards",
+                str(shards),
+                "--json",
+                str(path),
+                "--baselines",
+                "False",
+            ]
+        )
+        == 0
+    )
+    [row] = json.loads(path.read_text())["rows"]
+    assert set(row["accuracy"]) == {"10", "20", "59"}

@@ -1,0 +1,172 @@
+"""Means, rates, rows of metrics.jsonl and the lines people see."""
+
+import builtins
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl.core import meters
+from fastssl.core.distributed import Dist, alone
+from fastssl.core.meters import Meters, MetricsLog, Screen
+from shards.errors import UserError
+from tests.gloo import run_ranks
+
+VALUES = {
+    "loss": 1.5,
+    "ce_norm": 0.5,
+    "acc": 0.25,
+    "feature_std": 0.6,
+    "images_per_s": 1234.5,
+    "data_wait": 0.02,
+}
+
+
+def test_means_start_anew_after_each_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 104.0, 104.0, 106.0, 106.0])
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
+    found = Meters()
+    for loss, wait_s in ((1.0, 0.5), (2.0, 0.0), (6.0, 0.5)):
+        found.add({"loss": torch.tensor(loss)}, wait_s)
+    # 3 steps of 8 images in 4 s, of which 1 s was spent waiting.
+    assert found.read(8, 3) == {"loss": 3.0, "images_per_s": 6.0, "data_wait": 0.25, "stand_ins": 0}
+    found.add({"loss": torch.tensor(5.0)}, 9.0)
+    assert found.read(8, 1) == {"loss": 5.0, "images_per_s": 4.0, "data_wait": 1.0, "stand_ins": 0}
+
+
+def test_steps_that_were_not_applied_are_left_out_of_the_means() -> None:
+    found = Meters()
+    for loss, applied, replaced in ((1.0, True, 0), (float("nan"), False, 2), (4.0, True, 1)):
+        found.add({"loss": torch.tensor(loss)}, 0.0, torch.tensor(applied), replaced)
+    again = Meters()
+    again.restore(found.state(), torch.device("cpu"))
+    for read in (found.read(1, 3), again.read(1, 3)):
+        assert (read["loss"], read["stand_ins"]) == (2.5, 3)
+    found.add({"loss": torch.tensor(float("nan"))}, 0.0, torch.tensor(False))
+    assert "loss" not in found.read(1, 1)
+
+
+def _rank_means(here: Dist) -> list[dict]:
+    """Rows with a save within the first window, and of a run that goes on from it on rank 0 alone."""
+    found, rows = Meters(), []
+    for step in range(4):
+        found.add({"loss": torch.tensor(float(step + 10 * here.rank))}, 0.0, torch.tensor(True), here.rank)
+        if step == 0:
+            state = found.state()
+            if here.is_main:
+                with alone():
+                    rows.append(_on_from(state))
+        if step % 2:
+            rows.append({k: v for k, v in found.read(1, 1).items() if k in ("loss", "stand_ins")})
+    return rows
+
+
+def _on_from(state: dict) -> dict:
+    again = Meters()
+    again.restore(state, torch.device("cpu"))
+    return {k: v for k, v in again.read(1, 1).items() if k in ("loss", "stand_ins")}
+
+
+def test_means_and_counts_are_of_all_ranks_and_go_on_on_any_number_of_them() -> None:
+    first, second = run_ranks(_rank_means)
+    assert second == [{"loss": 5.5, "stand_ins": 2}, {"loss": 7.5, "stand_ins": 2}]
+    assert first == [{"loss": 5.0, "stand_ins": 1}, *second]
+
+
+def test_added_values_are_kept_though_the_tensor_changes() -> None:
+    found, loss = Meters(), torch.tensor(1.0)
+    found.add({"loss": loss}, 0.0)
+    loss += 100
+    found.add({"loss": loss}, 0.0)
+    assert found.read(1, 2)["loss"] == 51.0
+
+
+def test_a_restored_mean_is_the_same() -> None:
+    one, other = Meters(), Meters()
+    values = [torch.tensor(0.1), torch.tensor(0.7), torch.tensor(0.3)]
+    for value in values:
+        one.add({"loss": value}, 0.0)
+    for value in values[:2]:
+        other.add({"loss": value}, 0.0)
+    again = Meters()
+    again.restore(other.state(), torch.device("cpu"))
+    again.add({"loss": values[2]}, 0.0)
+    assert again.read(1, 1)["loss"] == one.read(1, 3)["loss"]
+
+
+def test_rows_keep_six_significant_digits(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write({"step": 12345678, "lr": 1.23456789e-7, "loss": 1234.56789, "acc": 0.0})
+    [row] = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row == {"step": 12345678, "lr": 1.23457e-7, "loss": 1234.57, "acc": 0.0}
+
+
+def test_a_resumed_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = [{"step": step, "loss": 0.5} for step in (2, 4, 4, 6, 8)]
+    text = "".join(json.dumps(row) + "\n" for row in whole)
+    path.write_text(text + '{"step": 9, "lo')  # killed while it wrote
+    log = MetricsLog(path, 6)
+    assert log.last == whole[3]
+    log.write({"step": 8, "loss": 0.25})
+    assert list(map(json.loads, path.read_text().splitlines())) == [*whole[:4], {"step": 8, "loss": 0.25}]
+
+
+def test_a_log_anew_has_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "loss": 1}\n[]\n{"loss": 1}\n')
+    assert MetricsLog(path, 0).last == {}
+    assert path.read_text() == ""
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl' cannot be written \(No space left on device\).*--resume"
+    ):
+        log.write({"step": 1})
+
+
+def test_without_a_terminal_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: now[0])
+    with Screen(100, 0, show=True) as screen:
+        for step, at in ((1, 1.0), (2, 19.0), (3, 20.0), (4, 39.0), (5, 41.0)):
+            now[0] = at
+            screen.step(step)
+            screen.log(step, 0, 4, VALUES)
+    lines = capsys.readouterr().out.splitlines()
+    tail = "loss 1.500  ce/lnN 0.500  acc 25%  std 0.60  1,234 img/s  wait 2%"
+    assert lines == [f"epoch 1/4  step {step}/100  {tail}" for step in (1, 4)]
+
+
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with Screen(100, 0, show=False) as screen:
+        screen.say("hello")
+        screen.step(1)
+        screen.log(1, 0, 4, VALUES)
+    assert capsys.readouterr().out == ""
+
+
+def test_pauses_count_neither_as_work_nor_as_waiting(monkeypatch):
+    """Ten steps of 8 images in 2 s, with 5 s of testing between them: 40 images/s, and half of the 2 s was waiting."""
+    now = [100.0]
+    monkeypatch.setattr("fastssl.core.meters.time.perf_counter", lambda: now[0])
+    meters = Meters()
+    for _ in range(10):
+        meters.add({"loss": torch.tensor(1.0)}, wait_s=0.1)
+        now[0] += 0.2
+    with meters.paused():
+        now[0] += 5.0
+    values = meters.read(images_per_step=8, steps_timed=10)
+    assert values["images_per_s"] == pytest.approx(40)
+    assert values["data_wait"] == pytest.approx(0.5)

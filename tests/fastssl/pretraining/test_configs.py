@@ -1,0 +1,172 @@
+"""Every file of configs/: its header says what people need, its settings load and train, and the published ones are as published."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl.cli import COMMANDS
+from fastssl.core.optimizers import build_optimizer, set_lr
+from fastssl.models.model_config import build_backbone
+from fastssl.pretraining import run_config
+from fastssl.pretraining.build import build_method
+from fastssl.pretraining.step import Door, Step, chunks
+
+FOLDER = Path(__file__).parents[3] / "configs"
+CONFIGS = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+FIELDS = ("Hardware", "Time", "Memory", "Expected")
+
+# arXiv 2104.02057 and the commands published with its code: epochs, batch, lr per 256 images, weight decay, warm-up epochs,
+# teacher's first momentum, temperature, least crop.
+PUBLISHED = {
+    "moco_v3_resnet50": ("resnet50", "lars", 100, 4096, 0.6, 1e-6, 10, 0.99, 1.0, 0.2),
+    "moco_v3_resnet50_300": ("resnet50", "lars", 300, 4096, 0.3, 1e-6, 10, 0.99, 1.0, 0.2),
+    "moco_v3_resnet50_1000": ("resnet50", "lars", 1000, 4096, 0.3, 1.5e-6, 10, 0.996, 1.0, 0.2),
+    "moco_v3_vit_small_1024": ("moco_vit_small", "adamw", 300, 1024, 1.5e-4, 0.1, 40, 0.99, 0.2, 0.08),
+    "moco_v3_vit_small": ("moco_vit_small", "adamw", 300, 4096, 1.5e-4, 0.1, 40, 0.99, 0.2, 0.08),
+    "moco_v3_vit_base": ("moco_vit_base", "adamw", 300, 4096, 1.5e-4, 0.1, 40, 0.99, 0.2, 0.08),
+    "moco_v3_vit_large": ("moco_vit_large", "adamw", 300, 4096, 1.5e-4, 0.1, 40, 0.99, 0.2, 0.08),
+}
+# Weights of backbones without a classifier, in millions: He et al. 2016 and Dosovitskiy et al. 2021, less their heads.
+MILLIONS = {"resnet50": 23.5, "moco_vit_small": 21.7, "moco_vit_base": 85.8, "moco_vit_large": 303.3}
+
+
+def header(path: Path) -> tuple[list[list[str]], dict[str, str]]:
+    """The commands at the top of a configuration, as arguments, and its fields by name."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line[1:].rstrip())
+    shown = "\n".join(
+        line.strip() for line in lines if line.startswith("   ") and not line.startswith("    " * 3)
+    )
+    commands = [shlex.split(line) for line in shown.replace("\\\n", " ").splitlines()]
+    fields: dict[str, str] = {}
+    name = ""
+    for line in lines:
+        if match := re.fullmatch(r" ([A-Z][a-z]+):\s+(.+)", line):
+            name = match[1]
+            fields[name] = match[2]
+        elif name and line.startswith(" " * 11):
+            fields[name] += " " + line.strip()
+    return commands, fields
+
+
+def test_the_header_reader_sees_commands_and_fields(tmp_path):
+    command = "#   torchrun a \\\n#     -m b\n#   fastssl x\n"
+    fields = "# Hardware:  one\n#            GPU\n# Time:      2 h\n"
+    text = f"# What it is: this.\n#\n{command}#\n{fields}data:\n"
+    (tmp_path / "c.yaml").write_text(text)
+    commands, fields = header(tmp_path / "c.yaml")
+    assert commands == [["torchrun", "a", "-m", "b"], ["fastssl", "x"]]
+    assert fields == {"Hardware": "one GPU", "Time": "2 h"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_header_says_how_where_and_what_comes_out(name):
+    commands, fields = header(CONFIGS[name])
+    assert tuple(fields) == FIELDS
+    assert run_config.load(CONFIGS[name]).config.train.out == f"runs/{name}"
+    for tokens in commands:
+        assert tokens[0] in ("fastssl", "torchrun")
+        tokens = tokens[tokens.index("fastssl") + 1 :]
+        assert tokens[0] in COMMANDS
+        if tokens[0] == "pretrain":  # this very file, with flags that exist
+            assert tokens[1] == f"configs/{name}.yaml"
+            run_config.load(CONFIGS[name], tokens[2:])
+    assert sum("pretrain" in tokens for tokens in commands) == 1
+    assert re.search(r"GPU|V100|CPU|TPU", fields["Hardware"])
+    assert re.match(r"not measured|about ", fields["Time"])
+    assert re.match(r"not measured|peak \d+(\.\d+)? GiB", fields["Memory"])
+    assert re.search(r"not run|published\)\. Not run by this project|docs/results/", fields["Expected"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_trains_at_tiny_size(name):
+    full = run_config.load(CONFIGS[name]).config
+    tiny = ["--recipe.size", "32", "--method.hidden_dim", "16", "--method.dim", "8", "--train.device", "cpu"]
+    tiny += [
+        "--train.batch",
+        "8",
+        "--train.precision",
+        "fp32",
+        "--method.queue",
+        "16" if full.method.queue else "0",
+    ]
+    tiny += ["--train.micro_batch", "4" if full.train.micro_batch else "0"]
+    tiny += ["--model.backbone", "test_vit" if "vit" in full.model.backbone else "resnet10_w32"]
+    resolved = run_config.load(CONFIGS[name], tiny)
+    cfg = resolved.config
+    method, _ = build_method(resolved, torch.device("cpu"))
+    optimizer = build_optimizer(method.parameters(), cfg.optim)
+    set_lr(optimizer, 0.01)
+    options = {"micro_batch": int(cfg.train.micro_batch), "exact_heads": cfg.train.exact_heads}
+    step = Step(
+        method, Door(method), optimizer, torch.device("cpu"), clip_grad=cfg.train.clip_grad, **options
+    )
+    student = [p.detach().clone() for p in method.backbone.parameters() if p.requires_grad]
+    teacher = [p.detach().clone() for p in method.teacher_backbone.parameters()]
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        views = [torch.randn(8, 3, 32, 32, generator=generator) for _ in range(cfg.recipe.num_views)]
+        metrics = step.gradients(views)
+        assert not step.update(0.5)
+    assert all(bool(value.isfinite()) for value in metrics.values())
+    for before, after in (
+        (student, [p for p in method.backbone.parameters() if p.requires_grad]),
+        (teacher, list(method.teacher_backbone.parameters())),
+    ):
+        assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > len(before) / 2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunks_divide_the_batch_so_that_one_size_is_compiled(name):
+    train = run_config.load(CONFIGS[name]).config.train
+    world = 2 if "2x8gb" in name else 1
+    share = train.batch // world
+    assert len({part.stop - part.start for part in chunks(share, int(train.micro_batch))}) == 1
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_runs_are_as_published(name):
+    cfg = run_config.load(CONFIGS[name]).config
+    backbone, optimizer, epochs, batch, lr, weight_decay, warmup, momentum, temperature, crop = PUBLISHED[
+        name
+    ]
+    assert (cfg.model.backbone, cfg.optim.name) == (backbone, optimizer)
+    assert (cfg.train.epochs, cfg.train.batch, cfg.optim.warmup_epochs) == (epochs, batch, warmup)
+    assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.momentum) == (lr, weight_decay, 0.9)
+    assert (cfg.optim.betas, cfg.optim.trust_coefficient) == ((0.9, 0.999), 1e-3)
+    assert (cfg.method.momentum, cfg.method.momentum_cosine, cfg.method.temperature) == (
+        momentum,
+        True,
+        temperature,
+    )
+    assert (cfg.method.dim, cfg.method.hidden_dim, cfg.method.queue, cfg.method.head) == (
+        256,
+        4096,
+        0,
+        "auto",
+    )
+    recipe = cfg.recipe
+    assert (recipe.size, recipe.crop_scale, recipe.crop_ratio) == (224, (crop, 1.0), (3 / 4, 4 / 3))
+    assert (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue) == (0.4, 0.4, 0.2, 0.1)
+    assert (recipe.jitter_p, recipe.gray_p, recipe.blur_p, recipe.solarize_p) == (
+        0.8,
+        0.2,
+        (1.0, 0.1),
+        (0.0, 0.2),
+    )
+    assert cfg.train.clip_grad == cfg.model.drop_path == 0
+    assert cfg.model.stop_grad_conv1
+
+
+@pytest.mark.parametrize("backbone", MILLIONS)
+def test_published_backbones_have_the_published_size(backbone):
+    cfg = next(run_config.load(CONFIGS[name]).config for name in PUBLISHED if PUBLISHED[name][0] == backbone)
+    with torch.device("meta"):
+        model = build_backbone(cfg.model, cfg.recipe.size)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(MILLIONS[backbone], abs=0.1)

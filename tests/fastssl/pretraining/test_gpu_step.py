@@ -1,0 +1,132 @@
+"""What only a CUDA device shows of a step: that the host never waits, what memory it takes, and what fits."""
+
+import pytest
+import torch
+
+from fastssl.core.optimizers import build_optimizer
+from fastssl.methods import MoCoV3
+from fastssl.pretraining.build import build_method
+from fastssl.pretraining.micro_batch import find_micro_batch
+from fastssl.pretraining.run_config import load
+from fastssl.pretraining.step import Door, Step
+from tests.fastssl.pretraining.test_step import gradients, largest_difference, without_norms
+from tests.fastssl.tiny import Plain, make_method, make_views
+
+pytestmark = pytest.mark.gpu
+
+SIZE, BATCH = 64, 64
+FLAGS = ["--recipe.size", str(SIZE), "--method.hidden-dim", "64", "--train.batch", str(BATCH)]
+
+
+def build(backbone: str, dtype: torch.dtype, *flags: str, **options) -> tuple[MoCoV3, Step]:
+    device = torch.device("cuda")
+    resolved = load(None, [*FLAGS, "--model.backbone", backbone, *flags])
+    method, _ = build_method(resolved, device)
+    optimizer = build_optimizer(method.parameters(), resolved.config.optim)
+    return method, Step(method, Door(method), optimizer, device, dtype, **options)
+
+
+def pinned_views() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(BATCH, 3, SIZE, SIZE, generator=generator).pin_memory() for _ in range(2)]
+
+
+@pytest.mark.parametrize("backbone", ["resnet10_w32", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("checkpointing", ["none", "blocks", "selective"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{}, {"micro_batch": 16}, {"micro_batch": 16, "exact_heads": True}], ids=str
+)
+def test_a_step_never_waits_for_the_device(backbone, checkpointing, dtype, options):
+    flags = [
+        "--train.checkpointing",
+        checkpointing,
+        "--method.queue",
+        str(2 * BATCH),
+        "--model.drop-path",
+        "0.1",
+    ]
+    _, step = build(backbone, dtype, *flags, clip_grad=1.0, **options)
+    views = pinned_views()
+    for number in range(4):
+        torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
+        try:
+            step.gradients(views, torch.manual_seed)
+            step.update(0.99)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lars_never_waits_either(dtype):
+    _, step = build("resnet10_w32", dtype, "--optim.name", "lars")
+    views = pinned_views()
+    for number in range(4):
+        torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
+        try:
+            step.gradients(views)
+            step.update(0.99)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def peak_bytes(**options) -> int:
+    _, step = build("resnet18", torch.bfloat16, **options)
+    views = pinned_views()
+    step.gradients(views)
+    step.update(0.99)
+    torch.cuda.reset_peak_memory_stats()
+    step.gradients(views)
+    step.update(0.99)
+    return torch.cuda.max_memory_allocated()
+
+
+def test_chunks_take_less_memory():
+    whole, by_chunk, exact = (
+        peak_bytes(),
+        peak_bytes(micro_batch=8),
+        peak_bytes(micro_batch=8, exact_heads=True),
+    )
+    assert by_chunk < 0.8 * whole
+    assert exact < 0.8 * whole
+
+
+def test_gradients_in_chunks_equal_the_cpu_s():
+    method = without_norms(make_method(Plain()))
+    expected, _ = gradients(method, make_views(10))
+    method.to("cuda")
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
+    step = Step(method, Door(method), optimizer, torch.device("cuda"), micro_batch=3)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        step.gradients([view.pin_memory() for view in make_views(10)])
+    found = {name: p.grad.cpu() for name, p in method.named_parameters() if p.grad is not None}
+    assert largest_difference(found, expected) < 1e-3
+
+
+def test_auto_finds_less_than_the_batch_where_memory_is_short():
+    def find() -> int:
+        resolved = load(None, [*FLAGS, "--model.backbone", "resnet18"])
+        method, _ = build_method(resolved, torch.device("cuda"))
+        return find_micro_batch(
+            method,
+            resolved.config.optim,
+            torch.device("cuda"),
+            torch.bfloat16,
+            view_shape=(3, SIZE, SIZE),
+            batch=BATCH,
+            world=1,
+            exact_heads=False,
+            clip_grad=0.0,
+        )
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    assert find() == BATCH
+    total = torch.cuda.get_device_properties(0).total_memory
+    limit = 0.7 * torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        assert 2 <= find() < BATCH
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

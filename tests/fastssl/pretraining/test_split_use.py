@@ -1,0 +1,60 @@
+"""Pretraining and kNN on the parts of one shard folder."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fastssl.commands.eval_command import knn_report
+from fastssl.core import checkpoint
+from fastssl.pretraining.loop import pretrain
+from shards.dataset.shard_set import ShardSet
+from shards.errors import UserError
+from shards.splits.split_rules import Rule
+from shards.splits.split_table import make_split, open_split
+from shards.storage.place import open_place
+from tests.fastssl.runs import resolve, rows
+
+
+@pytest.fixture
+def folder(shards: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    make_split(open_place(copy), Rule(val=0.2, labelled=(0.25,)))
+    return copy
+
+
+def test_knn_between_the_parts_of_one_folder(finished: Path, folder: Path, shards: Path) -> None:
+    found = knn_report(
+        finished, folder, split="train", test_split="val", ks=(1,), baselines=False, device="cpu"
+    )
+    assert found["queries"] == "12 test samples, 48 vote"
+    few = knn_report(
+        finished, folder, split="labelled-0.25", test_split="val", ks=(1,), baselines=False, device="cpu"
+    )
+    assert few["queries"] == "12 test samples, 12 vote"
+    alone = knn_report(finished, folder, split="val", ks=(1,), baselines=False, device="cpu")
+    assert alone["queries"] == "leave one out of 12 samples"
+    with pytest.raises(UserError, match="has no splits"):
+        knn_report(finished, shards, split="train", device="cpu")
+
+
+def test_pretraining_on_a_split_and_resuming_on_that_alone(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ({"data": {"split": "train"}}, {"knn": {"test_split": "val"}}, {"train": {"batch": 12}})
+    pretrain(resolve(folder, run, *flags))
+    [path] = checkpoint.list_checkpoints(run)[-1:]
+    state = checkpoint.load(path)
+    assert state["shards"]["num_samples"] == 48
+    assert state["step"] == 4 * resolve(folder, run, *flags).config.train.epochs
+    assert [row for row in rows(run) if "knn_accuracy" in row]
+    make_split(open_place(folder), Rule(val=0.2, labelled=(0.25,), seed=1), overwrite=True)
+    assert len(open_split(folder, "train")) == 48
+    with pytest.raises(UserError, match="of another conversion or split"):
+        pretrain(resolve(folder, run, *flags), resume=True)
+
+
+def test_a_split_that_is_not_there_is_one_sentence(folder: Path, told, finished: Path) -> None:
+    said = told("eval", "knn", finished, "--shards", folder, "--split", "trian", "--device", "cpu")
+    assert "has no split called 'trian'. Did you mean 'train'?" in said
+    assert len(ShardSet.open(folder)) == 60

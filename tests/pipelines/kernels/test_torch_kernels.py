@@ -1,0 +1,201 @@
+"""The batched kernels on CPU tensors against the per-image reference, in 0..255 levels; bounds are those of the design or tighter."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.augment.draws import DRAW, draw
+from pipelines.augment.noise import unit_noise
+from pipelines.augment.recipe import RECIPES, Recipe
+from pipelines.kernels import reference, torch_kernels
+from pipelines.kernels.batched_views import BatchedViews
+from pipelines.kernels.torch_kernels import Form
+from tests.pictures import colours, photo
+
+SIZE = 48
+PLAIN = {
+    "jitter": 0,
+    "gray": 0,
+    "sigma": 0,
+    "solarize": 0,
+    "hflip": 0,
+    "vflip": 0,
+    "turns": 0,
+    "noise_std": 0,
+}
+BARE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def both(
+    images: list[Image.Image], draws: np.ndarray, size: int = SIZE, recipe: Recipe = RECIPES["moco_v3"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The views of images by their DRAW records (M,), batched and by the reference: float32 (M, 3, size, size), levels."""
+    arrays = [np.asarray(image) for image in images]
+    ends = np.cumsum([array.size for array in arrays])
+    firsts = ends - [array.size for array in arrays]
+    pixels = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
+    params = torch_kernels.pack(draws, firsts, np.array([image.width for image in images]))
+    views = torch_kernels.crop(pixels, params, size, draws["height"], draws["width"], recipe.interpolation)
+    views = torch_kernels.blur(torch_kernels.colour(views, params), params)
+    recipe = dataclasses.replace(recipe, size=size, **BARE)
+    erased = torch.tensor(recipe.erased())
+    out = torch_kernels.finish(views, params, torch.zeros(3), torch.ones(3))
+    out = torch_kernels.erase(out, params, erased)
+    expected = [reference.make_view(i, one, recipe, size) for i, one in zip(images, draws, strict=True)]
+    return out.numpy() * 255, np.stack(expected) * 255
+
+
+def drawn(images: list[Image.Image], recipe: Recipe, **fields) -> np.ndarray:
+    """DRAW records (M,) of view 0, some fields set."""
+    widths, heights = np.array([i.size for i in images]).T
+    draws = draw(recipe, 0, 0, np.arange(len(images)), widths, heights)[0].copy()
+    for name, value in fields.items():
+        draws[name] = value
+    return draws
+
+
+def whole(count: int, **fields) -> np.ndarray:
+    """DRAW records (count,) that take all of a SIZE x SIZE image and do nothing else than `fields` say."""
+    draws = np.zeros(count, dtype=DRAW)
+    draws["height"] = draws["width"] = SIZE
+    for name, value in fields.items():
+        draws[name] = value
+    return draws
+
+
+PHOTOS = [
+    photo(w, h, seed=i)
+    for i, (w, h) in enumerate([(160, 120), (90, 200), (33, 47), (48, 48), (20, 300), (400, 31)])
+]
+SQUARES = [colours(SIZE, i) if i % 2 else photo(SIZE, SIZE, i) for i in range(16)]
+
+
+def test_crop_flip_and_turn_of_ragged_images():
+    recipe = dataclasses.replace(RECIPES["satellite"], size=SIZE, crop_scale=(0.08, 1.0))
+    images = PHOTOS * 4
+    keep = dict.fromkeys(("jitter", "gray", "sigma", "solarize", "noise_std"), 0)
+    ours, theirs = both(images, drawn(images, recipe, **keep))
+    errors = np.abs(ours - theirs)
+    assert errors.mean(axis=(1, 2, 3)).max() < 0.5
+    assert errors.max() < 2.01  # two roundings meet where an axis is enlarged many times
+
+
+def test_jitter_in_every_order():
+    rng = np.random.default_rng(0)
+    draws = whole(48, jitter=1)
+    draws["order"] = np.array([rng.permutation(4) for _ in range(48)])
+    for name, low, high in (
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.6, 1.4),
+        ("saturation", 0.8, 1.2),
+        ("hue", -0.1, 0.1),
+    ):
+        draws[name] = rng.uniform(low, high, 48)
+    ours, theirs = both(SQUARES * 3, draws)
+    assert np.abs(ours - theirs).mean(axis=(1, 2, 3)).max() < 0.1  # float32 rounds another way on few pixels
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_one_part_of_the_jitter(part):
+    """Four times the same part would show a factor in the wrong place; the factors of the other parts are far off."""
+    draws = whole(16, jitter=1, order=part, brightness=3, contrast=3, saturation=3, hue=0.4)
+    name = ("brightness", "contrast", "saturation", "hue")[part]
+    draws[name] = 0.07 if part == 3 else 0.9
+    ours, theirs = both(SQUARES, draws)
+    assert np.abs(ours - theirs).mean() < 0.1
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 0.8, 1.3, 1.99, 2.0])
+def test_blur_is_exact(sigma):
+    np.testing.assert_allclose(*both(SQUARES, whole(16, sigma=sigma)), atol=2e-4)
+
+
+def test_blur_only_where_it_is_drawn():
+    draws = whole(16)
+    draws["sigma"][[3, 9]] = 1.5
+    ours, theirs = both(SQUARES, draws)
+    others = [i for i in range(16) if i not in (3, 9)]
+    np.testing.assert_allclose(ours[others], theirs[others], atol=2e-4)
+    assert np.abs(ours[3] - np.asarray(SQUARES[3]).transpose(2, 0, 1)).mean() > 2
+
+
+@pytest.mark.parametrize("hflip", [0, 1])
+@pytest.mark.parametrize("vflip", [0, 1])
+@pytest.mark.parametrize("turns", range(4))
+def test_grey_solarise_flips_and_turns_are_exact(hflip, vflip, turns):
+    for gray, solarize in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        draws = whole(16, gray=gray, solarize=solarize, hflip=hflip, vflip=vflip, turns=turns)
+        np.testing.assert_allclose(*both(SQUARES, draws), atol=2e-4)
+
+
+def test_noise_is_the_same_as_on_the_cpu():
+    seeds = np.array([0, 1, 2**63 + 5, 2**64 - 1], dtype=np.uint64)
+    ours = torch_kernels.unit_noise(torch.from_numpy(seeds.view(np.int64)), 3 * 7 * 7)
+    np.testing.assert_array_equal(ours.numpy(), np.stack([unit_noise(int(s), 147) for s in seeds]))
+    draws = whole(16, noise_std=0.05, turns=1)
+    draws["noise_seed"] = np.arange(16, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    np.testing.assert_allclose(*both(SQUARES, draws), atol=2e-3)
+
+
+@pytest.mark.parametrize("preset", RECIPES)
+def test_whole_recipes(preset):
+    images, recipe = PHOTOS * 6, dataclasses.replace(RECIPES[preset], size=SIZE)
+    ours, theirs = both(images, drawn(images, recipe), recipe=recipe)
+    assert np.abs(ours - theirs).mean() < 0.5
+
+
+def test_normalisation_and_dtype():
+    white = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
+    params = torch_kernels.pack(whole(1), np.zeros(1, dtype=np.int64), np.array([4]))
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.5])
+    out = torch_kernels.finish(white, params, mean, std, Form(torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    assert out[0, :, 0, 0].tolist() == pytest.approx([3.0, 2.0, 0.8], rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_views_leave_as_the_model_takes_them(dtype):
+    """The numbers are those of the plain form, rounded once; every view lies densely in the layout that was asked for."""
+    recipe = dataclasses.replace(
+        RECIPES["dino"],
+        size=16,
+        local_size=8,
+        local_views=1,
+        erase_p=1.0,
+        noise_p=0.5,
+        noise_std=(0.01, 0.05),
+    )
+    heights, widths = (np.array([image.size[axis] for image in PHOTOS]) for axis in (1, 0))
+    pixels = torch.from_numpy(np.concatenate([np.asarray(image).reshape(-1) for image in PHOTOS]))
+    sizes = heights * widths * 3
+    draws = draw(recipe, 0, 0, np.arange(len(PHOTOS)), widths, heights)
+    how = (pixels, np.cumsum(sizes) - sizes, widths, draws)
+    plain = BatchedViews(recipe, torch.device("cpu"))(*how)
+    made = BatchedViews(recipe, torch.device("cpu"), form=Form(dtype, channels_last=True))(*how)
+    assert len(made) == len(plain) == recipe.total_views == 3
+    for ours, theirs in zip(made, plain, strict=True):
+        assert theirs.is_contiguous()
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert ours.dtype == dtype
+        assert torch.equal(ours, theirs.to(dtype))
+
+
+def test_crops_of_large_images_are_made_in_smaller_parts(monkeypatch):
+    """The padded sources of all views at once would take gigabytes."""
+    images = [photo(90, 70, seed=i) for i in range(5)]
+    draws = drawn(images, dataclasses.replace(RECIPES["moco_v2"], num_views=1))
+    arrays = [np.asarray(image).reshape(-1) for image in images]
+    params = torch_kernels.pack(draws, np.arange(5) * 90 * 70 * 3, np.full(5, 90))
+    how = (torch.from_numpy(np.concatenate(arrays)), params, 12, draws["height"], draws["width"])
+    whole_batch, parts, split = torch_kernels.crop(*how), [], torch.Tensor.split
+    monkeypatch.setattr(
+        torch.Tensor, "split", lambda self, size, dim=0: parts.append(size) or split(self, size, dim)
+    )
+    monkeypatch.setattr(
+        torch_kernels, "CROP_BYTES", 36 * int(draws["height"].max()) * int(draws["width"].max()) * 2
+    )
+    assert torch.equal(torch_kernels.crop(*how), whole_batch)
+    assert parts == [2]

@@ -1,0 +1,233 @@
+"""What a GPU is told to do in which order: with streams that only write it down, and CPU tensors in the place of the device's."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipelines.augment.draws import draw
+from pipelines.augment.recipe import Recipe
+from pipelines.engines.engine_table import make_engine
+from pipelines.kernels.torch_kernels import PLAIN, Form
+from pipelines.loading import gpu_slot
+from pipelines.loading.gpu_slot import GpuSlot, GpuStore
+from pipelines.loading.slots import gpu_slots
+from pipelines.streaming import stream
+from pipelines.streaming.cache import Samples
+from pipelines.streaming.stream import Job
+from shards.dataset.shard_set import ShardSet
+
+CPU, RECIPE = torch.device("cpu"), Recipe(size=12)
+
+
+class Log:
+    """What happened, in order: (what, on which stream) of operations on tensors, (what, event or stream) of the rest."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str]] = []
+        self.current = "compute"
+
+    def add(self, what: str, where: str = "") -> None:
+        self.lines.append((what, where or self.current))
+
+    def kinds(self) -> list[str]:
+        return [what for what, _ in self.lines]
+
+
+class FakeStream:
+    cuda_stream = 7
+
+    def __init__(self, log: Log, name: str):
+        self.log, self.name = log, name
+
+    def wait_event(self, event) -> None:
+        self.log.add(f"wait for {event.recorded_on}", self.name)
+
+    def wait_stream(self, other) -> None:
+        self.log.add(f"wait for {other.name}", self.name)
+
+
+@pytest.fixture
+def log(monkeypatch) -> Log:
+    log = Log()
+
+    class FakeEvent:
+        recorded_on = ""
+
+        def record(self, on=None) -> None:
+            self.recorded_on = on.name if on else log.current
+            log.add("record", self.recorded_on)
+
+        def synchronize(self) -> None:
+            log.add(f"host waits for {self.recorded_on or 'nothing'}")
+
+    @contextlib.contextmanager
+    def within(on):
+        before, log.current = log.current, on.name if on is not None else log.current
+        yield
+        log.current = before
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: FakeStream(log, log.current))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "record_stream",
+        lambda self, on: log.add("in use by", on.name),
+        raising=False,
+    )
+    # Pinned memory needs a driver.
+    monkeypatch.setattr(GpuSlot, "_memory", lambda self, count: torch.empty(count, dtype=torch.uint8))
+    return log
+
+
+class Operations(TorchDispatchMode):
+    """Within, the log holds every operation that reads or writes pixels."""
+
+    def __init__(self, log: Log):
+        super().__init__()
+        self.log = log
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.log.add(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+def job(shards: ShardSet, *ids: int) -> Job:
+    chosen = np.array(ids)
+    return Job(chosen, draw(RECIPE, 0, 0, chosen, shards.widths[chosen], shards.heights[chosen]))
+
+
+def samples_of(shards: ShardSet) -> Samples:
+    return Samples(shards, make_engine("fused", RECIPE).decode, 3)
+
+
+def fill(slot: GpuSlot, work: Job) -> None:
+    slot.begin(work)
+    for i, sample_id in enumerate(work.ids):
+        slot.fill(i, int(sample_id), work.draws[:, i])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_copies_and_kernels_are_on_the_side_stream_and_the_step_waits_for_all_of_them(shard_set, log, cached):
+    samples, side = samples_of(shard_set), FakeStream(log, "side")
+    store = GpuStore(samples, CPU) if cached else None
+    slot = GpuSlot(samples, RECIPE, CPU, side, store)  # type: ignore[arg-type]
+    for turn in range(2):
+        log.lines.clear()
+        work = job(shard_set, 3, 1, 8)
+        fill(slot, work)
+        # Before the host writes to memory that copies may still read.
+        assert log.lines[0][0] == f"host waits for {'side' if turn else 'nothing'}"
+        log.lines.clear()
+        with Operations(log):
+            slot.launch()
+        assert {where for _, where in log.lines} == {"side"}
+        assert log.kinds().count("record") == 1
+        assert log.kinds()[-1] == "record"
+        copies = log.kinds().count("aten.copy_")
+        assert copies >= (3 if cached and not turn else 0 if cached else 1)
+        log.lines.clear()
+        views = slot.views()
+        assert log.lines == [("wait for side", "compute"), *[("in use by", "compute")] * 2]
+        plain = GpuSlot(samples, RECIPE, CPU)
+        fill(plain, work)
+        plain.launch()
+        assert all(torch.equal(a, b) for a, b in zip(views, plain.views(), strict=True))
+
+
+def test_the_device_decodes_on_a_stream_of_its_own_and_hands_over_in_one_call(shard_set, log):
+    samples, seen = samples_of(shard_set), []
+
+    def decoder(encoded, handle):
+        seen.append((log.current, handle))
+        made = [make_engine("fused", RECIPE).decode(memoryview(data)) for data in encoded]
+        return [torch.from_numpy(pixels) for pixels in made]
+
+    how = {"decoder": decoder, "decoding": FakeStream(log, "decoding")}
+    slot = GpuSlot(samples, RECIPE, CPU, FakeStream(log, "side"), **how)  # type: ignore[arg-type]
+    fill(slot, job(shard_set, 0, 5, 2))
+    log.lines.clear()
+    assert slot.complete() == []
+    assert seen == [("decoding", FakeStream.cuda_stream)]
+    assert log.lines == [("record", "decoding")]
+    log.lines.clear()
+    with Operations(log):
+        slot.launch()
+    done = log.kinds()
+    assert {where for _, where in log.lines} == {"side"}
+    assert done.count("aten._foreach_copy_") == 1
+    assert done.index("wait for decoding") < done.index("aten._foreach_copy_")
+    plain = GpuSlot(samples, RECIPE, CPU)
+    fill(plain, job(shard_set, 0, 5, 2))
+    plain.launch()
+    assert all(torch.equal(a, b) for a, b in zip(slot.views(), plain.views(), strict=True))
+
+
+def test_memory_of_the_slots_and_of_the_cache_is_taken_on_the_side_stream(shard_set, log, monkeypatch):
+    """PyTorch gives freed memory to the stream that took it: on another one, a kernel might still read it."""
+    side = FakeStream(log, "side")
+    monkeypatch.setattr("pipelines.loading.slots.work_stream", lambda device, own: side)
+    made = []
+    for name in ("GpuStore", "GpuSlot"):
+        maker = getattr(gpu_slot, name)
+
+        def noted(*args, maker=maker, **more):
+            made.append((maker.__name__, log.current))
+            return maker(*args, **more)
+
+        monkeypatch.setattr(gpu_slot, name, noted)
+    slots = gpu_slots(samples_of(shard_set), RECIPE, CPU, store=True)()
+    assert made == [("GpuStore", "side"), *[("GpuSlot", "side")] * stream.SLOTS]
+    assert len(slots) == stream.SLOTS
+
+
+def test_the_form_of_the_views_is_that_asked_for(shard_set):
+    form = Form(torch.bfloat16, channels_last=True)
+    samples = samples_of(shard_set)
+    made = []
+    for each in (PLAIN, form):
+        slot = gpu_slots(samples, RECIPE, CPU, store=False, form=each)()[0]
+        fill(slot, job(shard_set, 4, 7))  # type: ignore[arg-type]
+        slot.launch()
+        made.append(slot.views())
+    for plain, ours in zip(*made, strict=True):
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(ours, plain.bfloat16())
+
+
+def test_a_device_without_a_number_is_the_current_one(monkeypatch):
+    """Threads of the loader and nvImageCodec would take number 0 for it."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert stream.exact_device("cuda") == torch.device("cuda", 3)
+    assert stream.exact_device("cuda:1") == torch.device("cuda", 1)
+    assert stream.exact_device(CPU) == CPU
+
+
+def test_triton_launches_on_the_device_of_the_views(monkeypatch, tmp_path: Path):
+    """Whatever device is current: a process may work on another one than the first."""
+    from pipelines.kernels import batched_views
+
+    inside = []
+
+    class FakeDevice(contextlib.nullcontext):
+        def __init__(self, device):
+            super().__init__()
+            inside.append(device)
+
+    monkeypatch.setattr(torch.cuda, "device", FakeDevice)
+    second = torch.device("cuda", 1)
+    with batched_views.on_device(second):
+        pass
+    with batched_views.on_device(CPU):
+        pass
+    assert inside == [second]
+    monkeypatch.setattr(batched_views, "self_test", lambda *_: inside.append("tested") or 0.0)
+    batched_views.choose_kernels.cache_clear()
+    batched_views.choose_kernels(second)
+    batched_views.choose_kernels.cache_clear()
+    assert inside == [second, second, "tested"]
