@@ -64,8 +64,8 @@ class Source:
 
     name: str
     fidelity: str
-    """Of our engines the measured class, see `pipelines.previews.engine_fidelity.classify`; of others exact for Pillow's own operations, drawn per
-    image, else approximate; empty: part of the work."""
+    """Of our engines the measured class, see `pipelines.previews.engine_fidelity.classify`; of others exact for Pillow's own
+    operations, drawn per image, else approximate; empty: part of the work."""
     open: Callable[[Work], Generator[int]]
     """Yields the number of source images of each batch, without end; closing it stops its workers."""
     note: str = ""

@@ -5,10 +5,11 @@ import warnings
 from typing import Any
 
 import timm
+import torch
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl.models.moco_vit import MOCO_VITS, build_moco_vit, check_patches
 from fastssl.models.model_config import ModelConfig
@@ -42,7 +43,35 @@ def build(cfg: ModelConfig, image_size: int) -> nn.Module:
     for module in backbone.modules():
         if isinstance(getattr(module, "fused_attn", None), bool):  # as timm's attention layers call it
             module.fused_attn = cfg.attention == "sdpa"  # pyright: ignore[reportArgumentType]
+    if cfg.residual == "autocast":
+        _narrow_residual_stream(backbone, cfg.backbone)
     return backbone
+
+
+def _narrow_residual_stream(backbone: nn.Module, name: str) -> None:
+    """Keep the residual stream of a timm ViT in autocast's precision; warn where the backbone is no ViT.
+
+    Adding the float32 position table to bf16 patches gives float32, and each block adds to that. The stream is cast where it enters
+    the first block, and behind each block, since a block with LayerScale multiplies by float32 again.
+    """
+    if not isinstance(backbone, VisionTransformer):
+        warnings.warn(f"model.residual has no effect on {name}: it is for ViTs.", stacklevel=4)
+        return
+    for part in (backbone.norm_pre, *backbone.blocks):
+        part.register_forward_hook(_to_autocast)
+    # What leaves the stream is float32 as ever: GPUs' layer_norm computes in that anyway, CPUs' in the precision it is given.
+    backbone.norm.register_forward_pre_hook(_to_float32)
+
+
+def _to_autocast(module: nn.Module, args: Any, stream: Tensor) -> Tensor:
+    """A forward hook: the output in autocast's precision, unchanged outside of autocast."""
+    kind = stream.device.type
+    return stream.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else stream
+
+
+def _to_float32(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    """A forward pre-hook."""
+    return args[0].float()
 
 
 def _build_other(cfg: ModelConfig, image_size: int) -> nn.Module:

@@ -23,6 +23,9 @@ class ModelConfig:
     attention: Literal["sdpa", "explicit"] = "sdpa"
     """ViTs: PyTorch's fused attention, which chooses the fastest kernel for the device, or the products written out, for comparison;
     no effect on convolutional networks."""
+    residual: Literal["fp32", "autocast"] = "fp32"
+    """ViTs: precision of the residual stream. fp32 is what autocast makes of it, since the position table is float32; autocast
+    keeps it in train.precision: fewer bytes to move in every block, and sums that are rounded. No effect with train.precision fp32."""
     channels: int = 3
     """Image channels; training takes those of the shards."""
     patch_size: int = 16

@@ -6,12 +6,14 @@ the rank count, the engine or the point of resume.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import permutations
 
 import numpy as np
+from numba import njit
 
 from pipelines.augment.recipe import Recipe
-from shards.hashing import hash_key, uniform
+from shards.hashing import PART, fold, hash_key, mix64, uniform
 
 # One record says all that an engine has to do to make one view of one image.
 DRAW = np.dtype(
@@ -49,6 +51,8 @@ _AREA, _RATIO, _TOP, _LEFT = 0, 16, 32, 48  # + number of the try
 _JITTER, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAY = 64, 65, 66, 67, 68, 69, 70
 _BLUR, _SIGMA, _SOLARIZE, _HFLIP, _VFLIP, _TURNS = 71, 72, 73, 74, 75, 76
 _NOISE, _NOISE_STD, _NOISE_SEED, _ERASE, _ERASE_SEED = 77, 78, 79, 80, 81
+# Those of which a view has one number.
+_SINGLE = range(_JITTER, _NOISE_STD + 1)
 _ERASE_AREA, _ERASE_RATIO, _ERASE_TOP, _ERASE_LEFT = 96, 112, 128, 144  # + number of the try
 
 
@@ -67,9 +71,11 @@ def draw(
         DRAW records of shape (recipe.total_views, N): the global views first.
     """
     out = np.zeros((recipe.total_views, len(sample_ids)), dtype=DRAW)
-    for view in range(recipe.total_views):
-        key = np.asarray(hash_key(seed, epoch, np.asarray(sample_ids, dtype=np.uint64), view))
-        _draw_view(recipe, view, key, np.asarray(widths), np.asarray(heights), out[view])
+    views = np.arange(recipe.total_views, dtype=np.uint64)[:, None]
+    # `hash_key(key, counter)` is `fold(hash_key(key), counter)`: what all counters share is hashed once.
+    key = np.asarray(hash_key(fold(hash_key(seed, epoch, np.asarray(sample_ids, dtype=np.uint64)), views)))
+    widths, heights = (np.broadcast_to(np.asarray(sides), key.shape) for sides in (widths, heights))
+    _draw_views(recipe, key, widths, heights, out)
     return out
 
 
@@ -93,101 +99,150 @@ def _centred_square(recipe: Recipe, widths: np.ndarray, heights: np.ndarray, out
     out["height"] = out["width"] = side
 
 
-def _draw_view(
-    recipe: Recipe, view: int, key: np.ndarray, widths: np.ndarray, heights: np.ndarray, out: np.ndarray
-) -> None:
-    def u(counter: int) -> np.ndarray:
-        return uniform(hash_key(key, counter))
+_mix64, _uniform = njit(mix64, nogil=True), njit(uniform, nogil=True)
 
-    def between(counter: int, low: float, high: float) -> np.ndarray:
-        return low + (high - low) * u(counter)
+
+@njit(nogil=True, cache=True)
+def _uniform_of(keys, counters):
+    """See `_uniforms`; counters (K,) and keys (M,), uint64, give float64 (K, M)."""
+    out = np.empty((counters.size, keys.size))
+    for k in range(counters.size):
+        # As `fold`, which hashes the part first.
+        part = _mix64(np.add(counters[k], PART))
+        for m in range(keys.size):
+            out[k, m] = _uniform(_mix64(keys[m] ^ part))
+    return out
+
+
+def _uniforms(key: np.ndarray, counters: Sequence[int] | range) -> np.ndarray:
+    """Return `uniform(fold(key, counter))`, in [0, 1), of each counter and key: float64 (len(counters), *key.shape)."""
+    numbers = _uniform_of(np.ascontiguousarray(key).reshape(-1), np.array(counters, dtype=np.uint64))
+    return numbers.reshape(-1, *key.shape)
+
+
+def _draw_views(
+    recipe: Recipe, key: np.ndarray, widths: np.ndarray, heights: np.ndarray, out: np.ndarray
+) -> None:
+    """Fill `out` (V, N) from keys, widths and heights (V, N)."""
+    u = dict(zip(_SINGLE, _uniforms(key, _SINGLE), strict=True))
+    views = range(recipe.total_views)
+
+    def setting(name: str) -> np.ndarray:
+        """One value a view, (V, 1)."""
+        return np.array([recipe.per_view(name, view) for view in views])[:, None]
+
+    def between(counter: int, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
+        return low + (high - low) * u[counter]
 
     if recipe.crop == "center":
         _centred_square(recipe, widths, heights, out)
     else:
-        _random_resized_crop(recipe, view, key, widths, heights, out)
-    out["jitter"] = u(_JITTER) < recipe.per_view("jitter_p", view)
-    out["order"] = _ORDERS[(u(_ORDER) * len(_ORDERS)).astype(np.int64)]
+        _random_resized_crop(recipe, key, widths, heights, out)
+    out["jitter"] = u[_JITTER] < setting("jitter_p")
+    out["order"] = _ORDERS[(u[_ORDER] * len(_ORDERS)).astype(np.int64)]
     for name, counter in (("brightness", _BRIGHTNESS), ("contrast", _CONTRAST), ("saturation", _SATURATION)):
-        reach = recipe.per_view(name, view)
-        out[name] = between(counter, max(0.0, 1 - reach), 1 + reach)
-    out["hue"] = between(_HUE, -recipe.per_view("hue", view), recipe.per_view("hue", view))
-    out["gray"] = u(_GRAY) < recipe.per_view("gray_p", view)
-    out["sigma"] = np.where(
-        u(_BLUR) < recipe.per_view("blur_p", view), between(_SIGMA, *recipe.blur_sigma), 0
-    )
-    out["solarize"] = u(_SOLARIZE) < recipe.per_view("solarize_p", view)
-    out["hflip"] = u(_HFLIP) < recipe.hflip_p
-    out["vflip"] = u(_VFLIP) < recipe.vflip_p
-    out["turns"] = (u(_TURNS) * 4).astype(np.uint8) if recipe.quarter_turns else 0
-    out["noise_std"] = np.where(u(_NOISE) < recipe.noise_p, between(_NOISE_STD, *recipe.noise_std), 0)
-    out["noise_seed"] = hash_key(key, _NOISE_SEED)
+        reach = setting(name)
+        out[name] = between(counter, np.maximum(0.0, 1 - reach), 1 + reach)
+    out["hue"] = between(_HUE, -setting("hue"), setting("hue"))
+    out["gray"] = u[_GRAY] < setting("gray_p")
+    out["sigma"] = np.where(u[_BLUR] < setting("blur_p"), between(_SIGMA, *recipe.blur_sigma), 0)
+    out["solarize"] = u[_SOLARIZE] < setting("solarize_p")
+    out["hflip"] = u[_HFLIP] < recipe.hflip_p
+    out["vflip"] = u[_VFLIP] < recipe.vflip_p
+    out["turns"] = (u[_TURNS] * 4).astype(np.uint8) if recipe.quarter_turns else 0
+    out["noise_std"] = np.where(u[_NOISE] < recipe.noise_p, between(_NOISE_STD, *recipe.noise_std), 0)
+    out["noise_seed"] = fold(key, np.uint64(_NOISE_SEED))
     if recipe.erase_p:
-        _random_erasing(recipe, recipe.side(view), key, out)
+        for view in views:
+            _random_erasing(recipe, recipe.side(view), key[view], out[view])
 
 
 def _random_resized_crop(
-    recipe: Recipe, view: int, key: np.ndarray, widths: np.ndarray, heights: np.ndarray, out: np.ndarray
+    recipe: Recipe, key: np.ndarray, widths: np.ndarray, heights: np.ndarray, out: np.ndarray
 ) -> None:
-    """The crop boxes, with the rejection rule of torchvision.transforms.RandomResizedCrop.get_params.
+    """Draw the crop boxes with the rejection rule of torchvision.transforms.RandomResizedCrop.get_params.
 
     A try draws an area and a log-uniform ratio and is rejected where the box is larger than the image; after ten rejections
     the largest centred box whose ratio is allowed is taken. Rejection skews the accepted areas, so it cannot be left out.
     """
-    w, h = widths[:, None].astype(np.float64), heights[:, None].astype(np.float64)
-    ratios = recipe.crop_ratio
-    box_w, box_h = _boxes(key, w * h, recipe.scale(view), ratios, _AREA, _RATIO)
-    fits = (box_w > 0) & (box_w <= w) & (box_h > 0) & (box_h <= h)
-    top = np.floor(_tries(key, _TOP) * (h - box_h + 1))
-    left = np.floor(_tries(key, _LEFT) * (w - box_w + 1))
+    low, high = np.array([recipe.scale(view) for view in range(recipe.total_views)]).T[:, :, None]
+    low, high = np.broadcast_to(low, key.shape), np.broadcast_to(high, key.shape)
+    left_over = np.ones(key.shape, dtype=np.bool_)
+    # Most first tries fit, so each try is made for those only that have none yet.
+    for number in range(CROP_TRIES):
+        k, w, h = key[left_over], widths[left_over], heights[left_over]
+        area, ratio, top, left = _uniforms(
+            k, (_AREA + number, _RATIO + number, _TOP + number, _LEFT + number)
+        )
+        shares = low[left_over], high[left_over]
+        box_w, box_h = _box_sides(w.astype(np.float64) * h, shares, recipe.crop_ratio, area, ratio)
+        fits = (box_w > 0) & (box_w <= w) & (box_h > 0) & (box_h <= h)
+        places = {
+            "width": box_w,
+            "height": box_h,
+            "left": np.floor(left * (w - box_w + 1)),
+            "top": np.floor(top * (h - box_h + 1)),
+        }
+        found = left_over.copy()
+        found[left_over] = fits
+        for name, values in places.items():
+            out[name][found] = values[fits]
+        left_over &= ~found
+        if not left_over.any():
+            return
+    _largest_box(recipe.crop_ratio, widths, heights, left_over, out)
 
-    first = fits.argmax(axis=1)
-    rows = np.arange(len(key))
-    image_ratio = widths / heights
-    back_w = np.where(image_ratio > ratios[1], np.rint(heights * ratios[1]), widths)
-    back_h = np.where(image_ratio < ratios[0], np.rint(widths / ratios[0]), heights)
+
+def _largest_box(
+    ratios: tuple[float, float], widths: np.ndarray, heights: np.ndarray, where: np.ndarray, out: np.ndarray
+) -> None:
+    """Give the records `where` (V, N) the largest centred box whose width / height lies in `ratios`."""
+    w, h = widths[where], heights[where]
+    box_w = np.where(w / h > ratios[1], np.rint(h * ratios[1]), w)
+    box_h = np.where(w / h < ratios[0], np.rint(w / ratios[0]), h)
     # Rounding may exceed a one-pixel-wide image or vanish: keep the box inside the image and not empty.
-    back_w, back_h = np.clip(back_w, 1, widths), np.clip(back_h, 1, heights)
-    found = fits.any(axis=1)
-    out["width"] = np.where(found, box_w[rows, first], back_w)
-    out["height"] = np.where(found, box_h[rows, first], back_h)
-    out["left"] = np.where(found, left[rows, first], (widths - back_w) // 2)
-    out["top"] = np.where(found, top[rows, first], (heights - back_h) // 2)
+    box_w, box_h = np.clip(box_w, 1, w), np.clip(box_h, 1, h)
+    for name, values in (
+        ("width", box_w),
+        ("height", box_h),
+        ("left", (w - box_w) // 2),
+        ("top", (h - box_h) // 2),
+    ):
+        out[name][where] = values
 
 
 def _random_erasing(recipe: Recipe, side: int, key: np.ndarray, out: np.ndarray) -> None:
-    """The rectangles, with the rejection rule of torchvision.transforms.RandomErasing.get_params.
+    """Draw the rectangles with the rejection rule of torchvision.transforms.RandomErasing.get_params.
 
     A try is rejected where the rectangle is as high or as wide as the view; after ten rejections nothing is erased.
     """
-    box_h, box_w = _boxes(
-        key, np.float64(side * side), recipe.erase_scale, recipe.erase_ratio, _ERASE_AREA, _ERASE_RATIO
+    area, ratio, up, across = (
+        _uniforms(key, range(counter, counter + CROP_TRIES)).T
+        for counter in (_ERASE_AREA, _ERASE_RATIO, _ERASE_TOP, _ERASE_LEFT)
     )
+    pixels = np.float64(side * side)
+    box_h, box_w = _box_sides(pixels, recipe.erase_scale, recipe.erase_ratio, area, ratio)
     fits = (box_h < side) & (box_w < side) & (box_h > 0) & (box_w > 0)
-    top = np.floor(_tries(key, _ERASE_TOP) * (side - box_h + 1))
-    left = np.floor(_tries(key, _ERASE_LEFT) * (side - box_w + 1))
+    top, left = np.floor(up * (side - box_h + 1)), np.floor(across * (side - box_w + 1))
     first, rows = fits.argmax(axis=1), np.arange(len(key))
-    erased = fits.any(axis=1) & (uniform(hash_key(key, _ERASE)) < recipe.erase_p)
+    erased = fits.any(axis=1) & (_uniforms(key, (_ERASE,))[0] < recipe.erase_p)
     for name, values in (("top", top), ("left", left), ("height", box_h), ("width", box_w)):
         out[f"erase_{name}"] = np.where(erased, values[rows, first], 0)
-    out["erase_seed"] = hash_key(key, _ERASE_SEED)
+    out["erase_seed"] = fold(key, np.uint64(_ERASE_SEED))
 
 
-def _tries(key: np.ndarray, counter: int) -> np.ndarray:
-    """A uniform number for each try: float64 (N, CROP_TRIES)."""
-    return uniform(hash_key(key[:, None], np.arange(CROP_TRIES, dtype=np.uint64) + np.uint64(counter)))
-
-
-def _boxes(
-    key: np.ndarray,
+def _box_sides(
     area: np.ndarray | np.float64,
-    scale: tuple[float, float],
+    scale: tuple[float, float] | tuple[np.ndarray, np.ndarray],
     ratio: tuple[float, float],
-    area_counter: int,
-    ratio_counter: int,
+    area_drawn: np.ndarray,
+    ratio_drawn: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The sides of boxes of a share in `scale` of `area`, whole pixels (N, CROP_TRIES); first / second is in `ratio`, log-uniform."""
-    box = area * (scale[0] + (scale[1] - scale[0]) * _tries(key, area_counter))
+    """Return the sides, whole pixels, of boxes that cover a share in `scale` of `area`; first / second is in `ratio`, log-uniform.
+
+    `area_drawn` and `ratio_drawn` are uniform in [0, 1).
+    """
+    box = area * (scale[0] + (scale[1] - scale[0]) * area_drawn)
     low, high = np.log(ratio)
-    drawn = np.exp(low + (high - low) * _tries(key, ratio_counter))
+    drawn = np.exp(low + (high - low) * ratio_drawn)
     return np.rint(np.sqrt(box * drawn)), np.rint(np.sqrt(box / drawn))

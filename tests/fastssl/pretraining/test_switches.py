@@ -1,11 +1,16 @@
 """The switches of speed that have no test of their own elsewhere: other code, the same results; and what cannot go together."""
 
+import copy
+
 import pytest
 import torch
+from timm.layers import LayerScale
 
 from fastssl.core.optimizers import OptimConfig, build_optimizer
 from fastssl.methods.moco_v3 import Config
+from fastssl.models.activation_checkpointing import checkpoint_blocks
 from fastssl.models.model_config import ModelConfig, build_backbone
+from fastssl.pretraining.build import has_compiler
 from fastssl.pretraining.step import Door, Step
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.data_config import DataConfig
@@ -61,6 +66,84 @@ def test_averages_agree(how):
         before, method.teacher_backbone.parameters(), method.backbone.parameters(), strict=True
     ):
         torch.testing.assert_close(new, 0.75 * old + 0.25 * student)
+
+
+def tiny_vit(residual, **changes):
+    torch.manual_seed(0)
+    return build_backbone(ModelConfig(backbone="test_vit", residual=residual, **changes), 32)
+
+
+def streams(vit, images, enabled=True):
+    """What enters each block, and the features, under bf16 autocast where `enabled`."""
+    seen = []
+    for part in vit.blocks:
+        part.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        return seen, vit(images)
+
+
+@pytest.mark.parametrize("layer_scale", [False, True])
+def test_the_residual_stream_keeps_the_precision_that_is_asked_for(layer_scale):
+    """Also behind LayerScale, whose float32 factors would widen it again."""
+    images = torch.randn(3, 3, 32, 32)
+    found = {}
+    for residual in ("fp32", "autocast"):
+        vit = tiny_vit(residual)
+        if layer_scale:
+            for block in vit.blocks:
+                block.ls1 = block.ls2 = LayerScale(vit.embed_dim, init_values=0.3)
+        seen, found[residual] = streams(vit, images)
+        assert {x.dtype for x in seen} == {torch.bfloat16 if residual == "autocast" else torch.float32}
+        assert found[residual].dtype == torch.float32
+    error = (found["autocast"] - found["fp32"]).norm() / found["fp32"].norm()
+    assert 1e-4 < error < 0.02  # bf16 has 8 bits: 2^-9 = 0.002 a rounding
+
+
+def test_the_residual_stream_is_left_alone_outside_of_autocast():
+    images = torch.randn(2, 3, 32, 32)
+    wide, narrow = tiny_vit("fp32"), tiny_vit("autocast")
+    assert list(narrow.state_dict()) == list(wide.state_dict())
+    seen, features = streams(narrow, images, enabled=False)
+    assert {x.dtype for x in seen} == {torch.float32}
+    torch.testing.assert_close(features, wide(images), rtol=0, atol=0)
+
+
+def test_a_copy_of_the_backbone_has_the_narrow_stream_too():
+    """The teacher is one."""
+    seen, _ = streams(copy.deepcopy(tiny_vit("autocast")), torch.randn(2, 3, 32, 32))
+    assert {x.dtype for x in seen} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["blocks", "selective"])
+def test_the_narrow_stream_goes_with_checkpointing(kind):
+    images, gradients = torch.randn(2, 3, 32, 32), []
+    for checkpointing in ("none", kind):
+        vit = tiny_vit("autocast")
+        checkpoint_blocks(vit, checkpointing, "test_vit")
+        with torch.autocast("cpu", torch.bfloat16):
+            vit(images).square().sum().backward()
+        gradients.append([p.grad for p in vit.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no C++ compiler")
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # the compiler's own look
+def test_a_compiled_block_with_the_narrow_stream_is_one_graph():
+    vit, images = tiny_vit("autocast"), torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = vit(images)
+        for block in vit.blocks:
+            block.compile(fullgraph=True)
+        found = vit(images)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_the_narrow_stream_is_for_vits():
+    with pytest.warns(UserWarning, match=r"model\.residual has no effect on resnet10_w32"):
+        build_backbone(ModelConfig(backbone="resnet10_w32", residual="autocast"), 32)
 
 
 def test_attention_written_out_agrees():
