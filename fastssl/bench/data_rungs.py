@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,8 +103,12 @@ def _copy_row(resolved: Resolved, clock: Clock) -> Row:
     return row
 
 
-def resident_views(resolved: Resolved, work: Work, device: torch.device) -> Generator[list[Tensor]]:
+def resident_views(
+    resolved: Resolved, work: Work, device: torch.device, in_chunks: bool = False
+) -> Generator[Sequence[Tensor]]:
     """Views of images that lie decoded in memory, made as the run makes them, batch after batch without end.
+
+    `in_chunks`: for a step that takes a batch chunk by chunk.
 
     Raises:
         NotImplementedError: the engine decodes and augments in one graph.
@@ -116,9 +120,9 @@ def resident_views(resolved: Resolved, work: Work, device: torch.device) -> Gene
     samples = Resident(shards, engine.decode, len(recipe.mean), work.sample_ids)
     if data.augment_on == "gpu":
         form = view_form(resolved.config.train, device)
-        slots = gpu_slots(samples, recipe, device, False, form=form)()
+        slots = gpu_slots(samples, recipe, device, False, form=form)(in_chunks=in_chunks)
     else:
-        slots = host_slots(samples, engine, view_shapes(recipe), work.batch, device)
+        slots = host_slots(samples, engine, view_shapes(recipe), work.batch, device, in_chunks=in_chunks)
     jobs = (
         Job(ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]), epoch)
         for epoch, ids in work.batches()
@@ -126,19 +130,20 @@ def resident_views(resolved: Resolved, work: Work, device: torch.device) -> Gene
     return _views(stream(samples, slots, jobs, work.threads))
 
 
-def _views(batches: Any) -> Generator[list[Tensor]]:
+def _views(batches: Any) -> Generator[Sequence[Tensor]]:
     with contextlib.closing(batches):
         for made in batches:
             yield made.views
 
 
-def loader_views(resolved: Resolved, device: torch.device, on_host: bool) -> Iterator[list[Tensor]]:
-    """The run's own loader, epoch after epoch."""
+def loader_views(resolved: Resolved, device: torch.device, in_chunks: bool) -> Iterator[Sequence[Tensor]]:
+    """The run's own loader, epoch after epoch; `in_chunks`: for a step that takes a batch chunk by chunk."""
     cfg = resolved.config
     shards = cfg.data.open()
     options = {**cfg.data.options(), "batch": cfg.train.batch, "seed": cfg.train.seed}
     form = view_form(cfg.train, device)
-    loader = open_loader(shards, cfg.recipe, device=device, on_host=on_host, form=form, **options)
+    loader = open_loader(shards, cfg.recipe, device=device, form=form, **options)
+    loader = loader.in_chunks() if in_chunks else loader
     for epoch in itertools.count():
         for made in loader.epoch(epoch):
             yield made.views

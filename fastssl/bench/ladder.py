@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,6 @@ def run(argv: list[str]) -> int:
 
 def report(resolved: Resolved, steps: int, repeats: int, json_path: str, *, compare: bool) -> None:
     """Measure, show and write. UserError where the batch does not fit in the memory of the device."""
-    import torch
     from rich.console import Console
 
     from fastssl.bench.hardware import peak
@@ -84,6 +84,7 @@ def report(resolved: Resolved, steps: int, repeats: int, json_path: str, *, comp
     from fastssl.bench.report import machine, write_report
     from fastssl.bench.verdict import judge
     from fastssl.core.distributed import choose_device
+    from fastssl.core.memory import is_out_of_memory, reason
     from fastssl.pretraining.build import follow_shards
 
     if resolved.config.data.shards:
@@ -96,11 +97,13 @@ def report(resolved: Resolved, steps: int, repeats: int, json_path: str, *, comp
     try:
         trainee = build(resolved, device)
         ladder = measure(resolved, trainee, clock, compare=compare)
-    except torch.OutOfMemoryError as fault:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
-            f"A batch of {train.batch} does not fit in the memory of {where['gpu']}: lower --train.batch to what one device "
-            "gets, or set --train.micro-batch auto."
-        ) from fault
+            f"A batch of {train.batch} does not fit in the memory of {where['gpu']}{reason(error)}: lower --train.batch to what one "
+            "device gets, or set --train.micro-batch auto."
+        ) from error
     top = peak(device, trainee.dtype)
     rates = {name: row.images_per_s for name, row in ladder.rows.items()}
     verdict = judge(rates, switches(resolved, trainee, ladder), ladder.contention)
@@ -193,14 +196,15 @@ def _beside(resolved: Resolved, trainee: Trainee, clock: Clock, rows: dict[str, 
 
     momentum, spans = trainee.method.teacher_momentum(0.5), []
 
-    def full(images: list[torch.Tensor]) -> None:
+    def full(images: Sequence[torch.Tensor]) -> None:
         began = clock.mark()
         trainee.step.gradients(images)
         trainee.step.update(momentum)
         spans.append((began, clock.mark()))
 
     try:
-        with contextlib.closing(resident_views(resolved, open_work(resolved), clock.device)) as made:
+        work = open_work(resolved)
+        with contextlib.closing(resident_views(resolved, work, clock.device, trainee.in_chunks)) as made:
             rows[FULL_AUGMENT] = clock.row(FULL_AUGMENT, lambda: full(next(made)))
     except NotImplementedError as fault:
         rows[FULL_AUGMENT] = Row(FULL_AUGMENT, error=str(fault))

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import statistics
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -239,7 +239,7 @@ class Way:
     augment_on: str = "cpu"
     decode: str = "cpu"
 
-    def batches(self, work: Work) -> Generator[list[Tensor]]:
+    def batches(self, work: Work) -> Generator[Sequence[Tensor]]:
         """The views of each batch without end, as the loader gives them. UserError where they cannot be made."""
         import torch
 

@@ -7,7 +7,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from fastssl.methods import MoCoV3
 from fastssl.pretraining.build import build_method, compute_dtype, prepare_backend, view_form
 from fastssl.pretraining.micro_batch import choose_micro_batch
 from fastssl.pretraining.run_config import Resolved
-from fastssl.pretraining.step import Door, Step, chunks
+from fastssl.pretraining.step import DDPWrapper, Step, chunks
+from pipelines.streaming.lazy_views import LazyViews
 
 FORWARDS = 8  # per image: student 2 views x (forward + backward = 3), teacher 2 x 1
 
@@ -72,9 +73,11 @@ def build(resolved: Resolved, device: torch.device) -> Trainee:
     optimizer = build_optimizer(method.parameters(), resolved.config.optim)
     set_lr(optimizer, 0.0)  # the same work, and the weights stay where they are
     shape = (resolved.config.model.channels, resolved.config.recipe.size, resolved.config.recipe.size)
-    chunk = choose_micro_batch(train.micro_batch, method, resolved, Dist(0, 1, 0, device), dtype, shape)
+    shards = resolved.config.data.open() if resolved.config.data.shards else None
+    alone = Dist(0, 1, 0, device)
+    chunk = choose_micro_batch(train.micro_batch, method, resolved, alone, dtype, shape, shards)
     options = {"micro_batch": chunk, "exact_heads": train.exact_heads, "clip_grad": train.clip_grad}
-    step = Step(method, Door(method), optimizer, device, dtype, **options)
+    step = Step(method, DDPWrapper(method), optimizer, device, dtype, **options)
     if method.queue is not None:
         method.queue.count = method.queue.size  # as in all but a run's first steps
     with _forgetful(method):
@@ -111,10 +114,27 @@ def views(resolved: Resolved, device: torch.device | str, batch: int) -> list[Te
     return [torch.randn(shape, device=device) for _ in range(cfg.recipe.num_views)]
 
 
-def step_views(resolved: Resolved, trainee: Trainee) -> list[Tensor]:
-    """The synthetic views of a whole step, where the loader would leave them: on the host for a batch in chunks."""
+class OneChunk(LazyViews):
+    """A chunk of views on the device that poses as every chunk of a batch."""
+
+    def __init__(self, chunk: list[Tensor], num_samples: int) -> None:
+        self._chunk, self.num_samples, self.num_views = chunk, num_samples, len(chunk)
+
+    def rows(self, part: slice) -> list[Tensor]:
+        """As `LazyViews.rows`, for at most the images of the chunk; they are made already."""
+        return [view[: part.stop - part.start] for view in self._chunk]
+
+
+def step_views(resolved: Resolved, trainee: Trainee) -> Sequence[Tensor]:
+    """The synthetic views of a whole step, where the loader would leave them.
+
+    For a batch in chunks that is the host, or, where the device makes each chunk's views when it is asked for, a chunk on the device.
+    """
     if not trainee.in_chunks or trainee.device.type == "cpu":
         return _as_loaded(resolved, views(resolved, trainee.device, trainee.batch))
+    if resolved.config.data.augment_on == "gpu":
+        chunk = _as_loaded(resolved, views(resolved, trainee.device, trainee.chunk))
+        return OneChunk(chunk, trainee.batch)
     return [view.pin_memory() for view in views(resolved, "cpu", trainee.batch)]
 
 
@@ -209,7 +229,7 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, R
     synthetic = _as_loaded(resolved, views(resolved, trainee.device, chunk))
     rows: dict[str, Row] = {}
     whole = Step(
-        method, Door(method), trainee.optimizer, trainee.device, trainee.dtype
+        method, DDPWrapper(method), trainee.optimizer, trainee.device, trainee.dtype
     )  # a chunk is all it gets
 
     def teacher() -> Any:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.bench.report import Row
+from fastssl.core.memory import is_out_of_memory, reason
 from fastssl.core.optimizers import build_optimizer, set_lr
 from fastssl.methods import MoCoV3
 from fastssl.pretraining.build import build_method
@@ -37,8 +38,12 @@ def peer_rows(resolved: Resolved, clock: Clock) -> list[Row]:
 def _row(name: str, note: str, make: Callable, resolved: Resolved, clock: Clock) -> Row:
     try:
         row = clock.row(name, make(resolved, clock.device, clock.batch), warm_up=2)
-    except torch.OutOfMemoryError:
-        row = Row(name, error=f"a batch of {clock.batch} does not fit in the memory of the device")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        row = Row(
+            name, error=f"a batch of {clock.batch} does not fit in the memory of the device{reason(error)}"
+        )
     except ImportError as fault:
         row = Row(name, error=f"not installed: {fault}")
     row.note = note

@@ -113,7 +113,9 @@ def _slow_part_of_loader(rates: Mapping[str, float | None], switches: Switches) 
         if switches.fits_in_ram and switches.cache == "none":
             return part, "try --data.cache ram, which decodes each image once"
         return part, "convert with `fastssl shard --short-side 256`, or use more cores"
-    if switches.on_gpu and switches.augment_on == "cpu" and not switches.in_chunks:
+    # Only our own engine makes views of a part of a batch.
+    able = not switches.in_chunks or switches.engine == "fused"
+    if switches.on_gpu and switches.augment_on == "cpu" and able:
         return part, "try --data.augment-on gpu" + (
             ", which sends bytes instead of floats" if part == TO_DEVICE else ""
         )

@@ -34,18 +34,20 @@ def run(argv: list[str]) -> int:
     from fastssl.pretraining import run_config
 
     resolved = run_config.load(path, rest)
-    import torch
-
+    from fastssl.core.memory import is_out_of_memory, reason
     from fastssl.pretraining.loop import pretrain
 
     warnings.showwarning = _show_warning
     try:
         summary = pretrain(resolved, resume=resume)
-    except torch.OutOfMemoryError as fault:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
-            f"A batch of {resolved.config.train.batch} over all processes does not fit in the GPU's memory: set --train.micro-batch "
-            "auto, which trains on it in chunks, or --train.checkpointing blocks, or start more processes with torchrun."
-        ) from fault
+            f"A batch of {resolved.config.train.batch} over all processes does not fit in the GPU's memory{reason(error)}: set "
+            "--train.micro-batch auto, which trains on it in chunks, or --train.checkpointing blocks, or start more processes with "
+            "torchrun."
+        ) from error
     finally:
         distributed.cleanup()
     if not is_main_process():

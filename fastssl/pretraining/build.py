@@ -18,7 +18,7 @@ from fastssl.methods import Method, MoCoV3, get_method
 from fastssl.methods.parts import depends_on_batch
 from fastssl.models.activation_checkpointing import checkpoint_blocks, frozen_statistics
 from fastssl.models.model_config import ModelConfig, architecture, build_backbone
-from fastssl.pretraining.step import Door
+from fastssl.pretraining.step import DDPWrapper
 from pipelines.augment.channels import fit_recipe
 from pipelines.kernels.torch_kernels import Form
 from shards.dataset.shard_set import ShardSet
@@ -131,9 +131,9 @@ def compile_blocks(method: Method, device: torch.device) -> bool:
 
 
 def spread(method: Method, ranks: distributed.Dist) -> nn.Module:
-    """The method's `Door`, under DDP where there is more than one process; on GPUs BatchNorm then spans them, as the paper's does."""
+    """Return the method's `DDPWrapper`, under DDP with several processes; on GPUs BatchNorm spans them, as the paper's does."""
     if ranks.world == 1:
-        return Door(method)
+        return DDPWrapper(method)
     on_gpu = ranks.device.type == "cuda"
     if on_gpu:
         convert_batch_norm(method)
@@ -146,7 +146,7 @@ def spread(method: Method, ranks: distributed.Dist) -> nn.Module:
     known = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {switch: False, "device_ids": [ranks.local_rank] if on_gpu else None}
-    return DistributedDataParallel(Door(method), **options)
+    return DistributedDataParallel(DDPWrapper(method), **options)
 
 
 def freeze_unused(method: Method, view_shape: tuple[int, ...], ranks: distributed.Dist) -> list[str]:

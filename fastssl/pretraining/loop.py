@@ -6,7 +6,6 @@ import time
 import warnings
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,8 +59,7 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
     shards = cfg.data.open()
     resolved = follow_shards(resolved, shards)
     cfg = resolved.config
-    open_stream = partial(
-        open_loader,
+    loader = open_loader(
         shards,
         cfg.recipe,
         batch=train.batch,
@@ -72,11 +70,10 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
         device=ranks.device,
         form=view_form(train, ranks.device),
     )
-    loader = open_stream()
     with RunFolder(resolved, ranks, loader.steps_per_epoch) as folder:
         training = Training(resolved, shards, ranks, loader.steps_per_epoch, folder.newest(resume))
         if training.num_chunks > 1:  # the device never holds more than a chunk of it
-            loader = open_stream(on_host=True)
+            loader = loader.in_chunks()
         online = _online_tests(training)
         folder.begin(training.done)
         return _loop(training, loader, folder, online)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -98,7 +100,7 @@ def replay(args: Replay) -> list[str]:
     from fastssl.pretraining.build import build_method, compute_dtype
     from fastssl.pretraining.resume import data_set_of
     from fastssl.pretraining.run_config import from_tree
-    from fastssl.pretraining.step import Door, Step
+    from fastssl.pretraining.step import DDPWrapper, Step
     from fastssl.pretraining.trainer import depth_draws
     from pipelines.loading.loader import open_loader
 
@@ -123,51 +125,78 @@ def replay(args: Replay) -> list[str]:
     checkpoint.load_weights(method, state["method"], args.file)
 
     chunk = args.micro_batch or (train.micro_batch if train.micro_batch != "auto" else 0)
-    options = {**data.options(), **({} if place.type == "cuda" else {"augment_on": "cpu", "cache": "none"})}
-    loader = open_loader(
-        shards, cfg.recipe, batch=train.batch, seed=train.seed, device=place, on_host=bool(chunk), **options
-    )
-    [batch] = loader.steps(step - 1, step)
-    ids = state["sample_ids"].numpy()
-    what = "gradient was not finite" if np.isfinite(state["loss"]) else f"loss was {state['loss']}"
-    lines = [f"step {step}: the {what}; {len(ids)} images, weights of step {min(state['step'], step - 1)}"]
-    if not np.array_equal(batch.sample_ids, ids):
-        lines.append("note: other samples stand in for bad ones than did then")
-    if not torch.equal(_draws(state["config"], step, ids, shards), state["draws"]):
-        lines.append("note: this version of fastssl draws other augmentations than did the run")
-    if train.nonfinite == "skip" and state["step"] > step:
-        lines[0] = lines[0].replace(f"step {step - 1}", f"step {state['step']}, which came later")
+    on_cpu = {"augment_on": "cpu", "decode": "cpu", "cache": "none"}
+    options = {**data.options(), **({} if place.type == "cuda" else on_cpu)}
+    loader = open_loader(shards, cfg.recipe, batch=train.batch, seed=train.seed, device=place, **options)
+    # Views that are taken in chunks last as long as the stream is open.
+    batches = (loader.in_chunks() if chunk else loader).steps(step - 1, step)
+    with closing(batches):
+        batch = next(batches)
+        ids = state["sample_ids"].numpy()
+        what = "gradient was not finite" if np.isfinite(state["loss"]) else f"loss was {state['loss']}"
+        lines = [
+            f"step {step}: the {what}; {len(ids)} images, weights of step {min(state['step'], step - 1)}"
+        ]
+        if not np.array_equal(batch.sample_ids, ids):
+            lines.append("note: other samples stand in for bad ones than did then")
+        if not torch.equal(_draws(state["config"], step, ids, shards), state["draws"]):
+            lines.append("note: this version of fastssl draws other augmentations than did the run")
+        if train.nonfinite == "skip" and state["step"] > step:
+            lines[0] = lines[0].replace(f"step {step - 1}", f"step {state['step']}, which came later")
 
-    # BatchNorm's running statistics have taken the step in, and no step looks at them.
-    broken = [name for name, value in method.named_parameters() if _count(value)]
-    lines.append(f"weights    {'finite' if not broken else f'not finite in {_some(broken)}'}")
-    spoiled = [str(i) for i, view in enumerate(batch.views) if _count(view)]
-    lines.append(f"views      {'finite' if not spoiled else f'not finite: view {_some(spoiled)}'}")
-    dtype = compute_dtype(train.precision, place)
-    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.0)
-    stepper = Step(
-        method, Door(method), optimizer, place, dtype, micro_batch=chunk, exact_heads=train.exact_heads
-    )
-    trace = Trace(method)
-    draws = depth_draws(train.seed, step - 1, 0) if cfg.model.drop_path else None
-    stepper.gradients(batch.views, draws)
-    lines.append(f"forward    {trace.forward.tell() if trace.forward else 'finite'}")
-    if trace.forward and len(trace.forward.rows) and not chunk:
-        named = [f"{i} '{shards.name(int(i))}'" for i in dict.fromkeys(ids[trace.forward.rows % len(ids)])]
-        lines.append(f"images     {_some(named)}")
-    lines.append(f"loss       {float(stepper.loss):g}")
-    wrong = [name for name, p in method.named_parameters() if p.grad is not None and _count(p.grad)]
-    first = (
-        trace.backward.tell() if trace.backward else f"not finite in {_some(wrong)}" if wrong else "finite"
-    )
-    lines.append(f"gradient   {first}")
-    if not (broken or spoiled or trace.forward or wrong or not np.isfinite(float(stepper.loss))):
-        lines.append(
-            "The step is finite when done again: what made it fail is in another precision, device or later weights."
+        # BatchNorm's running statistics have taken the step in, and no step looks at them.
+        broken = [name for name, value in method.named_parameters() if _count(value)]
+        lines.append(f"weights    {'finite' if not broken else f'not finite in {_some(broken)}'}")
+        spoiled = _spoiled(batch.views, chunk)
+        lines.append(f"views      {'finite' if not spoiled else f'not finite: view {_some(spoiled)}'}")
+        dtype = compute_dtype(train.precision, place)
+        optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.0)
+        stepper = Step(
+            method,
+            DDPWrapper(method),
+            optimizer,
+            place,
+            dtype,
+            micro_batch=chunk,
+            exact_heads=train.exact_heads,
         )
-    elif dtype != torch.float32 and not broken:
-        lines.append(f"See whether float32 bears it: fastssl replay {args.file} --precision fp32")
-    return lines
+        trace = Trace(method)
+        draws = depth_draws(train.seed, step - 1, 0) if cfg.model.drop_path else None
+        stepper.gradients(batch.views, draws)
+        lines.append(f"forward    {trace.forward.tell() if trace.forward else 'finite'}")
+        if trace.forward and len(trace.forward.rows) and not chunk:
+            named = [
+                f"{i} '{shards.name(int(i))}'" for i in dict.fromkeys(ids[trace.forward.rows % len(ids)])
+            ]
+            lines.append(f"images     {_some(named)}")
+        lines.append(f"loss       {float(stepper.loss):g}")
+        wrong = [name for name, p in method.named_parameters() if p.grad is not None and _count(p.grad)]
+        first = (
+            trace.backward.tell()
+            if trace.backward
+            else f"not finite in {_some(wrong)}"
+            if wrong
+            else "finite"
+        )
+        lines.append(f"gradient   {first}")
+        if not (broken or spoiled or trace.forward or wrong or not np.isfinite(float(stepper.loss))):
+            lines.append(
+                "The step is finite when done again: what made it fail is in another precision, device or later weights."
+            )
+        elif dtype != torch.float32 and not broken:
+            lines.append(f"See whether float32 bears it: fastssl replay {args.file} --precision fp32")
+        return lines
+
+
+def _spoiled(views: Sequence[torch.Tensor], chunk: int) -> list[str]:
+    """The numbers of the views with a value that is not finite; no more than a chunk is made or looked at at a time."""
+    from fastssl.pretraining.step import chunks
+    from pipelines.streaming.lazy_views import count_samples, rows_of
+
+    found: set[int] = set()
+    for part in chunks(count_samples(views), chunk):
+        found |= {i for i, view in enumerate(rows_of(views, part)) if _count(view)}
+    return [str(i) for i in sorted(found)]
 
 
 @dataclass(frozen=True)

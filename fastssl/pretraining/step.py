@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,11 +17,12 @@ from fastssl.core.distributed import any_over_ranks
 from fastssl.methods.method import Method, StepOutput
 from fastssl.methods.parts import batch_statistics, depends_on_batch
 from fastssl.models.activation_checkpointing import frozen_statistics
+from pipelines.streaming.lazy_views import LazyViews, count_samples, rows_of
 from pipelines.streaming.stream import hand_over
 
 
-class Door(nn.Module):
-    """A method of which any part can be run through DistributedDataParallel, which sees `forward` alone."""
+class DDPWrapper(nn.Module):
+    """Lets any part of a method run through DistributedDataParallel, which sees `forward` alone."""
 
     def __init__(self, method: Method) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class Door(nn.Module):
 
 
 class Step:
-    """Computes the gradients of a batch and applies them; `model` is the method's `Door`, under DDP where there are several ranks.
+    """Computes the gradients of a batch and applies them; `model` is the method's `DDPWrapper`, under DDP with several ranks.
 
     With `micro_batch` m > 0 the batch of this process runs through the backbones in chunks of at most m images, as equal as can be.
     The teacher comes first: its backbone in chunks, its heads once over the whole batch, its keys gathered once. Then
@@ -82,14 +83,17 @@ class Step:
         )
         self._before: list[Tensor] = []
 
-    def gradients(self, views: list[Tensor], seed: Callable[[int], None] | None = None) -> dict[str, Tensor]:
+    def gradients(
+        self, views: Sequence[Tensor], seed: Callable[[int], None] | None = None
+    ) -> dict[str, Tensor]:
         """Leave the gradients of the batch in the parameters and return its metrics (see `StepOutput.metrics`).
 
         Args:
-            views: float32 (N, C, H, W) each, on the device or, to be copied chunk by chunk, on the host.
+            views: (N, C, H, W) each, on the device; or float32 on the host, to be copied chunk by chunk; or `LazyViews`, to be made
+                chunk by chunk, for each pass over them anew.
             seed: called with the number of a chunk before its student's forward, to fix what that draws.
         """
-        parts = chunks(len(views[0]), self.micro_batch)
+        parts = chunks(count_samples(views), self.micro_batch)
         self._before = [buffer.clone() for buffer in self._statistics]
         targets = self._targets(views, parts)
         run = self._exact if self.exact_heads and len(parts) > 1 else self._by_chunk
@@ -155,7 +159,7 @@ class Step:
         elif not bad:
             self.optimizer.step()
 
-    def _targets(self, views: list[Tensor], parts: list[slice]) -> Any:
+    def _targets(self, views: Sequence[Tensor], parts: list[slice]) -> Any:
         features = []
         for chunk in self._on_device(views, parts):
             with self._autocast():
@@ -164,7 +168,7 @@ class Step:
             return self.method.targets(_joined(features))
 
     def _by_chunk(
-        self, views: list[Tensor], parts: list[slice], targets: Any, seed: Callable[[int], None]
+        self, views: Sequence[Tensor], parts: list[slice], targets: Any, seed: Callable[[int], None]
     ) -> list[StepOutput]:
         outputs = []
         for number, (rows, chunk) in enumerate(zip(parts, self._on_device(views, parts), strict=True)):
@@ -177,7 +181,7 @@ class Step:
         return outputs
 
     def _exact(
-        self, views: list[Tensor], parts: list[slice], targets: Any, seed: Callable[[int], None]
+        self, views: Sequence[Tensor], parts: list[slice], targets: Any, seed: Callable[[int], None]
     ) -> list[StepOutput]:
         kept = []
         for number, chunk in enumerate(self._on_device(views, parts)):
@@ -221,27 +225,34 @@ class Step:
             return contextlib.nullcontext()
         return self.model.no_sync()
 
-    def _on_device(self, views: list[Tensor], parts: list[slice]) -> Iterator[list[Tensor]]:
-        """The views of each part; what lies on the host is copied a part ahead, on a stream of its own, while the device computes."""
-        if self._copies is None or views[0].is_cuda:
+    def _on_device(self, views: Sequence[Tensor], parts: list[slice]) -> Iterator[list[Tensor]]:
+        """The views of each part. What lies on the host, or is still to be made, is copied or made a part ahead, on a stream of its
+        own, while the device computes.
+
+        A part is emptied when the next one is asked for, so that no more than two are held at a time.
+        """
+        if self._copies is None or (not isinstance(views, LazyViews) and views[0].is_cuda):
             for rows in parts:
-                yield [view[rows].to(self.device) for view in views]
+                chunk = [view.to(self.device) for view in rows_of(views, rows)]
+                yield chunk
+                chunk.clear()
             return
         ahead: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
         waiting = iter(parts)
         for _ in parts:
             for rows in itertools.islice(waiting, 2 - len(ahead)):
-                ahead.append(self._copy(views, rows))
-            chunk, copied = ahead.popleft()
-            hand_over(chunk, copied, self.device)
+                ahead.append(self._bring(views, rows))
+            chunk, brought = ahead.popleft()
+            hand_over(chunk, brought, self.device)
             yield chunk
+            chunk.clear()
 
-    def _copy(self, views: list[Tensor], rows: slice) -> tuple[list[Tensor], torch.cuda.Event]:
+    def _bring(self, views: Sequence[Tensor], rows: slice) -> tuple[list[Tensor], torch.cuda.Event]:
         with torch.cuda.stream(self._copies):
-            chunk = [view[rows].to(self.device, non_blocking=True) for view in views]
-            copied = torch.cuda.Event()
-            copied.record()
-        return chunk, copied
+            chunk = [view.to(self.device, non_blocking=True) for view in rows_of(views, rows)]
+            brought = torch.cuda.Event()
+            brought.record()
+        return chunk, brought
 
 
 def chunks(count: int, micro_batch: int) -> list[slice]:

@@ -20,7 +20,8 @@ class TrainConfig:
     """Images per step over all processes."""
     micro_batch: int | Literal["auto"] = 0
     """Images that a process has on its device at a time, each against the keys of the whole batch; 0 takes all of its share of the
-    batch at once, auto the largest part that fits in the GPU's memory. The host holds 3 batches of float32 views."""
+    batch at once, auto the largest part that fits in the GPU's memory. The host holds 3 batches: of float32 views, or, with
+    data.augment_on gpu, of decoded images and room for a quarter more, and the GPU makes each chunk's views when the step asks."""
     exact_heads: bool = False
     """With micro_batch: let the student's heads see the whole batch as well, at the cost of another forward of its backbone. Exact
     for backbones without BatchNorm."""

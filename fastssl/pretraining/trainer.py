@@ -73,7 +73,7 @@ class Training:
         self.optimizer = build_optimizer(self.method.parameters(), cfg.optim)
         view_shape = (cfg.model.channels, cfg.recipe.size, cfg.recipe.size)
         micro_batch = choose_micro_batch(
-            train.micro_batch, self.method, resolved, ranks, self.dtype, view_shape
+            train.micro_batch, self.method, resolved, ranks, self.dtype, view_shape, shards
         )
         self.num_chunks = len(chunks(train.batch // ranks.world, micro_batch))
         steady_statistics(self.method, self.num_chunks, train.exact_heads)

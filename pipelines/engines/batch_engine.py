@@ -7,7 +7,7 @@ views while the next batch is being loaded and the caller works on the one befor
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,8 @@ from pipelines.augment.noise import unit_noise
 from pipelines.augment.recipe import Recipe
 from pipelines.kernels.decode import decode_rgb
 from pipelines.streaming.cache import Samples, Unreadable
-from pipelines.streaming.stream import SLOTS, Job, Slot, Spoiled, hand_over, work_stream
+from pipelines.streaming.pinned import pinned_empty
+from pipelines.streaming.stream import SLOTS, Job, Slot, SlotMaker, Spoiled, hand_over, work_stream
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class BatchSlot(Slot):
         self._samples, self._engine, self._worker = samples, engine, worker
         self._device, self._side, self._on_host = device, side, on_host
         self._used = torch.cuda.Event() if on_host and device.type == "cuda" else None
+        self._locked: list[torch.Tensor] = []
         self._items: list[Any] = []
         self._draws = np.empty(0, dtype=DRAW)
         self._made: Future[tuple[list[torch.Tensor], torch.cuda.Event | None]] | None = None
@@ -170,7 +172,7 @@ class BatchSlot(Slot):
         if self._side is None:
             views = self._engine.render(self._items, self._draws)
             if self._on_host and self._device.type == "cuda":
-                views = [view.pin_memory() for view in views]
+                views = self._lock(views)
             return views, None
         with torch.cuda.stream(self._side):
             views = self._engine.render(self._items, self._draws)
@@ -179,20 +181,27 @@ class BatchSlot(Slot):
             ready.record()
         return views, ready
 
+    def _lock(self, views: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies in page-locked memory, which is taken once for all batches of a size."""
+        if [memory.shape for memory in self._locked] != [view.shape for view in views]:
+            self._locked = [pinned_empty(tuple(view.shape), view.dtype) for view in views]
+        for memory, view in zip(self._locked, views, strict=True):
+            memory.copy_(view)
+        return list(self._locked)
+
 
 def batch_slots(
     samples: Samples,
     engine: BatchEngine,
     device: torch.device,
     *,
-    on_host: bool = False,
     side_stream: bool = True,
-) -> Callable[[], Sequence[BatchSlot]]:
+) -> SlotMaker:
     """What gives memory for a stream whose views `engine` makes; all streams share the workers that call it."""
     worker = ThreadPoolExecutor(engine.workers, thread_name_prefix="engine")
-    side = None if on_host else work_stream(device, side_stream)
 
-    def slots() -> Sequence[BatchSlot]:
-        return [BatchSlot(samples, engine, worker, device, side, on_host) for _ in range(SLOTS)]
+    def slots(*, in_chunks: bool = False) -> Sequence[BatchSlot]:
+        side = None if in_chunks else work_stream(device, side_stream)
+        return [BatchSlot(samples, engine, worker, device, side, in_chunks) for _ in range(SLOTS)]
 
     return slots

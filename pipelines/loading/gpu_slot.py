@@ -6,6 +6,8 @@ Decoded images of any sizes lie end to end in one buffer of bytes; a GPU cache i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -15,6 +17,7 @@ from pipelines.kernels.batched_views import BatchedKernels, BatchedViews
 from pipelines.kernels.torch_kernels import PLAIN, Form
 from pipelines.loading.gpu_decode import BatchDecoder
 from pipelines.streaming.cache import GB, SHARE, Samples, decoded_sizes, eight_bit
+from pipelines.streaming.pinned import pinned_empty
 from pipelines.streaming.stream import Job, Slot, hand_over
 from shards.errors import UserError
 
@@ -136,7 +139,7 @@ class GpuSlot(Slot):
             if self._copied is not None:
                 self._copied.record()
 
-    def views(self) -> list[torch.Tensor]:
+    def views(self) -> Sequence[torch.Tensor]:
         """As `Slot.views`: the current stream waits for the kernels, the host does not."""
         views, self._views = self._views, []
         if self._copied is not None:
@@ -192,7 +195,8 @@ class GpuSlot(Slot):
         return decoded_sizes(self._samples.shards, self._samples.channels, ids)
 
     def _memory(self, count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=torch.uint8, pin_memory=self._side is not None)
+        make = pinned_empty if self._side is not None else torch.empty
+        return make((count,), dtype=torch.uint8)
 
 
 def check_gpu_views(samples: Samples, recipe: Recipe) -> None:

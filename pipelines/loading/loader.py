@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import copy
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -16,11 +17,11 @@ from pipelines.engines.fused_engine import FusedEngine
 from pipelines.kernels.torch_kernels import PLAIN, Form
 from pipelines.loading.mask_slot import with_masks
 from pipelines.loading.masks import NO_MASK
-from pipelines.loading.slots import host_slots, open_slots, view_shapes
+from pipelines.loading.slots import host_slots, open_slots, view_shapes, whole_only
 from pipelines.streaming.bad_samples import BadSamples
 from pipelines.streaming.cache import Samples, open_samples
 from pipelines.streaming.prefetch import Ahead, Uses, choose_window
-from pipelines.streaming.stream import Batch, Job, Slot, default_threads, exact_device, stream
+from pipelines.streaming.stream import Batch, Job, SlotMaker, default_threads, exact_device, stream
 from shards.dataset.order import block_order, epoch_order, rank_positions, steps_per_epoch
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
@@ -50,7 +51,6 @@ def open_loader(
     masks: bool = False,
     mask_ignore: int = NO_MASK,
     device: torch.device | str = "cpu",
-    on_host: bool = False,
     form: Form = PLAIN,
     log: Callable[[str], None] | None = None,
 ) -> Loader:
@@ -60,8 +60,6 @@ def open_loader(
         batch: samples per step over all ranks; must divide by `world`.
         seed: decides order and draws together with the epoch.
         device: where the views go; copies to a GPU overlap with the work on it.
-        on_host: leave the views in host memory, pinned for `device`, which the caller copies from piece by piece on the current
-            stream; they are valid until the next batch is asked for. The host holds PREFETCH + 1 batches, the device none.
         form: how views lie in memory that the engine fused makes on a GPU; all others are float32, channel after channel.
         masks: `Batch.masks` holds the masks of the views, by the same crops, flips and turns. The CPU makes them, for every engine.
         mask_ignore: stands where no class is known: in the masks of samples that have none, and where a view is erased. Pixels that
@@ -95,7 +93,6 @@ def open_loader(
         cache=cache,
         cache_gb=cache_gb,
         device=device,
-        on_host=on_host,
         side_stream=side_stream,
         form=form,
         masks=masks,
@@ -115,6 +112,7 @@ def open_loader(
         threads=threads,
         device=device,
         block_shards=window,
+        whole_only=whole_only(engine, augment_on),
     )
 
 
@@ -127,7 +125,7 @@ class Loader:
     def __init__(
         self,
         samples: Samples,
-        make_slots: Callable[[], Sequence[Slot]],
+        make_slots: SlotMaker,
         recipe: Recipe,
         bad: BadSamples,
         *,
@@ -138,12 +136,31 @@ class Loader:
         threads: int,
         device: torch.device,
         block_shards: int,
+        whole_only: str = "",
     ):
+        """`whole_only`: why batches cannot be taken in chunks; empty where they can."""
         self.shards, self.recipe, self.bad, self.note = samples.shards, recipe, bad, samples.note
         self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
         self.threads, self.device = threads, device
         self.steps_per_epoch = steps_per_epoch(len(self.shards), batch)
         self._samples, self._make_slots, self._block_shards = samples, make_slots, block_shards
+        self._whole_only, self._in_chunks = whole_only, False
+
+    def in_chunks(self) -> Loader:
+        """Return the same stream, of batches that the caller takes chunk by chunk, so that the device never holds a whole one.
+
+        Views that the CPU makes stay in host memory, page-locked for the device, for copies of some rows on the current stream; those
+        of `augment_on` gpu are `LazyViews`, made when some rows are asked for. Either are valid until the next batch is asked for. The
+        host holds `SLOTS` batches: of views, or of decoded images.
+
+        Raises:
+            UserError: the engine makes whole batches on the GPU.
+        """
+        if self._whole_only:
+            raise UserError(self._whole_only)
+        other = copy.copy(self)
+        other._in_chunks = True
+        return other
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of `epoch` from `start_step` on; a pure function of (seed, epoch, step)."""
@@ -152,7 +169,8 @@ class Loader:
 
     def steps(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """Yield the batches of the global steps start .. stop - 1, on from one epoch to the next without a pause."""
-        return stream(self._samples, self._make_slots(), self._jobs(start, stop), self.threads, self.bad)
+        slots = self._make_slots(in_chunks=self._in_chunks)
+        return stream(self._samples, slots, self._jobs(start, stop), self.threads, self.bad)
 
     def order(self, epoch: int) -> np.ndarray:
         """The sample ids of an epoch, in the order of all ranks together: int64 (len(shards),).
@@ -227,7 +245,7 @@ def eval_batches(
     samples = open_samples(shards, engine.decode, len(recipe.mean))
     shapes = view_shapes(recipe)[:1]
     largest, place = min(batch, len(sample_ids)), exact_device(device)
-    slots: Callable[[], Sequence[Slot]] = partial(host_slots, samples, engine, shapes, largest, place)
+    slots: SlotMaker = partial(host_slots, samples, engine, shapes, largest, place)
     if masks:
         slots = with_masks(slots, samples, [recipe.size], largest, place, mask_ignore)
     return stream(samples, slots(), jobs(), threads or default_threads())

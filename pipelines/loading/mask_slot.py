@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from pipelines.loading.masks import decode_mask, render_masks
 from pipelines.streaming.cache import Keeps, Samples, Unreadable, free_share, mask_bytes, sound
-from pipelines.streaming.stream import HostMemory, Job, Slot, work_stream
+from pipelines.streaming.stream import HostMemory, Job, Slot, SlotMaker, work_stream
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
@@ -89,7 +89,7 @@ class MaskedSlot(Slot):
         self._slot.launch()
         self._memory.launch()
 
-    def views(self) -> list[torch.Tensor]:
+    def views(self) -> Sequence[torch.Tensor]:
         """As `Slot.views`."""
         return self._slot.views()
 
@@ -104,7 +104,7 @@ class MaskedSlot(Slot):
 
 
 def with_masks(
-    make_slots: Callable[[], Sequence[Slot]],
+    make_slots: SlotMaker,
     samples: Samples,
     sides: Sequence[int],
     batch: int,
@@ -112,9 +112,8 @@ def with_masks(
     ignore: int,
     *,
     on_gpu_cache: bool = False,
-    on_host: bool = False,
     side_stream: bool = True,
-) -> Callable[[], Sequence[Slot]]:
+) -> SlotMaker:
     """What gives memory for a stream of views and their masks.
 
     Args:
@@ -130,12 +129,12 @@ def with_masks(
         keep = "decoded"
     masks = Masks(shards, keep)
 
-    def slots() -> Sequence[Slot]:
-        copies = None if on_host else work_stream(device, side_stream)
+    def slots(*, in_chunks: bool = False) -> Sequence[Slot]:
+        copies = None if in_chunks else work_stream(device, side_stream)
         shapes = [(side, side) for side in sides]
         return [
             MaskedSlot(slot, masks, HostMemory(shapes, batch, device, copies, torch.int32), ignore)
-            for slot in make_slots()
+            for slot in make_slots(in_chunks=in_chunks)
         ]
 
     return slots

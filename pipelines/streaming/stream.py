@@ -15,6 +15,7 @@ import torch
 
 from pipelines.streaming.bad_samples import BadSamples, bad_sample
 from pipelines.streaming.cache import Samples, Unreadable
+from pipelines.streaming.pinned import pinned_empty
 from shards.cpus import available_cpus
 from shards.errors import UserError
 
@@ -33,10 +34,11 @@ class Batch:
     `open_loader` was asked for. `masks`, where the loader makes them, one per view: int32 (N, S, S), the class of each of its pixels
     or the ignore value. `sample_ids` and `labels`: int64 (N,), label -1 where there is none. The ids are those of the samples really
     used, where one stands in for a bad one, and `replaced` counts these. On a CPU views and masks lie in buffers that are used again:
-    they are valid until the next batch is asked for.
+    they are valid until the next batch is asked for. So are views that are taken chunk by chunk (`Loader.in_chunks`); those that a GPU
+    makes are `lazy_views.LazyViews` then.
     """
 
-    views: list[torch.Tensor]
+    views: Sequence[torch.Tensor]
     sample_ids: np.ndarray
     labels: np.ndarray
     replaced: int = 0
@@ -75,7 +77,7 @@ class Slot(Protocol):
     def launch(self) -> None:
         """Start what the device has to do, now that all samples are there; does not wait for it."""
 
-    def views(self) -> list[torch.Tensor]:
+    def views(self) -> Sequence[torch.Tensor]:
         """The views, for use on the current stream.
 
         Raises:
@@ -89,6 +91,14 @@ class Slot(Protocol):
 
     def done(self) -> None:
         """The caller has taken what it wants from the views and asks for the next batch."""
+
+
+class SlotMaker(Protocol):
+    """Gives memory for a stream of batches."""
+
+    def __call__(self, *, in_chunks: bool = False) -> Sequence[Slot]:
+        """Return `SLOTS` slots. `in_chunks`: the caller takes their views chunk by chunk, so that none lies whole on a GPU."""
+        ...
 
 
 class Renderer(Protocol):
@@ -159,7 +169,7 @@ def stream(
         futures = [pool.submit(fill_part, slot, ids, job, part, left) for part in parts]
         waiting.append(_Filling(slot, job, ids, futures))
 
-    def views(filling: _Filling) -> list[torch.Tensor]:
+    def views(filling: _Filling) -> Sequence[torch.Tensor]:
         while True:
             try:
                 return filling.slot.views()
@@ -262,7 +272,8 @@ class HostMemory:
         """`shapes`: those of one sample. `copies`: the stream for copies to a GPU; without it the tensors stay on the host."""
         self._device, self._copies = device, copies
         on_gpu = device.type == "cuda"
-        self._tensors = [torch.empty((batch, *shape), dtype=dtype, pin_memory=on_gpu) for shape in shapes]
+        make = pinned_empty if on_gpu else torch.empty
+        self._tensors = [make((batch, *shape), dtype=dtype) for shape in shapes]
         self._arrays = [tensor.numpy() for tensor in self._tensors]
         self._copied = torch.cuda.Event() if on_gpu else None
         self._count = 0

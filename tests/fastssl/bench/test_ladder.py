@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl.bench import bench_command, hardware, ladder, parts, step_peers, verdict
+from fastssl.bench import bench_command, data_rungs, hardware, ladder, parts, step_peers, verdict
 from fastssl.bench.report import Row
 from fastssl.bench.verdict import Switches, judge
 from fastssl.methods.parts import ema_update
 from fastssl.pretraining import run_config
+from fastssl.pretraining.step import chunks
+from pipelines.streaming.lazy_views import LazyViews, count_samples, rows_of
 from shards.errors import UserError
 from tests.fastssl.tiny import Plain, make_method
 
@@ -95,7 +97,8 @@ def test_a_slow_update_asks_for_a_larger_batch():
         (verdict.DECODE, {"fits_in_ram": True, "cache": "ram"}, "--short-side 256"),
         (verdict.AUGMENT, {}, "--data.augment-on gpu;"),
         (verdict.TO_DEVICE, {}, "--data.augment-on gpu, which sends bytes"),
-        (verdict.AUGMENT, {"in_chunks": True}, "--recipe.size"),
+        (verdict.AUGMENT, {"in_chunks": True}, "--data.augment-on gpu;"),
+        (verdict.AUGMENT, {"in_chunks": True, "engine": "kornia"}, "--recipe.size"),
         (verdict.AUGMENT, {"augment_on": "gpu"}, "--recipe.size"),
         (verdict.AUGMENT, {"engine": "reference"}, "--data.engine fused"),
         (verdict.AUGMENT, {"threads": 4}, "--data.threads 16"),
@@ -178,6 +181,31 @@ def test_traffic_of_a_step_is_linear_in_the_batch(config_file):
     trained = sum(p.numel() for p in trainee.method.parameters() if p.requires_grad)
     assert trainee.update_bytes > 4 * 7 * trained  # AdamW alone reads four and writes three floats a weight
     assert trainee.flops == 8 * parts.forward_flops(trainee.method, images[0])
+
+
+def test_a_chunk_on_the_device_poses_as_the_batch():
+    chunk = [torch.rand(4, 3, 2, 2), torch.rand(4, 3, 2, 2)]
+    views = parts.OneChunk(chunk, 10)
+    assert count_samples(views) == 10
+    for part in chunks(10, 4):
+        made = views.rows(part)
+        assert [len(view) for view in made] == [part.stop - part.start] * 2
+        assert [view.data_ptr() for view in made] == [view.data_ptr() for view in chunk]
+
+
+@pytest.mark.parametrize("augment_on", ["cpu", "gpu"])
+def test_the_step_with_augmentation_takes_its_views_as_the_run_s_step_does(config_file, shards, augment_on):
+    flags = ["--data.shards", str(shards), "--train.batch", "6", "--recipe.size", "16"]
+    resolved = run_config.load(config_file, [*flags, "--data.augment-on", augment_on])
+    work = data_rungs.open_work(resolved)
+    made = []
+    for in_chunks in (False, True):
+        batches = data_rungs.resident_views(resolved, work, torch.device("cpu"), in_chunks)
+        views = next(batches)
+        assert isinstance(views, LazyViews) == (in_chunks and augment_on == "gpu")
+        made.append([view.clone() for view in rows_of(views, slice(0, 2))])
+        batches.close()
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
 def test_mfu_counts_eight_forwards():

@@ -12,7 +12,7 @@ from fastssl.core.optimizers import build_optimizer, set_lr
 from fastssl.models.model_config import build_backbone
 from fastssl.pretraining import run_config
 from fastssl.pretraining.build import build_method
-from fastssl.pretraining.step import Door, Step, chunks
+from fastssl.pretraining.step import DDPWrapper, Step, chunks
 
 FOLDER = Path(__file__).parents[3] / "configs"
 CONFIGS = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
@@ -105,7 +105,7 @@ def test_trains_at_tiny_size(name):
     set_lr(optimizer, 0.01)
     options = {"micro_batch": int(cfg.train.micro_batch), "exact_heads": cfg.train.exact_heads}
     step = Step(
-        method, Door(method), optimizer, torch.device("cpu"), clip_grad=cfg.train.clip_grad, **options
+        method, DDPWrapper(method), optimizer, torch.device("cpu"), clip_grad=cfg.train.clip_grad, **options
     )
     student = [p.detach().clone() for p in method.backbone.parameters() if p.requires_grad]
     teacher = [p.detach().clone() for p in method.teacher_backbone.parameters()]

@@ -1,5 +1,8 @@
 """What only a CUDA device shows of a step: that the host never waits, what memory it takes, and what fits."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -8,7 +11,11 @@ from fastssl.methods import MoCoV3
 from fastssl.pretraining.build import build_method
 from fastssl.pretraining.micro_batch import find_micro_batch
 from fastssl.pretraining.run_config import load
-from fastssl.pretraining.step import Door, Step
+from fastssl.pretraining.step import DDPWrapper, Step
+from pipelines.augment.recipe import Recipe
+from pipelines.kernels.torch_kernels import Form
+from pipelines.loading.chunk_slot import BlankViews
+from shards.dataset.shard_set import ShardSet
 from tests.fastssl.pretraining.test_step import gradients, largest_difference, without_norms
 from tests.fastssl.tiny import Plain, make_method, make_views
 
@@ -23,7 +30,7 @@ def build(backbone: str, dtype: torch.dtype, *flags: str, **options) -> tuple[Mo
     resolved = load(None, [*FLAGS, "--model.backbone", backbone, *flags])
     method, _ = build_method(resolved, device)
     optimizer = build_optimizer(method.parameters(), resolved.config.optim)
-    return method, Step(method, Door(method), optimizer, device, dtype, **options)
+    return method, Step(method, DDPWrapper(method), optimizer, device, dtype, **options)
 
 
 def pinned_views() -> list[torch.Tensor]:
@@ -96,7 +103,7 @@ def test_gradients_in_chunks_equal_the_cpu_s():
     expected, _ = gradients(method, make_views(10))
     method.to("cuda")
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
-    step = Step(method, Door(method), optimizer, torch.device("cuda"), micro_batch=3)
+    step = Step(method, DDPWrapper(method), optimizer, torch.device("cuda"), micro_batch=3)
     with torch.backends.cudnn.flags(allow_tf32=False):
         step.gradients([view.pin_memory() for view in make_views(10)])
     found = {name: p.grad.cpu() for name, p in method.named_parameters() if p.grad is not None}
@@ -130,3 +137,36 @@ def test_auto_finds_less_than_the_batch_where_memory_is_short():
         assert 2 <= find() < BATCH
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def lazy_views(shards: Path) -> BlankViews:
+    data = ShardSet.open(shards)
+    ids = np.arange(BATCH) % len(data)
+    return BlankViews(data, Recipe(size=SIZE), ids, torch.device("cuda"), form=Form(torch.bfloat16))
+
+
+@pytest.mark.parametrize("options", [{"micro_batch": 16}, {"micro_batch": 16, "exact_heads": True}], ids=str)
+def test_a_step_never_waits_where_views_are_made_chunk_by_chunk(options, shards):
+    _, step = build("resnet10_w32", torch.bfloat16, **options)
+    views = lazy_views(shards)
+    for number in range(4):
+        torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
+        try:
+            step.gradients(views, torch.manual_seed)
+            step.update(0.99)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_chunks_made_ahead_give_the_gradient_of_those_made_before(shards):
+    """Lazy views are made on another stream while the step computes: an order that is only mostly right shows here."""
+    found = []
+    for lazy in (True, False):
+        torch.manual_seed(0)
+        method, step = build("resnet10_w32", torch.float32, micro_batch=8)
+        views = lazy_views(shards)
+        for _ in range(3):
+            step.optimizer.zero_grad()
+            step.gradients(views if lazy else [view.clone() for view in views])
+        found.append({name: p.grad.cpu() for name, p in method.named_parameters() if p.grad is not None})
+    assert largest_difference(*found) < 1e-3

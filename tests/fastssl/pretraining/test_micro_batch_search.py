@@ -1,6 +1,7 @@
 """The search for the largest chunk that fits, with a memory that is only pretended."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,18 @@ from fastssl.core.distributed import Dist
 from fastssl.core.optimizers import OptimConfig
 from fastssl.methods import MoCoV3
 from fastssl.methods.moco_v3 import Config
-from fastssl.pretraining.micro_batch import choose_micro_batch, find_micro_batch, largest_that_fits
-from fastssl.pretraining.run_config import load
+from fastssl.pretraining.micro_batch import (
+    Source,
+    choose_micro_batch,
+    find_micro_batch,
+    gpu_source,
+    largest_that_fits,
+)
+from fastssl.pretraining.run_config import Resolved, load
+from pipelines.loading.chunk_slot import BlankViews
+from pipelines.streaming.cache import decoded_sizes
+from shards.dataset.order import epoch_order
+from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from tests.fastssl.tiny import Normed, make_method
 
@@ -38,6 +49,20 @@ def test_other_faults_are_not_taken_for_a_lack_of_memory() -> None:
 
     with pytest.raises(RuntimeError, match="something else"):
         largest_that_fits(8, run)
+
+
+def test_a_lack_of_memory_in_other_words_is_one_too_and_is_told_at_the_end() -> None:
+    tried = []
+
+    def run(size: int) -> None:
+        tried.append(size)
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear\nif you ...")
+
+    with pytest.raises(
+        UserError, match=r"memory \(cuDNN error: CUDNN_STATUS_NOT_SUPPORTED\. .*appear\): try "
+    ):
+        largest_that_fits(8, run)
+    assert tried == [8, 4, 2]
 
 
 def test_where_nothing_fits_the_ways_out_are_named() -> None:
@@ -80,6 +105,121 @@ def test_trying_leaves_everything_as_it_was(exact_heads: bool, monkeypatch: pyte
     assert all(p.grad is None for p in method.parameters())
     assert method.queue is not None
     assert method.queue.count == 0
+
+
+def trial(shards: Path, *flags: str, share: int = 12) -> tuple[Source | None, ShardSet, Resolved]:
+    data = ShardSet.open(shards)
+    settings = ["--recipe.size", "32", "--train.precision", "bf16", "--data.augment-on", "gpu", *flags]
+    resolved = load(None, settings)
+    return gpu_source(resolved, data, Dist(0, 1, 0, CPU), share), data, resolved
+
+
+def test_views_come_from_the_host_where_the_cpu_or_another_engine_makes_them(shards: Path) -> None:
+    assert trial(shards, "--data.augment-on", "cpu")[0] is None
+    assert trial(shards, "--data.engine", "kornia")[0] is None
+    _, _, resolved = trial(shards)
+    assert gpu_source(resolved, None, Dist(0, 1, 0, CPU), 12) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "in_chunks", "images", "views"),
+    [
+        ((), True, 0.0, 0),
+        (("--data.cache", "gpu"), True, 0.0, 0),
+        (("--data.decode", "gpu"), True, 3.0, 0),
+        # Beside the batch's own images, which the trial has: 3 buffers that have grown by a quarter.
+        ((), False, 3 * 1.25 - 1, 1),
+        (("--data.cache", "gpu"), False, 0.0, 1),
+        (("--data.decode", "gpu"), False, 3 * 1.25 - 1 + 3, 1),
+    ],
+)
+def test_what_waits_on_the_device_is_counted(
+    flags: tuple[str, ...], in_chunks: bool, images: float, views: int, shards: Path
+) -> None:
+    source, data, resolved = trial(shards, *flags)
+    assert source is not None
+    ids = data.ids[epoch_order(len(data), resolved.config.train.seed, 0)[:12]]
+    image_bytes = int(decoded_sizes(data, 3, ids).sum())
+    assert source.views.num_samples == 12
+    assert source.waiting_bytes(in_chunks) == int(images * image_bytes) + views * 2 * 12 * 3 * 32 * 32 * 2
+
+
+@pytest.mark.parametrize("exact_heads", [False, True])
+def test_a_trial_makes_its_views_as_the_run_will(
+    exact_heads: bool, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunk by chunk, by the batched kernels, in the precision of the step; and beside what waits on the device."""
+    source, *_ = trial(shards, "--data.decode", "gpu")
+    assert source is not None
+    sizes, held, rows, empty = [], [], BlankViews.rows, torch.empty
+
+    def noted(self, part):
+        views = rows(self, part)
+        assert {view.dtype for view in views} == {torch.bfloat16}
+        sizes.append(len(views[0]))
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError
+        return views
+
+    def taken(*shape, **more):
+        held.extend(shape[:1] if more.get("dtype") is torch.uint8 and isinstance(shape[0], int) else [])
+        return empty(*shape, **more)
+
+    monkeypatch.setattr(BlankViews, "rows", noted)
+    monkeypatch.setattr(torch, "empty", taken)
+    found = find_micro_batch(
+        make_method(Normed()),
+        OptimConfig(),
+        CPU,
+        torch.bfloat16,
+        view_shape=(3, 32, 32),
+        batch=12,
+        world=1,
+        exact_heads=exact_heads,
+        clip_grad=0.0,
+        source=source,
+    )
+    assert found == 3
+    assert sizes[:3] == [12, 6, 3]
+    assert sizes[2:] == [3] * 4 * (3 if exact_heads else 2) * 2
+    waiting = {in_chunks: source.waiting_bytes(in_chunks) for in_chunks in (False, True)}
+    assert [n for n in held if n in waiting.values()] == [waiting[False], waiting[True], waiting[True]]
+
+
+def test_a_batch_in_one_piece_has_the_next_one_s_views_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, empty = [], torch.empty
+
+    def taken(*shape, **more):
+        held.extend(shape[:1] if more.get("dtype") is torch.uint8 else [])
+        return empty(*shape, **more)
+
+    monkeypatch.setattr(torch, "empty", taken)
+
+    def find(batch: int, room: int) -> int:
+        def limited(self, views):
+            if len(views[0]) > room:
+                raise torch.OutOfMemoryError
+            return features(self, views)
+
+        features = MoCoV3.student_features
+        with monkeypatch.context() as patch:
+            patch.setattr(MoCoV3, "student_features", limited)
+            return find_micro_batch(
+                make_method(Normed()),
+                OptimConfig(),
+                CPU,
+                torch.float32,
+                view_shape=(3, 4, 4),
+                batch=batch,
+                world=1,
+                exact_heads=False,
+                clip_grad=0.0,
+            )
+
+    assert find(8, 8) == 8
+    assert held == [2 * 8 * 48 * 4]
+    assert find(8, 4) == 4
+    assert held[1:] == [2 * 8 * 48 * 4, 0]
 
 
 def test_a_cpu_takes_the_whole_batch_and_says_so() -> None:

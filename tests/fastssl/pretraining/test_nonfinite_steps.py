@@ -16,7 +16,7 @@ from fastssl.methods.parts import ema_update, relative_distance
 from fastssl.pretraining import trainer
 from fastssl.pretraining.loop import pretrain
 from fastssl.pretraining.replay import MAX_FILES, Replay, Trace, replay
-from fastssl.pretraining.step import Door, Step
+from fastssl.pretraining.step import DDPWrapper, Step
 from pipelines.loading.loader import Loader
 from shards.errors import UserError
 from tests.fastssl.runs import BATCH, STEPS, TOTAL, differences, newest, resolve, rows
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 def _step(method: MoCoV3, policy) -> Step:
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
-    return Step(method, Door(method), optimizer, CPU, nonfinite=policy)
+    return Step(method, DDPWrapper(method), optimizer, CPU, nonfinite=policy)
 
 
 def _spoiled(num: int = 6) -> list[Tensor]:

@@ -13,7 +13,7 @@ from fastssl.methods import Method, MoCoV3, StepOutput
 from fastssl.methods.moco_v3 import Config
 from fastssl.models.activation_checkpointing import checkpoint_blocks
 from fastssl.models.model_config import ModelConfig, build_backbone
-from fastssl.pretraining.step import Door, Step, chunks, steady_statistics, tell_chunks
+from fastssl.pretraining.step import DDPWrapper, Step, chunks, steady_statistics, tell_chunks
 from tests.fastssl.tiny import Normed, Plain, make_method, make_views
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def without_norms(method: MoCoV3) -> MoCoV3:
 def make_step(method: Method, **options) -> Step:
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
-    return Step(method, Door(method), optimizer, CPU, **options)
+    return Step(method, DDPWrapper(method), optimizer, CPU, **options)
 
 
 def gradients(method: MoCoV3, views: list[Tensor], **options) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -221,7 +221,9 @@ def test_a_step_waits_for_nothing_on_the_device(monkeypatch: pytest.MonkeyPatch)
             method = MoCoV3(Normed(), Config(dim=5, hidden_dim=7, queue=16))
             views = [torch.empty(8, 3, 4, 4), torch.empty(8, 3, 4, 4)]
         optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], foreach=True)
-        step = Step(method, Door(method), optimizer, torch.device("meta"), micro_batch=4, exact_heads=exact)
+        step = Step(
+            method, DDPWrapper(method), optimizer, torch.device("meta"), micro_batch=4, exact_heads=exact
+        )
         for _ in range(2):
             assert step.gradients(views)["loss"].is_meta
             step.optimizer.zero_grad()

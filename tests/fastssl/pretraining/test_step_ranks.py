@@ -19,7 +19,7 @@ from fastssl.core.distributed import (
 from fastssl.methods import MoCoV3
 from fastssl.methods.moco_v3 import Config
 from fastssl.pretraining.build import freeze_unused, spread
-from fastssl.pretraining.step import Door, Step
+from fastssl.pretraining.step import DDPWrapper, Step
 from tests.fastssl.pretraining.test_step import CPU, largest_difference, make_step, without_norms
 from tests.fastssl.tiny import Plain, make_method, make_views
 from tests.gloo import run_ranks
@@ -95,7 +95,7 @@ def _train_with_spare(here: Dist) -> tuple[list[str], list[str], bool]:
         warnings.simplefilter("always")
         names = freeze_unused(method, (3, 4, 4), here)
     same = all(torch.equal(value, start[name]) for name, value in method.state_dict().items())
-    step = Step(method, DistributedDataParallel(Door(method)), optimizer, CPU)
+    step = Step(method, DistributedDataParallel(DDPWrapper(method)), optimizer, CPU)
     for _ in range(3):  # DDP complains at the second step after one that left a parameter out
         step.gradients(make_views())
         step.update(0.9)

@@ -11,7 +11,7 @@ from fastssl.methods.moco_v3 import Config
 from fastssl.models.activation_checkpointing import checkpoint_blocks
 from fastssl.models.model_config import ModelConfig, build_backbone
 from fastssl.pretraining.build import has_compiler
-from fastssl.pretraining.step import Door, Step
+from fastssl.pretraining.step import DDPWrapper, Step
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.data_config import DataConfig
 from pipelines.loading.loader import open_loader
@@ -165,7 +165,7 @@ def test_no_implementation_applies_an_unusable_step(how):
     """As on a GPU, where the fused one decides on the device and the others cannot."""
     method = make_method(Plain())
     optimizer = build_optimizer(method.parameters(), OptimConfig(lr=0.1, implementation=how))
-    step = Step(method, Door(method), optimizer, torch.device("cpu"))
+    step = Step(method, DDPWrapper(method), optimizer, torch.device("cpu"))
     step.gradients(make_views())
     before = [p.detach().clone() for p in method.backbone.parameters()]
     step.device = torch.device("cuda")

@@ -175,3 +175,48 @@ def test_memory_of_a_batch_of_large_images_is_bounded():
         pixels, np.zeros(8, dtype=np.int64), np.full(8, size[1]), draws
     )
     assert torch.cuda.max_memory_allocated() - held < 4 * torch_kernels.CROP_BYTES
+
+
+@pytest.mark.parametrize("cache", ["none", "gpu"])
+def test_chunks_on_a_busy_device_are_the_whole_batch_cut(shard_set, cache):
+    """Made on a stream beside the step's while that is late, twice each, as a step in chunks asks for them."""
+    how = {"batch": 8, "seed": 2, "device": "cuda", "augment_on": "gpu", "cache": cache}
+    loader = open_loader(shard_set, Recipe(size=64), **how)
+    expected = [[view.clone() for view in batch.views] for epoch in range(3) for batch in loader.epoch(epoch)]
+    aside, made = torch.cuda.Stream(), []
+    chunked = open_loader(shard_set, Recipe(size=64), **how).in_chunks()
+    for epoch in range(3):
+        for batch in chunked.epoch(epoch):
+            passes = []
+            for _ in range(2):
+                parts = []
+                for start in (0, 3, 6):
+                    torch.cuda._sleep(10_000_000)
+                    with torch.cuda.stream(aside):
+                        views = batch.views.rows(slice(start, min(start + 3, 8)))
+                    torch.cuda.current_stream().wait_stream(aside)
+                    for view in views:
+                        view.record_stream(torch.cuda.current_stream())
+                    parts.append([view * 1 for view in views])
+                    for view in views:
+                        torch.full_like(view, torch.nan)
+                passes.append([torch.cat(view) for view in zip(*parts, strict=True)])
+            made.append(passes)
+    for whole, passes in zip(expected, made, strict=True):
+        for views in passes:
+            assert all(torch.equal(a, b) for a, b in zip(whole, views, strict=True))
+
+
+def test_asking_for_chunks_does_not_wait_for_the_gpu(shard_set):
+    how = {"batch": 8, "seed": 1, "device": "cuda", "augment_on": "gpu"}
+    loader = open_loader(shard_set, Recipe(size=24), **how).in_chunks()
+    for batch in loader.epoch(0):  # warm
+        batch.views.rows(slice(0, 8))
+    batches, count = loader.epoch(1), 0
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            count += sum(len(batch.views.rows(slice(a, a + 4))[0]) for a in (0, 4))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert count == 40

@@ -94,9 +94,11 @@ def collect(batches) -> tuple[np.ndarray, list[torch.Tensor]]:
 
 
 def loader(shards: ShardSet, batch: int = 10, recipe: Recipe = RECIPE, **how) -> Loader:
-    return open_loader(
+    in_chunks = how.pop("in_chunks", False)
+    made = open_loader(
         shards, recipe, batch=batch, seed=3, masks=True, **{"threads": 2, "log": lambda line: None, **how}
     )
+    return made.in_chunks() if in_chunks else made
 
 
 @pytest.mark.parametrize("ignore", [255, -100])
@@ -159,7 +161,7 @@ def assert_same(a: tuple[np.ndarray, list[torch.Tensor]], b: tuple[np.ndarray, l
         {"batch": 15, "threads": 3},
         {"cache": "ram"},
         {"cache": "ram", "cache_gb": "encoded"},
-        {"on_host": True},
+        {"in_chunks": True},
     ],
 )
 def test_batch_size_threads_and_cache_change_nothing(masked, how):

@@ -1,0 +1,118 @@
+"""A lack of GPU memory, in whichever library's words, with errors that are only raised for the test."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl.bench import ladder, parts, step_peers
+from fastssl.bench.parts import Clock
+from fastssl.commands import pretrain_command as command
+from fastssl.core.memory import is_out_of_memory, reason
+from fastssl.pretraining import loop
+from fastssl.pretraining.run_config import load
+from shards.errors import UserError
+
+LACKS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA driver error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if ..."),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("FIND was unable to find an engine to execute this computation"),
+    RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+]
+OTHERS = [
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (8x5 and 4x2)"),
+    RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"),
+    RuntimeError(),
+    UserError("CUDA error: out of memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", LACKS, ids=str)
+def test_every_library_s_lack_of_memory_is_known(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=repr)
+def test_other_failures_are_others(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_words_that_may_mean_something_else_are_shown() -> None:
+    assert reason(LACKS[0]) == ""
+    assert reason(RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR\nYou can try")) == (
+        " (cuDNN error: CUDNN_STATUS_INTERNAL_ERROR)"
+    )
+    assert reason(RuntimeError()) == ""
+
+
+def raising(error: Exception):
+    def run(*_args, **_options):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("error", [LACKS[0], LACKS[3], LACKS[6]], ids=str)
+def test_pretrain_says_what_to_do(error: Exception, config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "pretrain", raising(error))
+    with pytest.raises(UserError) as told:
+        command.run([str(config())])
+    text = str(told.value)
+    assert text.startswith(
+        f"A batch of 8 over all processes does not fit in the GPU's memory{reason(error)}: set "
+    )
+    assert "--train.micro-batch auto" in text
+
+
+@pytest.mark.parametrize("error", [OTHERS[0], OTHERS[4]], ids=str)
+def test_pretrain_lets_other_failures_through(
+    error: Exception, config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "pretrain", raising(error))
+    with pytest.raises(RuntimeError) as raised:
+        command.run([str(config())])
+    assert raised.value is error
+
+
+def test_bench_says_what_to_do_and_lets_other_failures_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved = load(None, ["--train.device", "cpu", "--train.batch", "6"])
+    monkeypatch.setattr(parts, "build", raising(LACKS[7]))
+    with pytest.raises(
+        UserError, match=r"A batch of 6 does not fit .* \(cuDNN error: .*\): lower --train.batch"
+    ):
+        ladder.report(resolved, 1, 1, "", compare=False)
+    monkeypatch.setattr(parts, "build", raising(OTHERS[2]))
+    with pytest.raises(RuntimeError, match="CUDNN_STATUS_BAD_PARAM"):
+        ladder.report(resolved, 1, 1, "", compare=False)
+
+
+def test_a_peer_s_step_that_does_not_fit_is_a_row_and_another_failure_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from rich.console import Console
+
+    clock = Clock(torch.device("cpu"), 6, 1, 1, Console(quiet=True))
+    resolved = load(None, ["--train.device", "cpu", "--train.batch", "6"])
+    monkeypatch.setattr(step_peers, "plain_step", raising(LACKS[4]))
+    monkeypatch.setattr(step_peers, "lightly_step", raising(ImportError("no lightly")))
+    plain, _ = step_peers.peer_rows(resolved, clock)
+    assert plain.error is not None
+    assert "a batch of 6 does not fit in the memory of the device (CUDA error: CUBLAS_STATUS" in plain.error
+    monkeypatch.setattr(step_peers, "plain_step", raising(OTHERS[4]))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        step_peers.peer_rows(resolved, clock)
