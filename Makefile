@@ -17,11 +17,13 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# GPU tests and the benchmarks with the Python at hand, installing nothing; JSON goes to $(OUT). All parts run, whatever fails, and each
-# goal is told beside its figure. `make gpu-check PART=vit_small` runs one, in less than ten minutes: tests augment loader resnet50
-# vit_small vit_base memory switches_resnet50 switches_vit_small loader_peers. `PART="augment loader" WITHIN=590` runs two in that time.
+# GPU tests and benchmarks with the Python at hand, installing nothing; dated JSON and results.tgz go to $(OUT), and each goal is told
+# beside its figure. `make gpu-check FIRST=1` is for the first minutes on a GPU (540 seconds). STAGE="tests augment" runs these stages
+# only (`fastssl bench gpu --help` names them), WITHIN=590 ends inside that many seconds, SHARDS=folder measures with your images, and
+# WORK=folder is where photographs, shards and compiled kernels stay for the next call.
 gpu-check:
-	$(PYTHON) -m tests.gpu_check --out $(OUT) $(if $(PART),--only $(PART)) $(if $(WITHIN),--within $(WITHIN))
+	$(PYTHON) -m fastssl bench gpu --out $(OUT) $(if $(FIRST),--first) $(if $(STAGE),--only $(STAGE)) \
+	  $(if $(WITHIN),--seconds $(WITHIN)) $(if $(SHARDS),--shards $(SHARDS)) $(if $(WORK),--work $(WORK))
 
 clean:
 	rm -rf $(VENV) demo

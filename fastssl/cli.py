@@ -53,7 +53,7 @@ COMMANDS = {
     ),
     "bench": (
         "fastssl.bench.bench_command",
-        "Find what limits a run, rung by rung: bench CONFIG; compare loaders and engines: bench loader, bench fidelity",
+        "Find what limits a run, rung by rung: bench CONFIG; compare loaders: bench loader; measure a GPU: bench gpu",
     ),
 }
 

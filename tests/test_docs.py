@@ -59,13 +59,11 @@ def test_forms_of_what_a_gpu_check_writes() -> None:
             {"name": "read", "images_per_s": 5e4, "spread": [1, 2], "ms_p50": 1.234, "memory_bytes": 2.5e9},
             {"name": "to device", "images_per_s": None, "error": "no"},
         ],
-        "variants": {"side_stream_off": {"end to end": 950.0}},
         "verdict": {"contention": 1.0123},
     }
     assert make_table.table(ladder).splitlines()[2:] == [
         "| read | 50,000 | 1.23 |  | 2.5 |  |",
         "| to device | not run: no |  |  |  |  |",
-        "| end to end, side_stream_off | 950 |  |  |  |  |",
         "| a step beside the loader / alone | 1.012 |  |  |  |  |",
     ]
     augment = {"name": "triton", "images_per_s": 6e4, "spread": [5e4, 7e4], "ms_p50": 4.2, "device_ms": 3.1}
@@ -91,10 +89,10 @@ def test_forms_of_what_a_gpu_check_writes() -> None:
 
 
 def test_goals_that_were_not_run_stand_in_the_page() -> None:
-    from tests import gpu_goals
+    from fastssl.bench.gpu import goals
 
     if not list((ROOT / "docs" / "benchmarks").glob("*-nvidia-*-verdict.json")):
-        nothing = gpu_goals.judge(ROOT / "no-such-folder", "none")
+        nothing = goals.judge(ROOT / "no-such-folder", "none")
         assert make_table.table(nothing) in (ROOT / "docs" / "speed.md").read_text()
 
 

@@ -114,8 +114,6 @@ def _ladder(report: dict) -> str:
         ]
         for row in report["rows"]
     ]
-    for name, row in report.get("variants", {}).items():
-        cells.append([f"end to end, {name}", _number(row["end to end"], ",.0f"), "", "", "", ""])
     contention = report["verdict"]["contention"]
     if contention is not None:
         cells.append(["a step beside the loader / alone", f"{contention:.3f}", "", "", "", ""])

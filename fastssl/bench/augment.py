@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from fastssl.bench.guard import exit_code
 from fastssl.bench.report import Row, brief, busy, machine, tell_failures, write_measured
 from shards.errors import UserError, check_least
 from shards.storage.atomic_files import check_output
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 class BenchAugment:
     """Measure how fast decoded images become the views of a batch: our kernels, and others on the same images.
 
-    Reading and decoding are not in it. A source image counts once, however many views are made of it.
+    Reading and decoding are not in it. A source image counts once, however many views are made of it. What fails says why in its row;
+    the others go on, and the exit code is 1.
     """
 
     shards: Annotated[str, tyro.conf.Positional] = ""
@@ -48,7 +50,7 @@ class BenchAugment:
     """What to measure: all that the device can do, or names with commas: triton, torch, fused, kornia, kornia-modules, dali-graph,
     torchvision-v2."""
     json: str = ""
-    """File for the results: a list with a row for each."""
+    """File for the results: a list with a row for each, written anew after each measurement."""
 
 
 def run(argv: list[str]) -> int:
@@ -70,23 +72,27 @@ def run(argv: list[str]) -> int:
     chosen = [each for each in named if args.engines != "all" or device.type in each.devices]
     console, where = Console(highlight=False), machine(device)
     work = _open(args, device)
+    settings = dataclasses.asdict(args) | {
+        "recipe": dataclasses.asdict(work.recipe) | {"preset": args.recipe},
+        "device": device.type,
+        "threads": work.threads,
+        "images": len(work.images),
+    }
+
+    def save(rows: list[Row]) -> None:
+        if args.json:
+            write_measured(args.json, where, settings, rows)
+
     before = torch.get_num_threads()
     torch.set_num_threads(work.threads)
     try:
-        rows = measure(chosen, work, args.repeats, args.seconds, console)
+        rows = measure(chosen, work, args.repeats, args.seconds, console, save)
     finally:
         torch.set_num_threads(before)
     _show(console, rows, work, where, args)
     if args.json:
-        settings = dataclasses.asdict(args) | {
-            "recipe": dataclasses.asdict(work.recipe) | {"preset": args.recipe},
-            "device": device.type,
-            "threads": work.threads,
-            "images": len(work.images),
-        }
-        write_measured(args.json, where, settings, rows)
         console.print(f"[dim]Written to {args.json}[/]")
-    return 0
+    return exit_code(rows)
 
 
 def _check(args: BenchAugment) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fastssl.bench.augmenters import Augmenter, Decoded, Step, measured_levels
+from fastssl.bench.guard import Guard
 from fastssl.bench.parts import Clock
-from fastssl.bench.report import PeakMemory, Row, reason
+from fastssl.bench.report import PeakMemory, Row
 from pipelines.augment.draws import draw
 from pipelines.previews.engine_fidelity import classify
-from shards.errors import UserError
 
 OURS = ("triton", "torch", "fused")
 WARM_UP = 3  # batches: compiling, cuDNN's choice of algorithms, the first blocks of memory, pools of threads
@@ -24,29 +24,48 @@ LONGEST_LAUNCH_S = 0.3
 CLOCK_HZ = 2e9  # of the fastest GPUs; slower ones sleep longer
 
 
-def measure(chosen: list[Augmenter], work: Decoded, repeats: int, seconds: float, console: Any) -> list[Row]:
-    """One row for each, measured in turns, so that other work on the machine falls on all of them alike.
+def measure(
+    chosen: list[Augmenter],
+    work: Decoded,
+    repeats: int,
+    seconds: float,
+    console: Any,
+    save: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Return one row for each, measured in turns, so that other work on the machine falls on all of them alike.
 
-    What cannot run here leaves its reason in its row; a fault of our own code is raised.
+    What cannot run here, and what fails, leaves its reason in its row. `save` is given all rows after each turn.
     """
     rows = [Row(each.name, each.fidelity, note=each.note) for each in chosen]
+    guard = Guard(
+        work.device, f"a batch of {work.batch} does not fit in the memory of the device: lower --batch"
+    )
     with contextlib.ExitStack() as opened:
         turns: list[_Turn] = []
         for each, row in zip(chosen, rows, strict=True):
-            with _told(each, row), console.status(f"warming up {each.name}"):
-                turns.append(_Turn(each, work, row, opened, seconds))
+            with console.status(f"warming up {each.name}"):
+                turn = guard.run([row], lambda each=each, row=row: _Turn(each, work, row, opened, seconds))
+            if turn is not None:
+                turns.append(turn)
         for _ in range(repeats):
             for turn in turns:
                 if not turn.row.error:
-                    with _told(turn.each, turn.row):
-                        turn.take(console)
+                    guard.run([turn.row], lambda turn=turn: turn.take(console))
+                    _compare(rows)
+                    save(rows)
+    _compare(rows)
+    save(rows)
+    return rows
+
+
+def _compare(rows: list[Row]) -> None:
+    """Set each row's ratio to the best of ours."""
     measured = [row for row in rows if row.rates and row.name in OURS]
     ours = max(measured, key=lambda row: row.images_per_s or 0, default=None)
     for row in rows:
         row.compare(ours)
         if row.ratio:
             row.more["ours_over_this"] = 1 / row.ratio
-    return rows
 
 
 def least_bytes(work: Decoded) -> int:
@@ -56,16 +75,6 @@ def least_bytes(work: Decoded) -> int:
     boxes = 3 * float((drawn["width"].astype(float) * drawn["height"]).mean(axis=1).sum())
     views = 3 * 4 * sum(recipe.side(view) ** 2 for view in range(recipe.total_views))
     return round(work.batch * (boxes + views))
-
-
-@contextlib.contextmanager
-def _told(each: Augmenter, row: Row) -> Iterator[None]:
-    try:
-        yield
-    except Exception as fault:  # others' code fails in its own ways, and a loss must stay in the table
-        if not each.peer and not isinstance(fault, UserError | NotImplementedError | ImportError):
-            raise
-        row.fail(str(fault) if isinstance(fault, UserError) else reason(fault))
 
 
 class _Turn:

@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "shard": "fastssl.bench.shard",
     "plan": "fastssl.bench.plan",
     "start": "fastssl.bench.start",
+    "gpu": "fastssl.bench.gpu.command",
 }
 USAGE = """usage: fastssl bench CONFIG [options]            where a run's time goes, rung by rung, and the switch to try
        fastssl bench loader SHARDS [options]     images per second from shards to views, beside other loaders
@@ -21,6 +22,7 @@ USAGE = """usage: fastssl bench CONFIG [options]            where a run's time g
        fastssl bench shard FOLDER [options]      images per second from JPEG files to shards, beside other writers
        fastssl bench plan [options]              time and memory of planning for 10 million images
        fastssl bench start SHARDS [options]      time and memory to the first batch of a million samples
+       fastssl bench gpu [--first] [options]     all that a GPU is measured for, in one command that ends in time
 
 `fastssl bench CONFIG --help`, `fastssl bench loader --help` and so on explain the options."""
 

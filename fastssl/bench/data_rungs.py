@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Generator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from fastssl.bench.parts import Clock
     from fastssl.pretraining.run_config import Resolved
 
+MANY_STEPS = 10**6  # more than a measurement takes; of a stream, only what is asked for is made
+NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 RESIDENT_BATCHES, RESIDENT_IMAGES = 4, 2048  # decoded, an image of 500 x 375 takes half a megabyte
 
 
@@ -61,27 +65,27 @@ def open_work(resolved: Resolved) -> Work:
     return Work(shards, cfg.recipe, ids, cfg.train.batch, cfg.data.threads or default_threads())
 
 
-def data_rows(resolved: Resolved, work: Work, clock: Clock) -> dict[str, Row]:
-    """Read, decode, to device and augment."""
-    rows = {}
+def data_rows(resolved: Resolved, work: Work, clock: Clock) -> dict[str, Callable[[], Row]]:
+    """Return what measures read, decode, to device and augment."""
     data = resolved.config.data
-    engine: Any = make_engine("fused" if whole_batches(data.engine) else data.engine, work.recipe)
 
-    def decode(sample_id: int) -> Any:
-        return engine.decode(work.shards.read(sample_id))
-
-    for name, made in ((READ, _read(work)), (DECODE, _in_threads(work, decode))):
+    def timed(name: str, made: Generator[Any]) -> Row:
         with contextlib.closing(made) as batches:
-            rows[name] = clock.row(name, lambda made=batches: next(made), batch=work.batch)
-    if data.decode == "gpu":
-        rows[DECODE] = Row(DECODE, error="the GPU decodes, within the loader's rate: data.decode is gpu")
-    rows[TO_DEVICE] = _copy_row(resolved, clock)
-    try:
-        with contextlib.closing(resident_views(resolved, work, clock.device)) as made:
-            rows[AUGMENT] = clock.row(AUGMENT, lambda: next(made), batch=work.batch)
-    except NotImplementedError as fault:
-        rows[AUGMENT] = Row(AUGMENT, error=str(fault))
-    return rows
+            return clock.row(name, lambda: next(batches), batch=work.batch)
+
+    def decode() -> Row:
+        if data.decode == "gpu":
+            return Row(DECODE, error="the GPU decodes, within the loader's rate: data.decode is gpu")
+        name = "fused" if whole_batches(data.engine) else data.engine
+        engine: Any = make_engine(name, work.recipe)
+        return timed(DECODE, _in_threads(work, lambda sample_id: engine.decode(work.shards.read(sample_id))))
+
+    return {
+        READ: lambda: timed(READ, _read(work)),
+        DECODE: decode,
+        TO_DEVICE: lambda: _copy_row(resolved, clock),
+        AUGMENT: lambda: timed(AUGMENT, resident_views(resolved, work, clock.device)),
+    }
 
 
 def _copy_row(resolved: Resolved, clock: Clock) -> Row:
@@ -136,14 +140,32 @@ def _views(batches: Any) -> Generator[Sequence[Tensor]]:
             yield made.views
 
 
-def loader_views(resolved: Resolved, device: torch.device, in_chunks: bool) -> Iterator[Sequence[Tensor]]:
-    """The run's own loader, epoch after epoch; `in_chunks`: for a step that takes a batch chunk by chunk."""
+def loader_views(
+    resolved: Resolved, device: torch.device, in_chunks: bool, changes: Mapping[str, Any] = NO_CHANGES
+) -> Generator[Sequence[Tensor]]:
+    """Yield the views of the run's own loader without end, as one stream: a new one an epoch would pause at each.
+
+    Args:
+        in_chunks: for a step that takes a batch chunk by chunk.
+        changes: settings of the section `data` other than the run's.
+
+    Raises:
+        UserError: the loader does not work with these settings here; nvImageCodec is missing where the GPU is to decode.
+    """
     cfg = resolved.config
-    shards = cfg.data.open()
-    options = {**cfg.data.options(), "batch": cfg.train.batch, "seed": cfg.train.seed}
+    data = dataclasses.replace(cfg.data, **changes)
+    if data.decode == "gpu":
+        refuse_without_decoder()
+    options = {**data.options(), "batch": cfg.train.batch, "seed": cfg.train.seed}
     form = view_form(cfg.train, device)
-    loader = open_loader(shards, cfg.recipe, device=device, form=form, **options)
+    loader = open_loader(data.open(), cfg.recipe, device=device, form=form, **options)
     loader = loader.in_chunks() if in_chunks else loader
-    for epoch in itertools.count():
-        for made in loader.epoch(epoch):
-            yield made.views
+    return _views(loader.steps(0, MANY_STEPS))
+
+
+def refuse_without_decoder() -> None:
+    """Raise UserError where nvImageCodec is not installed: at once, before shards are opened or workers started."""
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.nvimgcodec") is None:
+        raise UserError(
+            "data.decode gpu needs the package nvidia-nvimgcodec-cu12, which is not installed: install it, or set --data.decode cpu."
+        )

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards.errors import UserError, check_least
 from shards.storage.atomic_files import check_output
@@ -17,45 +14,58 @@ from shards.storage.atomic_files import check_output
 if TYPE_CHECKING:
     import torch
 
-    from fastssl.bench.hardware import Peak
-    from fastssl.bench.parts import Clock, Trainee
-    from fastssl.bench.report import Row
+    from fastssl.bench.parts import Trainee
+    from fastssl.bench.verdict import Switches, Verdict
     from fastssl.pretraining.run_config import Resolved
 
-USAGE = """usage: fastssl bench CONFIG [--data.shards DIR] [--quick] [--json FILE] [--section.key value ...]
+USAGE = """usage: fastssl bench CONFIG [--data.shards DIR] [--rows NAMES] [--quick] [--json FILE] [--section.key value ...]
 
-Measure a configuration rung by rung on this machine, in one process: read, decode, to device, augment, student, teacher, EMA and
-optimiser, the full step on synthetic views, the step with augmentation, and end to end; then name the bottleneck and the switch to
-try. train.batch is what this one device gets. Without --data.shards only the step is measured.
+Measure a configuration rung by rung on this machine, in one process: the full step on synthetic views, the loader and end to end, the
+step's parts, read, decode, to device, augment; then name the bottleneck and the switch to try. train.batch is what this one device
+gets. Without --data.shards only the step is measured. A row that fails says why, the others go on, and the exit code is 1.
+  --rows       which rows, names with commas, or all: those that this device and these shards allow (all)
+{rows}
   --quick      few steps, no comparisons: half a minute instead of minutes
   --steps      steps of one measurement (20)
-  --repeats    measurements of each rung (3)
-  --json       file for the results"""
-
-EAGER, COMPILED = "full step, eager", "full step, compiled"
-EMA, EMA_LOOP = "EMA", "EMA as a Python loop"
+  --repeats    measurements of each row (3)
+  --json       file for the results, written anew after each row"""
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """What was measured."""
+class Options:
+    """How a ladder is measured."""
 
-    rows: dict[str, Row]
-    """The rungs, and below them what ours is compared with."""
-    contention: float | None
-    """Time of a step beside the loader / alone."""
-    compiled: bool
-    can_compile: bool
+    steps: int = 20
+    """Steps of one measurement."""
+    repeats: int = 3
+    """Measurements of each row."""
+    rows: str = "all"
+    """Names with commas of `ladder_rows.GROUPS`, or all."""
+    quick: bool = False
+    """Without comparisons, where `rows` is all."""
+    json: str = ""
+    """File for the results."""
+
+
+def usage() -> str:
+    """The text of `fastssl bench CONFIG --help`."""
+    from fastssl.bench.ladder_rows import GROUPS
+
+    rows = "\n".join(f"                 {name:16}{text}" for name, text in GROUPS.items())
+    return USAGE.format(rows=rows)
 
 
 def run(argv: list[str]) -> int:
     """Run the command."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
+        print(usage())
         return 0
     if argv[0].startswith("-"):
         raise UserError(f"Give the configuration file first: fastssl bench CONFIG {' '.join(argv)}")
-    parser = argparse.ArgumentParser("fastssl bench CONFIG", usage=USAGE, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "fastssl bench CONFIG", usage="fastssl bench CONFIG [options]", allow_abbrev=False
+    )
+    parser.add_argument("--rows", default="all")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--repeats", type=int)
@@ -70,187 +80,120 @@ def run(argv: list[str]) -> int:
 
     from fastssl.pretraining import run_config
 
-    report(run_config.load(argv[0], overrides), steps, repeats, args.json, compare=not args.quick)
-    return 0
+    options = Options(steps, repeats, args.rows, args.quick, args.json)
+    return report(run_config.load(argv[0], overrides), options)
 
 
-def report(resolved: Resolved, steps: int, repeats: int, json_path: str, *, compare: bool) -> None:
-    """Measure, show and write. UserError where the batch does not fit in the memory of the device."""
+def report(resolved: Resolved, options: Options) -> int:
+    """Measure, show and write; returns 1 where a row failed, else 0.
+
+    Raises:
+        UserError: the model does not fit in the memory of the device, or the shards hold fewer images than a batch.
+    """
     from rich.console import Console
 
+    from fastssl.bench.guard import Guard, exit_code, out_of_memory
     from fastssl.bench.hardware import peak
+    from fastssl.bench.ladder_rows import Ladder
     from fastssl.bench.ladder_table import show
     from fastssl.bench.parts import Clock, build
     from fastssl.bench.report import machine, write_report
+    from fastssl.bench.step_peers import peer_rows
     from fastssl.bench.verdict import judge
     from fastssl.core.distributed import choose_device
-    from fastssl.core.memory import is_out_of_memory, reason
+    from fastssl.core.memory import reason as told
     from fastssl.pretraining.build import follow_shards
 
     if resolved.config.data.shards:
         resolved = follow_shards(resolved, resolved.config.data.open())
     train = resolved.config.train
     device = choose_device(train.device)
+    groups = choose_groups(resolved, device, options)
     where = machine(device)
     console = Console(highlight=False)
-    clock = Clock(device, train.batch, steps, repeats, console)
+    clock = Clock(device, train.batch, options.steps, options.repeats, console)
+    advice = "lower --train.batch to what one device gets, or set --train.micro-batch auto"
+    no_memory = f"a batch of {train.batch} does not fit in the memory of the device: {advice}"
     try:
         trainee = build(resolved, device)
-        ladder = measure(resolved, trainee, clock, compare=compare)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if not out_of_memory(error):
             raise
         raise UserError(
-            f"A batch of {train.batch} does not fit in the memory of {where['gpu']}{reason(error)}: lower --train.batch to what one "
-            "device gets, or set --train.micro-batch auto."
+            f"{resolved.config.model.backbone} does not fit in the memory of {where['gpu'] or 'this machine'}{told(error)}: {advice}."
         ) from error
     top = peak(device, trainee.dtype)
-    rates = {name: row.images_per_s for name, row in ladder.rows.items()}
-    verdict = judge(rates, switches(resolved, trainee, ladder), ladder.contention)
-    annotate(ladder.rows, trainee, top)
     facts = {
         "dtype": str(trainee.dtype).removeprefix("torch."),
-        "compiled": ladder.compiled,
         "chunk": trainee.chunk,
         "flops_per_image": trainee.flops,
         "unfused_bytes_per_step": trainee.traffic(trainee.batch),
     }
-    del trainee
-    if compare:
-        add_peers(resolved, clock, ladder.rows)
-    show(console, resolved, ladder, verdict, where, facts, top, steps, repeats)
-    if json_path:
-        settings = {
-            "config": resolved.tree(),
-            "device": str(device),
-            "steps": steps,
-            "repeats": repeats,
-            **facts,
-        }
-        more = {
-            "peak": dataclasses.asdict(top),
-            "verdict": dataclasses.asdict(verdict),
-            "conclusion": verdict.sentence,
-        }
-        write_report(json_path, "ladder", where, settings, list(ladder.rows.values()), **more)
-        console.print(f"[dim]Written to {json_path}[/]")
-
-
-def measure(resolved: Resolved, trainee: Trainee, clock: Clock, *, compare: bool) -> Ladder:
-    """All rungs, and with `compare` the ratios of the compiled step to the eager one and of our average to a loop."""
-    from fastssl.bench.data_rungs import data_rows, open_work
-    from fastssl.bench.parts import step_rows, step_views
-    from fastssl.bench.verdict import FULL, RUNGS
-    from fastssl.pretraining.build import compile_blocks, has_compiler
-
-    train, rows = resolved.config.train, {}
-    can_compile = has_compiler(trainee.device)
-    if resolved.config.data.shards:
-        work = open_work(resolved)
-        rows |= data_rows(resolved, work, clock)
-    synthetic = step_views(resolved, trainee)
-    momentum = trainee.method.teacher_momentum(0.5)
-
-    def full() -> None:
-        trainee.step.gradients(synthetic)
-        trainee.step.update(momentum)
-
-    extra = {}
-    if compare:
-        extra |= _average_rows(trainee, clock)
-        if train.compile and can_compile:
-            extra[EAGER] = clock.row(EAGER, full)
-    compiled = compile_blocks(trainee.method, trainee.device) if train.compile else False
-    rows |= step_rows(resolved, trainee, clock)
-    rows[FULL] = clock.row(FULL, full)
-    contention = None
-    if resolved.config.data.shards:
-        contention = _beside(resolved, trainee, clock, rows)
-    if compare and not compiled and can_compile:
-        compile_blocks(trainee.method, trainee.device)
-        extra[COMPILED] = clock.row(COMPILED, full)
-        extra[COMPILED].compare(rows[FULL])
-    elif EAGER in extra:
-        rows[FULL].compare(extra[EAGER])
-    ordered = {name: rows[name] for name in RUNGS if name in rows}
-    return Ladder(ordered | extra, contention, compiled, can_compile)
-
-
-def _average_rows(trainee: Trainee, clock: Clock) -> dict[str, Row]:
-    from fastssl.bench.step_peers import ema_loop, ema_pairs
-
-    pairs = ema_pairs(trainee.method)
-    rows = {
-        EMA: clock.row(EMA, lambda: trainee.method.update_teacher(0.99)),
-        EMA_LOOP: clock.row(EMA_LOOP, lambda: ema_loop(pairs, 0.99)),
+    settings = {
+        "config": resolved.tree(),
+        "device": str(device),
+        "steps": options.steps,
+        "repeats": options.repeats,
+        **facts,
     }
-    rows[EMA].compare(rows[EMA_LOOP])
-    return rows
+    allowed = switches(resolved, trainee)
+
+    def judged(ladder: Ladder) -> Verdict:
+        rates = {name: row.images_per_s for name, row in ladder.rows.items()}
+        kinds = {"compiled": ladder.compiled, "can_compile": ladder.can_compile}
+        return judge(rates, dataclasses.replace(allowed, **kinds), ladder.contention)
+
+    def save(ladder: Ladder) -> None:
+        if options.json:
+            verdict = judged(ladder)
+            more = {
+                "peak": dataclasses.asdict(top),
+                "verdict": dataclasses.asdict(verdict),
+                "conclusion": verdict.sentence,
+            }
+            known = settings | {"compiled": ladder.compiled}
+            write_report(options.json, "ladder", where, known, list(ladder.rows.values()), **more)
+
+    ladder = Ladder(resolved, trainee, clock, Guard(device, no_memory), top, save)
+    del trainee
+    ladder.measure(groups)
+    fewer = Clock(
+        device, train.batch, max(1, options.steps // 2), options.repeats, console
+    )  # they take longer
+    ladder.each(peer_rows(resolved, fewer, groups))
+    known = facts | {"compiled": ladder.compiled}
+    show(console, resolved, ladder, judged(ladder), where, known, top, options.steps, options.repeats)
+    if options.json:
+        console.print(f"[dim]Written to {options.json}[/]")
+    return exit_code(ladder.rows.values())
 
 
-def _beside(resolved: Resolved, trainee: Trainee, clock: Clock, rows: dict[str, Row]) -> float | None:
-    """Add the loader alone, the step with augmentation and end to end; returns how much longer a step takes beside the loader."""
-    from fastssl.bench.data_rungs import loader_views, open_work, resident_views
-    from fastssl.bench.report import Row
-    from fastssl.bench.verdict import END_TO_END, FULL, FULL_AUGMENT, LOADER
+def choose_groups(resolved: Resolved, device: torch.device, options: Options) -> list[str]:
+    """The groups of rows to measure, in the order of measuring.
 
-    momentum, spans = trainee.method.teacher_momentum(0.5), []
+    Raises:
+        UserError: an unknown name; shards are needed and not given, or hold fewer images than a batch.
+    """
+    from fastssl.bench.data_rungs import open_work
+    from fastssl.bench.ladder_rows import GROUPS, QUICK, WITH_SHARDS, usual_groups
+    from fastssl.bench.loader import choose
 
-    def full(images: Sequence[torch.Tensor]) -> None:
-        began = clock.mark()
-        trainee.step.gradients(images)
-        trainee.step.update(momentum)
-        spans.append((began, clock.mark()))
-
-    try:
-        work = open_work(resolved)
-        with contextlib.closing(resident_views(resolved, work, clock.device, trainee.in_chunks)) as made:
-            rows[FULL_AUGMENT] = clock.row(FULL_AUGMENT, lambda: full(next(made)))
-    except NotImplementedError as fault:
-        rows[FULL_AUGMENT] = Row(FULL_AUGMENT, error=str(fault))
-    with contextlib.closing(loader_views(resolved, clock.device, trainee.in_chunks)) as batches:  # pyright: ignore[reportArgumentType]
-        rows[LOADER] = clock.row(LOADER, lambda: next(batches))
-        spans.clear()
-        rows[END_TO_END] = clock.row(END_TO_END, lambda: full(next(batches)))
-    beside_ms = statistics.median(clock.between_ms(a, b) for a, b in spans[-clock.steps * clock.repeats :])
-    return beside_ms / rows[FULL].more["ms_p50"]
+    if options.rows == "all":
+        usual = usual_groups(resolved, device)
+        chosen = [name for name in usual if name in QUICK or not options.quick]
+    else:
+        named = choose(options.rows, {name: name for name in GROUPS}, "row")
+        chosen = [name for name in GROUPS if name in named]
+    wanting = [name for name in chosen if name in WITH_SHARDS]
+    if wanting and not resolved.config.data.shards:
+        raise UserError(f"--rows {','.join(wanting)} measures images: give --data.shards, or leave it out.")
+    if wanting:
+        open_work(resolved)  # names both numbers where there are fewer images than a batch
+    return chosen
 
 
-def annotate(rows: dict[str, Row], trainee: Trainee, top: Peak) -> None:
-    """Add to each rung of the step its MFU, 8 forwards an image, and the TB/s that its operations would move unfused."""
-    from fastssl.bench.parts import FORWARDS
-    from fastssl.bench.verdict import END_TO_END, FULL, FULL_AUGMENT, STUDENT, TEACHER, TO_DEVICE, UPDATE
-
-    forwards = {STUDENT: 6, TEACHER: 2} | dict.fromkeys(
-        (FULL, FULL_AUGMENT, END_TO_END, EAGER, COMPILED), FORWARDS
-    )
-    for name, row in rows.items():
-        rate = row.images_per_s
-        if not rate:
-            continue
-        if name in forwards:
-            row.more["mfu"] = rate * trainee.flops * forwards[name] / FORWARDS / (top.tflops * 1e12)
-        if name in (FULL, FULL_AUGMENT, END_TO_END, EAGER, COMPILED):
-            row.more["tb_per_s"] = rate * trainee.traffic(trainee.batch) / trainee.batch / 1e12
-        elif name == UPDATE:
-            row.more["tb_per_s"] = rate / trainee.batch * trainee.update_bytes / 1e12
-        elif name == TO_DEVICE:
-            row.more["tb_per_s"] = rate / trainee.batch * row.more["bytes"] / 1e12
-
-
-def add_peers(resolved: Resolved, clock: Clock, rows: dict[str, Row]) -> None:
-    """Measure others' steps and set the ratio of our fastest full step to the plain one."""
-    from fastssl.bench.step_peers import peer_rows
-    from fastssl.bench.verdict import FULL
-
-    for row in peer_rows(resolved, clock):
-        rows[row.name] = row
-        if rows[FULL].rates and row.rates:
-            row.more["ours_over_this"] = statistics.median(rows[FULL].rates) / statistics.median(row.rates)
-
-
-def switches(resolved: Resolved, trainee: Trainee, ladder: Ladder) -> Any:
-    """The settings that a verdict may advise to change, from the run's."""
+def switches(resolved: Resolved, trainee: Trainee) -> Switches:
+    """The settings that a verdict may advise to change, from the run's; whether the step is compiled is set later."""
     import torch
 
     from fastssl.bench.parts import is_cnn
@@ -265,6 +208,7 @@ def switches(resolved: Resolved, trainee: Trainee, ladder: Ladder) -> Any:
         fits = int(decoded_sizes(data.open(), len(resolved.config.recipe.mean)).sum()) < SHARE * free_memory()
     return Switches(
         on_gpu=trainee.device.type == "cuda",
+        has_shards=bool(data.shards),
         engine=data.engine,
         augment_on=data.augment_on,
         cache=data.cache,
@@ -274,8 +218,6 @@ def switches(resolved: Resolved, trainee: Trainee, ladder: Ladder) -> Any:
         fits_in_ram=fits,
         half=trainee.dtype != torch.float32,
         half_is_fast=compute_dtype("auto", trainee.device) != torch.float32,
-        compiled=ladder.compiled,
-        can_compile=ladder.can_compile,
         channels_last=train.channels_last,
         is_cnn=is_cnn(trainee.method.backbone),
         checkpointing=train.checkpointing,

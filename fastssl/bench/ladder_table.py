@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fastssl.bench.hardware import Peak
-    from fastssl.bench.ladder import Ladder
+    from fastssl.bench.ladder_rows import Ladder
     from fastssl.bench.verdict import Verdict
     from fastssl.pretraining.run_config import Resolved
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from fastssl.bench.guard import Guard, exit_code
 from fastssl.bench.report import (
     PeakMemory,
     Row,
@@ -20,7 +21,6 @@ from fastssl.bench.report import (
     brief,
     busy,
     machine,
-    reason,
     tell_failures,
     write_measured,
 )
@@ -66,7 +66,7 @@ class BenchLoader:
     scaling: bool = False
     """Measure our engines on the CPU in 1, 2, 4 ... threads, too: rows such as fused (1)."""
     json: str = ""
-    """File for the results: a list with a row for each loader."""
+    """File for the results: a list with a row for each loader, written anew after each measurement."""
 
 
 def run(argv: list[str]) -> int:
@@ -101,36 +101,43 @@ def run(argv: list[str]) -> int:
         Source("read", "", _read, "encoded bytes copied from the shards, no more"),
         Source("decode", "", _decode, "our decoder in threads, no views"),
     ]
-    for source in engine_sources(engines, work):
+    device = GPU if has_gpu() else "cpu"
+    guard = Guard(device, f"batches of {args.batch} do not fit in the memory: lower --batch, or --threads")
+    with_engines, failed = engine_sources(engines, work, guard)
+    for source in with_engines:
         if args.scaling and source.name in engines:
             ours += [source.in_threads(1 << power) for power in range((work.threads - 1).bit_length())]
         ours.append(source)
-    where = machine(GPU) if has_gpu() else machine()
+    where = machine(device)
     console = Console(highlight=False)
     sources = [*ours, *peers]
-    rows = [Row(source.name, source.fidelity, note=source.note) for source in sources]
+    rows = [
+        failed.get(source.name) or Row(source.name, source.fidelity, note=source.note) for source in sources
+    ]
+    base = next((row for row in rows if row.name == MOCO_V3), None)
+    settings = dataclasses.asdict(args) | {
+        "recipe": dataclasses.asdict(recipe) | {"preset": args.recipe},
+        "threads": work.threads,
+        "images": len(sample_ids),
+        "page_cache": "warm",
+    }
     with console.status("") as status:
         # In turns, so that other work on the machine falls on all of them alike.
         for repeat in range(args.repeats):
             for source, row in zip(sources, rows, strict=True):
                 status.update(f"measuring {source.name}, {repeat + 1} of {args.repeats}")
-                if not row.error:
-                    measure(source, work, args.seconds, row, is_peer=source in peers)
-    base = next((row for row in rows if row.name == MOCO_V3), None)
-    for row in rows:
-        if row.fidelity:
-            row.compare(base)
+                if row.error:
+                    continue
+                measure(source, work, args.seconds, row, guard, is_peer=source in peers)
+                for each in rows:
+                    if each.fidelity:
+                        each.compare(base)
+                if args.json:
+                    write_measured(args.json, where, settings, rows)
     _show(console, rows, work, where, args)
     if args.json:
-        settings = dataclasses.asdict(args) | {
-            "recipe": dataclasses.asdict(recipe) | {"preset": args.recipe},
-            "threads": work.threads,
-            "images": len(sample_ids),
-            "page_cache": "warm",
-        }
-        write_measured(args.json, where, settings, rows)
         console.print(f"[dim]Written to {args.json}[/]")
-    return 0
+    return exit_code(rows)
 
 
 def check(args: BenchLoader) -> None:
@@ -151,32 +158,30 @@ def choose(names: str, known: dict[str, Any], kind: str) -> list[Any]:
     return [known[name] for name in chosen]
 
 
-def measure(source: Source, work: Work, seconds: float, row: Row, *, is_peer: bool) -> None:
+def measure(source: Source, work: Work, seconds: float, row: Row, guard: Guard, *, is_peer: bool) -> None:
     """Add to `row` one rate of a loader, taken over at least `seconds` after it has warmed up.
 
-    What cannot run here leaves its reason in the row; a fault of our own code is raised.
+    What cannot run here, and what fails, leaves its reason in the row.
     """
     in_a_round = work.threads if source.workers else 1
 
-    def spend(least_s: float) -> tuple[float, float]:
+    def spend(batches: Generator[int], least_s: float) -> tuple[float, float]:
         watch, images = Stopwatch(), 0
         while True:
             images += sum(next(batches) for _ in range(in_a_round))
             if watch.wall_s() >= least_s:
                 return images / watch.wall_s(), watch.cores()
 
-    try:
+    def turn() -> None:
         if is_peer:
             work.refuse_local_views_and_erasing(source.name)
         with PeakMemory() as memory, contextlib.closing(source.open(work)) as batches:
             for _ in range(2):
-                spend(min(WARM_UP_S, seconds))
-            row.add(*spend(seconds))
+                spend(batches, min(WARM_UP_S, seconds))
+            row.add(*spend(batches, seconds))
         row.more["peak_memory_bytes"] = max(memory.most_bytes, row.more.get("peak_memory_bytes", 0))
-    except Exception as fault:  # others' code fails in its own ways, and a loss must stay in the table
-        if not is_peer and not isinstance(fault, UserError):
-            raise
-        row.fail(str(fault) if isinstance(fault, UserError) else reason(fault))
+
+    guard.run([row], turn)
 
 
 # ----------------------------------------------------------------------------------------------------------- ours
@@ -276,9 +281,12 @@ class Way:
                 yield len(views[0])
 
 
-def engine_sources(engines: list[str], work: Work) -> list[Source]:
-    """Our engines, each with the fidelity that is measured on some of the images; where there is a GPU, also with its help."""
-    sources = []
+def engine_sources(engines: list[str], work: Work, guard: Guard) -> tuple[list[Source], dict[str, Row]]:
+    """Return our engines, each with the fidelity that is measured on some of the images; where there is a GPU, also with its help.
+
+    Those whose views could not be compared have a row by their name, which says why.
+    """
+    sources, failed = [], {}
     for name in engines:
         ways = {name: (Way(name), _NOTES[name])}
         if has_gpu():
@@ -291,9 +299,13 @@ def engine_sources(engines: list[str], work: Work) -> list[Source]:
                     "decoded there, too: --data.decode gpu",
                 )
         for row, (way, note) in ways.items():
-            fidelity, levels = measured_fidelity(way, work)
+            told = Row(row, note=note)
+            found = guard.run([told], lambda way=way: measured_fidelity(way, work))
+            if found is None:
+                failed[row] = told
+            fidelity, levels = found or ("", "")
             sources.append(Source(row, fidelity, way.counts, f"{note}; {levels}" if levels else note))
-    return sources
+    return sources, failed
 
 
 def measured_fidelity(way: Way, work: Work) -> tuple[str, str]:

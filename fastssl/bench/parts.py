@@ -172,8 +172,11 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with self.console.status(f"measuring {name}"):
+            began = time.perf_counter()
             for _ in range(warm_up):
                 step()
+            self.wait()
+            warm_up_s = time.perf_counter() - began
             for _ in range(self.repeats):
                 self.wait()
                 watch, marks = Stopwatch(), [self.mark()]
@@ -187,6 +190,7 @@ class Clock:
             "ms_p50": statistics.median(times_ms),
             "ms_p95": percentile(times_ms, 95),
             "memory_bytes": memory_bytes(self.device),
+            "warm_up_s": warm_up_s,
         }
         return row
 
@@ -223,11 +227,10 @@ def memory_bytes(device: torch.device) -> int:
         return 0
 
 
-def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, Row]:
-    """Student, teacher and update by themselves, each on as many images as are on the device at a time."""
+def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, Callable[[], Row]]:
+    """Return what measures student, teacher and update by themselves, each on as many images as are on the device at a time."""
     method, step, chunk = trainee.method, trainee.step, trainee.chunk
     synthetic = _as_loaded(resolved, views(resolved, trainee.device, chunk))
-    rows: dict[str, Row] = {}
     whole = Step(
         method, DDPWrapper(method), trainee.optimizer, trainee.device, trainee.dtype
     )  # a chunk is all it gets
@@ -236,27 +239,29 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, R
         with _autocast(trainee):
             return method.targets(method.teacher_features(synthetic))
 
-    with _forgetful(method):
-        with _given_targets(whole, teacher()):
-
-            def student() -> None:
-                whole.gradients(synthetic)
-                trainee.optimizer.zero_grad(set_to_none=True)
-
-            rows[STUDENT] = clock.row(STUDENT, student, batch=chunk)
-        rows[TEACHER] = clock.row(TEACHER, teacher, batch=chunk)
+    def student() -> None:
         whole.gradients(synthetic)
-    grads = [(p, p.grad) for p in method.parameters() if p.grad is not None]
+        trainee.optimizer.zero_grad(set_to_none=True)
 
-    def update() -> None:
-        for parameter, grad in grads:  # which a step clears
-            parameter.grad = grad
-        step.update(method.teacher_momentum(0.5))
+    def student_row() -> Row:
+        with _forgetful(method), _given_targets(whole, teacher()):
+            return clock.row(STUDENT, student, batch=chunk)
 
-    rows[UPDATE] = clock.row(UPDATE, update, batch=trainee.batch)
-    for parameter in method.parameters():
-        parameter.grad = None
-    return rows
+    def teacher_row() -> Row:
+        with _forgetful(method):
+            return clock.row(TEACHER, teacher, batch=chunk)
+
+    def update_row() -> Row:
+        grads = [(p, torch.randn_like(p)) for p in method.parameters() if p.requires_grad]
+
+        def update() -> None:
+            for parameter, grad in grads:  # which a step clears
+                parameter.grad = grad
+            step.update(method.teacher_momentum(0.5))
+
+        return clock.row(UPDATE, update, batch=trainee.batch)
+
+    return {STUDENT: student_row, TEACHER: teacher_row, UPDATE: update_row}
 
 
 def _autocast(trainee: Trainee) -> torch.autocast:

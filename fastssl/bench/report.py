@@ -49,6 +49,8 @@ class Row:
     """Seconds of CPU time of this process and its children per second, in each repeat."""
     error: str = ""
     """Why nothing was measured."""
+    failure: bool = False
+    """Whether that is a fault or a lack of memory; False for what cannot run here, such as a package that is not installed."""
     ratio: float | None = None
     """images_per_s over that of the row `ratio_to`."""
     ratio_to: str = ""
@@ -76,11 +78,11 @@ class Row:
         self.rates.append(rate)
         self.cores.append(cores)
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, *, failure: bool = False) -> None:
         """Give up, with the reason; what was measured before does not count."""
         self.rates.clear()
         self.cores.clear()
-        self.error = reason
+        self.error, self.failure = reason, failure
 
     def compare(self, other: Row | None) -> None:
         """Set the ratio to `other`, where both were measured."""
@@ -104,6 +106,7 @@ class Row:
             "cpu_cores": self.cpu_cores,
             "core_ms_per_image": self.core_ms,
             "error": self.error or None,
+            "failure": self.failure,
             "note": self.note or None,
             **self.more,
         }

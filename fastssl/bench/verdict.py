@@ -12,6 +12,8 @@ READ, DECODE, TO_DEVICE, AUGMENT, LOADER = "read", "decode", "to device", "augme
 STUDENT, TEACHER, UPDATE = "student forward + backward", "teacher forward", "EMA + optimiser"
 FULL, FULL_AUGMENT, END_TO_END = "full step, synthetic", "full step + augment", "end to end"
 RUNGS = (READ, DECODE, TO_DEVICE, AUGMENT, LOADER, STUDENT, TEACHER, UPDATE, FULL, FULL_AUGMENT, END_TO_END)
+# Others' steps.
+MOCO_V3, TODAY, LIGHTLY = "moco-v3's own kind of step", "plain step of today's PyTorch", "lightly's blocks"
 
 BESIDE = 1.1  # a step this much slower beside the loader competes with it
 WELL = 0.95  # of what the slower side allows: nothing is lost between them
@@ -22,6 +24,7 @@ class Switches:
     """The settings that the advice may change, and what this machine allows."""
 
     on_gpu: bool = False
+    has_shards: bool = False
     engine: str = "fused"
     augment_on: str = "cpu"
     cache: str = "none"
@@ -54,20 +57,27 @@ class Verdict:
 
 
 def judge(rates: Mapping[str, float | None], switches: Switches, contention: float | None = None) -> Verdict:
-    """Name the bottleneck and the switch to try.
+    """Name the bottleneck and the switch to try; without a figure of the full step, say that it is missing.
 
     Args:
-        rates: images per second of each rung; None or absent where it was not measured. The full step must be there.
+        rates: images per second of each rung; None or absent where it was not measured.
         contention: time of a step while the loader works / of the step alone.
     """
     step, loader, whole = rates.get(FULL), rates.get(LOADER), rates.get(END_TO_END)
-    assert step
+    if not step:
+        return Verdict(
+            FULL, None, None, f"Without a figure of '{FULL}' nothing can be said of what bounds the run."
+        )
     if not loader or not whole:
         part, advice = _slow_part_of_step(rates, switches)
-        start = f"The step makes {brief(step)} images/s, of which {part} takes the most"
-        return Verdict(
-            part, None, None, f"{start}: {advice}. Give --data.shards to learn whether the loader keeps up."
+        start = f"The step makes {brief(step)} images/s"
+        start += f": {advice}" if part == FULL else f", of which {part} takes the most: {advice}"
+        missing = (
+            "The loader was not measured beside it"
+            if switches.has_shards
+            else "Give --data.shards to learn whether the loader keeps up"
         )
+        return Verdict(part, None, None, f"{start}. {missing}.")
     # On a CPU both share the cores, so their times add up; beside a GPU the slower one decides.
     allowed = min(step, loader) if switches.on_gpu else 1 / (1 / step + 1 / loader)
     overlap = whole / allowed
@@ -89,24 +99,31 @@ def judge(rates: Mapping[str, float | None], switches: Switches, contention: flo
         return Verdict("contention", overlap, contention, sentence)
     if loader < step:
         part, advice = _slow_part_of_loader(rates, switches)
-        sentence = f"The loader is the bottleneck, and in it {part}: {advice}; {told}."
+        sentence = f"The loader is the bottleneck{_in_it(part)}: {advice}; {told}."
     else:
         part, advice = _slow_part_of_step(rates, switches)
-        sentence = f"The step is the bottleneck, and in it {part}: {advice}; {told}."
+        sentence = f"The step is the bottleneck{_in_it(part)}: {advice}; {told}."
     return Verdict(part, overlap, contention, sentence)
 
 
-def _slowest(rates: Mapping[str, float | None], names: tuple[str, ...]) -> str:
+def _in_it(part: str) -> str:
+    return "" if part in (FULL, LOADER) else f", and in it {part}"
+
+
+def _slowest(rates: Mapping[str, float | None], names: tuple[str, ...], whole: str) -> str:
+    """The slowest of the parts `names`; the whole where none of them was measured."""
     measured = {name: rate for name in names if (rate := rates.get(name))}
-    return min(measured, key=lambda name: measured[name]) if measured else names[-1]
+    return min(measured, key=lambda name: measured[name]) if measured else whole
 
 
 def _slow_part_of_loader(rates: Mapping[str, float | None], switches: Switches) -> tuple[str, str]:
-    part = _slowest(rates, (READ, DECODE, TO_DEVICE, AUGMENT))
+    part = _slowest(rates, (READ, DECODE, TO_DEVICE, AUGMENT), LOADER)
     if switches.engine == "reference":
         return part, "try --data.engine fused"
     if switches.threads < switches.cores:
         return part, f"try --data.threads {switches.cores}"
+    if part == LOADER:
+        return part, "measure its parts, too (--rows end,data)"
     if part == READ:
         return part, "try --data.cache ram, or a faster disk and --data.order blocks"
     if part == DECODE:
@@ -123,7 +140,7 @@ def _slow_part_of_loader(rates: Mapping[str, float | None], switches: Switches) 
 
 
 def _slow_part_of_step(rates: Mapping[str, float | None], switches: Switches) -> tuple[str, str]:
-    part = _slowest(rates, (STUDENT, TEACHER, UPDATE))
+    part = _slowest(rates, (STUDENT, TEACHER, UPDATE), FULL)
     if part == UPDATE or _share_of_update(rates) > 0.2:
         return UPDATE, "try a larger --train.batch, so that it comes less often"
     if not switches.half and switches.half_is_fast:

@@ -105,3 +105,19 @@ def assert_same_end(run: Path, expected: Path) -> None:
         assert differences(found[part], wanted[part], part) == []
     assert timeless(run) == timeless(expected)
     assert all(math.isfinite(v) for row in rows(run) for v in row.values())
+
+
+# Flags of `fastssl bench CONFIG` at tiny size; the last four are the ladder's own, the others settings.
+LADDER_STEP = (
+    *(
+        "--model.backbone",
+        "resnet10_w32",
+        "--recipe.size",
+        "16",
+        "--method.hidden_dim",
+        "8",
+        "--method.dim",
+        "4",
+    ),
+    *("--train.batch", "4", "--train.device", "cpu", "--steps", "2", "--repeats", "1"),
+)

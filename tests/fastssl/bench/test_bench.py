@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastssl.bench import bench_command, loader, peers, report
+from fastssl.bench.guard import Guard, exit_code
 from fastssl.bench.report import Row
 from fastssl.bench.work import Source, Work
 from pipelines.augment.recipe import Recipe, get_recipe
@@ -140,7 +141,8 @@ def test_a_peer_that_is_not_installed_is_listed_with_the_reason(shard_folder, tm
     assert "kornia-modules could not be measured: not installed" in capsys.readouterr().out
 
 
-def test_a_peer_that_fails_is_listed_and_a_fault_of_ours_is_raised():
+@pytest.mark.parametrize("is_peer", [True, False])
+def test_a_loader_that_fails_is_listed_as_a_failure(is_peer, capsys):
     def broken(work):
         yield 4
         raise ArithmeticError("the first line\nthe reason")
@@ -148,11 +150,46 @@ def test_a_peer_that_fails_is_listed_and_a_fault_of_ours_is_raised():
     work = SimpleNamespace(threads=1, refuse_local_views_and_erasing=lambda name: None)
     row = Row("x")
     row.add(5.0, 1.0)
-    loader.measure(Source("x", "exact", broken), work, 0.01, row, is_peer=True)
+    loader.measure(Source("x", "exact", broken), work, 0.01, row, Guard("cpu", ""), is_peer=is_peer)
     assert row.error == "ArithmeticError: the first line the reason"
-    assert row.rates == []
-    with pytest.raises(ArithmeticError):
-        loader.measure(Source("x", "exact", broken), work, 0.01, Row("x"), is_peer=False)
+    assert (row.rates, row.failure, exit_code([Row("y"), row])) == ([], True, 1)
+    assert "in broken" in capsys.readouterr().err
+
+
+def test_the_others_are_measured_and_written_where_an_engine_of_ours_fails(
+    shard_folder, tmp_path, monkeypatch, capsys
+):
+    batches = loader.Way.batches
+
+    def broken(way, work):
+        if way.engine == "fused" and work.batch == 4:  # not while views are compared
+            raise MemoryError("no more")
+        return batches(way, work)
+
+    monkeypatch.setattr(loader.Way, "batches", broken)
+    path = tmp_path / "loader.json"
+    flags = ["--peers", "none", "--engines", "fused,reference", "--json", str(path)]
+    assert bench_command.run(["loader", str(shard_folder), *TINY, *flags]) == 1
+    rows = {row["name"]: row for row in json.loads(path.read_text())}
+    assert rows["fused"]["error"] == (
+        "batches of 4 do not fit in the memory: lower --batch, or --threads (MemoryError: no more)"
+    )
+    assert rows["fused"]["failure"]
+    for name in ("read", "decode", "reference"):
+        check_row(rows[name])
+    assert "fused could not be measured: batches of 4 do not fit" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_engine_whose_views_cannot_be_compared_is_not_timed(shard_folder, tmp_path, monkeypatch):
+    def broken(way, work):
+        raise ArithmeticError("what")
+
+    monkeypatch.setattr(loader, "measured_fidelity", broken)
+    path = tmp_path / "loader.json"
+    flags = ["--peers", "none", "--engines", "fused", "--json", str(path)]
+    assert bench_command.run(["loader", str(shard_folder), *TINY, *flags]) == 1
+    *_, fused = json.loads(path.read_text())
+    assert (fused["name"], fused["images_per_s"], fused["error"]) == ("fused", None, "ArithmeticError: what")
 
 
 def test_what_a_gpu_could_do_are_rows_of_their_own_and_say_why_they_failed(

@@ -1,6 +1,9 @@
 """`fastssl bench augment` on a CPU: that each way makes views of the recipe's form, and what the report says of it."""
 
+import contextlib
+import copy
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -121,6 +124,48 @@ def test_report_has_a_row_for_each_and_what_kept_one_out(tmp_path, capsys, monke
     shown = capsys.readouterr().out
     assert "3 decoded images of 500 x 375" in shown
     assert "dali-graph could not be measured: not installed" in shown
+
+
+def test_a_way_that_fails_keeps_none_of_the_others_from_being_written(tmp_path, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def fails_later(work):
+        steps = itertools.count()
+
+        def step():
+            if next(steps) > augment_turns.WARM_UP + 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return [torch.zeros(3, 3, 16, 16)] * 2
+
+        yield step
+
+    monkeypatch.setattr(augment_turns, "measured_levels", lambda each, work: 0.0)
+    broken = Augmenter("torch", "", fails_later, "", peer=False)
+    monkeypatch.setitem(AUGMENTERS, "torch", broken)
+    path = tmp_path / "augment.json"
+    argv = ["augment", "--engines", "torch,fused", *TINY, "--json", str(path)]
+    assert bench_command.run(argv) == 1
+    failed, fused = json.loads(path.read_text())
+    assert failed["failure"]
+    assert failed["images_per_s"] is None
+    assert failed["error"].startswith(
+        "a batch of 3 does not fit in the memory of the device: lower --batch ("
+    )
+    assert not fused["failure"]
+    assert fused["images_per_s"] > 0
+    assert fused["ours_over_this"] == 1
+    assert "torch could not be measured: a batch of 3" in " ".join(capsys.readouterr().out.split())
+
+
+def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(
+        "fastssl.bench.augment.write_measured", lambda *args: kept.append(copy.deepcopy(args[-1]))
+    )
+    assert (
+        bench_command.run(["augment", "--engines", "torch,fused", *TINY, "--json", str(tmp_path / "x.json")])
+        == 0
+    )
+    assert [[len(row.rates) for row in rows] for rows in kept] == [[1, 0], [1, 1], [2, 1], [2, 2], [2, 2]]
 
 
 def test_images_come_from_shards(tmp_path, capsys):

@@ -1,12 +1,13 @@
 """`fastssl bench CONFIG`: the verdict on made-up ladders, what is counted, and the command at tiny size."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastssl.bench import bench_command, data_rungs, hardware, ladder, parts, step_peers, verdict
+from fastssl.bench import bench_command, data_rungs, hardware, ladder_rows, parts, step_peers, verdict
 from fastssl.bench.report import Row
 from fastssl.bench.verdict import Switches, judge
 from fastssl.methods.parts import ema_update
@@ -14,19 +15,9 @@ from fastssl.pretraining import run_config
 from fastssl.pretraining.step import chunks
 from pipelines.streaming.lazy_views import LazyViews, count_samples, rows_of
 from shards.errors import UserError
+from tests.fastssl.runs import LADDER_STEP as STEP
 from tests.fastssl.tiny import Plain, make_method
 
-STEP = [
-    "--model.backbone",
-    "resnet10_w32",
-    "--recipe.size",
-    "16",
-    "--method.hidden_dim",
-    "8",
-    "--method.dim",
-    "4",
-]
-STEP += ["--train.batch", "4", "--train.device", "cpu", "--steps", "2", "--repeats", "1"]
 GPU = Switches(on_gpu=True, threads=16, cores=16)
 # Of a run beside a GPU in which nothing is lost.
 EVEN = {
@@ -132,6 +123,22 @@ def test_on_a_cpu_both_sides_share_the_cores():
     assert found.bottleneck == verdict.STUDENT
 
 
+def test_parts_that_were_not_measured_are_not_blamed():
+    rates = {verdict.FULL: 3000.0, verdict.LOADER: 6000.0, verdict.END_TO_END: 2940.0}
+    found = judge(rates, Switches(on_gpu=True, compiled=False, has_shards=True), 1.0)
+    assert found.bottleneck == verdict.FULL
+    assert found.sentence.startswith("The step is the bottleneck: try --train.compile True; the loader makes")
+    found = judge(rates | {verdict.LOADER: 1000.0, verdict.END_TO_END: 990.0}, GPU, 1.0)
+    assert found.sentence.startswith(
+        "The loader is the bottleneck: measure its parts, too (--rows end,data);"
+    )
+    alone = judge({verdict.FULL: 3000.0}, Switches(on_gpu=True, has_shards=True))
+    assert alone.sentence.endswith(
+        "every switch is on: try a smaller --model.backbone or --recipe.size, or more devices. "
+        "The loader was not measured beside it."
+    )
+
+
 def test_without_shards_it_says_what_is_missing():
     found = judge({verdict.FULL: 100.0, verdict.STUDENT: 130.0, verdict.UPDATE: 9000.0}, GPU)
     assert found.overlap is None
@@ -173,7 +180,7 @@ def test_forward_flops_of_linear_layers():
 
 
 def test_traffic_of_a_step_is_linear_in_the_batch(config_file):
-    resolved = run_config.load(config_file, STEP[:-4])
+    resolved = run_config.load(config_file, list(STEP[:-4]))
     trainee = parts.build(resolved, torch.device("cpu"))
     images = parts.views(resolved, "cpu", 6)
     counted = hardware.bytes_of(lambda: trainee.step.gradients(images))
@@ -214,13 +221,16 @@ def test_mfu_counts_eight_forwards():
     )  # type: ignore[arg-type]
     rows = {
         verdict.FULL: Row(verdict.FULL, rates=[1000.0]),
+        "end to end, views on the GPU": Row("end to end, views on the GPU", rates=[500.0]),
         verdict.TEACHER: Row(verdict.TEACHER, rates=[4000.0]),
     }
     rows |= {
         verdict.UPDATE: Row(verdict.UPDATE, rates=[4e12]),
         verdict.LOADER: Row(verdict.LOADER, error="no"),
     }
-    ladder.annotate(rows, trainee, hardware.Peak(989, 3.0, "data sheet"))
+    for row in rows.values():
+        ladder_rows.annotate(row, trainee, hardware.Peak(989, 3.0, "data sheet"))
+    assert rows["end to end, views on the GPU"].more["mfu"] == pytest.approx(0.05)
     assert rows[verdict.FULL].more["mfu"] == pytest.approx(0.1)  # 1000 x 98.9 GFLOP of 989 TFLOP/s
     assert rows[verdict.TEACHER].more["mfu"] == pytest.approx(
         0.1
@@ -249,10 +259,8 @@ def test_percentiles():
 
 
 def test_the_whole_ladder(config_file, shards, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("lightly")
-    monkeypatch.setattr(
-        "fastssl.pretraining.build.has_compiler", lambda device: False
-    )  # compiling takes half a minute: see below
+    # Compiling takes half a minute: see below.
+    monkeypatch.setattr(ladder_rows, "has_compiler", lambda device: False)
     path = tmp_path / "ladder.json"
     assert bench_command.run([config_file, *STEP, "--data.shards", str(shards), "--json", str(path)]) == 0
     found = json.loads(path.read_text())
@@ -261,10 +269,11 @@ def test_the_whole_ladder(config_file, shards, tmp_path, monkeypatch, capsys):
         *verdict.RUNGS,
         "EMA",
         "EMA as a Python loop",
-        "plain eager step",
-        "lightly's blocks",
+        *step_peers.STEP_PEERS,
     ]
     assert "nothing is copied" in rows.pop(verdict.TO_DEVICE)["error"]
+    if importlib.util.find_spec("lightly") is None:
+        assert rows.pop(step_peers.LIGHTLY)["error"].startswith("not installed: ")
     for row in rows.values():
         assert row["error"] is None
         assert row["images_per_s"] > 0
@@ -274,7 +283,7 @@ def test_the_whole_ladder(config_file, shards, tmp_path, monkeypatch, capsys):
         assert 0 < rows[name]["mfu"] < 10
     assert rows["EMA"]["ratio_to"] == "EMA as a Python loop"
     ours = rows[verdict.FULL]["images_per_s"]
-    for peer in ("plain eager step", "lightly's blocks"):
+    for peer in rows.keys() & set(step_peers.STEP_PEERS):
         assert rows[peer]["ours_over_this"] == pytest.approx(ours / rows[peer]["images_per_s"])
     assert found["kind"] == "ladder"
     assert found["settings"]["config"]["train"]["batch"] == 4
@@ -300,27 +309,6 @@ def test_chunks_exact_heads_and_a_queue_run_too(config_file, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "batch 4 in chunks of 2, bfloat16, eager" in said
     assert "Give --data.shards to learn" in said
-
-
-def test_ratio_of_the_compiled_step(config_file, monkeypatch):
-    resolved = run_config.load(config_file, STEP[:-4])
-    device = torch.device("cpu")
-    from rich.console import Console
-
-    calls = []
-    monkeypatch.setattr("fastssl.pretraining.build.has_compiler", lambda device: True)
-    monkeypatch.setattr(
-        "fastssl.pretraining.build.compile_blocks", lambda method, device: calls.append(1) or True
-    )
-    clock = parts.Clock(device, 4, 1, 1, Console(quiet=True))
-    found = ladder.measure(resolved, parts.build(resolved, device), clock, compare=True)
-    assert calls == [1]
-    assert found.rows[ladder.COMPILED].ratio_to == verdict.FULL
-    assert not found.compiled
-    compiled = run_config.load(config_file, [*STEP[:-4], "--train.compile", "True"])
-    found = ladder.measure(compiled, parts.build(compiled, device), clock, compare=True)
-    assert found.rows[verdict.FULL].ratio_to == ladder.EAGER
-    assert found.compiled
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,17 @@
-"""The goals for a GPU, the figure of each in the files of `gpu_check`, and the verdict: met, missed, or why it is not known."""
+"""The goals for a GPU, the figure of each in the files of `bench gpu`, and the verdict: met, missed, or why it is not known."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastssl.bench.verdict import END_TO_END, FULL, MOCO_V3
+
 GB = 1e9
 OURS = ("triton", "torch")
-END_TO_END, FULL, PLAIN = "end to end", "full step, synthetic", "plain eager step"
 
 
 class Unknown(Exception):
@@ -22,8 +23,8 @@ class Goal:
     """What is to be reached."""
 
     text: str
-    part: str
-    """The part of `gpu_check` that measures it."""
+    stage: str
+    """The stage that measures it."""
     file: str
     """End of the name of the file that it writes."""
     find: Callable[[Any], float]
@@ -42,7 +43,7 @@ class Goal:
             "figure": None,
             "unit": self.unit,
             "met": None,
-            "part": self.part,
+            "stage": self.stage,
             "file": None,
             "why": "not run",
         }
@@ -106,50 +107,100 @@ def _of_synthetic(report: Any) -> float:
 
 
 def _contention(report: Any) -> float:
-    beside = report["verdict"]["contention"]
+    beside = _row(report, END_TO_END).get("contention")
     if beside is None:
+        _row(report, FULL)  # says why there is none
         raise Unknown("the step was not measured beside the loader")
     return 100 * (beside - 1)
 
 
-def _over_plain(report: Any) -> float:
-    return _row(report, FULL)["images_per_s"] / _row(report, PLAIN)["images_per_s"]
+def _over_moco_v3(report: Any) -> float:
+    return _row(report, FULL)["images_per_s"] / _row(report, MOCO_V3)["images_per_s"]
 
 
 def _peak_gb(card: str) -> Callable[[Any], float]:
     def peak(report: Any) -> float:
         if card not in report["rows"]:
-            raise Unknown(f"{card} was not measured")
+            raise Unknown(report.get("failed", {}).get(card) or f"{card} was not measured")
+        if report.get("extra"):
+            raise Unknown(f"measured with {' '.join(report['extra'])}")
         return report["rows"][card]["peak_memory_bytes"] / GB
 
     return peak
 
 
 def _failed_tests(report: Any) -> float:
+    if report["failed"]:
+        return len(report["failed"])
     if not report["passed"]:
-        raise Unknown("no test ran")
-    return len(report["failed"])
+        reasons = f": {'; '.join(report['reasons'])}" if report["reasons"] else ""
+        raise Unknown(f"no test ran, {report['skipped']} were skipped{reasons}")
+    return 0
+
+
+def _as_asked(find: Callable[[Any], float], **asked: Any) -> Callable[[Any], float]:
+    """The figure, where it was measured on a GPU and at the sizes that the goal is about; Unknown elsewhere."""
+
+    def found(report: Any) -> float:
+        first = report if isinstance(report, dict) else report[0]
+        settings = first.get("settings", {})
+        config = settings.get("config")
+        of_run = config and {
+            "backbone": config["model"]["backbone"],
+            "size": config["recipe"]["size"],
+            "batch": config["train"]["batch"],
+        }
+        for name, value in (of_run or settings).items():
+            if name in asked and value != asked[name]:
+                raise Unknown(f"measured with {name} {value}, not {asked[name]}")
+        if "machine" in first and not first["machine"]["gpu"]:
+            raise Unknown("measured on a CPU")
+        return find(report)
+
+    return found
 
 
 def _model_goals(model: str, name: str, own: Goal) -> list[Goal]:
     file = f"ladder-{model}"
-    return [
+    goals = [
         own,
         Goal(f"{name}: end to end of the step on synthetic views", model, file, _of_synthetic, 0.97, ""),
         Goal(
             f"{name}: a step beside the loader takes longer by", model, file, _contention, 3, "%", least=False
         ),
-        Goal(f"{name}: step over moco-v3's plain fp16 step", model, file, _over_plain, 2, "x"),
+        Goal(f"{name}: step over moco-v3's own kind of step, fp16", model, file, _over_moco_v3, 2, "x"),
     ]
+    batch = 512 if model == "vit_small" else 256
+    asked = {"backbone": model if model == "resnet50" else f"moco_{model}", "size": 224, "batch": batch}
+    return [replace(goal, find=_as_asked(goal.find, **asked)) for goal in goals]
 
 
-VIEWS = "two views of 256 images of 500 x 375 at 224 px"
+def _views(find: Callable[[Any], float]) -> Callable[[Any], float]:
+    return _as_asked(find, size=224, batch=256)
+
+
+VIEWS = "two views of 256 images of ImageNet's sizes at 224 px"
 GOALS: tuple[Goal, ...] = (
     Goal("tests that want a GPU: failed", "tests", "tests", _failed_tests, 0, "", least=False),
-    Goal(VIEWS, "augment", "augment", lambda rows: _best_augmenter(rows)["ms_p50"], 6, "ms", least=False),
-    Goal(f"{VIEWS}, over Kornia's modules", "augment", "augment", _over("kornia-modules"), 5, "x"),
-    Goal(f"{VIEWS}, over DALI", "augment", "augment", _over("dali-graph"), 1.5, "x"),
-    Goal("loader alone, JPEGs of 500 x 375", "loader", "loader", _fastest_loader, 10_000, "images/s"),
+    Goal(
+        VIEWS,
+        "augment",
+        "augment",
+        _views(lambda rows: _best_augmenter(rows)["ms_p50"]),
+        6,
+        "ms",
+        least=False,
+    ),
+    Goal(f"{VIEWS}, over Kornia's modules", "augment", "augment", _views(_over("kornia-modules")), 5, "x"),
+    Goal(f"{VIEWS}, over DALI", "augment", "augment", _views(_over("dali-graph")), 1.5, "x"),
+    Goal(
+        "loader alone, JPEGs of ImageNet's sizes",
+        "loader",
+        "loader",
+        _as_asked(_fastest_loader, size=224),
+        10_000,
+        "images/s",
+    ),
     *_model_goals(
         "vit_small",
         "ViT-S/16",
@@ -178,7 +229,7 @@ GOALS: tuple[Goal, ...] = (
 
 
 def newest(out: Path, device: str) -> dict[str, Path]:
-    """The latest file of each kind that `gpu_check` has written to a folder for a device, by the end of its name."""
+    """The latest file of each kind that `bench gpu` has written to a folder for a device, by the end of its name."""
     found: dict[str, Path] = {}
     for path in sorted(out.glob(f"????-??-??-{device}-*.json")):
         found[path.stem[len("0000-00-00-") + len(device) + 1 :]] = path

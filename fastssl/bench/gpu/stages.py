@@ -1,0 +1,347 @@
+"""What `bench gpu` runs: one table of stages, the processes of each, and their order, the most telling first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+# Configuration and images per step that an 80 GB card holds.
+MODELS = {
+    "vit_small": ("configs/moco_v3_vit_small.yaml", 512),
+    "resnet50": ("configs/moco_v3_resnet50.yaml", 256),
+    "vit_base": ("configs/moco_v3_vit_base.yaml", 256),
+}
+# Rows of the ladder that the goals ask for, and those that explain them.
+ASKED, EXPLAINING = "full,end,plain", "end_gpu,end_decode,parts"
+REST = "end_one_stream,augment,data,ema,compile,lightly"
+# What each switch is set to, from a base of bf16, eager, and the defaults.
+BASE = ["--train.compile", "False", "--train.precision", "bf16"]
+ADAMW = ["--optim.name", "adamw", "--optim.lr", "1e-4", "--optim.weight_decay", "0.1"]
+SWITCHES = {
+    "base": [],
+    "fp16": ["--train.precision", "fp16"],
+    "fp32": ["--train.precision", "fp32"],
+    "compile": ["--train.compile", "True"],
+    "channels_first": ["--train.channels_last", "False"],
+    "checkpointing_blocks": ["--train.checkpointing", "blocks"],
+    "checkpointing_selective": ["--train.checkpointing", "selective"],
+    "ema_loop": ["--method.ema", "loop"],
+    "adamw_fused": [*ADAMW, "--optim.implementation", "fused"],
+    "adamw_foreach": [*ADAMW, "--optim.implementation", "foreach"],
+    "adamw_loop": [*ADAMW, "--optim.implementation", "loop"],
+    "attention_explicit": ["--model.attention", "explicit"],
+}
+ON_CPU = (
+    "base",
+    "compile",
+    "channels_first",
+    "ema_loop",
+    "adamw_foreach",
+    "adamw_loop",
+    "attention_explicit",
+)
+# Configurations of small cards: the batch is cut to two chunks, which is what decides the peak.
+CARDS = {
+    "card_8gb_resnet50": 64,
+    "card_8gb_vit_small": 64,
+    "card_8gb_vit_base": 32,
+    "card_16gb_resnet50": 128,
+    "card_16gb_vit_small": 128,
+    "card_16gb_vit_base": 64,
+    "card_24gb_resnet50": 192,
+    "card_24gb_vit_small": 256,
+    "card_24gb_vit_base": 128,
+    "card_80gb_resnet50": 512,
+    "card_80gb_vit_small": 512,
+    "card_80gb_vit_base": 256,
+}
+# Those that the goals are about.
+JUDGED_CARDS = ("card_8gb_resnet50", "card_16gb_vit_base")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    images: int = 2000
+    """Photographs that are made."""
+    scale: float = 1.0
+    """Share of each batch size."""
+    steps: int = 20
+    """Steps of one measurement of the ladder."""
+    repeats: int = 3
+    """Measurements of each row."""
+    seconds: float = 2.0
+    """Least length of a measurement of views or loaders."""
+    short: bool = False
+    """Only what the goals ask for and what explains it: fewer rows, engines and cards, and short limits."""
+    extra: tuple[str, ...] = ()
+    """Further settings for every job with a configuration."""
+
+
+# A trial of the command itself: the smallest model and views.
+TINY = (
+    *(
+        "--model.backbone",
+        "resnet10_w32",
+        "--recipe.size",
+        "16",
+        "--method.hidden_dim",
+        "8",
+        "--method.dim",
+        "4",
+    ),
+    *("--train.compile", "False", "--train.precision", "fp32"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process."""
+
+    name: str
+    """Of its log."""
+    argv: tuple[str, ...]
+    """Arguments of the module."""
+    out: Path | None = None
+    """The JSON file that it writes; of pytest the XML file."""
+    module: str = "fastssl"
+
+    @property
+    def words(self) -> str:
+        """What one would type."""
+        return f"{self.module} {' '.join(self.argv)}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Jobs that belong together."""
+
+    name: str
+    lanes: tuple[tuple[Job, ...], ...]
+    """Lanes run side by side, the jobs of a lane one after the other."""
+    limit_s: float
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All of them."""
+        return [job for lane in self.lanes for job in lane]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all stages share."""
+
+    root: Path
+    """The source tree: configurations and tests."""
+    work: Path
+    """Folder for what is used again: photographs, shards, compiled kernels."""
+    shards: Path
+    """The images; made from photographs where they are those of `work`."""
+    out: Path
+    """Folder for results."""
+    stamp: str
+    """Begins the names of results: the date and the device."""
+    on_gpu: bool
+    sizes: Sizes
+
+    def path(self, name: str) -> Path:
+        """The file of a result."""
+        return self.out / f"{self.stamp}-{name}.json"
+
+    def batch(self, images: int) -> str:
+        """A batch size, scaled."""
+        return str(max(4, int(images * self.sizes.scale)))
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name, with its jobs."""
+        limits = SHORT_S if self.sizes.short else LIMIT_S
+        return Stage(name, STAGES[name](self), limits.get(name, limits["other"]))
+
+    def bench(self, name: str, path: str, *flags: str) -> Job:
+        """A ladder."""
+        out = self.path(name)
+        argv = ("bench", str(self.root / path), *flags, *self.sizes.extra, "--json", str(out))
+        return Job(name, argv, out)
+
+
+Lanes = tuple[tuple[Job, ...], ...]
+
+
+def _facts(plan: Plan) -> Lanes:
+    out = plan.work / "facts.json"
+    return ((Job("facts", (str(out),), out, "fastssl.bench.gpu.facts"),),)
+
+
+def _tests(plan: Plan) -> Lanes:
+    """A process a file: a CUDA fault spoils its own process only, and a hang its own file."""
+    from fastssl.bench.gpu.preflight import is_there
+
+    limit = ("--timeout", "90") if is_there("pytest_timeout") else ()
+    lanes = []
+    for file in gpu_tests(plan.root):
+        name = f"tests-{'-'.join(Path(file).with_suffix('').parts[1:])}"
+        out = plan.path(name).with_suffix(".xml")
+        # What other versions warn of is no failure there.
+        argv = ("-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-v", "--durations", "5", *limit)
+        lanes.append((Job(name, (*argv, f"--junit-xml={out}", file), out, "pytest"),))
+    return tuple(lanes)
+
+
+def _images(plan: Plan) -> Lanes:
+    photos, count = plan.work / f"photographs-{plan.sizes.images}", str(plan.sizes.images)
+    argv = (str(photos), str(plan.shards), count)
+    return ((Job("images", argv, module="fastssl.bench.gpu.images"),),)
+
+
+def _warm(plan: Plan) -> Lanes:
+    """Each model compiled once into the caches that its measurement reads; one at a time, as memory holds one and the tests."""
+    if not plan.on_gpu:
+        return ()
+    flags = ("--rows", "full", "--steps", "1", "--repeats", "1")
+    models = MODELS.items()
+    jobs = (
+        plan.bench(f"warm-{name}", path, "--train.batch", plan.batch(batch), *flags)
+        for name, (path, batch) in models
+    )
+    return (tuple(jobs),)
+
+
+def _model(name: str, rows: str, end: str, plan: Plan) -> Lanes:
+    path, batch = MODELS[name]
+    sizes = plan.sizes
+    if end and not sizes.short:
+        rows = f"{rows},{REST}"
+    flags = ("--data.shards", str(plan.shards), "--train.batch", plan.batch(batch), "--rows", rows)
+    measured = ("--steps", str(sizes.steps), "--repeats", str(sizes.repeats))
+    return ((plan.bench(f"ladder-{name}{end}", path, *flags, *measured),),)
+
+
+def _views(command: str, name: str, plan: Plan, *flags: str) -> Lanes:
+    sizes, out = plan.sizes, plan.path(name)
+    argv = ("bench", command, str(plan.shards), *flags, "--batch", plan.batch(256))
+    measured = ("--seconds", f"{sizes.seconds:g}", "--repeats", str(sizes.repeats))
+    size = ("--size", "16") if sizes.extra[: len(TINY)] == TINY else ()
+    return ((Job(name, (*argv, *measured, *size, "--json", str(out)), out),),)
+
+
+def _augment(plan: Plan) -> Lanes:
+    here = "triton,torch,kornia,kornia-modules" if plan.on_gpu else "torch,fused"
+    return _views("augment", "augment", plan, "--engines", here if plan.sizes.short else "all")
+
+
+def _loader(plan: Plan) -> Lanes:
+    engines = "fused" if plan.sizes.short else "fused,dali,kornia"
+    return _views("loader", "loader", plan, "--engines", engines, "--peers", "none")
+
+
+def _loader_peers(plan: Plan) -> Lanes:
+    return _views("loader", "loader_peers", plan, "--engines", "fused", "--peers", "all")
+
+
+def _memory(plan: Plan) -> Lanes:
+    """On a CPU there is no peak of a device's memory."""
+    if not plan.on_gpu:
+        return ()
+    off = (
+        "--method.queue",
+        "0",
+        "--train.compile",
+        "False",
+        "--rows",
+        "full",
+        "--steps",
+        "4",
+        "--repeats",
+        "1",
+    )
+    jobs = (
+        plan.bench(f"memory-{name}", f"configs/{name}.yaml", "--train.batch", str(2 * chunk), *off)
+        for name, chunk in CARDS.items()
+        if name in JUDGED_CARDS or not plan.sizes.short
+    )
+    return (tuple(jobs),)
+
+
+def _switches(model: str, plan: Plan) -> Lanes:
+    path, batch = MODELS[model]
+    size = ("--train.batch", plan.batch(batch // 2))
+    few = ("--rows", "full", "--steps", str(min(10, plan.sizes.steps)), "--repeats", "1")
+    jobs = (
+        plan.bench(f"switch-{model}-{name}", path, *size, *BASE, *SWITCHES[name], *few)
+        for name in (SWITCHES if plan.on_gpu else ON_CPU)
+        if _concerns(name, model)
+    )
+    return (tuple(jobs),)
+
+
+def _concerns(switch: str, model: str) -> bool:
+    """Whether a switch has an effect on a model's step."""
+    return not (
+        (switch == "channels_first" and "vit" in model)
+        or (switch == "attention_explicit" and "vit" not in model)
+    )
+
+
+def gpu_tests(root: Path) -> list[str]:
+    """The files with tests that want a GPU: to collect all would ask for packages that only the others need."""
+    marked = (
+        path for path in (root / "tests").rglob("test_*.py") if "pytest.mark." + "gpu" in path.read_text()
+    )
+    return sorted(str(path.relative_to(root)) for path in marked)
+
+
+STAGES: dict[str, Callable[[Plan], Lanes]] = {
+    "facts": _facts,
+    "tests": _tests,
+    "images": _images,
+    "warm": _warm,
+    **{name: partial(_model, name, ASKED, "") for name in MODELS},
+    "augment": _augment,
+    **{f"{name}_more": partial(_model, name, EXPLAINING, "-more") for name in MODELS},
+    "memory": _memory,
+    "loader": _loader,
+    **{f"switches_{name}": partial(_switches, name) for name in ("resnet50", "vit_small")},
+    "loader_peers": _loader_peers,
+}
+MEANINGS = {
+    "facts": "versions, rates of copies and products, first imports and compiles",
+    "tests": "the tests that need a GPU, a process a file",
+    "images": "photographs and their shards, made once",
+    "warm": "each model compiled once, for the measurements to find",
+    **dict.fromkeys(MODELS, "a model's step, end to end, and MoCo v3's own kind of step"),
+    "augment": "views from decoded images, ours and others'",
+    **{f"{name}_more": "the model's views and decoding on the GPU, and the step's parts" for name in MODELS},
+    "memory": "peaks of the configurations for small cards",
+    "loader": "from JPEGs to views",
+    "switches_resnet50": "each switch of speed by itself",
+    "switches_vit_small": "each switch of speed by itself",
+    "loader_peers": "from JPEGs to views, beside other loaders",
+}
+# The order; what stands together runs side by side.
+TURNS: tuple[tuple[str, ...], ...] = (
+    ("facts",),
+    ("tests", "images", "warm"),
+    *((name,) for name in STAGES if name not in ("facts", "tests", "images", "warm")),
+)
+# Those that --first leaves out.
+LATER = ("switches_resnet50", "switches_vit_small", "loader_peers")
+WITH_SHARDS = frozenset({*MODELS, *(f"{name}_more" for name in MODELS), "augment", "loader", "loader_peers"})
+# Limits: of the short forms, and of the whole ones, which are less than the ten minutes that some leave a machine.
+SHORT_S = {
+    "facts": 90.0,
+    **dict.fromkeys(("tests", "images", "warm"), 180.0),
+    **dict.fromkeys(MODELS, 110.0),
+    **{f"{name}_more": 90.0 for name in MODELS},
+    "memory": 90.0,
+    "other": 60.0,
+}
+LIMIT_S = {"facts": 90.0, "other": 570.0}
+
+
+def turns(chosen: set[str]) -> list[tuple[str, ...]]:
+    """The chosen stages in their order, those that run side by side together."""
+    kept = (tuple(name for name in turn if name in chosen) for turn in TURNS)
+    return [turn for turn in kept if turn]

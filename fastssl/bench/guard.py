@@ -1,0 +1,92 @@
+"""What keeps a benchmark going when one measurement fails: the failure becomes an error of its row, and the others are measured."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from fastssl.bench.report import Row, reason
+from shards.errors import UserError
+
+T = TypeVar("T")
+
+ABSENT = (UserError, NotImplementedError, ImportError)
+"""What says that something cannot run here; anything else is a failure, for which the command exits with code 1."""
+
+
+class Guard:
+    """Runs the measurements of one process.
+
+    A CUDA fault other than a lack of memory spoils all further work of its process: rows after it are not tried, and say why.
+    """
+
+    def __init__(self, device: Any, no_memory: str):
+        """`device`: a torch.device or its name; `no_memory`: what a row says where memory does not suffice, with the way out."""
+        self._device, self._no_memory = str(device), no_memory
+        self.lost = ""
+        """Why nothing more can be measured in this process; empty while the device works."""
+
+    def run(self, rows: Iterable[Row], measure: Callable[[], T]) -> T | None:
+        """Return what `measure` returns; where it fails, each of `rows` gets the reason, and None is returned.
+
+        The traceback of a failure, which only a log needs, goes to standard error.
+        """
+        if self.lost:
+            for row in rows:
+                row.fail(self.lost, failure=True)
+            return None
+        try:
+            return measure()
+        except Exception as error:  # others' code fails in its own ways, and a loss must stay in the table
+            failure = not isinstance(error, ABSENT)
+            if failure:
+                traceback.print_exc()
+            told = self._told(error)
+        # The failed measurement's tensors live as long as its traceback, so they are freed only here.
+        broken = self._free() if failure else ""
+        names = []
+        for row in rows:
+            row.fail(told, failure=failure)
+            names.append(row.name)
+        if broken:
+            self.lost = (
+                f"not tried: after '{names[0] if names else 'a measurement'}' the device no longer works in this process ({broken}); "
+                "measure this in another one"
+            )
+        return None
+
+    def _told(self, error: Exception) -> str:
+        if isinstance(error, UserError):
+            return str(error)
+        if out_of_memory(error):
+            return f"{self._no_memory} ({reason(error)})"
+        return reason(error)
+
+    def _free(self) -> str:
+        """Free what a failure has left on the GPU; returns why the GPU no longer works, or an empty text."""
+        import torch
+
+        gc.collect()
+        if not self._device.startswith("cuda"):
+            return ""
+        try:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+            torch.ones(1, device=self._device).item()
+        except RuntimeError as error:
+            return reason(error)
+        return ""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Return whether an error is the device's or the host's lack of memory."""
+    from fastssl.core.memory import is_out_of_memory
+
+    return isinstance(error, MemoryError) or is_out_of_memory(error)
+
+
+def exit_code(rows: Iterable[Row]) -> int:
+    """1 where the measurement of a row failed; 0 where all ran or could not run here."""
+    return int(any(row.failure for row in rows))
