@@ -91,15 +91,17 @@ def _batched(name: str) -> Callable[[Decoded], contextlib.AbstractContextManager
 def batched_step(work: Decoded, kernels: BatchedKernels) -> Step:
     """The whole-batch kernels on images that lie end to end on the device; draws, parameters and their copy included."""
     from pipelines.kernels.batched_views import BatchedViews
+    from pipelines.kernels.view_params import TYPES
 
     sizes = np.array([image.size for image in work.images])
     first_bytes, widths = np.cumsum(sizes) - sizes, work.sides()[0]
+    types = np.full(len(sizes), TYPES.index("uint8"))
     pixels = torch.from_numpy(np.concatenate([image.reshape(-1) for image in work.images])).to(work.device)
     make, drawn = BatchedViews(work.recipe, work.device, kernels), work.drawn()
 
     def step() -> list[Tensor]:
         ids, records = next(drawn)
-        return make(pixels, first_bytes[ids], widths[ids], records)
+        return make(pixels, first_bytes[ids], widths[ids], records, types[ids])
 
     return step
 

@@ -20,7 +20,7 @@ from fastssl.models.activation_checkpointing import checkpoint_blocks, frozen_st
 from fastssl.models.model_config import ModelConfig, architecture, build_backbone
 from fastssl.pretraining.step import DDPWrapper
 from pipelines.augment.channels import fit_recipe
-from pipelines.kernels.torch_kernels import Form
+from pipelines.kernels.view_params import Form
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 

@@ -74,7 +74,12 @@ def fit_recipe(recipe: Recipe, shards: ShardSet, value_range: str = "type") -> R
 
 def is_deep(pixels: np.ndarray, recipe: Recipe) -> bool:
     """Whether an image (H, W, C) is worked on in floats: all but 8 bits in three channels and over their full range."""
-    return pixels.dtype != np.uint8 or pixels.shape[2] != 3 or bool(recipe.value_low)
+    return not eight_bit_rgb(pixels.dtype, pixels.shape[2], recipe)
+
+
+def eight_bit_rgb(dtype: np.dtype, channels: int, recipe: Recipe) -> bool:
+    """Whether images of this kind are worked on in 8 bits."""
+    return dtype == np.uint8 and channels == 3 and not recipe.value_low
 
 
 def check_operations(recipe: Recipe) -> None:

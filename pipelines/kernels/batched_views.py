@@ -1,89 +1,22 @@
-"""Which batched kernels make the views on a device: Triton's where they run and pass a test, torch's functions elsewhere."""
+"""The views of a batch of decoded images of any type and number of channels, made by batched kernels on a device."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import warnings
-from functools import cache
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.augment.draws import draw
-from pipelines.augment.recipe import RECIPES, Recipe
-from pipelines.kernels import torch_kernels
-from pipelines.kernels.torch_kernels import PLAIN, Form, Params
-
-# Both keep 8 bits between the steps; where a rounding differs, a pixel is a level off, and its hue some.
-ALLOWED_LEVELS = 0.25
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Within, `device` is the current one where it is a GPU: Triton launches on that, wherever the tensors lie."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-class BatchedKernels(Protocol):
-    """The operations on a batch of views, uint8 (M, 3, S, S); see `gpu_kernels`, whose functions are the plainest form."""
-
-    def crop(
-        self,
-        pixels: Tensor,
-        params: Params,
-        size: int,
-        heights: np.ndarray,
-        widths: np.ndarray,
-        interpolation: str = "bilinear",
-    ) -> Tensor:
-        """Cut and resize."""
-        ...
-
-    def colour(self, views: Tensor, params: Params) -> Tensor:
-        """Jitter and greyscale."""
-        ...
-
-    def blur(self, views: Tensor, params: Params) -> Tensor:
-        """Blur the views that were drawn."""
-        ...
-
-    def finish(self, views: Tensor, params: Params, mean: Tensor, std: Tensor, form: Form = PLAIN) -> Tensor:
-        """Solarise, flip, turn, noise, normalise."""
-        ...
-
-
-def make_views(
-    kernels: BatchedKernels,
-    pixels: Tensor,
-    params: Params,
-    draws: np.ndarray,
-    size: int,
-    mean: Tensor,
-    std: Tensor,
-    form: Form = PLAIN,
-    interpolation: str = "bilinear",
-    erased: Tensor | None = None,
-) -> Tensor:
-    """All operations in their order: (M, 3, S, S) in `form`, normalised.
-
-    Args:
-        pixels: uint8, the bytes of all images, each (H, W, 3).
-        draws: the DRAW records (M,) of `params`, for what the host has to know.
-        mean, std: float32 (3,).
-        interpolation: of the crops, bilinear or bicubic.
-        erased: as for `gpu_kernels.erase`; None erases nothing.
-    """
-    heights, widths = draws["height"], draws["width"]
-    views = kernels.crop(pixels, params, size, heights, widths, interpolation)
-    views = kernels.blur(kernels.colour(views, params), params)
-    views = kernels.finish(views, params, mean, std, form)
-    return views if erased is None else torch_kernels.erase(views, params, erased)
+from pipelines.augment.channels import eight_bit_rgb, gain_and_offset
+from pipelines.augment.recipe import Recipe
+from pipelines.kernels.batched_kernels import BatchedKernels, FinishOptions, make_views, on_device
+from pipelines.kernels.kernel_choice import choose_kernels
+from pipelines.kernels.view_params import PLAIN, TYPES, CropOptions, Form, pack, upload
 
 
 class BatchedViews:
-    """Makes all views of a batch on a device, from images that lie there decoded."""
+    """Makes the views of a batch of decoded images that lie in one buffer of a device."""
 
     def __init__(
         self,
@@ -91,100 +24,82 @@ class BatchedViews:
         device: torch.device,
         kernels: BatchedKernels | None = None,
         form: Form = PLAIN,
+        dtypes: Sequence[str] = ("uint8",),
     ):
-        """`kernels`: without them the best for the device."""
-        self._recipe, self._device, self._form = recipe, device, form
-        self._kernels = kernels or choose_kernels(device)
-        self._mean, self._std = (torch.tensor(x, device=device) for x in (recipe.mean, recipe.std))
-        self._erased = torch.tensor(recipe.erased(), device=device) if recipe.erase_p else None
+        """`kernels`: without them the best for the device. `dtypes`: the element types of the images that there may be."""
+        self._recipe, self._device = recipe, device
+        levels: list[tuple[Tensor, Tensor] | None] = []  # of each type: how its pixels come to lie in [0, 1]
+        for name in TYPES:
+            dtype = np.dtype(name)
+            if eight_bit_rgb(dtype, len(recipe.mean), recipe):
+                levels.append(None)
+            else:
+                gain, offset = (torch.from_numpy(x).to(device) for x in gain_and_offset(recipe, dtype))
+                levels.append((gain, offset))
+        self._levels = levels
+        in_floats = any(levels[TYPES.index(name)] is not None for name in dtypes)
+        self._kernels = kernels or choose_kernels(device, in_floats)
+        mean, std = (torch.tensor(x, device=device) for x in (recipe.mean, recipe.std))
+        erased = torch.tensor(recipe.erased(), device=device) if recipe.erase_p else None
+        self._finished = FinishOptions(mean, std, form, erased)
 
     def __call__(
-        self, pixels: Tensor, first_bytes: np.ndarray, widths: np.ndarray, draws: np.ndarray
+        self,
+        pixels: Tensor,
+        first_bytes: np.ndarray,
+        widths: np.ndarray,
+        draws: np.ndarray,
+        types: np.ndarray,
     ) -> list[Tensor]:
-        """The views, (N, 3, S, S) each, of DRAW records (V, N); launches kernels on the device's current stream without waiting.
+        """The views, (N, C, S, S) each, of DRAW records (V, N); launches kernels on the device's current stream without waiting.
 
         Args:
-            pixels: uint8, the bytes of all images, each (H, W, 3).
+            pixels: uint8, the bytes of all images, each (H, W, C); those of other types begin at multiples of their elements' size.
             first_bytes, widths: (N,), where each image of the batch begins in them and its width in pixels.
+            types: integers (N,), the place of each image's type in `TYPES`.
         """
         with on_device(self._device):
-            return self._views(pixels, first_bytes, widths, draws)
+            return self._views(pixels, first_bytes, widths, draws, types)
 
     def _views(
-        self, pixels: Tensor, first_bytes: np.ndarray, widths: np.ndarray, draws: np.ndarray
+        self,
+        pixels: Tensor,
+        first_bytes: np.ndarray,
+        widths: np.ndarray,
+        draws: np.ndarray,
+        types: np.ndarray,
     ) -> list[Tensor]:
         views: list[Tensor] = []
         for group in self._groups(len(draws)):  # views of one side together
             some = draws[group.start : group.stop].reshape(-1)  # view after view
-            places = np.tile(first_bytes, len(group)), np.tile(widths, len(group))
-            params = torch_kernels.pack(some, *places, pin=self._device.type == "cuda").to(self._device)
-            out = make_views(
-                self._kernels,
-                pixels,
-                params,
-                some,
-                self._recipe.side(group.start),
-                self._mean,
-                self._std,
-                self._form,
-                self._recipe.interpolation,
-                self._erased,
-            )
+            places = np.stack([np.tile(values, len(group)) for values in (first_bytes, widths, types)])
+            out = self._of_any_type(pixels, places, some, self._recipe.side(group.start))
             views += out.view(len(group), len(first_bytes), *out.shape[1:]).unbind(0)
         return views
+
+    def _of_any_type(self, pixels: Tensor, places: np.ndarray, draws: np.ndarray, size: int) -> Tensor:
+        """The views of DRAW records (M,); `places`: integers (3, M), first bytes, widths and types of their images."""
+        types = np.unique(places[2])
+        if len(types) == 1:
+            return self._of_type(int(types[0]), pixels, places, draws, size)
+        shape, form = (len(draws), len(self._recipe.mean), size, size), self._finished.form
+        out = torch.empty(shape, dtype=form.dtype, device=self._device, memory_format=form.memory_format)
+        for kind in types:  # each type on its own; then every view goes to its place
+            chosen = np.flatnonzero(places[2] == kind)
+            at = upload(chosen, self._device)
+            out.index_copy_(0, at, self._of_type(int(kind), pixels, places[:, chosen], draws[chosen], size))
+        return out
+
+    def _of_type(self, kind: int, pixels: Tensor, places: np.ndarray, draws: np.ndarray, size: int) -> Tensor:
+        """As `_of_any_type`, of images that are all of type `kind`."""
+        dtype = np.dtype(TYPES[kind])
+        params = pack(draws, places[0], places[1], self._device, dtype.itemsize)
+        gain, offset = self._levels[kind] or (None, None)
+        crops = CropOptions(size, self._recipe.interpolation, gain, offset)
+        elements = pixels[: len(pixels) // dtype.itemsize * dtype.itemsize].view(getattr(torch, TYPES[kind]))
+        return make_views(self._kernels, elements, params, crops, self._finished)
 
     def _groups(self, num_views: int) -> list[range]:
         if num_views == self._recipe.total_views:
             return self._recipe.groups()
         return [range(num_views)]  # the view of evaluation
-
-
-@cache
-def choose_kernels(device: torch.device) -> BatchedKernels:
-    """Triton's kernels on a CUDA device where they compile and pass `self_test` (some seconds at first), else torch's functions.
-
-    What keeps Triton from running (no C compiler for its launcher, no Triton on the system) is told in a warning.
-    """
-    if device.type != "cuda":
-        return torch_kernels
-    try:
-        from pipelines.kernels import triton_kernels
-
-        with on_device(device):
-            levels = self_test(triton_kernels, device)
-    except Exception as fault:
-        reason = f"{type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else 'no reason given'}"
-    else:
-        if levels <= ALLOWED_LEVELS:
-            return triton_kernels
-        reason = f"they are {levels:.2f} levels off, more than {ALLOWED_LEVELS}"
-    warnings.warn(
-        f"The Triton kernels do not work here ({reason}); views are made by torch's functions instead, which are slower.",
-        stacklevel=2,
-    )
-    return torch_kernels
-
-
-def self_test(kernels: BatchedKernels, device: torch.device) -> float:
-    """The mean difference, in levels of 255, of `kernels` on `device` to torch's functions on the CPU, for ragged pictures."""
-    size, rng = 16, np.random.default_rng(0)
-    heights, widths = np.array([20, 15, 40, 16] * 3), np.array([30, 35, 21, 16] * 3)
-    sizes = heights * widths * 3
-    # Smooth, as photographs are: in noise a level more or less before the hue is another colour.
-    images = [
-        np.cumsum(np.cumsum(rng.normal(size=(h, w, 3)), axis=0), axis=1) * 2 + 128
-        for h, w in zip(heights, widths, strict=True)
-    ]
-    pixels = torch.from_numpy(
-        np.concatenate([np.clip(image, 0, 255).astype(np.uint8).reshape(-1) for image in images])
-    )
-    recipe = dataclasses.replace(
-        RECIPES["satellite"], num_views=1, blur_p=(0.5,), solarize_p=(0.5,), jitter_p=1.0, noise_p=0.5
-    )
-    draws = draw(recipe, 0, 0, np.arange(len(sizes)), widths, heights)[0]
-    params = torch_kernels.pack(draws, np.cumsum(sizes) - sizes, widths)
-    mean, std = torch.zeros(3), torch.ones(3)
-    wanted = make_views(torch_kernels, pixels, params, draws, size, mean, std)
-    place = [x.to(device) for x in (pixels, mean, std)]
-    made = make_views(kernels, place[0], params.to(device), draws, size, place[1], place[2])
-    return float((made.cpu() - wanted).abs().mean() * 255)

@@ -51,6 +51,11 @@ def decode_rgb(data: memoryview) -> torch.Tensor:
     return operator(encoded, _RGB, False)
 
 
+def is_array(data: memoryview) -> bool:
+    """Whether a stored file is an array, not an encoded image."""
+    return bytes(data[: len(NPY_MAGIC)]) == NPY_MAGIC
+
+
 def decode_array(data: memoryview, channels: int) -> np.ndarray | None:
     """The pixels (H, W, `channels`) of a stored array, uint8, uint16 or float32; None where the data are an encoded image.
 
@@ -59,7 +64,7 @@ def decode_array(data: memoryview, channels: int) -> np.ndarray | None:
     Raises:
         RuntimeError: the array is damaged, or has another number of channels.
     """
-    if bytes(data[: len(NPY_MAGIC)]) != NPY_MAGIC:
+    if not is_array(data):
         return None
     try:
         pixels = read_npy(data)

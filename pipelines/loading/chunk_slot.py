@@ -1,6 +1,6 @@
 """The fused engine on a GPU for batches taken in chunks: decoded images wait, and a chunk's views are made when it is asked for.
 
-Draws are pure functions, so a chunk's views are the same bits however often they are made, and a batch needs the memory of its 8-bit
+Draws are pure functions, so a chunk's views are the same bits however often they are made, and a batch needs the memory of its
 images only. They stay on the host: on the device there are the images of one chunk, in one buffer for all. Images of a GPU cache, and
 those that the device has decoded, are on it already. The same code runs on CPU tensors, for the tests.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from pipelines.augment.draws import draw
 from pipelines.augment.recipe import Recipe
 from pipelines.kernels.batched_views import BatchedViews
-from pipelines.kernels.torch_kernels import PLAIN, Form
+from pipelines.kernels.view_params import PLAIN, TYPES, Form
 from pipelines.loading.gpu_slot import GpuSlot
 from pipelines.streaming.cache import decoded_sizes
 from pipelines.streaming.lazy_views import LazyViews
@@ -90,20 +90,20 @@ class ChunkSlot(GpuSlot):
     def chunk(self, part: slice) -> list[Tensor]:
         """Make the views of the samples in `part`; launches on the current stream without waiting."""
         ids, draws = self._ids[part], self._draws[:, part]
-        widths = self._samples.shards.widths[ids]
+        widths, types = self._samples.shards.widths[ids], self._types[part]
         if self._copied is not None:
             # After the launch and all chunks before, whatever stream they were on: the last record speaks for all.
             torch.cuda.current_stream(self._device).wait_event(self._copied)
         if self._store is not None:
             if self._copied is not None:
                 self._store.pixels.record_stream(torch.cuda.current_stream(self._device))
-            views = self._make(self._store.pixels, self._store.first_bytes[ids], widths, draws)
+            views = self._make(self._store.pixels, self._store.first_bytes[ids], widths, draws, types)
         else:
             sizes = self._sizes(ids)
             with self._buffer.lend(int(sizes.sum())) as pixels:
                 first_bytes = np.cumsum(sizes) - sizes
                 self._gather(pixels, first_bytes, sizes, range(len(self._ids))[part])
-                views = self._make(pixels, first_bytes, widths, draws)
+                views = self._make(pixels, first_bytes, widths, draws, types)
         if self._copied is not None:
             self._copied.record()
         return views
@@ -168,7 +168,12 @@ class BlankViews(LazyViews):
         self._ids, self._sizes = ids[order], sizes[order]
         self._widths = shards.widths[self._ids]
         self._draws = draw(recipe, 0, 0, self._ids, self._widths, shards.heights[self._ids])
-        self._make, self._cached = BatchedViews(recipe, device, form=form), cached
+        dtypes = shards.manifest.dtypes
+        self._make, self._cached = BatchedViews(recipe, device, form=form, dtypes=dtypes), cached
+        # Of the type that takes the most memory.
+        self._type = max(
+            (TYPES.index(name) for name in dtypes), key=lambda kind: np.dtype(TYPES[kind]).itemsize
+        )
         self._buffer = ChunkBuffer(device, device.type == "cuda")
         self.num_samples, self.num_views = len(ids), len(self._draws)
 
@@ -185,4 +190,5 @@ class BlankViews(LazyViews):
         count = int(sizes.max() if self._cached else sizes.sum())
         with self._buffer.lend(count) as pixels:
             pixels.zero_()
-            return self._make(pixels, first_bytes, self._widths[part], self._draws[:, part])
+            types = np.full(len(sizes), self._type, dtype=np.uint8)
+            return self._make(pixels, first_bytes, self._widths[part], self._draws[:, part], types)

@@ -31,11 +31,11 @@ class DataConfig:
     threads: int = 0
     """Threads that decode and augment; 0 means one per core that this process may use, divided among the ranks here."""
     augment_on: Literal["cpu", "gpu"] = "cpu"
-    """Where views are made ('reference': only 'cpu'): 'gpu' frees CPU cores and takes time of the GPU (8-bit images, 3 channels). With
-    train.micro_batch only 'fused' makes them there: a chunk's views when the step asks for the chunk, for each pass anew."""
+    """Where views are made ('reference': only 'cpu'): 'gpu' frees CPU cores and takes time of the GPU. With train.micro_batch only
+    'fused' makes them there: a chunk's views when the step asks for the chunk, for each pass anew."""
     decode: Literal["cpu", "gpu"] = "cpu"
     """Where images are decoded with data.augment_on gpu: 'gpu' (nvImageCodec) helps where few CPU cores serve a GPU, whose memory then
-    holds the decoded images of up to 3 batches."""
+    holds the decoded images of up to 3 batches; arrays, such as 16 bits, are left to the CPU."""
     order: Literal["auto", "global", "blocks"] = "auto"
     """'global' shuffles all samples; 'blocks' shuffles shards, and samples within a few shards, so that few are in use at a time.
     'auto' is 'blocks' for remote shards."""

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.streaming.cache import Samples, Unreadable, eight_bit
+from pipelines.kernels.decode import is_array
+from pipelines.streaming.cache import Samples, Unreadable
 from shards.errors import UserError
 
 TESTED_IMAGES = 8
@@ -79,17 +80,21 @@ def check_decoder(decoder: BatchDecoder, samples: Samples) -> str:
     """
     count = samples.shards.num_samples
     ids = np.unique(np.linspace(0, count - 1, TESTED_IMAGES).astype(np.int64))
-    encoded, expected = [], []
+    encoded, expected, arrays = [], [], 0
     for i in ids:
         try:
+            data = samples.encoded(int(i))
+            if is_array(data):
+                arrays += 1
+                continue
             expected.append((int(i), samples.pixels(int(i))))
         except Unreadable:
             continue  # bad on both: the run finds a stand-in for it
-        encoded.append(np.frombuffer(samples.encoded(int(i)), np.uint8))
+        encoded.append(np.frombuffer(data, np.uint8))
     made = decoder(encoded)
     if made and made[0] is not None and made[0].device.type == "cuda":
         torch.cuda.synchronize(made[0].device)
-    worst, refused = 0.0, 0
+    worst, refused = 0.0, arrays
     for pixels, (sample_id, wanted) in zip(made, expected, strict=True):
         if pixels is None:
             refused += 1
@@ -105,13 +110,20 @@ def check_decoder(decoder: BatchDecoder, samples: Samples) -> str:
             )
         worst = max(worst, levels)
     told = f"; {refused} of them are left to the CPU" if refused else ""
-    return f"decoding on the GPU: {len(made)} images tested, at most {worst:.2f} levels from the CPU's on average{told}"
+    return f"decoding on the GPU: {len(made) + arrays} images tested, at most {worst:.2f} levels from the CPU's on average{told}"
 
 
 def gpu_decoder(samples: Samples, device: torch.device, threads: int) -> BatchDecoder:
-    """A decoder that has passed `check_decoder`; what it found is added to `samples.note`. UserError where it cannot be used."""
-    if not eight_bit(samples.shards):
-        raise UserError("data.decode gpu decodes 8-bit images, and these are others: set --data.decode cpu.")
+    """A decoder that has passed `check_decoder`; what it found is added to `samples.note`. UserError where it cannot be used.
+
+    Arrays (images of 16 bits, of floats, or of other than 1 or 3 channels) are left to the CPU; a data set of nothing else is refused.
+    """
+    manifest = samples.shards.manifest
+    if samples.channels != 3 or "uint8" not in manifest.dtypes:
+        raise UserError(
+            f"data.decode gpu decodes 8-bit JPEG, PNG and WebP of 1 or 3 channels, and '{samples.shards.folder}' holds arrays of "
+            f"{', '.join(map(str, manifest.channels))} channels, {', '.join(manifest.dtypes)}: set --data.decode cpu."
+        )
     decoder = BatchDecoder(device, threads)
     found = check_decoder(decoder, samples)
     samples.note = f"{samples.note}; {found}" if samples.note else found

@@ -1,6 +1,6 @@
 """The fused engine on a GPU: the CPU decodes in threads, batched kernels make the views on a stream of their own, a step ahead.
 
-Decoded images of any sizes lie end to end in one buffer of bytes; a GPU cache is such a buffer of the whole data set. With a
+Decoded images of any sizes and types lie end to end in one buffer of bytes; a GPU cache is such a buffer of the whole data set. With a
 `BatchDecoder` the device decodes too, and the CPU only what it cannot. The same code runs on CPU tensors, for the tests.
 """
 
@@ -14,9 +14,10 @@ import torch
 from pipelines.augment.draws import DRAW
 from pipelines.augment.recipe import Recipe
 from pipelines.kernels.batched_views import BatchedKernels, BatchedViews
-from pipelines.kernels.torch_kernels import PLAIN, Form
+from pipelines.kernels.decode import is_array
+from pipelines.kernels.view_params import PLAIN, TYPES, Form
 from pipelines.loading.gpu_decode import BatchDecoder
-from pipelines.streaming.cache import GB, SHARE, Samples, decoded_sizes, eight_bit
+from pipelines.streaming.cache import GB, SHARE, Samples, Unreadable, decoded_sizes
 from pipelines.streaming.pinned import pinned_empty
 from pipelines.streaming.stream import Job, Slot, hand_over
 from shards.errors import UserError
@@ -41,6 +42,7 @@ class GpuStore:
         self.first_bytes = np.cumsum(sizes) - sizes
         self.pixels = torch.empty(total, dtype=torch.uint8, device=device)
         self.held = np.zeros(samples.shards.num_samples, dtype=np.bool_)
+        self.types = np.zeros(samples.shards.num_samples, dtype=np.uint8)  # of what is held: places in TYPES
 
 
 class GpuSlot(Slot):
@@ -64,7 +66,7 @@ class GpuSlot(Slot):
         wait for the decoding of the next.
         """
         self._samples, self._device, self._side, self._store = samples, device, side, store
-        self._make = BatchedViews(recipe, device, kernels, form)
+        self._make = BatchedViews(recipe, device, kernels, form, samples.shards.manifest.dtypes)
         self._decoder, self._decoding = decoder, decoding
         self._ready = torch.cuda.Event() if decoding is not None else None
         self._encoded: dict[int, np.ndarray] = {}  # to be decoded by the device
@@ -74,6 +76,7 @@ class GpuSlot(Slot):
         self._ids: np.ndarray = np.empty(0, dtype=np.int64)
         self._draws: np.ndarray = np.empty(0, dtype=DRAW)
         self._first_bytes, self._end = np.empty(0, dtype=np.int64), 0
+        self._types = np.empty(0, dtype=np.uint8)  # places in TYPES
         self._strays: dict[int, np.ndarray] = {}
         self._fresh: list[int] = []
         self._views: list[torch.Tensor] = []
@@ -85,6 +88,7 @@ class GpuSlot(Slot):
         self._ids, self._draws = np.array(job.ids), job.draws.copy()
         sizes = self._sizes(self._ids)
         self._first_bytes = np.cumsum(sizes) - sizes
+        self._types = np.zeros(len(sizes), dtype=np.uint8)
         self._strays, self._fresh = {}, []
         self._encoded, self._decoded = {}, {}
         self._end = int(sizes.sum())  # bytes in use
@@ -95,22 +99,42 @@ class GpuSlot(Slot):
 
     def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
         """As `Slot.fill`: decode, or gather what the device will decode."""
-        if self._store is None or not self._store.held[sample_id]:
-            # What stands in for a bad sample, and what the device has refused, is decoded here.
-            if self._decoder is not None and sample_id == self._ids[i] and i not in self._encoded:
-                self._encoded[i] = np.frombuffer(self._samples.encoded(sample_id), np.uint8)
+        if self._store is not None and self._store.held[sample_id]:
+            self._types[i] = self._store.types[sample_id]
+        else:
+            encoded = self._for_device(i, sample_id)
+            if encoded is not None:
+                self._encoded[i], self._types[i] = encoded, TYPES.index("uint8")
             else:
                 self._fill_pixels(i, sample_id)
         self._ids[i] = sample_id
         self._draws[:, i] = draws
 
+    def _for_device(self, i: int, sample_id: int) -> np.ndarray | None:
+        """The bytes of an image that the device will decode; None for what is decoded here.
+
+        That is an array, what stands in for a bad sample, and what the device has refused.
+        """
+        if self._decoder is None or sample_id != self._ids[i] or i in self._encoded:
+            return None
+        encoded = self._samples.encoded(sample_id)
+        return None if is_array(encoded) else np.frombuffer(encoded, np.uint8)
+
     def _fill_pixels(self, i: int, sample_id: int) -> None:
-        pixels = self._samples.pixels(sample_id).reshape(-1)
+        image = self._samples.pixels(sample_id)
+        [size] = self._sizes(np.array([sample_id]))
+        if image.nbytes > size or image.shape[2] != self._samples.channels:
+            raise Unreadable(
+                f"it is {image.shape[2]} x {image.dtype}, but the table has {self._samples.channels} channels of "
+                f"{' or '.join(self._samples.shards.manifest.dtypes)}"
+            )
+        pixels = np.ascontiguousarray(image).reshape(-1).view(np.uint8)
         if sample_id == self._ids[i]:
             first = int(self._first_bytes[i])
             self._host[first : first + len(pixels)].numpy()[:] = pixels
         else:  # stands in for a bad sample and may be larger
             self._strays[i] = pixels
+        self._types[i] = TYPES.index(image.dtype.name)
         self._fresh.append(i)
 
     def complete(self) -> list[int]:
@@ -135,7 +159,8 @@ class GpuSlot(Slot):
         self._place_strays()
         with torch.cuda.stream(self._side):
             pixels, first_bytes = self._upload()
-            self._views = self._make(pixels, first_bytes, self._samples.shards.widths[self._ids], self._draws)
+            widths = self._samples.shards.widths[self._ids]
+            self._views = self._make(pixels, first_bytes, widths, self._draws, self._types)
             if self._copied is not None:
                 self._copied.record()
 
@@ -154,7 +179,9 @@ class GpuSlot(Slot):
         if self._store is not None:
             self._place(self._store.pixels, self._store.first_bytes[self._ids])
             # Later launches follow on the same stream, so what is marked as held here is there when they read it.
-            self._store.held[self._ids[[*self._fresh, *self._decoded]]] = True
+            fresh = [*self._fresh, *self._decoded]
+            self._store.types[self._ids[fresh]] = self._types[fresh]
+            self._store.held[self._ids[fresh]] = True
             return self._store.pixels, self._store.first_bytes[self._ids]
         if len(self._pixels) < len(self._host):
             self._pixels = torch.empty_like(self._host, device=self._device)
@@ -182,14 +209,18 @@ class GpuSlot(Slot):
 
     def _place_strays(self) -> None:
         """Put the stand-ins behind all others."""
-        old, total = self._host, self._end + sum(len(pixels) for pixels in self._strays.values())
+        places = sorted(self._strays)
+        # As large as the table has them, so that the next one is aligned too.
+        sizes = self._sizes(self._ids[places])
+        old, total = self._host, self._end + int(sizes.sum())
         if total > len(old):
             self._host = self._memory(total)
             self._host[: self._end] = old[: self._end]
-        for i, pixels in sorted(self._strays.items()):
+        for i, size in zip(places, sizes, strict=True):
+            pixels = self._strays[i]
             self._first_bytes[i] = self._end
-            self._end += len(pixels)
-            self._host[self._end - len(pixels) : self._end].numpy()[:] = pixels
+            self._host[self._end : self._end + len(pixels)].numpy()[:] = pixels
+            self._end += int(size)
 
     def _sizes(self, ids: np.ndarray) -> np.ndarray:
         return decoded_sizes(self._samples.shards, self._samples.channels, ids)
@@ -197,12 +228,3 @@ class GpuSlot(Slot):
     def _memory(self, count: int) -> torch.Tensor:
         make = pinned_empty if self._side is not None else torch.empty
         return make((count,), dtype=torch.uint8)
-
-
-def check_gpu_views(samples: Samples, recipe: Recipe) -> None:
-    """UserError where the batched kernels cannot make the views of this data set."""
-    if samples.channels != 3 or not eight_bit(samples.shards) or recipe.value_low:
-        raise UserError(
-            "data.augment_on gpu works on 8-bit images of 3 channels over their full range, and these are others: "
-            "set --data.augment-on cpu."
-        )

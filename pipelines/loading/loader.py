@@ -14,7 +14,7 @@ from pipelines.augment.channels import check_operations, fit_recipe
 from pipelines.augment.draws import draw, eval_draws
 from pipelines.augment.recipe import Recipe
 from pipelines.engines.fused_engine import FusedEngine
-from pipelines.kernels.torch_kernels import PLAIN, Form
+from pipelines.kernels.view_params import PLAIN, Form
 from pipelines.loading.mask_slot import with_masks
 from pipelines.loading.masks import NO_MASK
 from pipelines.loading.slots import host_slots, open_slots, view_shapes, whole_only

@@ -11,7 +11,7 @@ import torch
 from pipelines.augment.recipe import Recipe
 from pipelines.engines.batch_engine import BatchEngine, BatchOptions, batch_slots
 from pipelines.engines.engine_table import ImageEngine, make_engine, refuse_deep, whole_batches
-from pipelines.kernels.torch_kernels import PLAIN, Form
+from pipelines.kernels.view_params import PLAIN, Form
 from pipelines.loading.mask_slot import with_masks
 from pipelines.loading.masks import NO_MASK
 from pipelines.streaming.cache import Samples, open_samples
@@ -138,9 +138,8 @@ def gpu_slots(
     """
     from pipelines.loading.chunk_slot import ChunkBuffer, ChunkSlot
     from pipelines.loading.gpu_decode import gpu_decoder
-    from pipelines.loading.gpu_slot import GpuSlot, GpuStore, check_gpu_views
+    from pipelines.loading.gpu_slot import GpuSlot, GpuStore
 
-    check_gpu_views(samples, recipe)
     # One for all streams of views, so that what one has put into the store is there for the next.
     side = work_stream(device, side_stream)
     # All memory is taken on the stream that uses it: freed in the midst of work, it is not given to another one too early.

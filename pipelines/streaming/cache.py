@@ -118,8 +118,13 @@ class DecodedCache(Samples):
 
 
 def decoded_sizes(shards: ShardSet, channels: int, ids: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """Bytes of each image's 8-bit pixels, of `ids` (N,), or of all images, 0 for those not in use: int64 (N,)."""
-    sizes = shards.widths[ids].astype(np.int64) * shards.heights[ids] * channels
+    """Bytes of each image's pixels, of `ids` (N,), or of all images, 0 for those not in use: int64 (N,).
+
+    In a data set of several types each image counts as one of the largest type, so that images that lie end to end begin at multiples
+    of their elements' size.
+    """
+    item_bytes = max(np.dtype(name).itemsize for name in shards.manifest.dtypes)
+    sizes = shards.widths[ids].astype(np.int64) * shards.heights[ids] * (channels * item_bytes)
     return _in_use(shards, sizes) if isinstance(ids, slice) else sizes
 
 

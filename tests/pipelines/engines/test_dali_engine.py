@@ -16,11 +16,12 @@ from pipelines.loading.loader import open_loader
 from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
+from tests import needs
 from tests.pictures import colours, encoded, photo
 from tests.pipelines.alone import in_batch_and_alone
 from tests.pipelines.engines.fidelity_check import UNNORMALISED, draws_of
 
-pytest.importorskip("nvidia.dali")
+needs.module("nvidia.dali")
 SIZE = 48
 RECIPE = dataclasses.replace(
     RECIPES["satellite"], size=SIZE, num_views=1, blur_p=(0.5,), solarize_p=(0.5,), **UNNORMALISED

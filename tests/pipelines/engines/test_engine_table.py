@@ -14,6 +14,7 @@ from pipelines.engines.engine_table import make_engine
 from pipelines.loading.loader import open_loader
 from pipelines.loading.slots import view_shapes
 from shards.errors import UserError
+from tests import needs
 from tests.pictures import colours, encoded, photo
 
 UNNORMALISED = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -112,7 +113,7 @@ def test_unknown_engine_names_the_nearest():
 @pytest.mark.parametrize(("engine", "most"), [("fused", 0.4), ("dali", 0.6), ("kornia", 2.0)])
 def test_every_engine_gives_each_view_its_own_colours(shard_set, engine, most):
     if engine != "fused":
-        pytest.importorskip({"dali": "nvidia.dali"}.get(engine, engine))
+        needs.module({"dali": "nvidia.dali"}.get(engine, engine))
     recipe = dataclasses.replace(
         RECIPES["moco_v3"], size=24, jitter_p=(1.0, 0.0), hue=(0.3, 0.0), gray_p=(0.0, 1.0), blur_p=(0.0,)
     )

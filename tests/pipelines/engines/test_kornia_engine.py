@@ -15,11 +15,12 @@ from pipelines.engines.batch_engine import BatchOptions
 from pipelines.engines.engine_table import make_engine, refuse_deep, refuse_unknown
 from pipelines.engines.kornia_engine import KNOWN, KorniaEngine, resize_each, resize_together
 from shards.errors import UserError
+from tests import needs
 from tests.pictures import colours, encoded, photo
 from tests.pipelines.alone import in_batch_and_alone
 from tests.pipelines.engines.fidelity_check import UNNORMALISED, differences, draws_of
 
-pytest.importorskip("kornia")
+needs.module("kornia")
 
 WHOLE = {"top": 0, "left": 0, "height": 48, "width": 48}
 AS_STORED = dataclasses.replace(RECIPES["satellite"], size=48, **UNNORMALISED)

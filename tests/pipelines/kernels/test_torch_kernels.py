@@ -10,9 +10,9 @@ from PIL import Image
 from pipelines.augment.draws import DRAW, draw
 from pipelines.augment.noise import unit_noise
 from pipelines.augment.recipe import RECIPES, Recipe
-from pipelines.kernels import reference, torch_kernels
+from pipelines.kernels import reference, torch_crop, torch_kernels
 from pipelines.kernels.batched_views import BatchedViews
-from pipelines.kernels.torch_kernels import Form
+from pipelines.kernels.view_params import CropOptions, Form, pack
 from tests.pictures import colours, photo
 
 SIZE = 48
@@ -33,12 +33,9 @@ def both(
     images: list[Image.Image], draws: np.ndarray, size: int = SIZE, recipe: Recipe = RECIPES["moco_v3"]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The views of images by their DRAW records (M,), batched and by the reference: float32 (M, 3, size, size), levels."""
-    arrays = [np.asarray(image) for image in images]
-    ends = np.cumsum([array.size for array in arrays])
-    firsts = ends - [array.size for array in arrays]
-    pixels = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
-    params = torch_kernels.pack(draws, firsts, np.array([image.width for image in images]))
-    views = torch_kernels.crop(pixels, params, size, draws["height"], draws["width"], recipe.interpolation)
+    pixels, first_bytes, widths = end_to_end([np.asarray(image) for image in images])
+    params = pack(draws, first_bytes, widths)
+    views = torch_kernels.crop(pixels, params, CropOptions(size, recipe.interpolation))
     views = torch_kernels.blur(torch_kernels.colour(views, params), params)
     recipe = dataclasses.replace(recipe, size=size, **BARE)
     erased = torch.tensor(recipe.erased())
@@ -48,9 +45,18 @@ def both(
     return out.numpy() * 255, np.stack(expected) * 255
 
 
-def drawn(images: list[Image.Image], recipe: Recipe, **fields) -> np.ndarray:
+def end_to_end(images: list[np.ndarray]) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """Images of any types in one buffer, uint8, where each begins in it, at multiples of 4, and their widths."""
+    places = np.cumsum([0] + [-(-image.nbytes // 4) * 4 for image in images])
+    flat = np.zeros(places[-1], dtype=np.uint8)
+    for image, first in zip(images, places, strict=False):
+        flat[first : first + image.nbytes] = image.reshape(-1).view(np.uint8)
+    return torch.from_numpy(flat), places[:-1], np.array([image.shape[1] for image in images])
+
+
+def drawn(images: list[Image.Image] | list[np.ndarray], recipe: Recipe, **fields) -> np.ndarray:
     """DRAW records (M,) of view 0, some fields set."""
-    widths, heights = np.array([i.size for i in images]).T
+    heights, widths = np.array([np.asarray(image).shape[:2] for image in images]).T
     draws = draw(recipe, 0, 0, np.arange(len(images)), widths, heights)[0].copy()
     for name, value in fields.items():
         draws[name] = value
@@ -149,7 +155,7 @@ def test_whole_recipes(preset):
 
 def test_normalisation_and_dtype():
     white = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
-    params = torch_kernels.pack(whole(1), np.zeros(1, dtype=np.int64), np.array([4]))
+    params = pack(whole(1), np.zeros(1, dtype=np.int64), np.array([4]))
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.5])
     out = torch_kernels.finish(white, params, mean, std, Form(torch.bfloat16))
     assert out.dtype == torch.bfloat16
@@ -169,10 +175,8 @@ def test_views_leave_as_the_model_takes_them(dtype):
         noise_std=(0.01, 0.05),
     )
     heights, widths = (np.array([image.size[axis] for image in PHOTOS]) for axis in (1, 0))
-    pixels = torch.from_numpy(np.concatenate([np.asarray(image).reshape(-1) for image in PHOTOS]))
-    sizes = heights * widths * 3
     draws = draw(recipe, 0, 0, np.arange(len(PHOTOS)), widths, heights)
-    how = (pixels, np.cumsum(sizes) - sizes, widths, draws)
+    how = (*end_to_end([np.asarray(image) for image in PHOTOS]), draws, np.zeros(len(PHOTOS), dtype=int))
     plain = BatchedViews(recipe, torch.device("cpu"))(*how)
     made = BatchedViews(recipe, torch.device("cpu"), form=Form(dtype, channels_last=True))(*how)
     assert len(made) == len(plain) == recipe.total_views == 3
@@ -187,15 +191,14 @@ def test_crops_of_large_images_are_made_in_smaller_parts(monkeypatch):
     """The padded sources of all views at once would take gigabytes."""
     images = [photo(90, 70, seed=i) for i in range(5)]
     draws = drawn(images, dataclasses.replace(RECIPES["moco_v2"], num_views=1))
-    arrays = [np.asarray(image).reshape(-1) for image in images]
-    params = torch_kernels.pack(draws, np.arange(5) * 90 * 70 * 3, np.full(5, 90))
-    how = (torch.from_numpy(np.concatenate(arrays)), params, 12, draws["height"], draws["width"])
+    pixels, first_bytes, widths = end_to_end([np.asarray(image) for image in images])
+    how = (pixels, pack(draws, first_bytes, widths), CropOptions(12))
     whole_batch, parts, split = torch_kernels.crop(*how), [], torch.Tensor.split
     monkeypatch.setattr(
         torch.Tensor, "split", lambda self, size, dim=0: parts.append(size) or split(self, size, dim)
     )
     monkeypatch.setattr(
-        torch_kernels, "CROP_BYTES", 36 * int(draws["height"].max()) * int(draws["width"].max()) * 2
+        torch_crop, "CROP_BYTES", 36 * int(draws["height"].max()) * int(draws["width"].max()) * 2
     )
     assert torch.equal(torch_kernels.crop(*how), whole_batch)
     assert parts == [2]

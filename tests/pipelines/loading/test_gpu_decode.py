@@ -17,9 +17,12 @@ from pipelines.streaming.cache import Samples
 from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
+from shards.images.pixels import write_npy
+from tests import needs
 from tests.pictures import photo
+from tests.pipelines.augment.test_channels import bands
 
-pytest.importorskip("nvidia.nvimgcodec")
+needs.module("nvidia.nvimgcodec")
 CPU = torch.device("cpu")
 SMALL = Recipe(size=16)
 
@@ -147,5 +150,38 @@ def test_settings_that_do_not_go_together_are_refused(jpegs, monkeypatch):
         open_loader(jpegs, SMALL, batch=8, seed=0, decode="gpu")
     samples = samples_of(jpegs)
     monkeypatch.setattr(jpegs, "manifest", dataclasses.replace(jpegs.manifest, dtypes=["uint16"]))
-    with pytest.raises(UserError, match=r"data.decode gpu decodes 8-bit images"):
+    with pytest.raises(
+        UserError, match=r"data.decode gpu decodes 8-bit JPEG.* holds arrays of 1, 3 channels, uint16: set"
+    ):
         gpu_decoder(samples, CPU, 1)
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_arrays_are_left_to_the_cpu(tmp_path, store, monkeypatch):
+    """16-bit images among JPEGs: the device never sees them, and the views are those of a CPU that decodes everything."""
+    (tmp_path / "source").mkdir()
+    for i in range(16):
+        path = tmp_path / "source" / f"{i:02d}"
+        if i % 3:
+            photo(40 + i, 33, seed=i).save(path.with_suffix(".jpg"), quality=90)
+        else:
+            path.with_suffix(".npy").write_bytes(write_npy(bands(3, "uint16", 41, 30 + i, seed=i)))
+    convert(tmp_path / "source", tmp_path / "shards", workers=0)
+    shards = ShardSet.open(tmp_path / "shards")
+    seen, decode = [], BatchDecoder.__call__
+
+    def watched(self, encoded, stream=0):
+        seen.extend(bytes(data[:2]) for data in encoded)
+        return decode(self, encoded, stream)
+
+    monkeypatch.setattr(BatchDecoder, "__call__", watched)
+    plain = views(loader(shards, decode_threads=0, store=store))
+    assert not seen
+    made = loader(shards, decode_threads=1, store=store)
+    assert made.note.endswith(
+        "8 images tested, at most 0.00 levels from the CPU's on average; 3 of them are left to the CPU"
+    )
+    ours = views(made)
+    assert set(seen) == {b"\xff\xd8"}
+    assert len(plain) == len(ours) == 8
+    assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))

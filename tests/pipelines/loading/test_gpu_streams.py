@@ -10,7 +10,7 @@ import torch
 from pipelines.augment.draws import draw
 from pipelines.augment.recipe import Recipe
 from pipelines.engines.engine_table import make_engine
-from pipelines.kernels.torch_kernels import PLAIN, Form
+from pipelines.kernels.view_params import PLAIN, Form
 from pipelines.loading import gpu_slot
 from pipelines.loading.gpu_slot import GpuSlot, GpuStore
 from pipelines.loading.slots import gpu_slots
@@ -141,7 +141,7 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch):
 
 def test_triton_launches_on_the_device_of_the_views(monkeypatch, tmp_path: Path):
     """Whatever device is current: a process may work on another one than the first."""
-    from pipelines.kernels import batched_views
+    from pipelines.kernels import batched_kernels, kernel_choice
 
     inside = []
 
@@ -152,13 +152,13 @@ def test_triton_launches_on_the_device_of_the_views(monkeypatch, tmp_path: Path)
 
     monkeypatch.setattr(torch.cuda, "device", FakeDevice)
     second = torch.device("cuda", 1)
-    with batched_views.on_device(second):
+    with batched_kernels.on_device(second):
         pass
-    with batched_views.on_device(CPU):
+    with batched_kernels.on_device(CPU):
         pass
     assert inside == [second]
-    monkeypatch.setattr(batched_views, "self_test", lambda *_: inside.append("tested") or 0.0)
-    batched_views.choose_kernels.cache_clear()
-    batched_views.choose_kernels(second)
-    batched_views.choose_kernels.cache_clear()
+    monkeypatch.setattr(kernel_choice, "difference", lambda *_: inside.append("tested") or 0.0)
+    kernel_choice.choose_kernels.cache_clear()
+    kernel_choice.choose_kernels(second)
+    kernel_choice.choose_kernels.cache_clear()
     assert inside == [second, second, "tested"]

@@ -1,6 +1,8 @@
 """What only a CUDA device shows of the views: the batched kernels on it against the same on the CPU, and the stream around them."""
 
+import dataclasses
 import warnings
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -8,13 +10,18 @@ import torch
 
 from pipelines.augment.draws import draw
 from pipelines.augment.recipe import RECIPES, Recipe
-from pipelines.kernels import batched_views, torch_kernels
+from pipelines.kernels import kernel_choice, torch_crop, torch_kernels
 from pipelines.kernels.batched_views import BatchedViews
-from pipelines.kernels.torch_kernels import Form
+from pipelines.kernels.view_params import TYPES, Form, pack
 from pipelines.loading.loader import open_loader
 from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet
+from shards.images.pixels import write_npy
+from tests import needs
 from tests.pictures import photo
+from tests.pipelines.augment.test_channels import SPECTRAL, bands, flat
+from tests.pipelines.kernels.test_deep_views import RGB
+from tests.pipelines.kernels.test_torch_kernels import end_to_end
 
 pytestmark = pytest.mark.gpu
 
@@ -78,11 +85,73 @@ def test_a_busy_device_changes_no_view(shard_set, how, side_stream):
 
 def test_triton_is_what_makes_the_views():
     """Compiled and near enough: it does not give way to torch's functions."""
-    batched_views.choose_kernels.cache_clear()
+    kernel_choice.choose_kernels.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        kernels = batched_views.choose_kernels(torch.device("cuda"))
+        kernels = kernel_choice.choose_kernels(torch.device("cuda"))
     assert kernels.__name__ == "pipelines.kernels.triton_kernels"  # type: ignore[attr-defined]
+
+
+def test_triton_is_what_makes_views_in_floats():
+    kernel_choice.choose_kernels.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        kernels = kernel_choice.choose_kernels(torch.device("cuda"), True)
+    assert kernels.__name__ == "pipelines.kernels.triton_kernels"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["triton_kernels", "gpu_kernels"])
+@pytest.mark.parametrize("kind", [("uint16", 3), ("float32", 3), ("uint16", 13), ("uint8", 4)], ids=str)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_views_in_floats_are_those_of_the_cpu(name, kind, interpolation):
+    """Each kernel by itself: nothing is rounded on the way, so that what differs is the order of sums."""
+    dtype, channels = kind
+    recipe = dataclasses.replace(
+        SPECTRAL if channels != 3 else RGB, size=32, interpolation=interpolation, **flat(channels)
+    )
+    images = [bands(channels, dtype, 40 + 9 * i, 90 - 7 * i, seed=i) for i in range(8)]
+    heights, widths = np.array([image.shape[:2] for image in images]).T
+    draws = draw(recipe, 0, 0, np.arange(8), widths, heights)
+    pixels, first_bytes, _ = end_to_end(images)
+    types = np.full(8, TYPES.index(dtype))
+    expected = BatchedViews(recipe, torch.device("cpu"))(pixels, first_bytes, widths, draws, types)
+    make = BatchedViews(recipe, torch.device("cuda"), import_module(f"pipelines.{name}"))
+    for view, wanted in zip(make(pixels.cuda(), first_bytes, widths, draws, types), expected, strict=True):
+        off = (view.cpu() - wanted).abs()
+        assert off.max() < 1e-4
+        assert off.mean() < 1e-6
+
+
+@pytest.mark.parametrize("cache", ["none", "gpu"])
+@pytest.mark.parametrize("channels", [3, 5])
+def test_data_sets_of_16_bits_on_a_gpu_are_as_on_the_cpu(tmp_path, cache, channels):
+    (tmp_path / "source").mkdir()
+    for i in range(24):
+        path = tmp_path / "source" / f"{i:02d}"
+        if channels == 3 and i % 3 == 1:  # types may be mixed
+            photo(40 + i, 33, seed=i).save(path.with_suffix(".png"))
+        else:
+            path.with_suffix(".npy").write_bytes(write_npy(bands(channels, "uint16", 41, 30 + i, seed=i)))
+    convert(tmp_path / "source", tmp_path / "shards", workers=0)
+    shards = ShardSet.open(tmp_path / "shards")
+    recipe = dataclasses.replace(RECIPES["moco_v3" if channels == 3 else "multispectral"], size=32)
+    on_cpu = open_loader(shards, recipe, batch=8, seed=0)
+    on_gpu = open_loader(shards, recipe, batch=8, seed=0, device="cuda", augment_on="gpu", cache=cache)
+    for epoch in range(2):
+        for a, b in zip(on_cpu.epoch(epoch), on_gpu.epoch(epoch), strict=True):
+            assert a.sample_ids.tolist() == b.sample_ids.tolist()
+            assert b.replaced == 0
+            for expected, view in zip(a.views, b.views, strict=True):
+                assert (view.cpu() - expected).abs().mean() * 255 * 0.225 < (1.0 if channels == 3 else 0.1)
+
+
+def test_parameters_in_flight_are_not_overwritten():
+    """Many calls while the device is busy: each has pinned memory of its own until its copy is done."""
+    draws = draw(RECIPES["moco_v3"], 0, 0, np.arange(64), np.full(64, 90), np.full(64, 70))[0]
+    torch.cuda._sleep(200_000_000)
+    made = [pack(draws, np.full(64, 3 * i), np.full(64, 90), "cuda") for i in range(50)]
+    for i, params in enumerate(made):
+        assert (params.source[:, 0].cpu() == 3 * i).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -115,7 +184,7 @@ BARE = {"size": 64, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 @pytest.mark.parametrize("cache", ["none", "gpu"])
 def test_views_of_images_that_the_gpu_decoded_are_near_the_cpus(jpegs, cache):
-    pytest.importorskip("nvidia.nvimgcodec")
+    needs.module("nvidia.nvimgcodec")
     recipe = Recipe(**{**vars(RECIPES["moco_v3"]), **BARE})
     on_cpu = open_loader(jpegs, recipe, batch=8, seed=0)
     how = {"device": "cuda", "augment_on": "gpu", "decode": "gpu", "cache": cache}
@@ -129,7 +198,7 @@ def test_views_of_images_that_the_gpu_decoded_are_near_the_cpus(jpegs, cache):
 
 @pytest.mark.parametrize(("engine", "package"), [("kornia", "kornia"), ("dali", "nvidia.dali")])
 def test_other_engines_on_a_gpu_are_near_themselves_on_the_cpu(jpegs, engine, package):
-    pytest.importorskip(package)
+    needs.module(package)
     recipe = Recipe(**{**vars(RECIPES["moco_v3"]), **BARE})
     on_cpu = open_loader(jpegs, recipe, batch=8, seed=0, engine=engine)
     on_gpu = open_loader(jpegs, recipe, batch=8, seed=0, engine=engine, device="cuda", augment_on="gpu")
@@ -145,21 +214,21 @@ def test_other_engines_on_a_gpu_are_near_themselves_on_the_cpu(jpegs, engine, pa
 @pytest.mark.parametrize("name", ["triton_kernels", "gpu_kernels"])
 def test_images_beyond_the_reach_of_32_bits(name):
     """A cache on the GPU is one buffer of many gigabytes."""
-    from importlib import import_module
-
     first = 5 * 2**30 + 3
     if torch.cuda.mem_get_info()[0] < 2 * first:
         pytest.skip("not enough memory on the device")
     device, recipe = torch.device("cuda"), Recipe(**{**vars(RECIPES["satellite"]), "size": 32})
     image = np.asarray(photo(90, 70))
     draws = draw(recipe, 0, 0, np.arange(4), np.full(4, 90), np.full(4, 70))
-    widths = np.full(4, 90)
+    widths, types = np.full(4, 90), np.zeros(4, dtype=int)
     small = torch.from_numpy(image.reshape(-1).copy())
-    expected = BatchedViews(recipe, torch.device("cpu"))(small, np.zeros(4, dtype=np.int64), widths, draws)
+    expected = BatchedViews(recipe, torch.device("cpu"))(
+        small, np.zeros(4, dtype=np.int64), widths, draws, types
+    )
     pixels = torch.zeros(first + image.size, dtype=torch.uint8, device=device)
     pixels[first:] = small.to(device)
     make = BatchedViews(recipe, device, import_module(f"pipelines.{name}"))
-    for view, wanted in zip(make(pixels, np.full(4, first), widths, draws), expected, strict=True):
+    for view, wanted in zip(make(pixels, np.full(4, first), widths, draws, types), expected, strict=True):
         assert (view.cpu() - wanted).abs().mean() * 255 * 0.225 < 1.0
 
 
@@ -172,9 +241,9 @@ def test_memory_of_a_batch_of_large_images_is_bounded():
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     BatchedViews(recipe, device, torch_kernels)(
-        pixels, np.zeros(8, dtype=np.int64), np.full(8, size[1]), draws
+        pixels, np.zeros(8, dtype=np.int64), np.full(8, size[1]), draws, np.zeros(8, dtype=int)
     )
-    assert torch.cuda.max_memory_allocated() - held < 4 * torch_kernels.CROP_BYTES
+    assert torch.cuda.max_memory_allocated() - held < 4 * torch_crop.CROP_BYTES
 
 
 @pytest.mark.parametrize("cache", ["none", "gpu"])

@@ -27,6 +27,7 @@ from shards.errors import UserError
 from shards.images.mask_images import MaskFolder
 from shards.sources.image_folder import FolderSource
 from shards.storage.opening import open_place
+from tests import needs
 from tests.pictures import photo
 
 COUNT, WITHOUT, DEEP = 30, (4, 11), 3
@@ -121,7 +122,7 @@ def test_masks_are_those_of_the_reference(masked, ignore):
 @pytest.mark.parametrize("engine", ["reference", "dali", "kornia"])
 def test_every_engine_gives_the_same_masks(masked, engine):
     if engine in ("dali", "kornia"):
-        pytest.importorskip({"dali": "nvidia.dali"}.get(engine, engine))
+        needs.module({"dali": "nvidia.dali"}.get(engine, engine))
     recipe = dataclasses.replace(RECIPE, erase_value="mean")
     ids, masks = collect(loader(masked, recipe=recipe).epoch(0))
     other_ids, other = collect(loader(masked, recipe=recipe, engine=engine).epoch(0))

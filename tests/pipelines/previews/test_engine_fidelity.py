@@ -6,6 +6,7 @@ import pytest
 from pipelines.augment.recipe import Recipe
 from pipelines.previews.engine_fidelity import OPERATIONS, WHOLE, classify, encode, measure
 from pipelines.previews.pictures import edge_cases
+from tests import needs
 from tests.pictures import encoded, photo
 
 RECIPE = Recipe(size=56)
@@ -48,7 +49,7 @@ def pictures() -> list[bytes]:
 
 @pytest.mark.parametrize("engine", BOUNDS)
 def test_engines_stay_within_their_bounds(engine, pictures):
-    pytest.importorskip({"dali": "nvidia.dali", "kornia": "kornia"}.get(engine, "numpy"))
+    needs.module({"dali": "nvidia.dali", "kornia": "kornia"}.get(engine, "numpy"))
     made = measure(engine, RECIPE, pictures)
     assert list(made) == [*OPERATIONS, WHOLE]
     for operation, bound in BOUNDS[engine].items():
