@@ -203,7 +203,7 @@ def test_what_a_gpu_could_do_are_rows_of_their_own_and_say_why_they_failed(
     assert list(rows) == ["read", "decode", *own]
     for name in ("fused on GPU", "fused all on GPU"):
         assert rows[name]["images_per_s"] is None
-        assert "needs another --data.engine than reference, a GPU to train on" in rows[name]["error"]
+        assert "needs another --data.engine than reference, and a GPU to train on" in rows[name]["error"]
         assert rows[name]["fidelity"] is None
     for name in ("fused", "fused to GPU", "reference to GPU"):
         check_row(rows[name])

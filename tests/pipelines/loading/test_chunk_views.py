@@ -1,12 +1,15 @@
 """Views made chunk by chunk: the same bits as a whole batch's, in the memory of a chunk."""
 
+import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from pipelines.augment.channels import fit_recipe
 from pipelines.augment.draws import draw
 from pipelines.augment.recipe import RECIPES, Recipe
 from pipelines.engines.engine_table import make_engine
@@ -19,7 +22,7 @@ from pipelines.loading.loader import Loader, open_loader
 from pipelines.loading.mask_slot import with_masks
 from pipelines.loading.slots import gpu_slots, whole_only
 from pipelines.streaming.bad_samples import BadSamples
-from pipelines.streaming.cache import Samples, Unreadable, decoded_sizes
+from pipelines.streaming.cache import Samples, Unreadable, decoded_sizes, open_samples
 from pipelines.streaming.lazy_views import LazyViews, count_samples, rows_of
 from pipelines.streaming.stream import SLOTS, Job
 from shards.dataset.shard_set import ShardSet
@@ -278,9 +281,9 @@ def test_a_device_holds_the_images_of_one_chunk(shard_set):
 def test_blank_views_are_made_as_real_ones_and_the_largest_come_first(shard_set, cached, monkeypatch):
     seen, make = [], BatchedViews.__call__
 
-    def noted(self, pixels, first_bytes, widths, draws):
+    def noted(self, pixels, first_bytes, widths, draws, types):
         seen.append((len(pixels), first_bytes, widths))
-        return make(self, pixels, first_bytes, widths, draws)
+        return make(self, pixels, first_bytes, widths, draws, types)
 
     monkeypatch.setattr(BatchedViews, "__call__", noted)
     ids, form = np.arange(5, 25), Form(torch.bfloat16, channels_last=True)
@@ -296,3 +299,36 @@ def test_blank_views_are_made_as_real_ones_and_the_largest_come_first(shard_set,
     )
     assert seen[0][1].tolist() == ([0] * 8 if cached else (np.cumsum(sizes[:8]) - sizes[:8]).tolist())
     assert len(views) == 3
+
+
+@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize("name", ["tiles", "photos"])
+def test_chunks_of_any_type_of_image_are_the_whole_batch_cut(name, store):
+    """Tiles of five bands of 16 bits; photographs with gray ones among them. The types go with their images."""
+    shards = ShardSet.open(Path(__file__).parents[2] / "golden" / "shards" / name)
+    recipe = fit_recipe(
+        dataclasses.replace(RECIPES["multispectral"], size=16),
+        shards,
+        "percentiles" if name == "tiles" else "type",
+    )
+    samples = open_samples(shards, make_engine("fused", recipe).decode, len(recipe.mean))
+    ids = np.arange(6)[::-1].copy()
+    work = Job(ids, draw(recipe, 0, 0, ids, shards.widths[ids], shards.heights[ids]))
+    made = []
+    for in_chunks in (False, True):
+        kept = GpuStore(samples, CPU) if store else None
+        more = (samples, recipe, CPU, None, kept)
+        slot = ChunkSlot(ChunkBuffer(CPU, False), *more) if in_chunks else GpuSlot(*more)
+        fill(slot, work)
+        made.append(slot.views())
+    whole_batch, chunks = made
+    assert whole_batch[0].shape[1] == (5 if name == "tiles" else 3)
+    assert_chunks(chunks, list(whole_batch), [slice(0, 2), slice(2, 3), slice(3, 6)])
+
+
+def test_a_trial_counts_images_of_16_bits():
+    shards = ShardSet.open(Path(__file__).parents[2] / "golden" / "shards" / "tiles")
+    recipe = fit_recipe(dataclasses.replace(RECIPES["multispectral"], size=16), shards, "percentiles")
+    blank = BlankViews(shards, recipe, np.arange(4), CPU)
+    assert blank.image_bytes == 4 * 24 * 20 * 5 * 2
+    assert [view.shape for view in blank.rows(slice(1, 3))] == [(2, 5, 16, 16)] * 2
