@@ -32,7 +32,9 @@ SWITCHES = {
     "adamw_foreach": [*ADAMW, "--optim.implementation", "foreach"],
     "adamw_loop": [*ADAMW, "--optim.implementation", "loop"],
     "attention_explicit": ["--model.attention", "explicit"],
+    "residual_autocast": ["--model.residual", "autocast"],
 }
+VIT_SWITCHES = ("attention_explicit", "residual_autocast")
 ON_CPU = (
     "base",
     "compile",
@@ -281,7 +283,7 @@ def _concerns(switch: str, model: str) -> bool:
     """Whether a switch has an effect on a model's step."""
     return not (
         (switch == "channels_first" and "vit" in model)
-        or (switch == "attention_explicit" and "vit" not in model)
+        or (switch in VIT_SWITCHES and "vit" not in model)
     )
 
 
