@@ -40,20 +40,22 @@ ON_CPU = (
     "adamw_loop",
     "attention_explicit",
 )
-# Configurations of small cards: the batch is cut to two chunks, which is what decides the peak.
+# Cards by their memory: configuration, images of a chunk, further settings (the table of docs/training.md). The batch is cut to two
+# chunks, which is what decides the peak.
+SELECTIVE = ("--train.checkpointing", "selective")
 CARDS = {
-    "card_8gb_resnet50": 64,
-    "card_8gb_vit_small": 64,
-    "card_8gb_vit_base": 32,
-    "card_16gb_resnet50": 128,
-    "card_16gb_vit_small": 128,
-    "card_16gb_vit_base": 64,
-    "card_24gb_resnet50": 192,
-    "card_24gb_vit_small": 256,
-    "card_24gb_vit_base": 128,
-    "card_80gb_resnet50": 512,
-    "card_80gb_vit_small": 512,
-    "card_80gb_vit_base": 256,
+    "card_8gb_resnet50": ("moco_v3_resnet50", 64, SELECTIVE),
+    "card_8gb_vit_small": ("moco_v3_vit_small", 64, ()),
+    "card_8gb_vit_base": ("moco_v3_vit_base", 32, SELECTIVE),
+    "card_16gb_resnet50": ("moco_v3_resnet50", 128, ()),
+    "card_16gb_vit_small": ("moco_v3_vit_small", 128, ()),
+    "card_16gb_vit_base": ("moco_v3_vit_base", 64, ()),
+    "card_24gb_resnet50": ("moco_v3_resnet50", 192, ()),
+    "card_24gb_vit_small": ("moco_v3_vit_small", 256, ()),
+    "card_24gb_vit_base": ("moco_v3_vit_base", 128, ()),
+    "card_80gb_resnet50": ("moco_v3_resnet50", 512, ()),
+    "card_80gb_vit_small": ("moco_v3_vit_small", 512, ()),
+    "card_80gb_vit_base": ("moco_v3_vit_base", 256, ()),
 }
 # Further ladders of a model, of its end to end only.
 VARIANTS = {
@@ -124,7 +126,7 @@ class Plan:
             flags = ("--engines", which[0], "--peers", which[1], "--batch", self.batch(256), "--seconds", "3")
             return [Job(("bench", "loader", str(self.shards), *flags, "--json", str(out)), out)]
         if part == "memory":
-            return [self._card(name, chunk) for name, chunk in CARDS.items()] if self.on_gpu else []
+            return [self._card(name) for name in CARDS] if self.on_gpu else []
         if part.startswith("switches_"):
             model = part.removeprefix("switches_")
             names = SWITCHES if self.on_gpu else ON_CPU
@@ -155,17 +157,11 @@ class Plan:
         flags = ["--train.batch", self.batch(batch // 2), *BASE, *SWITCHES[name], "--quick", "--steps", "10"]
         return self._bench(f"switch-{model}-{name}", path, flags)
 
-    def _card(self, name: str, chunk: int) -> Job:
-        flags = [
-            "--train.batch",
-            str(2 * chunk),
-            "--method.queue",
-            "0",
-            "--train.compile",
-            "False",
-            "--quick",
-        ]
-        return self._bench(f"memory-{name}", f"configs/{name}.yaml", flags)
+    def _card(self, name: str) -> Job:
+        config, chunk, more = CARDS[name]
+        batch = ("--train.batch", str(2 * chunk), "--train.micro_batch", str(chunk))
+        flags = [*batch, *more, "--train.compile", "False", "--quick"]
+        return self._bench(f"memory-{name}", f"configs/{config}.yaml", flags)
 
 
 def _concerns(switch: str, model: str) -> bool:
