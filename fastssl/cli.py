@@ -41,7 +41,7 @@ COMMANDS = {
     "eval": ("fastssl.commands.eval_command", "Test what a checkpoint has learned: eval knn"),
     "doctor": (
         "fastssl.doctor.doctor_command",
-        "Check driver, packages, limits, disks and a data set, with a way out of each fault",
+        "Check driver, GPUs, compiler, limits, disk and a data set, and say what to do about each fault",
     ),
     "replay": (
         "fastssl.pretraining.replay",
