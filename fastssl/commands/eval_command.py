@@ -126,7 +126,8 @@ def knn_report(
         pixel_encoder,
     )
     from fastssl.evaluation.knn import classify
-    from fastssl.models.model_config import architecture, build_backbone, check_architecture
+    from fastssl.models.backbones import build_backbone
+    from fastssl.models.model_config import architecture, check_architecture
     from fastssl.pretraining.build import use_bf16
     from fastssl.pretraining.run_config import from_tree
     from shards.splits.split_table import open_split

@@ -37,7 +37,7 @@ PASSED_ON = ("partition", "account", "qos", "constraint")
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """What each process of the job does; submitit pickles it."""
 
     argv: tuple[str, ...]
@@ -120,7 +120,7 @@ def run(argv: list[str]) -> int:
         raise UserError("Give the configuration file first: fastssl launch slurm CONFIG [options].")
     args, overrides = _parser().parse_known_args(argv[2:])
     check(argv[1], overrides, args)
-    job = Job((argv[1], *overrides), args.max_requeues)
+    job = SlurmJob((argv[1], *overrides), args.max_requeues)
     if args.dry_run:
         print(script(args))
         return 0
@@ -198,7 +198,7 @@ def script(args: argparse.Namespace) -> str:
     return slurm._make_sbatch_string(command=command, folder=folder, **parameters(args))
 
 
-def _submit(job: Job, args: argparse.Namespace) -> int:
+def _submit(job: SlurmJob, args: argparse.Namespace) -> int:
     submitit = _submitit()
     try:
         executor = submitit.SlurmExecutor(folder=args.folder)
@@ -212,7 +212,7 @@ def _submit(job: Job, args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_here(job: Job, args: argparse.Namespace) -> int:
+def _run_here(job: SlurmJob, args: argparse.Namespace) -> int:
     submitit = _submitit()
     if args.nodes != 1:
         raise UserError(f"--local has one machine, and --nodes is {args.nodes}.")

@@ -31,7 +31,7 @@ FAULTS = ("stand_ins", "skipped")  # drawn only where there were some
 
 
 @dataclass(frozen=True)
-class Report:
+class RunReport:
     """Draw the curves of runs side by side, as a PNG: does it learn, does it collapse, how fast is it."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -42,7 +42,7 @@ class Report:
 
 def run(argv: list[str]) -> int:
     """Run the command."""
-    args = tyro.cli(Report, prog="fastssl report", args=argv)
+    args = tyro.cli(RunReport, prog="fastssl report", args=argv)
     if not args.runs:
         raise UserError("Name at least one run folder: fastssl report RUN --out report.png")
     check_output(args.out, "--out")

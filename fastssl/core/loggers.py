@@ -30,7 +30,7 @@ class LogConfig:
     """Name of the run there; empty: the name of the run's folder."""
 
 
-class Sink(Protocol):
+class Logger(Protocol):
     """One place for metrics."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -40,14 +40,14 @@ class Sink(Protocol):
         """The run has ended."""
 
 
-class Sinks:
-    """All sinks that a configuration asks for. One that raises is left out from then on, with one warning."""
+class Loggers:
+    """All loggers that a configuration asks for. One that raises is left out from then on, with one warning."""
 
     def __init__(self, cfg: LogConfig, run: Path, config: dict[str, Any], start: int) -> None:
         """`run`: the run's folder, where ids are kept; `config`: its settings by full name; `start`: the step before the first row."""
-        self._sinks: dict[str, Sink] = {}
+        self._sinks: dict[str, Logger] = {}
         name = cfg.name or run.resolve().name
-        for kind, make in OPENERS.items():
+        for kind, make in LOGGERS.items():
             project = getattr(cfg, kind)
             if project:
                 self._try(
@@ -59,13 +59,13 @@ class Sinks:
         values = {
             k: v for k, v in row.items() if k != "step" and isinstance(v, int | float) and math.isfinite(v)
         }
-        for kind, sink in list(self._sinks.items()):
-            self._try(kind, lambda sink=sink: sink.write(row["step"], values))
+        for kind, logger in list(self._sinks.items()):
+            self._try(kind, lambda logger=logger: logger.write(row["step"], values))
 
     def close(self) -> None:
-        """Let each sink finish."""
-        for kind, sink in list(self._sinks.items()):
-            self._try(kind, sink.close)
+        """Let each logger finish."""
+        for kind, logger in list(self._sinks.items()):
+            self._try(kind, logger.close)
         self._sinks = {}
 
     def _try(self, kind: str, act: Callable[[], Any]) -> None:
@@ -168,7 +168,7 @@ class Trackio:
         self._trackio.finish()
 
 
-OPENERS: dict[str, Callable[[str, str, Path, dict[str, Any], int], Sink]] = {
+LOGGERS: dict[str, Callable[[str, str, Path, dict[str, Any], int], Logger]] = {
     "tensorboard": lambda _project, _name, run, config, start: TensorBoard(run, config, start),
     "wandb": lambda project, name, run, config, _start: WandB(project, name, run, config),
     "mlflow": lambda project, name, run, config, _start: MLflow(project, name, run, config),

@@ -174,7 +174,7 @@ SHOWN = {
 WIDE = 120  # columns from which all values fit beside the bar
 
 
-class Screen:
+class ProgressDisplay:
     """The run as people see it: a live bar in a terminal, a line now and then elsewhere; silent on other ranks than 0."""
 
     QUIET_S = 20.0  # without a terminal: seconds between lines
@@ -195,7 +195,7 @@ class Screen:
         )
         self._task = self._bar.add_task("pretrain", total=total_steps, completed=done_steps, status="")
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> ProgressDisplay:
         self._bar.start()
         return self
 

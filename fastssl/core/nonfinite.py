@@ -48,7 +48,7 @@ class BadStep:
         return f"The loss was {self.loss} at step {self.step}"
 
 
-class Watch:
+class NonFiniteMonitor:
     """Notes on the device which step was not finite first, so that no step waits for it; what it was made of stays on the host."""
 
     def __init__(self, device: torch.device) -> None:
@@ -58,7 +58,7 @@ class Watch:
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._ids: dict[int, np.ndarray] = {}
 
-    def note(self, step: int, bad: Tensor, loss: Tensor, sample_ids: np.ndarray) -> None:
+    def record(self, step: int, bad: Tensor, loss: Tensor, sample_ids: np.ndarray) -> None:
         """Take in a step: whether it was bad (bool, the same on every rank), its loss, its samples (N,) on this rank."""
         new = bad & (self._first == 0)
         self._first = torch.where(new, step, self._first)
@@ -66,7 +66,7 @@ class Watch:
         self._count = self._count + bad
         self._ids[step] = sample_ids
 
-    def look(self) -> BadStep | None:
+    def poll(self) -> BadStep | None:
         """The first bad step since the last look, if there was one. Waits for the device; every rank looks at the same steps."""
         ids, self._ids = self._ids, {}
         step = int(self._first)

@@ -1,4 +1,4 @@
-"""The methods by name; each is one nn.Module that follows `contract.Method`."""
+"""The methods by name; each is one nn.Module that follows `method.Method`."""
 
 from fastssl.methods.method import Method, StepOutput
 from fastssl.methods.moco_v3 import MoCoV3

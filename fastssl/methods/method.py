@@ -14,7 +14,7 @@ class StepOutput(NamedTuple):
     """Scalar, float32, with gradient: a mean over the images it was made from."""
     metrics: dict[str, Tensor]
     """Scalars, detached, on the device: reading one waits for it, so do that on logging steps only. All are means over images
-    but those of `parts.batch_statistics`, which are made from `features`."""
+    but those of `collapse.batch_statistics`, which are made from `features`."""
     features: Tensor
     """The first view's backbone features (N, D), detached."""
 
@@ -75,7 +75,7 @@ class Method(nn.Module):
         """Move the teacher towards the student; nothing where there is no teacher. A tensor: a scalar on the device."""
 
     def teacher_distance(self) -> Tensor | None:
-        """How far the teacher's parameters are from the student's, as a share of those (see `parts.relative_distance`)."""
+        """How far the teacher's parameters are from the student's, as a share of those (see `ema.relative_distance`)."""
         return None
 
     def teacher_momentum(self, progress: float) -> float:

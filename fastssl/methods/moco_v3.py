@@ -11,16 +11,13 @@ from torch import Tensor, nn
 
 from fastssl.core.distributed import gather_keys, rank, world
 from fastssl.core.schedules import cosine_momentum
+from fastssl.methods.collapse import batch_statistics
+from fastssl.methods.ema import ema_update, relative_distance
+from fastssl.methods.heads import mlp
+from fastssl.methods.losses import info_nce
 from fastssl.methods.method import Method, StepOutput
-from fastssl.methods.parts import (
-    batch_statistics,
-    depends_on_batch,
-    ema_update,
-    info_nce,
-    mlp,
-    relative_distance,
-)
 from fastssl.methods.queue import KeyQueue
+from fastssl.models.batch_norm import depends_on_batch
 from shards.errors import UserError
 
 
@@ -119,7 +116,7 @@ class MoCoV3(Method):
         loss = 2 * temperature * (CE(q1, k2) + CE(q2, k1)), which is 4 * temperature * ln(number of keys) at
         chance. Metrics: loss; ce, the mean of the two plain cross-entropies in nats; ce_norm, ce / ln(number
         of keys), 1 at chance; acc, the share of queries that find their key, 0 to 1; feature_std of the first
-        view's backbone features (see `parts.feature_std`). May run under autocast: the loss is computed in
+        view's backbone features (see `collapse.feature_std`). May run under autocast: the loss is computed in
         float32 outside of it. With `targets` of a larger batch, the images are those from `first` on in this
         rank's part of it. Raises UserError for other than two views, and in training for one image per
         process.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from fastssl.models.batch_norm import frozen_statistics
 from shards.errors import UserError
 
 # Where timm's models hold the parts they repeat.
@@ -105,21 +106,6 @@ def expensive_operations() -> list[Any]:
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_fused_attention_overrideable.default,
     ]
-
-
-@contextlib.contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Within, BatchNorm normalises by the batch as before, but leaves its running statistics and its count of batches alone."""
-    # A momentum of 0 writes the old values back: without the buffers, fewer tensors would be saved than in the first forward.
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _is_random(module: nn.Module) -> bool:

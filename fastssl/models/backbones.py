@@ -18,8 +18,14 @@ from shards.errors import UserError, nearest
 RESNET10_W32 = "resnet10_w32"
 
 
-def build(cfg: ModelConfig, image_size: int) -> nn.Module:
-    """See `fastssl.models.model_config.build_backbone`."""
+def build_backbone(cfg: ModelConfig, image_size: int) -> nn.Module:
+    """Return the backbone of `cfg` with fresh weights, for square images of `image_size` pixels.
+
+    It maps float images (N, cfg.channels, image_size, image_size) to features (N, backbone.num_features).
+
+    Raises:
+        UserError: an unknown name, an image size that the patches do not divide, or a setting that the backbone cannot follow.
+    """
     if cfg.backbone in MOCO_VITS:
         backbone: nn.Module = build_moco_vit(
             MOCO_VITS[cfg.backbone],

@@ -1,4 +1,4 @@
-"""Which backbone to train, how to get it, and what its weights must agree on."""
+"""The settings of a backbone, and what its weights must agree on to be loaded."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,19 +40,6 @@ class ModelConfig:
                 raise UserError(f"model.{name} is {getattr(self, name)} but must be 1 or more.")
         if not 0 <= self.drop_path < 1:
             raise UserError(f"model.drop_path is {self.drop_path:g} but must be at least 0 and less than 1.")
-
-
-def build_backbone(cfg: ModelConfig, image_size: int) -> nn.Module:
-    """The backbone of `cfg` with fresh weights for square images of `image_size` pixels.
-
-    It maps float images (N, cfg.channels, image_size, image_size) to features (N, backbone.num_features).
-    Raises UserError for an unknown name, for a size its patches do not divide, and for a setting it cannot
-    follow.
-    """
-    # timm takes 2 s to import, which a command's --help should not wait for.
-    from fastssl.models.backbones import build
-
-    return build(cfg, image_size)
 
 
 def architecture(backbone: nn.Module, cfg: ModelConfig) -> dict[str, Any]:

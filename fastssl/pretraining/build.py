@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.core import distributed
 from fastssl.methods import Method, MoCoV3, get_method
-from fastssl.methods.parts import depends_on_batch
-from fastssl.models.activation_checkpointing import checkpoint_blocks, frozen_statistics
-from fastssl.models.model_config import ModelConfig, architecture, build_backbone
+from fastssl.models.activation_checkpointing import checkpoint_blocks
+from fastssl.models.backbones import build_backbone
+from fastssl.models.batch_norm import depends_on_batch, frozen_statistics
+from fastssl.models.model_config import ModelConfig, architecture
 from fastssl.pretraining.step import Door
 from pipelines.augment.channels import fit_recipe
 from pipelines.kernels.torch_kernels import Form

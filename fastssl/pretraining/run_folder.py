@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from fastssl.core import checkpoint, distributed
-from fastssl.core.loggers import Sinks
+from fastssl.core.loggers import Loggers
 from fastssl.core.meters import MetricsLog, six_digits
 from fastssl.pretraining.run_config import leaves
 from shards.errors import UserError
@@ -34,7 +34,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self.log: MetricsLog | None = None
         """metrics.jsonl, on the first rank, once the run has begun."""
-        self.sinks: Sinks | None = None
+        self.loggers: Loggers | None = None
 
     def __enter__(self) -> RunFolder:
         distributed.on_main(self._take)
@@ -43,8 +43,8 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.sinks is not None:
-            self.sinks.close()
+        if self.loggers is not None:
+            self.loggers.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -68,10 +68,10 @@ class RunFolder:
 
     def write(self, row: dict[str, Any]) -> None:
         """Log a row of metrics, which holds `step`, on the first rank: to metrics.jsonl, and to what else is asked for."""
-        if self.log is not None and self.sinks is not None:
+        if self.log is not None and self.loggers is not None:
             row = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
             self.log.write(row)
-            self.sinks.write(row)
+            self.loggers.write(row)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint of `state["step"]`, all that was logged before it, and remove what need not be kept."""
@@ -133,7 +133,7 @@ class RunFolder:
             atomic_write(self.path / "config.yaml", self._resolved.to_yaml().encode())
             self.log = MetricsLog(self.path / "metrics.jsonl", step)
             settings = dict(leaves(self._resolved.tree()))
-            self.sinks = Sinks(self._resolved.config.log, self.path, settings, step)
+            self.loggers = Loggers(self._resolved.config.log, self.path, settings, step)
         except OSError as error:
             raise self._unwritable(error) from error
 

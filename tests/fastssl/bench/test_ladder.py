@@ -9,7 +9,7 @@ import torch
 from fastssl.bench import bench_command, hardware, ladder, parts, step_peers, verdict
 from fastssl.bench.report import Row
 from fastssl.bench.verdict import Switches, judge
-from fastssl.methods.parts import ema_update
+from fastssl.methods.ema import ema_update
 from fastssl.pretraining import run_config
 from shards.errors import UserError
 from tests.fastssl.tiny import Plain, make_method

@@ -13,7 +13,7 @@ from fastssl.commands.eval_command import knn_report
 from fastssl.core import checkpoint
 from fastssl.evaluation.features import backbone_encoder, extract, labelled_ids, pixel_encoder
 from fastssl.evaluation.knn import classify
-from fastssl.models.model_config import build_backbone
+from fastssl.models.backbones import build_backbone
 from pipelines.augment.recipe import Recipe
 from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet

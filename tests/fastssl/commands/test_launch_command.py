@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from fastssl.commands import launch_command
-from fastssl.commands.launch_command import Job, requeue, torch_environment
+from fastssl.commands.launch_command import SlurmJob, requeue, torch_environment
 from fastssl.core import checkpoint
 from shards.errors import UserError
 
@@ -99,7 +99,7 @@ def here(tmp_path):
     """Run a job in this process, with submitit's debug executor; its environment is put back afterwards."""
     import submitit
 
-    def go(job: Job) -> int:
+    def go(job: SlurmJob) -> int:
         executor = submitit.DebugExecutor(folder=tmp_path / "jobs")
         return executor.submit(job).result()
 
@@ -118,7 +118,7 @@ def test_a_warned_run_is_queued_again_and_others_are_not(here, monkeypatch):
     queued = []
     monkeypatch.setattr("fastssl.commands.pretrain_command.run", pretrain)
     monkeypatch.setattr(launch_command, "requeue", lambda job_id, most: queued.append(most))
-    job = Job(("c.yaml", "--train.batch", "8"), 5)
+    job = SlurmJob(("c.yaml", "--train.batch", "8"), 5)
     assert here(job) == 0
     assert queued == [5]
     assert here(job) == 0
@@ -128,7 +128,7 @@ def test_a_warned_run_is_queued_again_and_others_are_not(here, monkeypatch):
 
 
 def test_a_warning_before_the_run_begins_queues_the_same_job():
-    job = Job(("c.yaml",), 5)
+    job = SlurmJob(("c.yaml",), 5)
     assert job.checkpoint().function is job
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastssl.core.loggers import LogConfig, Sinks
+from fastssl.core.loggers import LogConfig, Loggers
 from fastssl.pretraining.loop import pretrain
 from tests.fastssl.runs import STEPS, resolve, rows
 
@@ -76,9 +76,9 @@ def test_wandb_gets_the_settings_and_goes_on_in_the_same_run(
     for name in ("define_metric", "log", "finish"):
         setattr(run, name, calls.noting(name))
     for start in (0, 4):
-        sinks = Sinks(LogConfig(wandb="moon"), tmp_path, CONFIG, start)
-        sinks.write({"step": start + 1, "loss": 2.0, "acc": float("nan")})
-        sinks.close()
+        loggers = Loggers(LogConfig(wandb="moon"), tmp_path, CONFIG, start)
+        loggers.write({"step": start + 1, "loss": 2.0, "acc": float("nan")})
+        loggers.close()
     (_, first), (_, second) = calls.of("init")
     assert first == second  # the id too
     assert first["id"]
@@ -103,9 +103,9 @@ def test_mlflow_gives_the_id_and_gets_the_settings_once(
         end_run=None,
     )
     for start in (0, 4):
-        sinks = Sinks(LogConfig(mlflow="moon", name="seven"), tmp_path, CONFIG, start)
-        sinks.write({"step": start + 1, "loss": 2.0})
-        sinks.close()
+        loggers = Loggers(LogConfig(mlflow="moon", name="seven"), tmp_path, CONFIG, start)
+        loggers.write({"step": start + 1, "loss": 2.0})
+        loggers.close()
     assert calls.of("set_experiment") == [(("moon",), {})] * 2
     assert calls.of("start_run") == [((), {"run_name": "seven"}), ((), {"run_id": "r1"})]
     assert calls.of("log_params") == [((CONFIG,), {})]
@@ -116,9 +116,9 @@ def test_mlflow_gives_the_id_and_gets_the_settings_once(
 def test_trackio_goes_on_in_the_run_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls("trackio", monkeypatch, init=None, log=None, finish=None)
     for start in (0, 4):
-        sinks = Sinks(LogConfig(trackio="moon"), tmp_path, CONFIG, start)
-        sinks.write({"step": start + 1, "loss": 2.0})
-        sinks.close()
+        loggers = Loggers(LogConfig(trackio="moon"), tmp_path, CONFIG, start)
+        loggers.write({"step": start + 1, "loss": 2.0})
+        loggers.close()
     (_, first), (_, second) = calls.of("init")
     assert first == second
     assert first["name"].startswith(f"{tmp_path.name}-")
@@ -150,4 +150,4 @@ def test_a_package_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytes
     with pytest.warns(
         UserWarning, match=r"log.wandb takes no more metrics: .*\(pip install 'fastssl-pretrain\[log\]'\)"
     ):
-        Sinks(LogConfig(wandb="moon"), tmp_path, CONFIG, 0).write({"step": 1, "loss": 1.0})
+        Loggers(LogConfig(wandb="moon"), tmp_path, CONFIG, 0).write({"step": 1, "loss": 1.0})

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastssl.models.activation_checkpointing import checkpoint_blocks, frozen_statistics, repeated_blocks
-from fastssl.models.model_config import ModelConfig, build_backbone
+from fastssl.models.activation_checkpointing import checkpoint_blocks, repeated_blocks
+from fastssl.models.backbones import build_backbone
+from fastssl.models.batch_norm import frozen_statistics
+from fastssl.models.model_config import ModelConfig
 from shards.errors import UserError
 
 

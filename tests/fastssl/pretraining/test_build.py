@@ -7,7 +7,8 @@ from torch import nn
 from fastssl.core.distributed import choose_device
 from fastssl.core.optimizers import OptimConfig, build_optimizer, match_layout
 from fastssl.methods.moco_v3 import Config, MoCoV3
-from fastssl.models.model_config import ModelConfig, build_backbone
+from fastssl.models.backbones import build_backbone
+from fastssl.models.model_config import ModelConfig
 from fastssl.pretraining import build
 from fastssl.pretraining.run_config import load
 from shards.errors import UserError

@@ -9,7 +9,7 @@ import torch
 
 from fastssl.cli import COMMANDS
 from fastssl.core.optimizers import build_optimizer, set_lr
-from fastssl.models.model_config import build_backbone
+from fastssl.models.backbones import build_backbone
 from fastssl.pretraining import run_config
 from fastssl.pretraining.build import build_method
 from fastssl.pretraining.step import Door, Step, chunks

@@ -19,7 +19,7 @@ from shards.dataset.shard_set import ShardSet
 from shards.splits.split_table import open_split
 
 
-class OnlineTests:
+class OnlineEvaluation:
     """Tests a backbone on the same labelled samples each time; made once at the start, so that a mistake shows at once."""
 
     def __init__(
@@ -54,7 +54,7 @@ class OnlineTests:
             else f"leave one out of {len(self._bank_ids)}"
         )
 
-    def test(self, backbone: nn.Module) -> dict[str, float]:
+    def evaluate(self, backbone: nn.Module) -> dict[str, float]:
         """Accuracies in [0, 1] of the backbone as it is now: `knn_accuracy` and, if asked for, `linear_accuracy`."""
 
         def features(shards: ShardSet, ids) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class OnlineTests:
             found["linear_accuracy"] = probe_accuracy(*bank, *queries, num_classes, self._device)
         return found
 
-    def tell(self, found: dict[str, float]) -> str:
+    def describe(self, found: dict[str, float]) -> str:
         """The accuracies as a line for people."""
         linear = f", linear {found['linear_accuracy']:.1%}" if "linear_accuracy" in found else ""
         return f"kNN accuracy {found['knn_accuracy']:.1%}{linear} (k = {self.k}, {self.what})"
