@@ -1,6 +1,7 @@
 """The shape of the code: who may import whom, how long a file may be, and that every setting is explained."""
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,18 @@ FORBIDDEN = {
         "fastssl.commands.pretrain_command",
         "fastssl.cli",
     ),
+}
+# Folder of fastssl: the others that it may import. Nobody is below `core`, which knows no other.
+FASTSSL_FOLDERS = {
+    "core": set(),
+    "models": {"core"},
+    "methods": {"core", "models"},
+    "evaluation": {"core", "models"},
+    "pretraining": {"core", "models", "methods", "evaluation"},
+    "commands": {"core", "models", "methods", "evaluation", "pretraining"},
+    "demo": {"core", "models", "methods", "evaluation", "pretraining", "commands"},
+    "bench": {"core", "models", "methods", "evaluation", "pretraining"},
+    "doctor": set(),
 }
 SETTINGS = {
     "fastssl/models/model_config.py": ("ModelConfig",),
@@ -68,6 +81,27 @@ def test_imports_point_one_way(where: str) -> None:
         if name == banned or name.startswith(f"{banned}.")
     }
     assert not wrong
+
+
+@pytest.mark.parametrize("folder", FASTSSL_FOLDERS)
+def test_folders_of_fastssl_import_what_lies_below_them(folder: str) -> None:
+    """Imports inside functions and for type checkers count as well."""
+    allowed = {folder, *FASTSSL_FOLDERS[folder]}
+    wrong = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (ROOT / "fastssl" / folder).rglob("*.py")
+        for name in imported(path)
+        if name.startswith("fastssl.") and name.split(".")[1] not in {*allowed, "__version__"}
+    }
+    assert not wrong
+
+
+def test_the_folders_of_fastssl_have_an_order() -> None:
+    found = {path.parent.name for path in (ROOT / "fastssl").glob("*/__init__.py")}
+    assert found == set(FASTSSL_FOLDERS)
+    assert list(
+        graphlib.TopologicalSorter(FASTSSL_FOLDERS).static_order()
+    )  # raises CycleError where two allow each other
 
 
 def test_the_import_reader_sees_all_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

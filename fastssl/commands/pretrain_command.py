@@ -1,4 +1,4 @@
-"""`fastssl pretrain CONFIG`: the command around `fastssl.pretraining.loop.pretrain`."""
+"""`fastssl pretrain CONFIG`: the command around `fastssl.pretrain`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Pretrain a backbone on shards, without labels. CONFIG is a YAML file (see config
 
 
 def run(argv: list[str]) -> int:
-    """Run the command; returns the exit code, 128 + signal where one stopped the run."""
+    """Run the command and return the exit code: 128 + the signal where one stopped the run."""
     if argv and argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -30,24 +30,13 @@ def run(argv: list[str]) -> int:
     resume = "--resume" in argv
     rest = ["--help" if token in ("--settings", "-h") else token for token in rest]
 
-    from fastssl.core import distributed
     from fastssl.pretraining import run_config
 
     resolved = run_config.load(path, rest)
-    import torch
-
-    from fastssl.pretraining.loop import pretrain
+    from fastssl.pretraining.run import pretrain
 
     warnings.showwarning = _show_warning
-    try:
-        summary = pretrain(resolved, resume=resume)
-    except torch.OutOfMemoryError as fault:
-        raise UserError(
-            f"A batch of {resolved.config.train.batch} over all processes does not fit in the GPU's memory: set --train.micro-batch "
-            "auto, which trains on it in chunks, or --train.checkpointing blocks, or start more processes with torchrun."
-        ) from fault
-    finally:
-        distributed.cleanup()
+    summary = pretrain(resolved, resume=resume)
     if not is_main_process():
         return 128 + summary.interrupted if summary.interrupted else 0
     if summary.interrupted:
@@ -66,11 +55,11 @@ def run(argv: list[str]) -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process of a run that speaks; by torchrun's environment, so before and after the process group too."""
+    """Return whether this process of the run may print; from torchrun's environment, so that it holds without a process group, too."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    """One line for people, from one process; the place in the source is for developers."""
+    """Print a warning as one line, from one process, without the place in the source."""
     if is_main_process():
         print(f"fastssl: note: {message}", file=sys.stderr)

@@ -180,7 +180,7 @@ def _preview(out: Path, args: Demo) -> None:
 def _pretrain(out: Path, args: Demo):
     import shutil
 
-    from fastssl.pretraining.loop import pretrain
+    from fastssl.pretraining.run import pretrain
 
     if args.again:
         shutil.rmtree(out / "run", ignore_errors=True)
@@ -188,10 +188,10 @@ def _pretrain(out: Path, args: Demo):
 
 
 def _evaluate(out: Path, checkpoint: Path) -> dict[str, Any]:
-    from fastssl.commands.eval_command import knn_report
+    from fastssl.commands.evaluate import evaluate_knn
     from shards.storage.atomic_files import atomic_write
 
-    report = knn_report(checkpoint, out / "train-shards", out / "test-shards")
+    report = evaluate_knn(checkpoint, out / "train-shards", out / "test-shards")
     atomic_write(out / "knn.json", (json.dumps(report, indent=1) + "\n").encode())
     return report
 
@@ -200,11 +200,11 @@ def _summarise(out: Path, steps: Steps, report: dict[str, Any], convert_rate: fl
     from rich.console import Console
     from rich.table import Table
 
-    from fastssl.commands.eval_command import print_report
+    from fastssl.commands.eval_command import print_knn
 
     console = Console(highlight=False)
     console.print()
-    print_report(report, console)
+    print_knn(report, console)
     table = Table(title="The demo in numbers", title_justify="left", show_header=False)
     for title, seconds in steps.seconds.items():
         table.add_row(title, f"{seconds:.1f} s")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.commands.eval_command import knn_report
+from fastssl.commands.evaluate import evaluate_knn
 from fastssl.core import checkpoint
 from fastssl.pretraining.build import build_method, follow_shards
 from fastssl.pretraining.loop import pretrain
@@ -47,7 +47,7 @@ def test_a_run_follows_the_bands_of_its_shards(tiles: ShardSet, tmp_path: Path) 
     again = pretrain(resolved, resume=True)
     assert again.steps == 3
     assert again.images_per_s == 0
-    report = knn_report(str(tmp_path / "run"), str(tiles.folder), ks=(3,), device="cpu")
+    report = evaluate_knn(str(tmp_path / "run"), str(tiles.folder), ks=(3,), device="cpu")
     assert report["queries"] == "leave one out of 24 samples"
 
 
