@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -59,6 +60,9 @@ def run(argv: list[str]) -> int:
     args = tyro.cli(EvalKNN, prog="fastssl eval knn", args=argv[1:], config=(tyro.conf.FlagConversionOff,))
     if args.json:
         check_output(args.json, "--json")
+    from fastssl.core.checkpoint import find_checkpoint
+
+    checkpoint = find_checkpoint(Path(args.checkpoint))
     from rich.console import Console
     from rich.progress import Progress
 
@@ -73,7 +77,7 @@ def run(argv: list[str]) -> int:
 
         test = args.test_shards or (args.shards if args.test_split else "")
         report = evaluate_knn(
-            args.checkpoint,
+            checkpoint,
             open_split(args.shards, args.split),
             open_split(test, args.test_split) if test else None,
             ks=args.ks,

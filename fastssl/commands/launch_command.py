@@ -202,10 +202,10 @@ def _submit(job: SlurmJob, args: argparse.Namespace) -> int:
     submitit = _submitit()
     try:
         executor = submitit.SlurmExecutor(folder=args.folder)
-    except RuntimeError as fault:
+    except RuntimeError as error:
         raise UserError(
-            f"{str(fault).rstrip('?.')}? --dry-run prints the script, --local tries it here."
-        ) from fault
+            f"{str(error).rstrip('?.')}? --dry-run prints the script, --local tries it here."
+        ) from error
     executor.update_parameters(**parameters(args))
     submitted = executor.submit(job)
     print(f"Submitted job {submitted.job_id}. Its output: {submitted.paths.stdout}")
@@ -225,10 +225,10 @@ def _run_here(job: SlurmJob, args: argparse.Namespace) -> int:
     print(f"Running as local job {running.job_id}: {running.paths.stdout}", flush=True)
     try:
         running.results()
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as fault:
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
         print(running.stdout() or "", running.stderr() or "", sep="\n", file=sys.stderr)
-        last = str(fault).strip().splitlines()[-1] if str(fault).strip() else "it left no result"
-        raise UserError(f"The job failed: {last}") from fault
+        last = str(error).strip().splitlines()[-1] if str(error).strip() else "it left no result"
+        raise UserError(f"The job failed: {last}") from error
     print(running.stdout() or "")
     return 0
 
@@ -237,8 +237,8 @@ def _submitit() -> Any:
     try:
         import submitit
         import submitit.slurm.slurm
-    except ImportError as fault:
+    except ImportError as error:
         raise UserError(
             "`fastssl launch slurm` needs submitit: pip install submitit (or fastssl-pretrain[slurm])."
-        ) from fault
+        ) from error
     return submitit

@@ -165,7 +165,7 @@ def test_where_all_checkpoints_are_damaged_nothing_is_touched(stopped: Path, tol
         path.write_bytes(_cut(path.read_bytes()))
     first = checkpoint.checkpoint_path(stopped, SAVE_STEPS)
     assert told("pretrain", config(), "--resume") == (
-        f"The checkpoint '{first}' is damaged and the oldest of its run: remove it, and --resume starts from the beginning."
+        f"The checkpoint '{first}' is damaged and is the oldest of its run: remove it, and --resume starts from the beginning."
     )
     assert len(checkpoint.list_checkpoints(stopped)) == 2
 
