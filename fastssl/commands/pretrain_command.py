@@ -8,9 +8,9 @@ import warnings
 
 USAGE = """usage: fastssl pretrain CONFIG [--resume] [--section.key value ...]
 
-Pretrain a backbone on shards, without labels. CONFIG is a YAML file (see configs/); every key can be set again on the command line.
+Pretrain a backbone on shards, without labels. CONFIG is a YAML file (see configs/); flags override its settings.
   --resume     continue the run in train.out from its newest checkpoint (from the start where there is none)
-  --settings   list every setting with its value and meaning
+  --settings   list all settings with their values and meaning
 
   fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/ --train.batch 256
   torchrun --nproc-per-node 8 -m fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/"""
@@ -41,7 +41,7 @@ def run(argv: list[str]) -> int:
         return 128 + summary.interrupted if summary.interrupted else 0
     if summary.interrupted:
         print(
-            f"Stopped after step {summary.steps}, saved as {summary.checkpoint}. Continue: the same command with --resume."
+            f"Stopped after step {summary.steps}, saved as {summary.checkpoint}. To continue, add --resume to the same command."
         )
         return 128 + summary.interrupted
     if summary.images_per_s == 0:
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
     print(
         f"Done: {summary.steps} steps, {summary.seconds:,.0f} s, {summary.images_per_s:,.0f} images/s. Weights: {summary.checkpoint}"
     )
-    print(f"Test them: fastssl eval knn {resolved.config.train.out} --shards LABELLED_SHARDS")
+    print(f"Evaluate them: fastssl eval knn {resolved.config.train.out} --shards LABELLED_SHARDS")
     return 0
 
 

@@ -17,9 +17,9 @@ def ema_update(
     momentum: float | Tensor,
     how: Literal["foreach", "loop"] = "foreach",
 ) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, in place, as one multi-tensor operation or tensor by tensor.
+    """Set teacher = momentum * teacher + (1 - momentum) * student, in place, in one multi-tensor operation or tensor by tensor.
 
-    A momentum on the device, a scalar tensor, takes three of them and a little memory, as no operation reads its weight there.
+    A momentum on the device (a scalar tensor) takes three operations and a little memory, since lerp reads its weight on the host.
     """
     old, new = list(teacher), list(student)
     if isinstance(momentum, Tensor):
@@ -37,7 +37,7 @@ def ema_update(
 
 @torch.no_grad()
 def relative_distance(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
-    """|teacher - student| / |student|, L2 over all elements together: a scalar on the device, 0 where they are equal."""
+    """Return |teacher - student| / |student|, L2 norms over all elements: a scalar on the device, 0 where they are equal."""
     differences = [torch.linalg.vector_norm(t - s) for t, s in zip(teacher, student, strict=True)]
     lengths = torch._foreach_norm(list(student))
     tiny = torch.finfo(lengths[0].dtype).tiny

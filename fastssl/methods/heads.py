@@ -8,10 +8,10 @@ from torch import nn
 
 
 def mlp(dims: Sequence[int], *, last_norm: Literal["none", "plain"]) -> nn.Sequential:
-    """Linear layers dims[0] -> dims[1] -> ... without bias, BatchNorm and ReLU between them.
+    """Return linear layers (N, dims[0]) -> ... -> (N, dims[-1]) without bias, with BatchNorm and ReLU between them.
 
-    `last_norm` "plain" ends with a BatchNorm that has no scale and shift (affine=False), "none" with the
-    linear layer. (N, dims[0]) -> (N, dims[-1]). PyTorch's default initialisation.
+    With `last_norm` "plain" a BatchNorm without scale and shift (affine=False) follows the last layer, with "none" nothing does. The
+    initialisation is PyTorch's default.
     """
     layers: list[nn.Module] = []
     for i, (num_in, num_out) in enumerate(itertools.pairwise(dims)):

@@ -51,7 +51,10 @@ def test_the_script_asks_for_what_was_asked(config, capsys):
         (["slurm", "CONFIG", "--hours", "0.01"], "--save-before is 300 s"),
         (["slurm", "CONFIG", "--train.bach", "8"], "Did you mean 'train.batch'"),
         (["slurm", "CONFIG", "--gpus", "2", "--data.shards", "nowhere"], "no folder 'nowhere'"),
-        (["slurm", "CONFIG", "--gpus", "2", "--nodes", "2", "--local"], "--local has one machine"),
+        (
+            ["slurm", "CONFIG", "--gpus", "2", "--nodes", "2", "--local"],
+            "--local runs on one machine, but --nodes is 2",
+        ),
         (["slurm", "CONFIG", "--gpus", "2"], 'Could not detect "srun".*--dry-run'),
     ],
 )
@@ -87,9 +90,9 @@ def test_requeue_counts_its_turns(monkeypatch, capsys):
     calls = []
     requeue("77", 2, calls.append)
     assert calls == [["scontrol", "requeue", "77"]]
-    assert "job 77 is queued again" in capsys.readouterr().out
+    assert "job 77 is requeued and will continue" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    with pytest.raises(UserError, match="queued again 2 times, and --max-requeues is 2"):
+    with pytest.raises(UserError, match="requeued 2 times, and --max-requeues is 2"):
         requeue("77", 2, calls.append)
     assert len(calls) == 1
 

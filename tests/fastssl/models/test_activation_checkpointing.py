@@ -95,7 +95,9 @@ def test_blocks_of_each_family() -> None:
 def test_a_backbone_without_blocks_is_refused() -> None:
     with torch.device("meta"):
         backbone = build_backbone(ModelConfig(backbone="vgg11"), 32)
-    with pytest.raises(UserError, match=r"vgg11 cannot recompute its activations: set .* to none"):
+    with pytest.raises(
+        UserError, match=r"vgg11 has no blocks whose activations could be recomputed: set .* to none"
+    ):
         checkpoint_blocks(backbone, "blocks", "vgg11")
 
 

@@ -119,7 +119,7 @@ def test_online_knn_on_shards_of_their_own(shards: Path, unlabelled_shards: Path
     # Each query's nearest neighbour is itself.
     assert [row["knn_accuracy"] for row in rows(tmp_path / "run") if "knn_accuracy" in row] == [1.0]
     for section in ({}, {"test_shards": str(unlabelled_shards), "shards": str(shards)}):
-        with pytest.raises(UserError, match=r"0 labelled samples and kNN needs at least 2.*--knn.every 0"):
+        with pytest.raises(UserError, match=r"0 labelled samples, but kNN needs at least 2.*--knn.every 0"):
             pretrain(resolve(unlabelled_shards, tmp_path / "none", {"knn": {"every": 1, **section}}))
 
 

@@ -125,7 +125,7 @@ def test_sigterm_stops_after_the_step_and_says_how_to_continue(
     assert code == 128 + signal.SIGTERM
     assert 4 <= step < TOTAL
     assert f"Stopped after step {step}, saved as {checkpoint.checkpoint_path(run, step)}." in text
-    assert "Continue: the same command with --resume." in text
+    assert "To continue, add --resume to the same command." in text
     summary = pretrain(resolve(shards, run), resume=True)
     assert (summary.steps, summary.interrupted) == (TOTAL, 0)
     assert_same_end(run, finished)
