@@ -126,7 +126,7 @@ def test_weights_of_another_shape_are_refused(finished: Path, shards: Path, tmp_
 def test_shards_that_cannot_be_tested_on(
     finished: Path, photos: Path, shards: Path, unlabelled_shards: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"unlabelled' has 0 labelled samples .* sub-folders are classes"):
+    with pytest.raises(UserError, match=r"unlabelled' has 0 labelled samples, .* sub-folders are classes"):
         evaluate_knn(finished, unlabelled_shards)
     for shade in ("red", "green"):
         (tmp_path / "two" / shade).mkdir(parents=True)

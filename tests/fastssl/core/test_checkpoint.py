@@ -103,7 +103,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     ):
         load(tmp_path / "other.pt")
     torch.save({"format": 2}, tmp_path / "newer.pt")
-    with pytest.raises(UserError, match="has checkpoint format 2, this fastssl reads 1: update fastssl"):
+    with pytest.raises(UserError, match="has checkpoint format 2, but this fastssl reads 1: update fastssl"):
         load(tmp_path / "newer.pt")
     with pytest.raises(UserError, match="There is no checkpoint"):
         load(tmp_path / "none.pt")

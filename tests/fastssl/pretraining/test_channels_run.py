@@ -55,7 +55,7 @@ def test_another_number_of_channels_and_colours_are_refused_before_the_run(
     tiles: ShardSet, tmp_path: Path
 ) -> None:
     channels = int(tiles.channels[0])
-    with pytest.raises(UserError, match=f"model.channels is 7 and the images .* make views of {channels}"):
+    with pytest.raises(UserError, match=f"model.channels is 7, but the images .* make views of {channels}"):
         pretrain(resolve(tiles.folder, tmp_path / "a", BANDS, {"model": {"channels": 7}}))
     with pytest.raises(UserError, match=r"need red, green and blue: set --recipe.saturation 0"):
         pretrain(resolve(tiles.folder, tmp_path / "b", {"recipe": {"preset": "satellite", "size": 16}}))

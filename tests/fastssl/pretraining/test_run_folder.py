@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         assert main(["pretrain", str(config()), "--resume"]) == 0
     out, err = capsys.readouterr()
     assert err == (
-        f"fastssl: note: The checkpoint '{last}' is damaged: it is now called '{last.name}.damaged', and the run goes on from "
+        f"fastssl: note: The checkpoint '{last}' is damaged: it is now called '{last.name}.damaged', and the run continues from "
         "'step-000000003.pt', the one before it.\n"
     )
     assert f"resuming after step {SAVE_STEPS} of {TOTAL}" in out
