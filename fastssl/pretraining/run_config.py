@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,12 +91,12 @@ def load_config(
     written = io.StringIO()
     try:
         with contextlib.redirect_stderr(written):
-            if isinstance(config, Resolved):
-                return _override(config, tokens)
-            return load(config, tokens)
+            resolved = _override(config, tokens) if isinstance(config, Resolved) else load(config, tokens)
     except SystemExit as stop:
         words = re.sub(r"[\u2500-\u257f]", " ", written.getvalue())
         raise UserError(f"The settings cannot be read: {' '.join(words.split())}") from stop
+    sys.stderr.write(written.getvalue())
+    return resolved
 
 
 def _override(resolved: Resolved, tokens: list[str]) -> Resolved:
