@@ -42,7 +42,7 @@ def test_same_seed_same_weights():
 
 
 def test_other_channels_than_the_engines_make_are_refused():
-    with pytest.raises(UserError, match=r"model\.channels is 4 and the recipe makes views of 3"):
+    with pytest.raises(UserError, match=r"model\.channels is 4, but the recipe makes views of 3"):
         build.build_method(load(None, ["--model.channels", "4"]), torch.device("cpu"))
 
 
