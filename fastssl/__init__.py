@@ -1,3 +1,38 @@
-"""fastssl: pretrain a vision backbone on unlabelled images, then test, use and export what it learned."""
+"""fastssl: pretrain a vision backbone on unlabelled images, then test, use and export what it learned.
+
+    from fastssl import evaluate_knn, pretrain
+
+    summary = pretrain("configs/moco_v3_vit_small.yaml", {"data.shards": "photo-shards", "train.batch": 256})
+    report = evaluate_knn(summary.checkpoint, "labelled-shards")
+
+Nothing heavy is imported before a name is used: `import fastssl` takes milliseconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastssl.commands.evaluate import evaluate_knn
+    from fastssl.pretraining.run import pretrain
+    from fastssl.pretraining.run_config import load_config
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "evaluate_knn", "load_config", "pretrain"]
+
+_HOMES = {
+    "evaluate_knn": "fastssl.commands.evaluate",
+    "load_config": "fastssl.pretraining.run_config",
+    "pretrain": "fastssl.pretraining.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastssl' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

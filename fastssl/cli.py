@@ -1,4 +1,4 @@
-"""The `fastssl` command: finds the sub-command and only then imports what it needs, so that help answers at once."""
+"""The `fastssl` command. It imports a sub-command's module only when that is run, so that help is fast."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ COMMANDS = {
     ),
     "verify": (
         "shards.commands.verify_command",
-        "Check every byte of shards, and say which sample is damaged",
+        "Check every byte of shards and name damaged samples",
     ),
     "inspect": (
         "shards.commands.inspect_command",
-        "Show what shards hold: tables, and a contact sheet with histograms",
+        "Show what shards contain: tables, and a contact sheet with histograms",
     ),
     "preview": (
         "fastssl.commands.preview_command",
-        "Draw originals beside the views a recipe makes of them, as a PNG",
+        "Draw originals beside the views that a recipe makes of them, as a PNG",
     ),
     "pretrain": ("fastssl.commands.pretrain_command", "Pretrain a backbone on shards, without labels"),
     "launch": (
         "fastssl.commands.launch_command",
-        "Start a run on a cluster: launch slurm, which saves, queues itself again and goes on",
+        "Start a run on a cluster: launch slurm, which saves, requeues and continues by itself",
     ),
-    "eval": ("fastssl.commands.eval_command", "Test what a checkpoint has learned: eval knn"),
+    "eval": ("fastssl.commands.eval_command", "Evaluate a checkpoint: eval knn"),
     "doctor": (
         "fastssl.doctor.doctor_command",
-        "Check driver, packages, limits, disks and a data set, with a way out of each fault",
+        "Check driver, GPUs, compiler, limits, disk and a data set, and say what to do about each fault",
     ),
     "replay": (
         "fastssl.pretraining.replay",
-        "Do a step again that was not finite, and say where it went wrong",
+        "Repeat a step that was not finite, and say where it went wrong",
     ),
     "report": (
         "fastssl.commands.report_command",
@@ -59,7 +59,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """The text of `fastssl --help`."""
+    """Return the text of `fastssl --help`."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
@@ -79,7 +79,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Exit code 0: done; 2: a mistake the user can mend, told in one sentence; 130: interrupted."""
+    """Run one command and return its exit code: 0 done, 2 an error that the user can fix, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         print(usage())

@@ -1,4 +1,4 @@
-"""`fastssl launch slurm CONFIG`: a run as a Slurm job that saves before its time is up, is queued again and goes on."""
+"""`fastssl launch slurm CONFIG`: a run as a Slurm job, which saves before its time is up, requeues itself and continues."""
 
 from __future__ import annotations
 
@@ -16,36 +16,37 @@ from shards.errors import UserError, check_least
 
 USAGE = """usage: fastssl launch slurm CONFIG [options] [--section.key value ...]
 
-Submit `fastssl pretrain CONFIG --resume` to Slurm, one process per GPU. Ahead of the end of its time the run saves, queues itself
-again and goes on where it was; a preempted one is queued again by Slurm. Needs submitit (pip install submitit).
-  --nodes N           machines (1)
-  --gpus N            GPUs of each (8)
-  --hours H           time of one turn (24)
-  --partition NAME    also --account, --qos, --constraint: passed on as they are
-  --cpus-per-gpu N    cores for each process (8)
-  --save-before S     seconds before the end at which the run saves (300)
-  --max-requeues N    turns after the first (100)
-  --setup LINE        a shell line before the run, such as 'module load cuda'; may be repeated
-  --folder DIR        where Slurm's output goes; all nodes must see it (runs/slurm)
+Submit `fastssl pretrain CONFIG --resume` to Slurm, one process per GPU. Before its time is up the run saves, requeues itself and
+continues where it was; Slurm requeues a preempted run. Needs submitit (pip install submitit).
+  --nodes N           number of machines (1)
+  --gpus N            GPUs of each machine (8)
+  --hours H           time limit of one job (24)
+  --partition NAME    also --account, --qos, --constraint: passed to Slurm unchanged
+  --cpus-per-gpu N    cores of each process (8)
+  --save-before S     save this many seconds before the time limit (300)
+  --max-requeues N    how often the job is requeued at most (100)
+  --setup LINE        a shell line to run first, such as 'module load cuda'; may be repeated
+  --folder DIR        folder for Slurm's output, visible to all nodes (runs/slurm)
   --dry-run           print the sbatch script, submit nothing
   --local             run it here and now with submitit's local executor, to try it
 
   fastssl launch slurm configs/moco_v3_vit_base.yaml --nodes 8 --gpus 8 --partition gpu --data.shards imagenet-shards/"""
 
-REQUEUE = 128 + signal.SIGUSR1  # what `fastssl pretrain` exits with after it has saved on Slurm's warning
+# Exit code of `fastssl pretrain` after it has saved on Slurm's warning.
+REQUEUE = 128 + signal.SIGUSR1
 PASSED_ON = ("partition", "account", "qos", "constraint")
 
 
 @dataclass(frozen=True)
-class Job:
-    """What each process of the job does; submitit pickles it."""
+class SlurmJob:
+    """What each process of a Slurm job runs; submitit pickles it."""
 
     argv: tuple[str, ...]
     """Arguments of `fastssl pretrain`."""
     max_requeues: int = 100
 
     def __call__(self) -> int:
-        """Train in the place that the job's environment gives this process; on Slurm's warning, queue the job again."""
+        """Train as the rank that the job's environment gives this process; after Slurm's warning, requeue the job."""
         import submitit
 
         place = submitit.JobEnvironment()
@@ -59,9 +60,8 @@ class Job:
                 world=place.num_tasks,
             )
         )
-        if (
-            place.num_tasks > 1
-        ):  # torchrun's default: processes that each take all cores for themselves stall each other
+        # As torchrun does: processes that each use all cores stall each other.
+        if place.num_tasks > 1:
             os.environ.setdefault("OMP_NUM_THREADS", "1")
         from fastssl.commands.pretrain_command import run  # torch reads the above when it is imported
 
@@ -75,7 +75,7 @@ class Job:
         return 0
 
     def checkpoint(self) -> Any:
-        """For submitit, where the warning comes before the run has begun: the same again."""
+        """Return the same job, for submitit, where the warning comes before the run has begun."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
@@ -84,7 +84,7 @@ class Job:
 def torch_environment(
     *, hostnames: list[str], job_id: str, num_nodes: int, rank: int, local_rank: int, world: int
 ) -> dict[str, str]:
-    """The variables that torchrun would set. All processes of a job agree on the port, and jobs on one machine seldom do."""
+    """Return the variables that torchrun would set. All processes of a job get the same port; jobs on one machine rarely share one."""
     digits = "".join(filter(str.isdigit, job_id)) or "0"
     return {
         "MASTER_ADDR": hostnames[0] if num_nodes > 1 else "127.0.0.1",
@@ -97,13 +97,13 @@ def torch_environment(
 
 
 def requeue(job_id: str, most: int, call: Callable[[list[str]], Any] = subprocess.check_call) -> None:
-    """Queue a Slurm job again; UserError where it has had its turns, as Slurm counts them."""
+    """Requeue a Slurm job; raise UserError where Slurm has counted `most` restarts already."""
     turns = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if turns >= most:
         raise UserError(
-            f"The job was queued again {turns} times, and --max-requeues is {most}: it is saved; launch it again to go on."
+            f"The job was requeued {turns} times, and --max-requeues is {most}: it is saved; launch it again to continue."
         )
-    print(f"Saved; job {job_id} is queued again and will go on.", flush=True)
+    print(f"Saved; job {job_id} is requeued and will continue.", flush=True)
     call(["scontrol", "requeue", job_id])
 
 
@@ -120,7 +120,7 @@ def run(argv: list[str]) -> int:
         raise UserError("Give the configuration file first: fastssl launch slurm CONFIG [options].")
     args, overrides = _parser().parse_known_args(argv[2:])
     check(argv[1], overrides, args)
-    job = Job((argv[1], *overrides), args.max_requeues)
+    job = SlurmJob((argv[1], *overrides), args.max_requeues)
     if args.dry_run:
         print(script(args))
         return 0
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def check(path: str, overrides: list[str], args: argparse.Namespace) -> None:
-    """Refuse here what would otherwise fail after hours in the queue: UserError, with the way out."""
+    """Raise UserError, with the way out, for what would otherwise fail after hours in the queue."""
     from fastssl.pretraining import run_config
 
     check_least(args, nodes=1, gpus=1, cpus_per_gpu=1, max_requeues=0)
@@ -170,11 +170,11 @@ def check(path: str, overrides: list[str], args: argparse.Namespace) -> None:
     if not cfg.data.shards:
         raise UserError("No shards to train on: give --data.shards DIR, which all nodes must see.")
     if args.nodes == 1:
-        cfg.data.open()  # says what is wrong with them
+        cfg.data.open()  # raises for shards that are missing or incomplete
 
 
 def parameters(args: argparse.Namespace) -> dict[str, Any]:
-    """Slurm's parameters, as submitit names them."""
+    """Return Slurm's parameters, as submitit names them."""
     asked = {name: value for name in PASSED_ON if (value := getattr(args, name))}
     return {
         "job_name": "fastssl",
@@ -183,7 +183,7 @@ def parameters(args: argparse.Namespace) -> dict[str, Any]:
         "gpus_per_node": args.gpus,
         "cpus_per_task": args.cpus_per_gpu,
         "time": max(1, round(args.hours * 60)),
-        # Slurm's warning must be the signal that the trainer listens to, and submitit on the compute nodes, too.
+        # Slurm must warn with the signal that the trainer, and submitit on the compute nodes, listens to.
         "setup": ["export SUBMITIT_PREEMPT_SIGNAL=USR1", *args.setup],
         "additional_parameters": {"requeue": True, "signal": f"USR1@{args.save_before}"},
         **asked,
@@ -191,31 +191,31 @@ def parameters(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def script(args: argparse.Namespace) -> str:
-    """The sbatch script that submitit would submit, where JOB stands for the pickled job."""
+    """Return the sbatch script that submitit would submit."""
     slurm = _submitit().slurm.slurm
     folder = Path(args.folder).absolute()
     command = f"{sys.executable} -u -m submitit.core._submit {folder}"
     return slurm._make_sbatch_string(command=command, folder=folder, **parameters(args))
 
 
-def _submit(job: Job, args: argparse.Namespace) -> int:
+def _submit(job: SlurmJob, args: argparse.Namespace) -> int:
     submitit = _submitit()
     try:
         executor = submitit.SlurmExecutor(folder=args.folder)
-    except RuntimeError as fault:
+    except RuntimeError as error:
         raise UserError(
-            f"{str(fault).rstrip('?.')}? --dry-run prints the script, --local tries it here."
-        ) from fault
+            f"{str(error).rstrip('?.')}? --dry-run prints the script, --local tries it here."
+        ) from error
     executor.update_parameters(**parameters(args))
     submitted = executor.submit(job)
     print(f"Submitted job {submitted.job_id}. Its output: {submitted.paths.stdout}")
     return 0
 
 
-def _run_here(job: Job, args: argparse.Namespace) -> int:
+def _run_here(job: SlurmJob, args: argparse.Namespace) -> int:
     submitit = _submitit()
     if args.nodes != 1:
-        raise UserError(f"--local has one machine, and --nodes is {args.nodes}.")
+        raise UserError(f"--local runs on one machine, but --nodes is {args.nodes}: leave it at 1.")
     executor = submitit.LocalExecutor(folder=args.folder)
     minutes = max(1, round(args.hours * 60))
     executor.update_parameters(
@@ -225,10 +225,10 @@ def _run_here(job: Job, args: argparse.Namespace) -> int:
     print(f"Running as local job {running.job_id}: {running.paths.stdout}", flush=True)
     try:
         running.results()
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as fault:
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
         print(running.stdout() or "", running.stderr() or "", sep="\n", file=sys.stderr)
-        last = str(fault).strip().splitlines()[-1] if str(fault).strip() else "it left no result"
-        raise UserError(f"The job failed: {last}") from fault
+        last = str(error).strip().splitlines()[-1] if str(error).strip() else "it left no result"
+        raise UserError(f"The job failed: {last}") from error
     print(running.stdout() or "")
     return 0
 
@@ -237,8 +237,8 @@ def _submitit() -> Any:
     try:
         import submitit
         import submitit.slurm.slurm
-    except ImportError as fault:
+    except ImportError as error:
         raise UserError(
             "`fastssl launch slurm` needs submitit: pip install submitit (or fastssl-pretrain[slurm])."
-        ) from fault
+        ) from error
     return submitit

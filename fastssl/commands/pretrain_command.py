@@ -1,4 +1,4 @@
-"""`fastssl pretrain CONFIG`: the command around `fastssl.pretraining.loop.pretrain`."""
+"""`fastssl pretrain CONFIG`: the command around `fastssl.pretrain`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import warnings
 
 USAGE = """usage: fastssl pretrain CONFIG [--resume] [--section.key value ...]
 
-Pretrain a backbone on shards, without labels. CONFIG is a YAML file (see configs/); every key can be set again on the command line.
+Pretrain a backbone on shards, without labels. CONFIG is a YAML file (see configs/); flags override its settings.
   --resume     continue the run in train.out from its newest checkpoint (from the start where there is none)
-  --settings   list every setting with its value and meaning
+  --settings   list all settings with their values and meaning
 
   fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/ --train.batch 256
   torchrun --nproc-per-node 8 -m fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/"""
 
 
 def run(argv: list[str]) -> int:
-    """Run the command; returns the exit code, 128 + signal where one stopped the run."""
+    """Run the command and return the exit code: 128 + the signal where one stopped the run."""
     if argv and argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -30,31 +30,18 @@ def run(argv: list[str]) -> int:
     resume = "--resume" in argv
     rest = ["--help" if token in ("--settings", "-h") else token for token in rest]
 
-    from fastssl.core import distributed
     from fastssl.pretraining import run_config
 
     resolved = run_config.load(path, rest)
-    from fastssl.core.memory import is_out_of_memory, reason
-    from fastssl.pretraining.loop import pretrain
+    from fastssl.pretraining.run import pretrain
 
     warnings.showwarning = _show_warning
-    try:
-        summary = pretrain(resolved, resume=resume)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"A batch of {resolved.config.train.batch} over all processes does not fit in the GPU's memory{reason(error)}: set "
-            "--train.micro-batch auto, which trains on it in chunks, or --train.checkpointing blocks, or start more processes with "
-            "torchrun."
-        ) from error
-    finally:
-        distributed.cleanup()
+    summary = pretrain(resolved, resume=resume)
     if not is_main_process():
         return 128 + summary.interrupted if summary.interrupted else 0
     if summary.interrupted:
         print(
-            f"Stopped after step {summary.steps}, saved as {summary.checkpoint}. Continue: the same command with --resume."
+            f"Stopped after step {summary.steps}, saved as {summary.checkpoint}. To continue, add --resume to the same command."
         )
         return 128 + summary.interrupted
     if summary.images_per_s == 0:
@@ -63,16 +50,16 @@ def run(argv: list[str]) -> int:
     print(
         f"Done: {summary.steps} steps, {summary.seconds:,.0f} s, {summary.images_per_s:,.0f} images/s. Weights: {summary.checkpoint}"
     )
-    print(f"Test them: fastssl eval knn {resolved.config.train.out} --shards LABELLED_SHARDS")
+    print(f"Evaluate them: fastssl eval knn {resolved.config.train.out} --shards LABELLED_SHARDS")
     return 0
 
 
 def is_main_process() -> bool:
-    """Whether this is the process of a run that speaks; by torchrun's environment, so before and after the process group too."""
+    """Return whether this process of the run may print; from torchrun's environment, so that it holds without a process group, too."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    """One line for people, from one process; the place in the source is for developers."""
+    """Print a warning as one line, from one process, without the place in the source."""
     if is_main_process():
         print(f"fastssl: note: {message}", file=sys.stderr)

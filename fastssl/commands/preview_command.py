@@ -22,36 +22,36 @@ RECIPE_FLAG = "--recipe."
 class Preview:
     """Draw originals beside the views that training would see, as a PNG.
 
-    With --ops, each operation of the recipe by itself and the value drawn; with --engines, how far engines are apart. Any setting of
-    the recipe can be changed as for pretrain: --recipe.crop-scale 0.2 1. Masks lie over originals and views where there are any.
+    --ops shows each operation of the recipe alone, with the value drawn; --engines shows how much engines differ. Settings of the
+    recipe are overridden as for pretrain: --recipe.crop-scale 0.2 1. Masks, if any, are drawn over originals and views.
     """
 
     shards: Annotated[str, tyro.conf.Positional]
     """Folder of shards."""
     recipe: str = "moco_v3"
-    """Name of a preset, or a configuration file whose recipe is to be shown."""
+    """Name of a preset, or a configuration file with a recipe."""
     out: str = "views.png"
     """PNG file to write."""
     ops: bool = False
     """Show each operation alone instead of the views."""
     engines: str = ""
-    """Compare engines instead: names with commas between; the others are compared with the first. Such as reference,fused,kornia."""
+    """Compare engines instead, each with the first one: names separated by commas, such as reference,fused,kornia."""
     rows: int = 6
-    """Images shown."""
+    """Number of images."""
     epochs: int = 3
-    """Epochs shown: each has its own views."""
+    """Number of epochs, each with views of its own."""
     size: int = 0
-    """Side of the (global) views in pixels; 0 takes the recipe's."""
+    """Side of the (global) views in pixels; 0: the recipe's."""
     cell: int = 144
     """Side of each picture on the sheet, in pixels."""
     seed: int = 0
-    """The seed of the run to be previewed."""
+    """Seed of the run."""
     split: str = ""
     """Split of the shards to show (`fastssl split`); empty: all."""
     engine: EngineName = "fused"
-    """What makes the views."""
+    """Engine that makes the views."""
     value_range: Literal["type", "percentiles"] = "type"
-    """As data.value_range."""
+    """See data.value_range."""
     bands: tuple[int, ...] = ()
     """Channels shown as red, green and blue, counted from 1; empty: the first three."""
 
@@ -67,7 +67,9 @@ def run(argv: list[str]) -> int:
         if name not in engine_names():
             raise UserError(f"There is no engine called '{name}'.{nearest(name, engine_names())}")
     if args.engines and (len(compared) < 2 or args.ops):
-        raise UserError("--engines needs two or more names, such as reference,fused, and goes without --ops.")
+        raise UserError(
+            "--engines needs two or more names, such as reference,fused, and cannot be combined with --ops."
+        )
     from pipelines.previews import preview_sheets
     from shards.splits.split_table import open_split
 
@@ -95,7 +97,7 @@ def run(argv: list[str]) -> int:
 
 
 def _take_recipe_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments without and with a name that begins with `--recipe.`, each with its values."""
+    """Return the arguments without and those with a name that begins with `--recipe.`, each with its values."""
     kept: list[str] = []
     taken: list[str] = []
     place = kept

@@ -1,4 +1,4 @@
-"""`fastssl report RUN [RUN ...] --out report.png`: the curves of one or more runs, drawn from their metrics.jsonl."""
+"""`fastssl report RUN [RUN ...] --out report.png`: draw the curves of runs from their metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tyro
 from shards.errors import UserError
 from shards.storage.atomic_files import atomic_write, check_output
 
-# metric: (title, what it says)
+# Metric: (title, how to read it).
 PANELS = {
     "ce_norm": ("cross-entropy / ln N", "1 is chance"),
     "acc": ("contrastive accuracy", "share of queries that find their key"),
@@ -24,15 +24,16 @@ PANELS = {
     "teacher_distance": ("distance of teacher and student", "share of the student's length"),
     "lr": ("learning rate", ""),
     "images_per_s": ("images/s", ""),
-    "stand_ins": ("samples replaced by others", "bad ones, per line of the log"),
+    "stand_ins": ("samples replaced by others", "they did not decode; per line of the log"),
     "skipped": ("steps skipped", "not finite"),
 }
-FAULTS = ("stand_ins", "skipped")  # drawn only where there were some
+# Drawn only where there were some.
+FAULTS = ("stand_ins", "skipped")
 
 
 @dataclass(frozen=True)
-class Report:
-    """Draw the curves of runs side by side, as a PNG: does it learn, does it collapse, how fast is it."""
+class RunReport:
+    """Draw the curves of runs in one PNG: whether they learn or collapse, and how fast they are."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders (train.out)."""
@@ -42,7 +43,7 @@ class Report:
 
 def run(argv: list[str]) -> int:
     """Run the command."""
-    args = tyro.cli(Report, prog="fastssl report", args=argv)
+    args = tyro.cli(RunReport, prog="fastssl report", args=argv)
     if not args.runs:
         raise UserError("Name at least one run folder: fastssl report RUN --out report.png")
     check_output(args.out, "--out")
@@ -51,7 +52,7 @@ def run(argv: list[str]) -> int:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a half-written last line is left out. UserError where there are none."""
+    """Return the rows of a run's metrics.jsonl without an incomplete last line; raise UserError where there are none."""
     path = Path(run) / "metrics.jsonl"
     try:
         lines = path.read_text().splitlines()
@@ -69,7 +70,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 
 def draw(runs: tuple[str, ...], out: Path) -> Path:
-    """Draw one panel per metric and one line per run against the epoch."""
+    """Draw one panel per metric with one line per run against the epoch, and return `out`."""
     import matplotlib
 
     matplotlib.use("Agg")

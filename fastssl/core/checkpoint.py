@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all, hold plain values and tensors only, and never load what does not fit."""
+"""Checkpoints: written atomically, holding plain values and tensors only, and checked when they are loaded."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _NAME = re.compile(r"step-(\d{9})\.pt")
 
 
 class DamagedError(UserError):
-    """A checkpoint that was cut short, or in which bits have changed."""
+    """A checkpoint was cut short, or bits in it have changed."""
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimiser steps lies."""
+    """Return the path of the checkpoint after `step` optimizer steps."""
     return run / "checkpoints" / f"step-{step:09d}.pt"
 
 
 def step_of(path: Path) -> int:
-    """The number of optimiser steps that a checkpoint's name tells."""
+    """Return the number of optimizer steps in a checkpoint's name."""
     return int(path.stem.removeprefix("step-"))
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """Return the checkpoints of a run, oldest first."""
     folder = run / "checkpoints"
     return sorted(p for p in folder.glob("step-*.pt") if _NAME.fullmatch(p.name)) if folder.is_dir() else []
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means by a file, a run folder or its `checkpoints` folder: the newest one there."""
+    """Return the checkpoint that a path means: the file itself, or the newest one of a run folder or its `checkpoints` folder."""
     if path.is_file():
         return path
     found = list_checkpoints(path) or list_checkpoints(path.parent)
@@ -51,25 +51,23 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def save(path: Path, state: dict[str, Any], keep: int = 0, lasting: int = 0) -> None:
-    """Write a checkpoint; afterwards only the newest `keep` of its folder remain (0 keeps all).
-
-    Those of every `lasting`-th step, if not 0, remain besides.
+    """Write a checkpoint, then remove all but the newest `keep` of its folder (0: keep all) and those of every `lasting`-th step.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written; older checkpoints stay as they were.
     """
-    # Serialised in memory first: torch turns a write error on the way into one of its own that hides the cause.
+    # Serialise in memory first: torch turns a write error into one of its own that hides the cause.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     view = buffer.getbuffer()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: file.write(view))
-    except UserError as fault:
-        raise UserError(f"{fault} --resume continues from the last checkpoint.") from fault
+    except UserError as error:
+        raise UserError(f"{error} --resume continues from the last checkpoint.") from error
     except OSError as error:
         raise UserError(
-            f"'{path}' cannot be written ({error.strerror}): mend that, then continue with --resume."
+            f"'{path}' cannot be written ({error.strerror}): fix that, then continue with --resume."
         ) from error
     if keep:
         for old in list_checkpoints(path.parent.parent)[:-keep]:
@@ -78,19 +76,17 @@ def save(path: Path, state: dict[str, Any], keep: int = 0, lasting: int = 0) -> 
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, without running any code that it may hold (`weights_only`).
+    """Read a checkpoint onto the CPU, without running any code in it (`weights_only`).
 
     Raises:
         DamagedError: the file was cut short, or a bit of it has changed.
-        UserError: it is no checkpoint of fastssl, or of a newer format.
+        UserError: it is no checkpoint of fastssl, or one of a newer format.
     """
     try:
-        # torch writes a sum of each tensor and does not look at it when it reads.
+        # torch writes a checksum of each tensor but does not check it when it reads.
         with zipfile.ZipFile(path) as parts:
             if (part := parts.testzip()) is not None:
-                raise DamagedError(
-                    f"{_unreadable(path)} The part '{part}' does not have the sum it was written with."
-                )
+                raise DamagedError(f"{_unreadable(path)} The checksum of its part '{part}' is wrong.")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"There is no checkpoint '{path}'.") from None
@@ -102,7 +98,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"'{path}' is no checkpoint of fastssl: it lacks the entry 'format'.")
     if state["format"] != FORMAT:
         raise UserError(
-            f"'{path}' has checkpoint format {state['format']}, this fastssl reads {FORMAT}: update fastssl."
+            f"'{path}' has checkpoint format {state['format']}, but this fastssl reads {FORMAT}: update fastssl."
         )
     return state
 
@@ -112,15 +108,15 @@ def _unreadable(path: Path) -> str:
         return f"'{path}' is no checkpoint: give a .pt file that fastssl saved, or the folder of a run."
     older = [p for p in list_checkpoints(path.parent.parent) if p.name < path.name]
     if older:
-        return f"The checkpoint '{path}' is damaged: remove it, and the one before it, '{older[-1].name}', is used."
-    return f"The checkpoint '{path}' is damaged and the oldest of its run: remove it, and --resume starts from the beginning."
+        return f"The checkpoint '{path}' is damaged: remove it, and '{older[-1].name}', the one before it, will be used."
+    return f"The checkpoint '{path}' is damaged and is the oldest of its run: remove it, and --resume starts from the beginning."
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Load weights that must match the module entirely.
+    """Load weights, all of which must match the module.
 
     Raises:
-        UserError: names the entries that are missing, unknown or of another shape, with both shapes.
+        UserError: entries are missing, unknown or of another shape; it names them, with both shapes.
     """
     own = module.state_dict()
     problems = [f"{k} is missing" for k in own if k not in weights]

@@ -1,4 +1,4 @@
-"""The processes of a run: who we are, all ranks' keys, means over ranks. World 1 needs no process group."""
+"""The processes of a run: rank, world size, all-gather, all-reduce. A single process needs no process group."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -36,7 +36,11 @@ class Dist:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called auto (a GPU where there is one), cpu or cuda; UserError where cuda is asked for and there is none."""
+    """Return the device called auto (a GPU where there is one), cpu or cuda.
+
+    Raises:
+        UserError: another name, or cuda where PyTorch finds no CUDA device.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"The device is set to {name!r}, but it must be auto, cpu or cuda.")
     if name == "cuda" and not torch.cuda.is_available():
@@ -47,9 +51,15 @@ def choose_device(name: str) -> torch.device:
 def setup(device: str = "auto", *, timeout_s: float = 600.0) -> Dist:
     """Read torchrun's environment and, for more than one process, join the process group.
 
-    `device` is as `choose_device` takes it; the backend is nccl with CUDA and gloo without. A process started
-    without torchrun is world 1 and starts no process group. A collective that waits longer than `timeout_s`
-    fails. Raises UserError for half an environment, or for more processes than GPUs.
+    The backend is nccl with CUDA and gloo without. A process that was started without torchrun is world 1 and starts no process
+    group.
+
+    Args:
+        device: as `choose_device` takes it.
+        timeout_s: a collective operation that waits longer fails.
+
+    Raises:
+        UserError: some of torchrun's variables are missing, or there are more processes than GPUs.
     """
     use_cuda = choose_device(device).type == "cuda"
     rank, world, local_rank = _environment()
@@ -97,7 +107,7 @@ def _joined() -> bool:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within, this process acts as the only one: for trials that may fail on one rank and not on another."""
+    """Let this process act as the only one inside the context: for trials that may fail on one rank and not on another."""
     global _alone
     _alone = True
     try:
@@ -107,19 +117,19 @@ def alone() -> Iterator[None]:
 
 
 def rank() -> int:
-    """This process's rank; 0 where there is no process group."""
+    """Return this process's rank; 0 without a process group."""
     return dist.get_rank() if _joined() else 0
 
 
 def world() -> int:
-    """Number of processes; 1 where there is no process group."""
+    """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if _joined() else 1
 
 
 def gather_keys(keys: Tensor) -> Tensor:
-    """Every rank's rows in rank order, without gradient: (N, D) on each rank -> (world * N, D).
+    """All-gather the rows of every rank in rank order, without gradient: (N, D) on each rank -> (world * N, D).
 
-    All ranks must hold the same N, which whole batches give. At world 1 the rows themselves, detached.
+    N must be the same on all ranks. At world 1 the rows themselves are returned, detached.
     """
     keys = keys.detach()
     if not _joined():
@@ -154,27 +164,27 @@ def any_over_ranks(flag: Tensor) -> Tensor:
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` on the first rank alone and return its result, which must be picklable, on every rank.
 
-    A UserError there ends the others too, in silence: the first one tells it.
+    A UserError there ends the other ranks too, without a message of theirs: the first rank shows it.
     """
     if not _joined():
         return function()
     answer: list[Any] = [None, None]
-    fault = None
+    raised = None
     if dist.get_rank() == 0:
         try:
             answer[0] = function()
         except UserError as error:
-            fault = answer[1] = error
+            raised = answer[1] = error
     dist.broadcast_object_list(answer)
-    if fault is not None:
-        raise fault
+    if raised is not None:
+        raise raised
     if answer[1] is not None:
         raise SystemExit(2)
     return answer[0]
 
 
 def smallest_over_ranks(value: int, device: torch.device) -> int:
-    """The smallest of every rank's numbers; waits for all ranks."""
+    """Return the smallest of every rank's numbers; waits for all ranks."""
     if not _joined():
         return value
     seen = torch.tensor(value, device=device)
@@ -183,10 +193,10 @@ def smallest_over_ranks(value: int, device: torch.device) -> int:
 
 
 class LargestOverRanks:
-    """The largest of every rank's numbers, some steps late, without waiting for the device: for signals, which any rank may be sent.
+    """The largest of every rank's numbers, some steps late, without waiting for the device: for signals, which any rank may receive.
 
-    Every `every` steps the ranks begin a reduction between hosts, over gloo, and read the one begun before. All ranks make it and poll
-    it at the same steps, so they read the same number at the same step.
+    Every `every` steps the ranks start a reduction between hosts, over gloo, and read the previous one. All ranks poll at the same
+    steps, so they read the same number at the same step.
     """
 
     def __init__(self, every: int = 4) -> None:
@@ -196,7 +206,7 @@ class LargestOverRanks:
         self._work: Any = None
 
     def poll(self, step: int, value: int) -> int:
-        """At world 1 `value` itself; otherwise the largest number that was given `every` steps ago, 0 between these steps."""
+        """Return `value` at world 1; otherwise the largest number of `every` steps ago, and 0 between these steps."""
         if self._group is None:
             return value
         if step % self.every:

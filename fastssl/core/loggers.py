@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, trackio. None of them can stop a run."""
+"""Loggers besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, trackio. A logger that fails never stops a run."""
 
 from __future__ import annotations
 
@@ -16,38 +16,44 @@ from shards.storage.atomic_files import atomic_write
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where metrics go besides metrics.jsonl, which is always written; extra `log`. A resumed run goes on in the same place."""
+    """Where to log metrics besides metrics.jsonl, which is always written (needs the extra `log`). A resumed run continues there."""
 
     tensorboard: bool = False
-    """Write TensorBoard's events to the folder `tensorboard` of the run."""
+    """Write TensorBoard events to the folder `tensorboard` of the run."""
     wandb: str = ""
-    """Weights & Biases project to log to; empty: none. WANDB_MODE=offline and its other variables act as usual."""
+    """Weights & Biases project; empty: none. WANDB_MODE=offline and its other variables work as usual."""
     mlflow: str = ""
-    """MLflow experiment to log to; empty: none. The server is MLFLOW_TRACKING_URI's."""
+    """MLflow experiment; empty: none. MLFLOW_TRACKING_URI names the server."""
     trackio: str = ""
-    """trackio project to log to; empty: none."""
+    """trackio project; empty: none."""
     name: str = ""
-    """Name of the run there; empty: the name of the run's folder."""
+    """Name of the run in these services; empty: the name of the run's folder."""
 
 
-class Sink(Protocol):
-    """One place for metrics."""
+class Logger(Protocol):
+    """A service that takes metrics."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the values of a step. After a resume, steps come again from the checkpoint's on."""
+        """Log the values of a step. After a resume, the steps after the checkpoint come again."""
 
     def close(self) -> None:
-        """The run has ended."""
+        """End the run."""
 
 
-class Sinks:
-    """All sinks that a configuration asks for. One that raises is left out from then on, with one warning."""
+class Loggers:
+    """All loggers of a configuration. One that raises is disabled from then on, with one warning."""
 
     def __init__(self, cfg: LogConfig, run: Path, config: dict[str, Any], start: int) -> None:
-        """`run`: the run's folder, where ids are kept; `config`: its settings by full name; `start`: the step before the first row."""
-        self._sinks: dict[str, Sink] = {}
+        """Open the loggers.
+
+        Args:
+            run: the run's folder, where the ids of the services are kept.
+            config: the run's settings by full name.
+            start: the step before the first row.
+        """
+        self._sinks: dict[str, Logger] = {}
         name = cfg.name or run.resolve().name
-        for kind, make in OPENERS.items():
+        for kind, make in LOGGERS.items():
             project = getattr(cfg, kind)
             if project:
                 self._try(
@@ -55,17 +61,17 @@ class Sinks:
                 )
 
     def write(self, row: dict[str, Any]) -> None:
-        """Hand on a row of metrics, which holds `step`; values that are no finite numbers are left out."""
+        """Log a row of metrics, which must hold `step`; values that are no finite numbers are left out."""
         values = {
             k: v for k, v in row.items() if k != "step" and isinstance(v, int | float) and math.isfinite(v)
         }
-        for kind, sink in list(self._sinks.items()):
-            self._try(kind, lambda sink=sink: sink.write(row["step"], values))
+        for kind, logger in list(self._sinks.items()):
+            self._try(kind, lambda logger=logger: logger.write(row["step"], values))
 
     def close(self) -> None:
-        """Let each sink finish."""
-        for kind, sink in list(self._sinks.items()):
-            self._try(kind, sink.close)
+        """Close each logger."""
+        for kind, logger in list(self._sinks.items()):
+            self._try(kind, logger.close)
         self._sinks = {}
 
     def _try(self, kind: str, act: Callable[[], Any]) -> None:
@@ -73,18 +79,18 @@ class Sinks:
             made = act()
             if made is not None:
                 self._sinks[kind] = made
-        except (Exception, SystemExit) as fault:  # whatever a logger does, training goes on
+        except (Exception, SystemExit) as error:  # whatever a logger does, training goes on
             self._sinks.pop(kind, None)
-            reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
-            missing = isinstance(fault, ImportError)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            missing = isinstance(error, ImportError)
             way_out = " (pip install 'fastssl-pretrain[log]')" if missing else ""
             warnings.warn(
-                f"log.{kind} takes no more metrics: {reason}{way_out}; metrics.jsonl goes on.", stacklevel=4
+                f"log.{kind} disabled: {reason}{way_out}. metrics.jsonl is still written.", stacklevel=4
             )
 
 
 class TensorBoard:
-    """Events in a folder of the run; those after the checkpoint are dropped on resume."""
+    """TensorBoard events in a folder of the run; a resume removes those after the checkpoint."""
 
     def __init__(self, run: Path, config: dict[str, Any], start: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -104,7 +110,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, found again by its id."""
+    """A Weights & Biases run; a resume finds it by its id."""
 
     def __init__(self, project: str, name: str, run: Path, config: dict[str, Any]) -> None:
         import wandb
@@ -130,7 +136,7 @@ class WandB:
 
 
 class MLflow:
-    """A run of an MLflow experiment, found again by its id."""
+    """A run of an MLflow experiment; a resume finds it by its id."""
 
     def __init__(self, experiment: str, name: str, run: Path, config: dict[str, Any]) -> None:
         import mlflow
@@ -142,7 +148,8 @@ class MLflow:
         active = mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=name)
         if not known:
             _keep_id(run, "mlflow", experiment, active.info.run_id)
-            mlflow.log_params(config)  # they may be given once only
+            # MLflow takes the parameters of a run once only.
+            mlflow.log_params(config)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(values), step=step)
@@ -152,7 +159,7 @@ class MLflow:
 
 
 class Trackio:
-    """A run of trackio, found again by its name, to which an id is added: two runs of one name stay two."""
+    """A trackio run; a resume finds it by its name, which ends in an id, so that two runs of one name stay apart."""
 
     def __init__(self, project: str, name: str, run: Path, config: dict[str, Any]) -> None:
         import trackio
@@ -168,7 +175,7 @@ class Trackio:
         self._trackio.finish()
 
 
-OPENERS: dict[str, Callable[[str, str, Path, dict[str, Any], int], Sink]] = {
+LOGGERS: dict[str, Callable[[str, str, Path, dict[str, Any], int], Logger]] = {
     "tensorboard": lambda _project, _name, run, config, start: TensorBoard(run, config, start),
     "wandb": lambda project, name, run, config, _start: WandB(project, name, run, config),
     "mlflow": lambda project, name, run, config, _start: MLflow(project, name, run, config),
@@ -192,7 +199,7 @@ def _keep_id(run: Path, kind: str, project: str, run_id: str) -> None:
 
 
 def _run_id(run: Path, kind: str, project: str) -> str:
-    """The id of this run at a service that lets us choose: the one kept in the run's folder, or a new one that is kept from now on."""
+    """Return this run's id at a service that lets us choose it: the one stored in the run's folder, or a new one, which is stored."""
     known = _read_ids(run).get(kind, {}).get(project)
     if known is None:
         known = uuid.uuid4().hex[:12]

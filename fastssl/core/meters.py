@@ -1,4 +1,4 @@
-"""What a run tells: means kept on the device, rates, a JSON line per log step, and a live line for people."""
+"""Meters and the log of a run: means kept on the device, rates, metrics.jsonl, and the progress display."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shards.storage.atomic_files import atomic_write
 
 
 class Meters:
-    """Running means of metrics since the last log step. Adding never waits for the device; reading does."""
+    """Means of metrics since the last log step. Adding never waits for the device; reading does."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
@@ -37,9 +37,13 @@ class Meters:
         applied: torch.Tensor | bool = True,
         replaced: int = 0,
     ) -> None:
-        """Count one step: detached scalars, the seconds it waited for data, and how many of its samples others stood in for.
+        """Add one step.
 
-        Means leave out a step that was not `applied`, a boolean on the device the same on every rank.
+        Args:
+            metrics: scalars on the device.
+            wait_s: seconds that the step waited for data.
+            applied: whether the optimizer has stepped, the same on every rank, on the device; means leave out a step that was not.
+            replaced: samples of the step that others replaced because they did not decode.
         """
         for name, value in metrics.items():
             value = value.detach().float()
@@ -52,15 +56,15 @@ class Meters:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what is done inside, a test or a save, out of images/s and of the share of waiting."""
+        """Exclude the time inside, such as an evaluation or a save, from images/s and from the share of waiting."""
         began_s = time.perf_counter()
         yield
         self._started_s += time.perf_counter() - began_s
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to report the same means; all ranks call it, and hold the means of their sums from then on.
+        """Return what a resumed run needs to report the same means. All ranks call it, and hold the means over ranks afterwards.
 
-        So a run on any number of ranks goes on from what one file says.
+        So a run on any number of ranks continues from one file.
         """
         self._sums, self._replaced = self._over_ranks()
         if rank():
@@ -72,14 +76,17 @@ class Meters:
         }
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
-        """The reverse of `state`. Times start afresh."""
+        """Continue from the result of `state`. Times start anew."""
         self._sums = {k: v.to(device) for k, v in state["sums"].items()}
         self._count, self._replaced = state["count"], 0 if rank() else state.get("replaced", 0)
         self._started_s, self._wait_s = time.perf_counter(), 0.0
 
     def read(self, images_per_step: int, steps_timed: int) -> dict[str, float]:
-        """Means over steps and ranks, images/s of the whole run, the share of time spent waiting for data, and the number of samples
-        that others stood in for; then reset. Where no step was applied there are no means."""
+        """Return the values since the last reading and reset; every rank calls it.
+
+        Means over steps and ranks (none where no step was applied), images/s over all ranks, the share of time spent waiting for
+        data in [0, 1], and the number of samples that others replaced.
+        """
         sums, replaced = self._over_ranks()
         values = {k: float(v / self._count) for k, v in sums.items()}  # the one wait for the device
         values = {k: v for k, v in values.items() if math.isfinite(v)}
@@ -92,7 +99,7 @@ class Meters:
         return values
 
     def _over_ranks(self) -> tuple[dict[str, torch.Tensor], int]:
-        """The means over ranks of the sums, and the number of stand-ins on all of them."""
+        """Return the means over ranks of the sums, and the number of replaced samples on all of them."""
         if world() == 1:
             return dict(self._sums), self._replaced
         if not self._sums:  # the same on every rank: no step since the last reading
@@ -103,9 +110,9 @@ class Meters:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, appended; cut back to the checkpoint's step on resume.
+    """metrics.jsonl: one JSON object a line; a resume cuts it back to the checkpoint's step.
 
-    `last` is the newest row that was there before, empty where there was none; `highest` the highest value of each name so far.
+    `last` is the newest row from before, empty where there was none; `highest` holds the highest value of each metric so far.
     """
 
     def __init__(self, path: Path, resume_step: int):
@@ -113,7 +120,7 @@ class MetricsLog:
         self.last: dict[str, Any] = {}
         self.highest: dict[str, float] = {}
         if path.exists():
-            # Lines after the checkpoint belong to steps that are about to be done again; the last may be half a line.
+            # Lines after the checkpoint belong to steps that will be repeated; the last line may be incomplete.
             rows = [
                 row
                 for row in map(_parse, path.read_text().splitlines())
@@ -125,14 +132,14 @@ class MetricsLog:
             atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; it must hold `step`. Numbers keep six significant digits. Raises UserError for a full disk."""
+        """Append a row, which must hold `step`; numbers keep six significant digits. Raise UserError for a full disk."""
         short = {k: six_digits(v) if isinstance(v, float) else v for k, v in row.items()}
         with self._told(), open(self._path, "a") as file:
             file.write(json.dumps(short) + "\n")
         self._note(short)
 
     def flush(self) -> None:
-        """Make sure that the rows so far survive a loss of power."""
+        """Flush the rows so far to the disk, so that they survive a loss of power."""
         with self._told(), open(self._path, "a") as file:
             os.fsync(file.fileno())
 
@@ -146,12 +153,12 @@ class MetricsLog:
             yield
         except OSError as error:
             raise UserError(
-                f"'{self._path}' cannot be written ({error.strerror}): make room or mend it, then continue with --resume."
+                f"'{self._path}' cannot be written ({error.strerror}): make room or fix it, then continue with --resume."
             ) from error
 
 
 def six_digits(value: float) -> float:
-    """The value as the log keeps it."""
+    """Return the value with the six significant digits that the log keeps."""
     return float(f"{value:.6g}")
 
 
@@ -174,8 +181,8 @@ SHOWN = {
 WIDE = 120  # columns from which all values fit beside the bar
 
 
-class Screen:
-    """The run as people see it: a live bar in a terminal, a line now and then elsewhere; silent on other ranks than 0."""
+class ProgressDisplay:
+    """A progress bar in a terminal, a line now and then elsewhere; nothing where `show` is false, as on all ranks but 0."""
 
     QUIET_S = 20.0  # without a terminal: seconds between lines
 
@@ -195,7 +202,7 @@ class Screen:
         )
         self._task = self._bar.add_task("pretrain", total=total_steps, completed=done_steps, status="")
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> ProgressDisplay:
         self._bar.start()
         return self
 
@@ -203,11 +210,11 @@ class Screen:
         self._bar.stop()
 
     def step(self, step: int) -> None:
-        """Move the bar."""
+        """Move the bar to `step`."""
         self._bar.update(self._task, completed=step)
 
     def log(self, step: int, epoch: int, epochs: int, values: dict[str, float]) -> None:
-        """Show the newest values."""
+        """Show the newest metrics."""
         narrow = ("loss", "acc", "images_per_s")
         wide = self.console.width >= WIDE or not self._live
         # A value may be missing: there are no means where every step was skipped.
@@ -222,5 +229,5 @@ class Screen:
             self.say(f"epoch {epoch + 1}/{epochs}  step {step}/{self._total}  {status}")
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line above the bar."""
         self.console.print(text, markup=False, soft_wrap=True)

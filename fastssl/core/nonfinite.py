@@ -1,4 +1,4 @@
-"""Signs of health that a loss does not show: the rank of the features, and steps that are not finite."""
+"""Steps whose loss or gradient is not finite, and RankMe, the rank of the features, which shows collapse."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 
 from fastssl.core.distributed import gather_keys, mean_over_ranks
 
-MAX_ROWS = 2048  # images whose features a rank is made of: more would take seconds
+# Images whose features RankMe looks at: more would take seconds.
+MAX_ROWS = 2048
 EPSILON = 1e-7
 
 
 @torch.no_grad()
 def rank_me(features: Tensor) -> float:
-    """RankMe of features (N, D), from 1 (all on one line, collapsed) to min(N, D); nan where they are not finite.
+    """Return RankMe of features (N, D), from 1 (all on one line, collapsed) to min(N, D); nan where they are not finite.
 
-    exp(-sum p ln p), p = s / sum(s) + 1e-7 of the singular values s: the number of directions that the features really use (Garrido
-    et al. 2023, arXiv 2210.02885, eq. 1). It compares epochs of a run, and runs of the same batch and backbone.
+    exp(-sum p ln p) with p = s / sum(s) + 1e-7 of the singular values s: the number of directions that the features use (Garrido et
+    al. 2023, arXiv 2210.02885, eq. 1). It compares epochs of a run, and runs of the same batch size and backbone.
     """
     features = features[:MAX_ROWS].float()
     if not bool(features.isfinite().all()):
@@ -31,16 +32,16 @@ def rank_me(features: Tensor) -> float:
 
 @dataclass(frozen=True)
 class BadStep:
-    """The first step of some that was not finite."""
+    """The first step that was not finite since the last poll."""
 
     step: int
-    """Its number, counted from 1."""
+    """Number of the step, counted from 1."""
     loss: float
     """Mean over ranks; finite where only the gradient was not."""
     sample_ids: np.ndarray
     """The batch, of all ranks in rank order: int64 (N,)."""
     skipped: int
-    """Such steps in the run so far."""
+    """Steps of the run so far that were not finite."""
 
     def __str__(self) -> str:
         if np.isfinite(self.loss):
@@ -48,8 +49,8 @@ class BadStep:
         return f"The loss was {self.loss} at step {self.step}"
 
 
-class Watch:
-    """Notes on the device which step was not finite first, so that no step waits for it; what it was made of stays on the host."""
+class NonFiniteMonitor:
+    """Records on the device which step was not finite first, so that no step waits for the device; sample ids stay on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -58,16 +59,16 @@ class Watch:
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._ids: dict[int, np.ndarray] = {}
 
-    def note(self, step: int, bad: Tensor, loss: Tensor, sample_ids: np.ndarray) -> None:
-        """Take in a step: whether it was bad (bool, the same on every rank), its loss, its samples (N,) on this rank."""
+    def record(self, step: int, bad: Tensor, loss: Tensor, sample_ids: np.ndarray) -> None:
+        """Record a step: whether it was not finite (bool, the same on every rank), its loss, its sample ids (N,) on this rank."""
         new = bad & (self._first == 0)
         self._first = torch.where(new, step, self._first)
         self._loss = torch.where(new, loss.detach().float(), self._loss)
         self._count = self._count + bad
         self._ids[step] = sample_ids
 
-    def look(self) -> BadStep | None:
-        """The first bad step since the last look, if there was one. Waits for the device; every rank looks at the same steps."""
+    def poll(self) -> BadStep | None:
+        """Return the first such step since the last poll, or None. Waits for the device; every rank polls after the same steps."""
         ids, self._ids = self._ids, {}
         step = int(self._first)
         if not step:
@@ -79,9 +80,9 @@ class Watch:
 
     @property
     def count(self) -> int:
-        """Bad steps of the run so far; reading it waits for the device."""
+        """Steps of the run so far that were not finite; reading it waits for the device."""
         return int(self._count)
 
     def restore(self, count: int) -> None:
-        """Go on from the count of a checkpoint."""
+        """Continue from the count of a checkpoint."""
         self._count = torch.full_like(self._count, count)

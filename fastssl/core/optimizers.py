@@ -1,7 +1,7 @@
-"""Optimisers: LARS as MoCo v3 trains ResNets with it, AdamW as it trains ViTs, and plain SGD."""
+"""Optimizers: LARS, with which MoCo v3 trains ResNets, AdamW, with which it trains ViTs, and SGD."""
 
 # pyright: reportPrivateImportUsage=false
-# torch's multi-tensor operations (torch._foreach_*) have no public name; its own optimisers use them too.
+# torch's multi-tensor operations (torch._foreach_*) have no public name; its own optimizers use them too.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from shards.errors import UserError
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser and the schedule of its learning rate (warm-up, then cosine to 0).
+    """The optimizer and the schedule of its learning rate (warm-up, then cosine to 0).
 
     The defaults are MoCo v3's for ViTs. For ResNets the published settings are name lars, lr 0.6 (100 epochs)
     or 0.3 (300 and more), weight_decay 1e-6 (1.5e-6 for 1000 epochs), warmup_epochs 10.
@@ -26,18 +26,18 @@ class OptimConfig:
     lr: float = 1.5e-4
     """Base learning rate per 256 images: the rate in use is lr * batch / 256."""
     weight_decay: float = 0.1
-    """Weight decay; adamw and sgd apply it to every parameter, lars to weights of two and more dimensions."""
+    """Weight decay: adamw and sgd apply it to every parameter, lars to weights of two and more dimensions."""
     momentum: float = 0.9
-    """Momentum of lars and sgd."""
+    """lars and sgd: momentum."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of adamw's two moments."""
+    """adamw: decay rates of the two moments."""
     trust_coefficient: float = 1e-3
-    """lars: the length of a step relative to the length of the weight, before the learning rate."""
+    """lars: length of a step relative to the length of the weight, before the learning rate."""
     warmup_epochs: float = 40
     """Epochs of linear warm-up from 0."""
     implementation: Literal["auto", "fused", "foreach", "loop"] = "auto"
-    """adamw and sgd: one fused kernel, multi-tensor operations, or a loop over the tensors, for comparison. auto takes fused on a
-    GPU and foreach on a CPU; lars is multi-tensor operations."""
+    """adamw and sgd: one fused kernel, multi-tensor operations, or (for comparison) a loop over the tensors. auto: fused on a GPU,
+    foreach on a CPU. lars always uses multi-tensor operations."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "trust_coefficient"):
@@ -52,31 +52,33 @@ class OptimConfig:
                 raise UserError(f"optim.{name} is {value} but must be at least 0 and less than 1.")
         if self.name == "lars" and self.implementation in ("fused", "loop"):
             raise UserError(
-                f"optim.implementation is {self.implementation}, but lars has multi-tensor operations only: leave it auto, or set "
+                f"optim.implementation is {self.implementation}, but lars has multi-tensor operations only: leave it at auto, or set "
                 "--optim.name adamw."
             )
 
 
 def scaled_lr(cfg: OptimConfig, batch: int) -> float:
-    """Peak learning rate for a global batch of `batch` images: cfg.lr * batch / 256 (arXiv 1706.02677)."""
+    """Return the peak learning rate for a global batch of `batch` images: cfg.lr * batch / 256 (arXiv 1706.02677)."""
     return cfg.lr * batch / 256
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group the rate `lr`."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser `cfg` names, over those of `parameters` that are trained, in one group.
+    """Return the optimizer that `cfg` names, over those of `parameters` that require a gradient, in one group.
 
-    The rate starts at cfg.lr; set it before each step with `set_lr`. Steps run as cfg.implementation says.
-    Raises UserError when nothing is to be trained.
+    The learning rate starts at cfg.lr; set it before each step with `set_lr`.
+
+    Raises:
+        UserError: every parameter is frozen.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
-        raise UserError("There is nothing to optimise: every parameter of the model is frozen.")
+        raise UserError("There is nothing to optimize: every parameter of the model is frozen.")
     if cfg.name == "lars":
         return LARS(
             trained,
@@ -97,7 +99,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimConfig) -> tor
 
 
 def match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Give restored state the strides of its parameters: fused kernels refuse tensors of different memory formats."""
+    """Give loaded state the strides of its parameters: fused kernels refuse tensors of different memory formats."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if (
@@ -139,7 +141,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take one step; `closure`, if given, recomputes the loss with gradient and its value is returned."""
+        """Take one step. `closure`, if given, recomputes the loss with gradient; its value is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -172,7 +174,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def _lars_updates(params: list[Tensor], weight_decay: float, trust_coefficient: float) -> list[Tensor]:
-    """Each parameter's direction, decayed and scaled by LARS's rules; the gradients stay as they are."""
+    """Return each parameter's update, decayed and scaled by LARS's rules; the gradients stay as they are."""
     updates: list[Tensor] = [p.grad for p in params if p.grad is not None]
     scaled = [i for i, p in enumerate(params) if p.ndim > 1]
     if not scaled:

@@ -5,8 +5,13 @@ import math
 from shards.errors import UserError
 
 
+def due(step: int, every: int) -> bool:
+    """Return whether what happens every `every` steps (or epochs) is due after `step` of them; 0: never."""
+    return every > 0 and step % every == 0
+
+
 def lr_at(step: int, *, base_lr: float, steps_per_epoch: int, epochs: float, warmup_epochs: float) -> float:
-    """Learning rate of `step`, counted from 0: linear warm-up, then half a cosine to 0.
+    """Return the learning rate of `step`, counted from 0: linear warm-up, then half a cosine to 0.
 
     With the fractional epoch e = step / steps_per_epoch: base_lr * e / warmup_epochs while e < warmup_epochs
     (exactly 0 at step 0), then base_lr * (1 + cos(pi * (e - warmup_epochs) / (epochs - warmup_epochs))) / 2,
@@ -14,7 +19,9 @@ def lr_at(step: int, *, base_lr: float, steps_per_epoch: int, epochs: float, war
     arXiv 1608.03983).
 
     `base_lr` is the peak, already scaled for the batch (see `fastssl.core.optimizers.scaled_lr`).
-    Raises UserError when the warm-up is negative or longer than the run.
+
+    Raises:
+        UserError: the warm-up is negative or longer than the run.
     """
     if not 0 <= warmup_epochs <= epochs:
         raise UserError(
@@ -30,12 +37,12 @@ def lr_at(step: int, *, base_lr: float, steps_per_epoch: int, epochs: float, war
 
 
 def progress_at(step: int, *, steps_per_epoch: int, epochs: float) -> float:
-    """Share of the run done before `step`, in [0, 1]."""
+    """Return the share of the run done before `step`, in [0, 1]."""
     return min(step / (steps_per_epoch * epochs), 1.0)
 
 
 def cosine_momentum(progress: float, start: float) -> float:
-    """Teacher momentum rising from `start` at progress 0 to exactly 1 at progress 1 by half a cosine.
+    """Return the teacher's momentum, which rises by half a cosine from `start` at progress 0 to exactly 1 at progress 1.
 
     1 - (1 - start) * (1 + cos(pi * progress)) / 2 (BYOL, arXiv 2006.07733; used by MoCo v3).
     """

@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop after the step at hand (several processes: within eight steps); a second Ctrl-C or SIGTERM at once.
+"""Signals that ask a run to stop after the current step (within eight steps with several processes).
 
-SIGUSR1 is what Slurm sends ahead of the end of a job's time, where `sbatch --signal=USR1@120` asks for it.
+SIGUSR1 is what Slurm sends before a job's time ends, with `sbatch --signal=USR1@120`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import threading
 import time
 from types import FrameType, TracebackType
 
-# torchrun passes on a signal that the scheduler or the terminal has sent to its workers as well: that is one request, not two.
+# torchrun forwards a signal that the scheduler or the terminal has also sent to its workers: that is one request, not two.
 GRACE_S = 1.0
 
 
 class StopRequest:
     """A context in which SIGINT, SIGTERM and SIGUSR1 set `signal` instead of ending the process.
 
-    A second SIGINT or SIGTERM ends it, but the SIGTERM that follows Slurm's warning is no second one: the save may be under way.
+    A second SIGINT or SIGTERM ends it at once. The SIGTERM that follows Slurm's warning does not count: a save may be in progress.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Synthetic aerial tiles for the five-minute demo: drawings made by a program, no photographs.
 
 Five classes told by texture and shape (crop rows, roofs, roads, water, solar panels) over ground, light,
-colours and clutter that all of them share, so that colour and layout do not give the class away. They are for
+colors and clutter that all of them share, so that color and layout do not give the class away. They are for
 demonstration and tests only: a figure measured on them says nothing about real imagery.
 """
 
@@ -11,8 +11,6 @@ import io
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -168,11 +166,11 @@ def _water(scene: Scene) -> None:
             np.float32(beat[0]) * x + np.float32(beat[1]) * y + phase * np.float32(weight)
         )
     gust = np.clip(0.55 + 0.6 * noise(rng, side, 3, 2), 0, 1.2)
-    colour = scene.pick(WATERS)
-    if abs(colour.mean() - shore.mean()) < 18:
+    color = scene.pick(WATERS)
+    if abs(color.mean() - shore.mean()) < 18:
         shore = shore * float(rng.choice([0.75, 1.3]))
     light = 1 + rng.uniform(0.05, 0.16) * ripple * gust - rng.uniform(0, 0.25) * depth
-    image = colour * light[..., None] + (rng.uniform(0, 35) * gust)[..., None]
+    image = color * light[..., None] + (rng.uniform(0, 35) * gust)[..., None]
     glint = ripple * gust > rng.uniform(1.2, 2.2)
     image += (glint * rng.uniform(15, 85))[..., None]
     wet = level < 0
@@ -182,24 +180,24 @@ def _water(scene: Scene) -> None:
 
 def _solar(scene: Scene) -> None:
     rng = scene.rng
-    centre = 0.5 + rng.uniform(-0.12, 0.12, 2)
+    center = 0.5 + rng.uniform(-0.12, 0.12, 2)
     if rng.random() < 0.7:
         half = (rng.uniform(0.33, 0.75), rng.uniform(0.3, 0.7))
         pitch = rng.uniform(0.13, 0.24) * scene.scale
-        panels(scene, centre, scene.turn, half, pitch, rng.uniform(0.5, 0.75), rng.uniform(0.04, 0.09))
+        panels(scene, center, scene.turn, half, pitch, rng.uniform(0.5, 0.75), rng.uniform(0.04, 0.09))
         return
     length, width = rng.uniform(0.65, 1.1), rng.uniform(0.45, 0.7)
-    roof, corners = scene.pick(ROOFING), rectangle(centre, scene.turn, length, width)
+    roof, corners = scene.pick(ROOFING), rectangle(center, scene.turn, length, width)
     scene.cast(corners, rng.uniform(0.06, 0.16))
     scene.polygon(corners, roof * 0.8)
-    scene.polygon(rectangle(centre, scene.turn, length - 0.025, width - 0.025), roof)
+    scene.polygon(rectangle(center, scene.turn, length - 0.025, width - 0.025), roof)
     sides = (-1, 1) if rng.random() < 0.75 else (int(rng.choice([-1, 1])),)
     for side in sides:
-        middle = centre + axis(scene.turn + np.pi / 2) * side * width / 4
+        middle = center + axis(scene.turn + np.pi / 2) * side * width / 4
         half = (length / 2 - rng.uniform(0.04, 0.12), width / 4 - rng.uniform(0.02, 0.04))
         pitch = half[1] * float(rng.choice([1.0, 2.0]))
         panels(scene, middle, scene.turn, half, pitch, rng.uniform(0.8, 0.98), 0)
-    ridge = centre + axis(scene.turn) * np.array([[-length / 2], [length / 2]])
+    ridge = center + axis(scene.turn) * np.array([[-length / 2], [length / 2]])
     scene.polygon(ribbon(ridge, -0.008, 0.008), roof * 1.2, 0)
 
 
@@ -219,8 +217,8 @@ def _camera(scene: Scene, size: int) -> np.ndarray:
     x, y = grid(size)
     light = (1 - shade) * (1 + tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5))
     image = image * light[..., None].astype(np.float32)
-    grey = image.mean(axis=2, keepdims=True)
-    image = grey + (image - grey) * np.float32(rng.uniform(0.5, 1.2))
+    gray = image.mean(axis=2, keepdims=True)
+    image = gray + (image - gray) * np.float32(rng.uniform(0.5, 1.2))
     image = np.clip(image * (rng.uniform(0.72, 1.35) * rng.normal(1, 0.04, 3)).astype(np.float32), 0, 1)
     image **= np.float32(rng.uniform(0.7, 1.3))
     if rng.random() < 0.5:
@@ -238,13 +236,21 @@ def _camera(scene: Scene, size: int) -> np.ndarray:
 def draw_tile(label: int, index: int, seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     """Draw one tile and its mask, a pure function of the arguments.
 
-    Returns the image, uint8 (size, size, 3) RGB, and the mask, uint8 (size, size): 1 where the class's own
-    object lies (fields: parcels under crop rows; roofs: roofs of houses; roads: the carriageway with its
-    paint and cars; water: the water within the shore; solar: the panels), 0 elsewhere, also under a tree
-    that hides the object. A pixel belongs to the object when at least half of it does. `label` indexes
-    CLASSES, `index` (0 to 2**48 - 1) numbers the tiles of a class, `seed` is 0 to 2**64 - 1, `size` is 16 to
-    4096 pixels; lengths scale with it (a tile is about 48 m wide, 0.5 m per pixel at 96), so a tile shows
-    the same scene at every size. Raises UserError on a label, index, seed or size out of range.
+    Lengths scale with the size (a tile is about 48 m wide, 0.5 m per pixel at 96), so a tile shows the same scene at every size.
+
+    Args:
+        label: index into CLASSES.
+        index: number of the tile in its class, 0 to 2**48 - 1.
+        seed: 0 to 2**64 - 1.
+        size: side in pixels, 16 to 4096.
+
+    Returns:
+        The image, uint8 (size, size, 3) RGB, and the mask, uint8 (size, size): 1 where at least half of the pixel is the class's own
+        object (fields: parcels under crop rows; roofs: roofs of houses; roads: the carriageway with its paint and cars; water: the
+        water within the shore; solar: the panels), 0 elsewhere, also under a tree that hides the object.
+
+    Raises:
+        UserError: a label, index, seed or size out of range.
     """
     _check(seed, size)
     if not 0 <= label < len(CLASSES):
@@ -263,6 +269,50 @@ def draw_tile(label: int, index: int, seed: int, size: int = 96) -> tuple[np.nda
     return _camera(scene, size), mask
 
 
+def write_folder(
+    dest: str | os.PathLike[str],
+    num_per_class: int,
+    seed: int,
+    size: int = 96,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write a folder of tiles, DEST/images/CLASS/CLASS_00012.png and the same names under DEST/masks; return how many were drawn.
+
+    Masks hold 0 and 1, as from `draw_tile`. Give DEST/images, not DEST, to `fastssl shard`. A tile whose two files are there and not
+    empty is kept, so an interrupted run continues and a larger `num_per_class` adds tiles. `progress(done, total)` is called after
+    every tile.
+
+    Raises:
+        UserError: DEST holds tiles of another seed or size, or num_per_class is less than 1.
+    """
+    _check(seed, size)
+    if num_per_class < 1:
+        raise UserError(f"Cannot write {num_per_class} tiles per class; ask for at least 1.")
+    root, settings = Path(dest), json.dumps({"seed": seed, "size": size})
+    marker = root / SETTINGS
+    if marker.is_file() and (found := marker.read_text()) != settings:
+        raise UserError(
+            f"'{marker}' holds {found}, not {settings}: use its seed and size, or write to another folder."
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    _replace(marker, settings.encode())
+    names = [(label, index) for label in range(len(CLASSES)) for index in range(num_per_class)]
+    num_drawn = 0
+    for done, (label, index) in enumerate(names, 1):
+        name = CLASSES[label]
+        paths = [root / kind / name / f"{name}_{index:05d}.png" for kind in ("images", "masks")]
+        if not all(path.is_file() and path.stat().st_size for path in paths):
+            for path, pixels in zip(paths, draw_tile(label, index, seed, size), strict=True):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
+                _replace(path, buffer.getvalue())
+            num_drawn += 1
+        if progress is not None:
+            progress(done, len(names))
+    return num_drawn
+
+
 def _check(seed: int, size: int) -> None:
     if not 0 <= seed < 2**64:
         raise UserError(f"Seed {seed} is out of range; use 0 to 2**64 - 1.")
@@ -270,77 +320,8 @@ def _check(seed: int, size: int) -> None:
         raise UserError(f"Tile size {size} is out of range; use {_MIN_SIZE} to {_MAX_SIZE} pixels.")
 
 
-@dataclass(frozen=True)
-class Written:
-    """What `write_folder` did: tiles drawn now, and tiles that were already there."""
-
-    num_drawn: int
-    num_kept: int
-
-
-def write_folder(
-    dest: str | os.PathLike[str],
-    num_per_class: int,
-    seed: int,
-    size: int = 96,
-    progress: Callable[[int, int], None] | None = None,
-) -> Written:
-    """Write a folder of tiles: DEST/images/<class>/<class>_00012.png and the same names under DEST/masks.
-
-    Masks hold 0 and 1, as from `draw_tile`. Give DEST/images, not DEST, to `fastssl shard`. A tile whose two
-    files are there and not empty is kept, so an interrupted run goes on and a larger `num_per_class` adds
-    tiles. `progress(done, total)` is called after every tile. Raises UserError when DEST holds tiles of
-    another seed or size, or when num_per_class < 1.
-    """
-    _check(seed, size)
-    if num_per_class < 1:
-        raise UserError(f"Cannot write {num_per_class} tiles per class; ask for at least 1.")
-    root = Path(dest)
-    _claim(root, {"seed": seed, "size": size})
-    num_drawn, total = 0, num_per_class * len(CLASSES)
-    for label, name in enumerate(CLASSES):
-        folders = root / "images" / name, root / "masks" / name
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        for index in range(num_per_class):
-            paths = [folder / f"{name}_{index:05d}.png" for folder in folders]
-            if not all(path.is_file() and path.stat().st_size for path in paths):
-                for path, pixels in zip(paths, draw_tile(label, index, seed, size), strict=True):
-                    _replace(path, partial(_png, pixels))
-                num_drawn += 1
-            if progress is not None:
-                progress(label * num_per_class + index + 1, total)
-    return Written(num_drawn, total - num_drawn)
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue()
-
-
-def _replace(path: Path, content: Callable[[], bytes]) -> None:
+def _replace(path: Path, content: bytes) -> None:
     # No fsync per file, unlike shards.storage.atomic_files: a tile lost in a crash is empty or missing, and is drawn again.
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content())
+    temporary.write_bytes(content)
     os.replace(temporary, path)
-
-
-def _claim(root: Path, settings: dict[str, int]) -> None:
-    path = root / SETTINGS
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path} is not valid JSON ({error}); delete {root} or write to another folder."
-            ) from error
-        for name, value in settings.items():
-            if not isinstance(found, dict) or found.get(name) != value:
-                there = found.get(name) if isinstance(found, dict) else None
-                raise UserError(
-                    f"{path} says {name} {there}, not {value}; use that {name} or write to another folder."
-                )
-        return
-    root.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda: json.dumps(settings).encode())

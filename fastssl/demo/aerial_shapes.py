@@ -26,24 +26,24 @@ _SEASONS = np.array(
     ],
     np.float32,
 )
-# The same materials cover roofs, water, roads and panels, so that a colour alone names no class.
+# The same materials cover roofs, water, roads and panels, so that a color alone names no class.
 _DARK = ((44, 48, 56), (56, 60, 66), (40, 54, 62), (36, 44, 74), (62, 58, 54))
-_GREY = ((96, 98, 102), (122, 122, 120), (146, 144, 140), (104, 112, 122))
+_GRAY = ((96, 98, 102), (122, 122, 120), (146, 144, 140), (104, 112, 122))
 _WARM = ((158, 86, 64), (134, 76, 60), (146, 118, 92), (176, 156, 126))
 _COOL = ((70, 96, 128), (88, 116, 124), (96, 112, 92), (66, 88, 78))
 _PALE = ((196, 198, 200), (184, 190, 198))
-ROOFING = np.array(_WARM * 3 + _DARK + _GREY + _COOL[:1] + _PALE, np.float32)
-PAVING = np.array(_GREY * 3 + _DARK[:3] + _WARM[2:] + _PALE[:1], np.float32)
-WATERS = np.array(_COOL * 3 + _DARK + _GREY[2:] + _WARM[2:] + _PALE[1:], np.float32)
-PANELS = np.array(_DARK * 2 + _GREY[:1] + _GREY[3:] + _COOL[:2] + ((58, 72, 116),) * 3, np.float32)
+ROOFING = np.array(_WARM * 3 + _DARK + _GRAY + _COOL[:1] + _PALE, np.float32)
+PAVING = np.array(_GRAY * 3 + _DARK[:3] + _WARM[2:] + _PALE[:1], np.float32)
+WATERS = np.array(_COOL * 3 + _DARK + _GRAY[2:] + _WARM[2:] + _PALE[1:], np.float32)
+PANELS = np.array(_DARK * 2 + _GRAY[:1] + _GRAY[3:] + _COOL[:2] + ((58, 72, 116),) * 3, np.float32)
 _CORNERS = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [1.0, -1.0]])
 
 
 @lru_cache(maxsize=4)
 def grid(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """The x and y of the pixel centres of a square canvas: two float32 arrays (side, side) in (0, 1)."""
-    centres = (np.arange(side, dtype=np.float32) + np.float32(0.5)) / np.float32(side)
-    x, y = np.meshgrid(centres, centres)
+    """The x and y of the pixel centers of a square canvas: two float32 arrays (side, side) in (0, 1)."""
+    centers = (np.arange(side, dtype=np.float32) + np.float32(0.5)) / np.float32(side)
+    x, y = np.meshgrid(centers, centers)
     x.setflags(write=False)
     y.setflags(write=False)
     return x, y
@@ -68,16 +68,14 @@ def axis(angle: float) -> np.ndarray:
     return np.array([math.cos(angle), math.sin(angle)])
 
 
-def rectangle(centre: np.ndarray, angle: float, length: float, width: float) -> np.ndarray:
+def rectangle(center: np.ndarray, angle: float, length: float, width: float) -> np.ndarray:
     """The corners (4, 2) of a rectangle, in turn: the first two at the end that `angle` points away from."""
     x, y = math.cos(angle) / 2, math.sin(angle) / 2
-    return centre + _CORNERS @ np.array([[x * length, y * length], [-y * width, x * width]])
+    return center + _CORNERS @ np.array([[x * length, y * length], [-y * width, x * width]])
 
 
-def _ink(colour: Sequence[float] | np.ndarray) -> tuple[int, int, int]:
-    red, green, blue = (
-        colour  # thousands of calls per second: plain arithmetic beats np.clip on three numbers
-    )
+def _ink(color: Sequence[float] | np.ndarray) -> tuple[int, int, int]:
+    red, green, blue = color  # thousands of calls per second: plain arithmetic beats np.clip on three numbers
     return min(max(int(red), 0), 255), min(max(int(green), 0), 255), min(max(int(blue), 0), 255)
 
 
@@ -107,23 +105,23 @@ class Scene:
         return (points * self.side).ravel().tolist()
 
     def polygon(
-        self, points: np.ndarray, colour: Sequence[float] | np.ndarray, mark: int | None = None
+        self, points: np.ndarray, color: Sequence[float] | np.ndarray, mark: int | None = None
     ) -> None:
-        """Fill a polygon (n, 2) with a colour (0..255, clipped); `mark` also writes it into the mask."""
+        """Fill a polygon (n, 2) with a color (0..255, clipped); `mark` also writes it into the mask."""
         corners = self._flat(points)
-        self._pens[0].polygon(corners, fill=_ink(colour))
+        self._pens[0].polygon(corners, fill=_ink(color))
         if mark is not None:
             self._pens[1].polygon(corners, fill=255 * mark)
 
-    def disc(self, centre: np.ndarray, radius: float, colour: np.ndarray) -> None:
+    def disc(self, center: np.ndarray, radius: float, color: np.ndarray) -> None:
         """Fill a disc, which hides the marked object below it and the shadows that fall there."""
-        box = self._box(centre, radius)
-        self._pens[0].ellipse(box, fill=_ink(colour))
+        box = self._box(center, radius)
+        self._pens[0].ellipse(box, fill=_ink(color))
         self._pens[1].ellipse(box, fill=0)
         self._pens[2].ellipse(box, fill=0)
 
-    def _box(self, centre: np.ndarray, radius: float) -> list[float]:
-        x, y = (centre * self.side).tolist()
+    def _box(self, center: np.ndarray, radius: float) -> list[float]:
+        x, y = (center * self.side).tolist()
         reach = radius * self.side
         return [x - reach, y - reach, x + reach, y + reach]
 
@@ -138,9 +136,9 @@ class Scene:
             self._pens[2].polygon(self._flat(np.array([here, there, there + shift, here + shift])), fill=255)
         self._pens[2].polygon(self._flat(corners), fill=0)
 
-    def cast_disc(self, centre: np.ndarray, radius: float, height: float) -> None:
+    def cast_disc(self, center: np.ndarray, radius: float, height: float) -> None:
         """The shadow of something round, such as a tree."""
-        self._pens[2].ellipse(self._box(centre + self.sun * height, radius), fill=255)
+        self._pens[2].ellipse(self._box(center + self.sun * height, radius), fill=255)
 
     def paste(self, rgb: np.ndarray, where: np.ndarray, marked: np.ndarray | None = None) -> None:
         """Lay a (side, side, 3) image (0..255, clipped) over the pixels `where`; `marked` joins the mask."""
@@ -153,28 +151,28 @@ class Scene:
         """Shadow the pixels `where` (side, side, bool)."""
         self.shade.paste(255, mask=Image.fromarray(where.astype(np.uint8) * 255))
 
-    def occupied(self, centre: np.ndarray) -> bool:
+    def occupied(self, center: np.ndarray) -> bool:
         """Whether the class's own object lies at a point (2,) of the tile."""
-        column, row = np.clip(centre * self.side, 0, self.side - 1).astype(int).tolist()
+        column, row = np.clip(center * self.side, 0, self.side - 1).astype(int).tolist()
         return bool(self.mask.getpixel((column, row)))
 
-    def frame(self, centre: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
-        """Coordinates along and across `angle` from `centre`: two float32 arrays (side, side)."""
+    def frame(self, center: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+        """Coordinates along and across `angle` from `center`: two float32 arrays (side, side)."""
         x, y = grid(self.side)
         cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-        dx, dy = x - np.float32(centre[0]), y - np.float32(centre[1])
+        dx, dy = x - np.float32(center[0]), y - np.float32(center[1])
         return dx * cos + dy * sin, dy * cos - dx * sin
 
     def soil(self) -> np.ndarray:
-        """A random ground colour, float32 (3,), of this season."""
+        """A random ground color, float32 (3,), of this season."""
         first, second = self.rng.integers(0, 3, 2)
         part = self.rng.random()
         return (self.ground[first] * part + self.ground[second] * (1 - part)) * self.rng.uniform(0.85, 1.15)
 
     def pick(self, materials: np.ndarray) -> np.ndarray:
-        """A random colour, float32 (3,), of a table of materials (n, 3), a little varied."""
-        colour = materials[self.rng.integers(len(materials))]
-        return colour * self.rng.uniform(0.85, 1.2) + self.rng.uniform(-6, 6, 3).astype(np.float32)
+        """A random color, float32 (3,), of a table of materials (n, 3), a little varied."""
+        color = materials[self.rng.integers(len(materials))]
+        return color * self.rng.uniform(0.85, 1.2) + self.rng.uniform(-6, 6, 3).astype(np.float32)
 
 
 def new_scene(rng: np.random.Generator, size: int) -> Scene:
@@ -220,59 +218,59 @@ def ribbon(middle: np.ndarray, low: float | np.ndarray, high: float | np.ndarray
 
 
 def curve(scene: Scene, angle: float, spread: float, bend: float) -> np.ndarray:
-    """A gently bent line (41, 2) across the whole tile, which passes at most `spread` from its centre."""
+    """A gently bent line (41, 2) across the whole tile, which passes at most `spread` from its center."""
     rng = scene.rng
     t = np.linspace(-1, 1, 41)[:, None]
-    centre = 0.5 + axis(angle + np.pi / 2) * rng.uniform(-spread, spread)
+    center = 0.5 + axis(angle + np.pi / 2) * rng.uniform(-spread, spread)
     sway = rng.uniform(-bend, bend) * t**2 + rng.uniform(-bend, bend) * np.sin(2.5 * t)
-    return centre + axis(angle) * t * 0.95 + axis(angle + np.pi / 2) * sway
+    return center + axis(angle) * t * 0.95 + axis(angle + np.pi / 2) * sway
 
 
-def tree(scene: Scene, centre: np.ndarray, radius: float) -> None:
+def tree(scene: Scene, center: np.ndarray, radius: float) -> None:
     """A tree crown of a few overlapping discs, with its shadow."""
     rng = scene.rng
-    colour = scene.ground[3] * rng.uniform(0.75, 1.3)
-    scene.cast_disc(centre, radius * 1.05, radius * 1.5)
-    scene.disc(centre, radius, colour * 0.85)
+    color = scene.ground[3] * rng.uniform(0.75, 1.3)
+    scene.cast_disc(center, radius * 1.05, radius * 1.5)
+    scene.disc(center, radius, color * 0.85)
     lit = -scene.sun / np.linalg.norm(scene.sun)
     for shift, light in zip(rng.normal(0, 0.35, (4, 2)), (0.8, 1.0, 1.12, 1.25), strict=True):
-        scene.disc(centre + (shift + lit * (light - 0.8)) * radius, radius * 0.5, colour * light)
+        scene.disc(center + (shift + lit * (light - 0.8)) * radius, radius * 0.5, color * light)
 
 
-def house(scene: Scene, centre: np.ndarray, angle: float, length: float, width: float, own: int = 1) -> None:
+def house(scene: Scene, center: np.ndarray, angle: float, length: float, width: float, own: int = 1) -> None:
     """A gabled, hipped or flat roof with ridge, shadow, tile courses, chimney; `own` goes into the mask."""
     rng = scene.rng
-    colour, height = scene.pick(ROOFING), width * rng.uniform(0.35, 0.7)
-    corners = rectangle(centre, angle, length, width)
+    color, height = scene.pick(ROOFING), width * rng.uniform(0.35, 0.7)
+    corners = rectangle(center, angle, length, width)
     scene.cast(corners, height)
     along, across = axis(angle), axis(angle + np.pi / 2)
     sun = scene.sun / np.linalg.norm(scene.sun)
     steep, shape = rng.uniform(0.12, 0.34), rng.random()
-    scene.polygon(corners, colour * 0.8, own)
+    scene.polygon(corners, color * 0.8, own)
     if shape < 0.15:
-        scene.polygon(rectangle(centre, angle, length - 0.02, width - 0.02), colour)
-        scene.polygon(rectangle(centre + along * length * 0.2, angle, width * 0.3, width * 0.2), colour * 0.7)
+        scene.polygon(rectangle(center, angle, length - 0.02, width - 0.02), color)
+        scene.polygon(rectangle(center + along * length * 0.2, angle, width * 0.3, width * 0.2), color * 0.7)
         return
     half = length / 2 if shape < 0.65 else max(length - width, 0) / 2
-    ridge = np.stack([centre - along * half, centre + along * half])
+    ridge = np.stack([center - along * half, center + along * half])
     for direction, eaves, top in (
         (-across, corners[[0, 3]], ridge[[1, 0]]),
         (across, corners[[1, 2]], ridge[[1, 0]]),
         (-along, corners[[0, 1]], ridge[:1]),
         (along, corners[[2, 3]], ridge[1:]),
     ):
-        face = colour * (1 - steep * float(direction @ sun)) * (1 - 0.3 * steep)
+        face = color * (1 - steep * float(direction @ sun)) * (1 - 0.3 * steep)
         scene.polygon(np.concatenate([eaves, top]), face)
         if len(top) == 2:
             for part in (0.3, 0.6):
                 ends = eaves * (1 - part) + top[::-1] * part
                 scene.polygon(np.concatenate([ends, ends[::-1] + direction * 0.008]), face * 0.9)
-    scene.polygon(rectangle(centre, angle, 2 * half + 0.012, 0.012), colour * 1.25)
+    scene.polygon(rectangle(center, angle, 2 * half + 0.012, 0.012), color * 1.25)
     if rng.random() < 0.6:
-        place = centre + along * length * rng.uniform(-0.3, 0.3) + across * width * rng.choice([-0.15, 0.15])
+        place = center + along * length * rng.uniform(-0.3, 0.3) + across * width * rng.choice([-0.15, 0.15])
         block = rectangle(place, angle, 0.025, 0.025)
         scene.cast(block, 0.03)
-        scene.polygon(block, colour * 0.6)
+        scene.polygon(block, color * 0.6)
 
 
 def distract(scene: Scene, may_cover: bool) -> None:
@@ -312,10 +310,10 @@ def track(scene: Scene) -> None:
     """An unpaved track with two ruts, below whatever else is drawn."""
     rng = scene.rng
     line = curve(scene, scene.turn + rng.integers(2) * np.pi / 2, 0.5, 0.12)
-    width, colour = rng.uniform(0.03, 0.055) * scene.scale, scene.soil() * rng.uniform(0.9, 1.15)
-    scene.polygon(ribbon(line, -width / 2, width / 2), colour)
+    width, color = rng.uniform(0.03, 0.055) * scene.scale, scene.soil() * rng.uniform(0.9, 1.15)
+    scene.polygon(ribbon(line, -width / 2, width / 2), color)
     for rut in (-0.5, 0.25):
-        scene.polygon(ribbon(line, rut * width, (rut + 0.25) * width), colour * 0.82)
+        scene.polygon(ribbon(line, rut * width, (rut + 0.25) * width), color * 0.82)
 
 
 def cars(scene: Scene, line: np.ndarray, lanes: np.ndarray, num: int) -> None:
@@ -326,32 +324,32 @@ def cars(scene: Scene, line: np.ndarray, lanes: np.ndarray, num: int) -> None:
     for spot in rng.permutation(np.arange(8, 33, 4))[:num]:
         angle = float(np.arctan2(ahead[spot, 1], ahead[spot, 0]))
         place = line[spot] + axis(angle + np.pi / 2) * rng.choice(lanes)
-        body, colour = (
+        body, color = (
             rectangle(place, angle, length, length * 0.48),
             scene.pick(ROOFING) * rng.choice([0.7, 1.25]),
         )
         scene.cast(body, 0.03)
-        scene.polygon(body, colour)
-        scene.polygon(rectangle(place, angle, length * 0.55, length * 0.4), colour * 0.45)
-        scene.polygon(rectangle(place, angle, length * 0.3, length * 0.38), colour * 1.1)
+        scene.polygon(body, color)
+        scene.polygon(rectangle(place, angle, length * 0.55, length * 0.4), color * 0.45)
+        scene.polygon(rectangle(place, angle, length * 0.3, length * 0.38), color * 1.1)
 
 
 def panels(
     scene: Scene,
-    centre: np.ndarray,
+    center: np.ndarray,
     angle: float,
     half: tuple[float, float],
     pitch: float,
     fill: float,
     height: float,
 ) -> None:
-    """Rows of solar modules in a rectangle of `half` length and width around `centre`, also in the mask.
+    """Rows of solar modules in a rectangle of `half` length and width around `center`, also in the mask.
 
     `pitch` is the distance of the rows, `fill` the part of it that modules cover, `height` that of their
     shadow.
     """
     rng = scene.rng
-    along, across = scene.frame(centre, angle)
+    along, across = scene.frame(center, angle)
     cell, thick = rng.uniform(0.055, 0.095) * scene.scale, max(0.012, 1 / scene.side)
     within = (across + np.float32(half[1])) / np.float32(pitch)
     row = np.clip(np.floor(within), 0, 63).astype(np.intp)
@@ -362,11 +360,11 @@ def panels(
     number = np.clip(np.floor(column), 0, 63).astype(np.intp)
     if rng.random() < 0.5:  # a path for the fitters between blocks of modules
         inside &= number % int(rng.integers(4, 8)) != 0
-    colour = scene.pick(PANELS)
-    frame = colour + (rng.uniform(150, 235) - colour) * rng.uniform(0.45, 0.9)
+    color = scene.pick(PANELS)
+    frame = color + (rng.uniform(150, 235) - color) * rng.uniform(0.45, 0.9)
     sheen = rng.uniform(-0.35, 0.35) * (within / fill - 0.5)
     light = 1 + sheen + rng.normal(0, 0.05, (64, 64)).astype(np.float32)[row, number]
-    image = colour * light[..., None]
+    image = color * light[..., None]
     line = (column - number.astype(np.float32)) * cell < thick
     deep = float(fill * pitch)
     num_high = max(1, round(deep / cell))

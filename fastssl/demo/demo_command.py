@@ -1,4 +1,4 @@
-"""`fastssl demo`: the whole path on a small synthetic data set, from images to a number that says the model learned."""
+"""`fastssl demo`: the whole path on a small synthetic data set, from images to the accuracy of what was learned."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ import tyro
 class Demo:
     """See fastssl work in about five minutes on a laptop without a GPU.
 
-    Draws aerial tiles (synthetic: made by a program, no photographs) of fields, roofs, roads, water and solar arrays; converts
-    them to shards; draws what augmentation makes of them; pretrains a small ResNet with MoCo v3, which sees no label; and tests by
-    kNN whether it now tells the five apart.
+    Draw aerial tiles (synthetic, no photographs) of fields, roofs, roads, water and solar arrays; convert them to shards; draw their
+    augmented views; pretrain a small ResNet with MoCo v3, without labels; and evaluate by kNN how well it tells the classes apart.
     """
 
     out: str = "demo"
-    """Folder for everything that the demo makes."""
+    """Folder for all files of the demo."""
     tiles: int = 500
-    """Tiles of each class to pretrain on; a fifth as many more are drawn to test on."""
+    """Tiles of each class to pretrain on; a fifth of this number is drawn to test on."""
     epochs: int = 30
     """Epochs of pretraining."""
     size: int = 64
     """Side of the tiles, in pixels."""
     seed: int = 0
-    """Decides the drawings, the order, the augmentation and the weights."""
+    """Seed of the drawings, the order, the augmentation and the weights."""
     again: bool = False
-    """Throw away an earlier pretraining in this folder. Without it, an interrupted one is continued."""
+    """Delete an earlier pretraining run in this folder; otherwise it is continued."""
 
 
 class Steps:
-    """Announces the numbered steps and keeps their times."""
+    """Prints the numbered steps and records their times."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -46,7 +45,7 @@ class Steps:
 
     @contextmanager
     def step(self, title: str, command: str = "") -> Iterator[None]:
-        """One step: its title, the command that does the same on your own data, its time."""
+        """Print a step's title and the command that does the same on your own data, and record its time."""
         from rich.console import Console
 
         console = Console(highlight=False)
@@ -59,13 +58,13 @@ class Steps:
 
 
 def run(argv: list[str]) -> int:
-    """Run the demo; exit code 130 or 143 where a signal stopped it."""
+    """Run the demo and return the exit code: 130 or 143 where a signal stopped it."""
     args = tyro.cli(Demo, prog="fastssl demo", args=argv)
     from shards.errors import UserError
 
     if args.tiles < 20:
         raise UserError(
-            f"--tiles is {args.tiles}: use at least 20 of each class, or there is not one whole batch."
+            f"--tiles is {args.tiles}: use at least 20 of each class, or there is no whole batch."
         )
     out = Path(args.out)
     steps = Steps(5)
@@ -83,10 +82,10 @@ def run(argv: list[str]) -> int:
     with steps.step("Pretrain without labels", f"fastssl pretrain {out / 'run' / 'config.yaml'}"):
         summary = _pretrain(out, args)
     if summary.interrupted:
-        print(f"Stopped. The same command continues after step {summary.steps}.", file=sys.stderr)
+        print(f"Stopped after step {summary.steps}. The same command continues.", file=sys.stderr)
         return 128 + summary.interrupted
     with steps.step(
-        "Test what it learned",
+        "Evaluate what it learned",
         f"fastssl eval knn {out / 'run'} --shards {out / 'train-shards'} --test-shards {out / 'test-shards'}",
     ):
         report = _evaluate(out, summary.checkpoint)
@@ -95,7 +94,7 @@ def run(argv: list[str]) -> int:
 
 
 def configuration(out: Path, args: Demo):
-    """The demo's run: what `configs/` would hold, with the folders of this demo filled in."""
+    """Return the configuration of the demo's run."""
     import dataclasses
 
     from fastssl.core.optimizers import OptimConfig
@@ -110,10 +109,10 @@ def configuration(out: Path, args: Demo):
     batch = min(128, 5 * args.tiles)
     config = RunConfig(
         data=DataConfig(shards=str(out / "train-shards")),
-        # Views of 64 pixels lose the panels' grid to a wide blur.
+        # In views of 64 pixels a wide blur would hide the grid of solar panels.
         recipe=dataclasses.replace(get_recipe("satellite"), size=args.size, blur_sigma=(0.1, 1.0)),
         model=ModelConfig(backbone="resnet10_w32"),
-        # Few steps: a teacher that lags 100 of them, as the published 0.99 does, would hold back.
+        # The run has few steps: with the published 0.99 the teacher would lag 100 of them behind.
         method=Config(hidden_dim=1024, momentum=0.96),
         optim=OptimConfig(name="adamw", lr=3e-3, weight_decay=0.05, warmup_epochs=min(2, args.epochs)),
         train=TrainConfig(
@@ -139,7 +138,7 @@ def _draw(out: Path, args: Demo) -> None:
 
     with Progress(transient=True) as bar:
         task = bar.add_task("drawing")
-        # Another seed for the test tiles: not one of them is a training tile.
+        # Another seed for the test tiles, so that none of them is a training tile.
         for name, count, seed in (("train", args.tiles, args.seed), ("test", args.tiles // 5, args.seed + 1)):
             write_folder(
                 out / name,
@@ -180,7 +179,7 @@ def _preview(out: Path, args: Demo) -> None:
 def _pretrain(out: Path, args: Demo):
     import shutil
 
-    from fastssl.pretraining.loop import pretrain
+    from fastssl.pretraining.run import pretrain
 
     if args.again:
         shutil.rmtree(out / "run", ignore_errors=True)
@@ -188,10 +187,10 @@ def _pretrain(out: Path, args: Demo):
 
 
 def _evaluate(out: Path, checkpoint: Path) -> dict[str, Any]:
-    from fastssl.commands.eval_command import knn_report
+    from fastssl.commands.evaluate import evaluate_knn
     from shards.storage.atomic_files import atomic_write
 
-    report = knn_report(checkpoint, out / "train-shards", out / "test-shards")
+    report = evaluate_knn(checkpoint, out / "train-shards", out / "test-shards")
     atomic_write(out / "knn.json", (json.dumps(report, indent=1) + "\n").encode())
     return report
 
@@ -200,11 +199,11 @@ def _summarise(out: Path, steps: Steps, report: dict[str, Any], convert_rate: fl
     from rich.console import Console
     from rich.table import Table
 
-    from fastssl.commands.eval_command import print_report
+    from fastssl.commands.eval_command import print_knn
 
     console = Console(highlight=False)
     console.print()
-    print_report(report, console)
+    print_knn(report, console)
     table = Table(title="The demo in numbers", title_justify="left", show_header=False)
     for title, seconds in steps.seconds.items():
         table.add_row(title, f"{seconds:.1f} s")

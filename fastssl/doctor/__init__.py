@@ -1,1 +1,1 @@
-"""`fastssl doctor`: facts about a machine are gathered in one place, and judged by pure functions in another."""
+"""`fastssl doctor`: `facts` gathers what a machine is like, and the pure functions of `checks` judge it."""

@@ -1,4 +1,4 @@
-"""`fastssl doctor [SHARDS]`: what stands in the way of training here, and the way out of each."""
+"""`fastssl doctor [SHARDS]`: report what will hinder training on this machine, and what to do about it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import tyro
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastssl.doctor.finding import Finding
+    from fastssl.doctor.checks import Diagnosis
 
 
 @dataclass(frozen=True)
 class Doctor:
-    """Check this machine for training: driver, GPUs, packages with known faults, compiler, limits, disks, clock; and a data set.
+    """Check this machine for training: driver, GPUs, compiler, cores, memory, limits and disk; and a data set.
 
-    Exit code 1 where something is bad, which will fail or give wrong results; 0 where all is well or to be looked at.
+    The exit code is 1 where something is bad, which means that it will fail or give wrong results, and 0 otherwise.
     """
 
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[SHARDS]")] = ""
-    """A folder of shards to look at, too; images are not read (`fastssl shard` again mends what is broken)."""
+    """A folder of shards to check as well; images are not read (`fastssl verify` reads every byte)."""
     out: str = "."
-    """Where runs will be written: its disk is looked at."""
+    """Where runs will be written: the room on its disk is checked."""
     json: str = ""
-    """File for facts and findings."""
+    """Also write the facts and the findings to this JSON file."""
 
 
 def run(argv: list[str]) -> int:
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
     return 1 if any(finding.level == "bad" for finding in findings) else 0
 
 
-def _show(console: Console, findings: list[Finding]) -> None:
+def _show(console: Console, findings: list[Diagnosis]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -60,10 +60,10 @@ def _show(console: Console, findings: list[Finding]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")  # addresses stay whole
     for finding in findings:
-        told = Text(finding.found)
+        text = Text(finding.found)
         if finding.way_out:
-            told.append(f"\n-> {finding.way_out}", style="bold" if finding.level == "bad" else "")
-        table.add_row(Text(finding.level, style=styles[finding.level]), finding.check, told)
+            text.append(f"\n-> {finding.way_out}", style="bold" if finding.level == "bad" else "")
+        table.add_row(Text(finding.level, style=styles[finding.level]), finding.check, text)
     console.print(table)
     count = {level: sum(f.level == level for f in findings) for level in ("bad", "warn")}
     if count["bad"]:

@@ -1,4 +1,4 @@
-"""Features of a whole shard set, and the two baselines any pretrained backbone must beat."""
+"""Features of a shard set, from a backbone or, as a baseline, from raw pixels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
-MAX_PIXEL_SIDE = 32  # raw pixels are compared at this side at most: 3,072 numbers an image
+# Raw pixels are compared at this side at most: 3,072 numbers an image.
+MAX_PIXEL_SIDE = 32
 
 
 def labelled_ids(shards: ShardSet, limit: int = 0) -> np.ndarray:
-    """Ids of the labelled samples in use, ascending, int64; at most `limit` of them (0: all), chosen by a fixed permutation."""
+    """Return ids of the labelled samples in use: int64, ascending, at most `limit` (0: all), chosen by a fixed permutation."""
     ids = shards.ids[shards.labels[shards.ids] >= 0]
     if limit and len(ids) > limit:
         ids = np.sort(ids[epoch_order(len(ids), seed=0, epoch=0)[:limit]])
@@ -27,11 +28,11 @@ def labelled_ids(shards: ShardSet, limit: int = 0) -> np.ndarray:
 
 
 def check_labels(shards: ShardSet, ids: np.ndarray, *, where: str = "", otherwise: str = "") -> None:
-    """Raise UserError unless kNN has two labelled samples; `where` begins the message, `otherwise` ends it with another way out."""
+    """Raise UserError unless there are two labelled samples; `where` begins the message, `otherwise` adds another way out."""
     if len(ids) < 2:
         part = f"the split '{shards.split}' of " if shards.split else ""
         raise UserError(
-            f"{where}{part}'{shards.folder}' has {len(ids)} labelled samples and kNN needs at least 2: convert a folder "
+            f"{where}{part}'{shards.folder}' has {len(ids)} labelled samples, but kNN needs at least 2: convert a folder "
             f"whose sub-folders are classes{otherwise}."
         )
 
@@ -57,14 +58,15 @@ def extract(
     threads: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Features of the evaluation views of some samples: float32 (N, D) on the CPU, not normalised.
+    """Return features of the evaluation views of some samples: float32 (N, D) on the CPU, not normalised.
 
-    `encode` maps normalised views (n, 3, S, S) on `device` to (n, D); it is called on one batch at a time.
+    `encode` maps normalised views (n, C, S, S) on `device` to (n, D); it is called with one batch at a time.
     """
     found, done = None, 0
     for views in eval_batches(shards, recipe, sample_ids, batch=batch, threads=threads, device=device):
         features = encode(views.views[0]).float().cpu()
-        if found is None:  # filled piece by piece: joining parts would need the memory twice
+        # Filled batch by batch: joining batches would need the memory twice.
+        if found is None:
             found = features.new_empty(len(sample_ids), features.shape[1])
         found[done : done + len(features)] = features
         done += len(features)
@@ -77,7 +79,7 @@ def extract(
 def backbone_encoder(
     backbone: nn.Module, device: torch.device | str, bf16: bool
 ) -> Callable[[Tensor], Tensor]:
-    """An `encode` for `extract`: the backbone in evaluation mode, under bf16 autocast if asked."""
+    """Return an `encode` for `extract`: the backbone in evaluation mode, under bf16 autocast if asked."""
     kind = torch.device(device).type
 
     def encode(views: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ def backbone_encoder(
 
 
 def pixel_encoder(recipe: Recipe) -> Callable[[Tensor], Tensor]:
-    """An `encode` that returns the view's pixels in [0, 1], area-averaged to at most 32 x 32: the raw-pixel baseline."""
+    """Return an `encode` for `extract` that gives the view's pixels in [0, 1], area-averaged to at most 32 x 32: a baseline."""
     side = min(recipe.size, MAX_PIXEL_SIDE)
 
     def encode(views: Tensor) -> Tensor:

@@ -13,30 +13,32 @@ from shards.errors import UserError, check_least
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-CHUNK = 1024  # queries at a time, or fewer
-MAX_SIMILARITIES = 2**28  # at a time: 1 GiB of float32
+# Queries at a time, or fewer.
+CHUNK = 1024
+# Similarities at a time: 1 GiB of float32.
+MAX_SIMILARITIES = 2**28
 
 
 @dataclass(frozen=True)
 class KNNConfig:
-    """kNN accuracy, and a linear classifier's, on labelled shards while pretraining goes on."""
+    """Online evaluation: accuracy of kNN and of a linear classifier on labelled shards during pretraining."""
 
     every: int = 0
-    """Epochs between two tests; 0 means never. The last epoch is always tested when this is set."""
+    """Evaluate every N epochs, and after the last one; 0: never."""
     shards: str = ""
-    """Labelled shards that vote. Empty: the training shards, whose labels are used for this test only."""
+    """Labelled shards whose samples vote. Empty: the training shards, whose labels are used for this evaluation only."""
     test_shards: str = ""
     """Labelled shards to classify. Empty: each sample of `shards` is classified by all the others (leave one out)."""
     split: str = ""
-    """Split of `shards` that votes, such as train; empty: what the training uses, or all of `shards`."""
+    """Split of `shards` whose samples vote, such as train. Empty: the samples that are trained on, or all of `shards`."""
     test_split: str = ""
-    """Split to classify, such as val: of `test_shards`, or where that is empty of the shards that vote."""
+    """Split to classify, such as val: of `test_shards` or, where that is empty, of the shards whose samples vote."""
     k: int = 20
-    """Neighbours that vote; clamped to the number there are."""
+    """Number of neighbours; clamped to the number there are."""
     linear: bool = True
     """Also fit a linear classifier to the same features, in closed form (ridge regression), and log its accuracy."""
     max_samples: int = 10_000
-    """Samples used of each shard set, chosen once and for all; 0 means all."""
+    """Samples used of each shard set, the same ones each time; 0: all."""
 
     def __post_init__(self) -> None:
         check_least(self, "knn.", every=0, k=1, max_samples=0)
@@ -44,7 +46,7 @@ class KNNConfig:
 
 @dataclass(frozen=True)
 class KNNResult:
-    """Accuracies in [0, 1]: `accuracy[k]` over all queries, `per_class[k]` (num_classes,), nan where a class has no query."""
+    """Accuracies in [0, 1]: `accuracy[k]` of all queries, `per_class[k]` (num_classes,), nan for a class without queries."""
 
     accuracy: dict[int, float]
     per_class: dict[int, Tensor]
@@ -61,7 +63,7 @@ def classify(
     temperature: float = TEMPERATURE,
     device: torch.device | str = "cpu",
 ) -> KNNResult:
-    """Classify queries by the votes of their k most similar bank features, each weighted exp(cosine similarity / temperature).
+    """Classify each query by the votes of the k most similar bank features, weighted exp(cosine similarity / temperature).
 
     Args:
         bank: features (N, D); bank_labels: int64 (N,) in [0, num_classes).
@@ -76,7 +78,7 @@ def classify(
     """
     if not ks or min(ks) < 1:
         raise UserError(
-            f"kNN needs numbers of neighbours of at least 1, got {list(ks)}: give some, such as --ks 20."
+            f"kNN needs numbers of neighbours of at least 1, but ks is {list(ks)}: set it, such as --ks 20."
         )
     leave_one_out = queries is None
     available = len(bank) - (1 if leave_one_out else 0)

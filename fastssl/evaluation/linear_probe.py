@@ -1,4 +1,4 @@
-"""A linear classifier in closed form: ridge regression to one-hot labels, whose strength is chosen by leaving one sample out."""
+"""A linear probe in closed form: ridge regression to one-hot labels, with the strength chosen by leave-one-out accuracy."""
 
 from __future__ import annotations
 
@@ -19,23 +19,29 @@ class Ridge(NamedTuple):
     mean: Tensor
     scale: Tensor
     strength: float
-    """The chosen ridge, as a multiple of the number of samples."""
+    """The chosen regularisation strength, as a multiple of the number of samples."""
     left_out: Tensor
-    """Scores (N, classes) of each sample by the classifier made from all others."""
+    """Scores (N, classes) of each sample from the classifier fitted to all others."""
 
     def scores(self, features: Tensor) -> Tensor:
-        """Scores (M, classes) of features (M, D)."""
+        """Return scores (M, classes) of features (M, D)."""
         return ((features.to(self.weight) - self.mean) / self.scale) @ self.weight + self.bias
 
 
 def fit_ridge(
     features: Tensor, labels: Tensor, num_classes: int, strengths: tuple[float, ...] = STRENGTHS
 ) -> Ridge:
-    """The classifier that minimises |Y - X W|^2 + strength * N * |W|^2, X (N, D) standardised, Y centred one-hot labels int64 (N,).
+    """Return the classifier that minimises |Y - X W|^2 + strength * N * |W|^2.
 
     W = (X'X + strength N I)^-1 X'Y. Leaving sample i out changes its residual to r_i / (1 - h_i), h_i = x_i' (X'X + ..)^-1 x_i + 1/N
-    (Allen's PRESS; Hastie et al., The Elements of Statistical Learning, eq. 7.64), with mean and scale of all samples: so the strength
-    with the best accuracy of left-out samples, the larger of equals, is found from one decomposition. N >= 2.
+    (Allen's PRESS; Hastie et al., The Elements of Statistical Learning, eq. 7.64), with mean and scale of all samples. So one
+    decomposition gives the leave-one-out accuracy of every strength; the best one is taken, the largest of equals.
+
+    Args:
+        features: X (N, D), N >= 2; standardised here.
+        labels: int64 (N,), of which Y is the centred one-hot form.
+        num_classes: number of classes.
+        strengths: the strengths to choose from.
     """
     x = features.double()
     mean, scale = x.mean(dim=0), x.std(dim=0, unbiased=False)
@@ -69,8 +75,10 @@ def probe_accuracy(
     num_classes: int,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Accuracy in [0, 1] of a linear classifier made from the bank, features (N, D), on the queries; or, without them, on each sample
-    of the bank by the classifier made from all others."""
+    """Return the accuracy in [0, 1] of a linear classifier fitted to the bank, features (N, D), on the queries (M, D).
+
+    Without queries: the leave-one-out accuracy on the bank.
+    """
     ridge = fit_ridge(bank.to(device), bank_labels.to(device), num_classes)
     if queries is None or query_labels is None:
         scores, labels = ridge.left_out, bank_labels

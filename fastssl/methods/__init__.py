@@ -1,4 +1,4 @@
-"""The methods by name; each is one nn.Module that follows `contract.Method`."""
+"""Methods by name: METHODS. Each is a subclass of `method.Method` in a file of its own."""
 
 from fastssl.methods.method import Method, StepOutput
 from fastssl.methods.moco_v3 import MoCoV3
@@ -10,7 +10,7 @@ METHODS: dict[str, type[MoCoV3]] = {"moco_v3": MoCoV3}
 
 
 def get_method(name: str) -> type[MoCoV3]:
-    """The method class called `name`. Raises UserError with the nearest known name."""
+    """Return the method class called `name`; raise UserError, with the nearest known name, where there is none."""
     if name not in METHODS:
         raise UserError(f"There is no method {name!r}.{nearest(name, METHODS)}")
     return METHODS[name]

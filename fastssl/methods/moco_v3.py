@@ -11,41 +11,38 @@ from torch import Tensor, nn
 
 from fastssl.core.distributed import gather_keys, rank, world
 from fastssl.core.schedules import cosine_momentum
+from fastssl.methods.collapse import batch_statistics
+from fastssl.methods.ema import ema_update, relative_distance
+from fastssl.methods.heads import mlp
+from fastssl.methods.losses import info_nce
 from fastssl.methods.method import Method, StepOutput
-from fastssl.methods.parts import (
-    batch_statistics,
-    depends_on_batch,
-    ema_update,
-    info_nce,
-    mlp,
-    relative_distance,
-)
 from fastssl.methods.queue import KeyQueue
+from fastssl.models.batch_norm import depends_on_batch
 from shards.errors import UserError
 
 
 @dataclass(frozen=True)
 class Config:
-    """MoCo v3's own settings; the defaults are the published ones for ViTs, ResNet-50 had temperature 1.0."""
+    """Settings of MoCo v3. The defaults are those published for ViTs; ResNet-50 has temperature 1.0."""
 
     dim: int = 256
-    """Length of the vectors that are compared."""
+    """Dimension of queries and keys."""
     hidden_dim: int = 4096
-    """Width of the heads' hidden layers."""
+    """Width of the hidden layers of the heads."""
     temperature: float = 0.2
     """Softmax temperature: 0.2 for ViTs, 1.0 for ResNets."""
     momentum: float = 0.99
-    """Share of the teacher kept at each step, at the start of the run (0.996 for 1000 epochs)."""
+    """Momentum of the teacher at the start of the run (0.996 for 1000 epochs)."""
     momentum_cosine: bool = True
-    """Raise the teacher's momentum to 1 over the run by half a cosine; False keeps it constant."""
+    """Raise the teacher's momentum to 1 over the run by half a cosine; False: keep it constant."""
     head: Literal["auto", "resnet", "vit"] = "auto"
-    """resnet: projector of 2 layers, predictor without a last BatchNorm; vit: projector of 3 layers,
-    predictor with one. auto takes vit for ViTs and for backbones without BatchNorm, resnet for the others."""
+    """resnet: projector of 2 layers, predictor without a final BatchNorm; vit: projector of 3 layers, predictor with one. auto:
+    vit for ViTs and for backbones without BatchNorm, resnet for the others."""
     ema: Literal["foreach", "loop"] = "foreach"
-    """How the teacher's average is computed: one multi-tensor operation, or a loop over the tensors, for comparison."""
+    """Implementation of the teacher's average: one multi-tensor operation, or (for comparison) a loop over the tensors."""
     queue: int = 0
-    """Keys of earlier steps that serve as further negatives, a multiple of train.batch; 0 takes the batch's own only,
-    as the paper does. For small batches: 65536 is MoCo v2's."""
+    """Keys of earlier steps that serve as further negatives, a multiple of train.batch; 0: the keys of the batch only, as in the
+    paper. For small batches: MoCo v2 has 65536."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "hidden_dim", "temperature"):
@@ -58,28 +55,27 @@ class Config:
 
 
 class Keys(NamedTuple):
-    """The keys of each view, float32 (M, dim): first those of the batch in rank order, then those of the queue."""
+    """The keys of each view, float32 (M, dim): those of the batch in rank order, then those of the queue."""
 
     first: Tensor
     second: Tensor
     num_batch: int
-    """How many are the batch's."""
+    """Number of keys of the batch."""
 
 
 class MoCoV3(Method):
-    """A student learns to tell which of the teacher's keys comes from another view of the same image.
+    """The student learns which of the teacher's keys comes from the other view of the same image.
 
-    `backbone` maps images (N, C, H, W) to features (N, backbone.num_features). The student is backbone,
-    projector and predictor; the teacher is an average over time of the student's backbone and projector, and
-    has no predictor.
+    `backbone` maps images (N, C, H, W) to features (N, backbone.num_features). The student is backbone, projector and predictor; the
+    teacher is a moving average of the student's backbone and projector, and has no predictor.
 
     One training step is: loss = method(views).loss; loss.backward(); optimizer.step();
-    method.update_teacher(method.teacher_momentum(progress after this step)). The paper's code averages at the
-    start of the next step instead, before the keys are computed. Both give the same sequence of keys, as its
-    first average finds teacher and student equal; this way forward changes no weight.
+    method.update_teacher(method.teacher_momentum(progress after this step)). The paper's code updates the teacher at the start of
+    the next step instead, before the keys are computed. Both give the same keys, because its first update finds teacher and student
+    equal; here, forward changes no weight.
 
-    Keys carry no gradient and queries meet keys only, so the loss splits by queries: chunks of the student's images against
-    all keys give the gradient of the whole batch, but for BatchNorm, which sees a chunk at a time.
+    Keys carry no gradient and queries are compared with keys only, so the loss is a mean over queries: chunks of the student's images
+    against all keys give the gradient of the whole batch. Only BatchNorm is inexact: it sees one chunk.
     """
 
     Config = Config
@@ -92,19 +88,19 @@ class MoCoV3(Method):
         self.teacher_backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.teacher_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.queue = KeyQueue(2, cfg.queue, cfg.dim) if cfg.queue else None
-        # Stochastic depth is the student's regulariser: a teacher that skips blocks gives noisy keys.
+        # Stochastic depth regularises the student; a teacher that skips blocks would give noisy keys.
         for module in self.teacher_backbone.modules():
             if isinstance(getattr(module, "drop_prob", None), float):
                 module.drop_prob = 0.0  # pyright: ignore[reportArgumentType]
-        # Without batch statistics one forward of both views is exact and launches half as many kernels. With
-        # them it is not: the paper's statistics are per view.
+        # Without BatchNorm one forward of both views is exact and launches half as many kernels. With it the views go one by one:
+        # in the paper each view has statistics of its own.
         self._join_views = not depends_on_batch(backbone)
 
     def check_views(self, num_global: int, num_local: int) -> None:
-        """MoCo v3 compares two views of one size."""
+        """Raise UserError unless there are two global views and no local ones."""
         if num_local:
             raise UserError(
-                f"MoCo v3 compares 2 global views and the recipe makes {num_local} local ones too: set --recipe.local-views 0, or "
+                f"MoCo v3 compares 2 global views but the recipe makes {num_local} local ones, too: set --recipe.local-views 0, or "
                 "choose another --recipe.preset."
             )
         if num_global != 2:
@@ -114,25 +110,25 @@ class MoCoV3(Method):
             )
 
     def forward(self, views: list[Tensor], targets: Keys | None = None, first: int = 0) -> StepOutput:
-        """Loss of two views of this rank's N images, each (N, C, H, W), against the keys of all ranks.
+        """Return the loss of two views of this rank's N images, each (N, C, H, W), against the keys of all ranks.
 
         loss = 2 * temperature * (CE(q1, k2) + CE(q2, k1)), which is 4 * temperature * ln(number of keys) at
         chance. Metrics: loss; ce, the mean of the two plain cross-entropies in nats; ce_norm, ce / ln(number
         of keys), 1 at chance; acc, the share of queries that find their key, 0 to 1; feature_std of the first
-        view's backbone features (see `parts.feature_std`). May run under autocast: the loss is computed in
+        view's backbone features (see `collapse.feature_std`). May run under autocast: the loss is computed in
         float32 outside of it. With `targets` of a larger batch, the images are those from `first` on in this
         rank's part of it. Raises UserError for other than two views, and in training for one image per
         process.
         """
-        # Keys come first, so that the teacher works before the student's activations fill the memory.
+        # The teacher runs first, before the student's activations fill the memory.
         if targets is None:
             targets = self._gather(self.keys(views))
         return self.loss(self.student_features(views), targets, first)
 
     def keys(self, views: list[Tensor]) -> list[Tensor]:
-        """The teacher's keys of each view, (N, dim) each, without gradient and not yet normalised.
+        """Return the teacher's keys of each view, (N, dim) each, without gradient and not yet normalised.
 
-        In training the teacher's BatchNorm uses the batch's statistics and keeps running ones of its own.
+        In training the teacher's BatchNorm uses the batch's statistics and has running statistics of its own.
         """
         return self._project(self.teacher_features(views))
 
@@ -141,7 +137,7 @@ class MoCoV3(Method):
         return self._features(self.teacher_backbone, views)
 
     def targets(self, features: list[Tensor]) -> Keys:
-        """The keys of all ranks, and of the queue, from the teacher's features of this rank's whole batch."""
+        """Return the keys of all ranks and of the queue, from the teacher's features of this rank's whole batch."""
         return self._gather(self._project(features))
 
     def student_features(self, views: list[Tensor]) -> list[Tensor]:
@@ -160,12 +156,12 @@ class MoCoV3(Method):
         return [self.projector, self.predictor]
 
     def remember(self, targets: Keys) -> None:
-        """Put the batch's keys into the queue, if there is one."""
+        """Push the batch's keys into the queue, if there is one."""
         if self.queue is not None:
             self.queue.push(torch.stack([keys[: targets.num_batch] for keys in targets[:2]]))
 
     def update_teacher(self, momentum: float | Tensor) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * student, over parameters; buffers are left alone.
+        """Set teacher = momentum * teacher + (1 - momentum) * student, over parameters; buffers stay as they are.
 
         Call it after optimizer.step(), with teacher_momentum of the progress after that step.
         """
@@ -175,12 +171,12 @@ class MoCoV3(Method):
         return relative_distance(*self._averaged())
 
     def _averaged(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The teacher's parameters, and those of the student that they are averages of."""
+        """Return the teacher's parameters, and those of the student of which they are averages."""
         student = [*self.backbone.parameters(), *self.projector.parameters()]
         return [*self.teacher_backbone.parameters(), *self.teacher_projector.parameters()], student
 
     def teacher_momentum(self, progress: float) -> float:
-        """Momentum at `progress`, the share of the run done in [0, 1]; see `schedules.cosine_momentum`."""
+        """Return the momentum at `progress`, the share of the run done, in [0, 1]; see `schedules.cosine_momentum`."""
         return cosine_momentum(progress, self.cfg.momentum) if self.cfg.momentum_cosine else self.cfg.momentum
 
     def _features(self, backbone: nn.Module, views: list[Tensor]) -> list[Tensor]:
@@ -192,7 +188,7 @@ class MoCoV3(Method):
     def _check_enough(self, features: list[Tensor]) -> None:
         if self.training and len(features[0]) < 2:
             raise UserError(
-                "The batch or a chunk of it holds 1 image per process, and BatchNorm needs 2 or more to train: "
+                "The batch or a chunk of it has 1 image per process, but BatchNorm needs at least 2 in training: "
                 "raise the batch size or train.micro_batch, or start fewer processes."
             )
 
@@ -203,7 +199,7 @@ class MoCoV3(Method):
 
     @torch.no_grad()
     def _gather(self, keys: list[Tensor]) -> Keys:
-        """Keys of all ranks and of the queue from this rank's, (N, dim) each."""
+        """Return the keys of all ranks and of the queue, from this rank's keys of each view, (N, dim)."""
         # One collective for both views: a row of the gathered tensor is [k1, k2] of one image.
         first, second = gather_keys(torch.cat(keys, dim=1).float()).chunk(2, dim=1)
         num_batch = len(first)
@@ -213,7 +209,7 @@ class MoCoV3(Method):
         return Keys(first, second, num_batch)
 
     def _output(self, q1: Tensor, q2: Tensor, keys: Keys, features: Tensor, first: int = 0) -> StepOutput:
-        """Loss and metrics from queries, (N, dim) each, and the features (N, D) of this rank's images from `first` on."""
+        """Return loss and metrics from queries, (N, dim) each, and features (N, D), of this rank's images from `first` on."""
         first_target = rank() * (keys.num_batch // world()) + first
         temperature = self.cfg.temperature
         one = info_nce(q1, keys.second, temperature, first_target)
@@ -231,7 +227,7 @@ class MoCoV3(Method):
 
 
 def build_heads(backbone: nn.Module, cfg: Config) -> tuple[nn.Sequential, nn.Sequential]:
-    """(projector, predictor) of the kind cfg.head names, for a backbone of backbone.num_features features."""
+    """Return (projector, predictor) of the kind that cfg.head names, for a backbone of backbone.num_features features."""
     num_features = backbone.num_features
     assert isinstance(num_features, int)
     kind = cfg.head

@@ -1,4 +1,4 @@
-"""A first-in, first-out memory of earlier steps' keys, as more negatives (MoCo, arXiv 1911.05722)."""
+"""A first-in, first-out queue of earlier steps' keys, which serve as more negatives (MoCo, arXiv 1911.05722)."""
 
 import torch
 import torch.nn.functional as F
@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 class KeyQueue(nn.Module):
-    """The last `size` keys of each view, the same on every rank because keys are gathered before they come here.
+    """The last `size` keys of each view, the same on every rank because keys are gathered before they are pushed.
 
-    The count of keys ever taken in is a Python number, so that a step waits for nothing on the device; the state dict holds it
-    beside the keys.
+    `count`, the number of keys ever pushed, is a Python number, so that a step never waits for the device; the state dict holds it
+    together with the keys.
     """
 
     keys: Tensor
@@ -21,14 +21,14 @@ class KeyQueue(nn.Module):
         self.register_buffer("keys", torch.zeros(num_views, size, dim))
 
     def filled(self) -> Tensor:
-        """The keys that are there, (V, n, dim), n from 0 to `size`: slots not yet filled are left out."""
+        """Return the keys in the queue, (V, n, dim), n from 0 to `size`; slots that are not yet filled are left out."""
         return self.keys[:, : min(self.count, self.size)]
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
-        """Take in (V, n, dim) keys over the oldest ones; n must divide the size, so that a push never wraps around.
+        """Overwrite the oldest keys with (V, n, dim) keys; n must divide the size, so that a push never wraps around.
 
-        What is not finite becomes 0, which is like no query: one bad batch must not spoil the loss of all that follow.
+        Values that are not finite become 0, so that one bad batch does not spoil the loss of the next steps.
         """
         num = keys.shape[1]
         assert self.size % num == 0, "the configuration is checked for this"

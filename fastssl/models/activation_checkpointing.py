@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks that keep little for the backward pass and compute the rest again."""
+"""Activation checkpointing: blocks that keep few activations for the backward pass and compute the others again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from fastssl.models.batch_norm import frozen_statistics
 from shards.errors import UserError
 
 # Where timm's models hold the parts they repeat.
@@ -18,7 +19,7 @@ CONTAINERS = ("blocks", "stages", "layers", "layer1", "layer2", "layer3", "layer
 
 
 def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
-    """The parts that a backbone repeats, in their order: transformer or residual blocks; none where it has no such thing."""
+    """Return the repeated blocks of a backbone (transformer or residual blocks) in order; empty where it has none."""
     found: list[nn.Module] = []
 
     def visit(part: object) -> None:
@@ -26,7 +27,8 @@ def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
             for child in part:
                 visit(child)
         elif isinstance(blocks := getattr(part, "blocks", None), nn.Sequential | nn.ModuleList):
-            visit(blocks)  # a stage: what lies before its blocks is small
+            # A stage: what comes before its blocks is small.
+            visit(blocks)
         elif isinstance(part, nn.Module) and next(part.parameters(), None) is not None:
             found.append(part)
 
@@ -37,12 +39,12 @@ def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_blocks(backbone: nn.Module, kind: Literal["none", "blocks", "selective"], name: str) -> None:
-    """Let each block of `backbone`, called `name` in messages, compute its activations again in the backward pass, in place.
+    """Make each block of `backbone`, called `name` in messages, recompute its activations in the backward pass, in place.
 
-    "blocks" keeps the blocks' inputs only: a further forward of the backbone for the least memory. "selective" also keeps the results
-    of matrix products, convolutions and attention, which are most of the work, and computes norms and activations again (the policy
-    of torchtitan). Gradients, random depths and BatchNorm's running statistics are those of the unchecked run. The recomputation is
-    part of a block's forward, so `compile_blocks` afterwards compiles it, too.
+    "blocks" keeps only the inputs of the blocks: the least memory, for another forward pass of the backbone. "selective" also keeps
+    the results of matrix products, convolutions and attention, which are most of the work, and recomputes norms and activations
+    (torchtitan's policy). Gradients, stochastic depth and BatchNorm's running statistics are as without checkpointing. The
+    recomputation is part of a block's forward, so `compile_blocks` afterwards compiles it, too.
 
     Raises:
         UserError: the backbone has no blocks.
@@ -51,9 +53,11 @@ def checkpoint_blocks(backbone: nn.Module, kind: Literal["none", "blocks", "sele
         return
     blocks = repeated_blocks(backbone)
     if not blocks:
-        raise UserError(f"{name} cannot recompute its activations: set train.checkpointing to none.")
+        raise UserError(
+            f"{name} has no blocks whose activations could be recomputed: set train.checkpointing to none."
+        )
     for block in blocks:
-        if kind == "selective":  # what is kept must not be written over
+        if kind == "selective":  # what is kept must not be overwritten
             for module in block.modules():
                 if getattr(module, "inplace", False):
                     module.inplace = False  # pyright: ignore[reportArgumentType]
@@ -63,12 +67,12 @@ def checkpoint_blocks(backbone: nn.Module, kind: Literal["none", "blocks", "sele
 def _recomputed(
     block: nn.Module, forward: Callable[..., Any], kind: str, is_random: bool, *args: Any, **kwargs: Any
 ) -> Any:
-    """`forward` of `block`, under checkpointing where there will be a backward pass."""
+    """Run `forward` of `block`, under checkpointing where there will be a backward pass."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": is_random}
     if torch.compiler.is_compiling():
-        # The compiler takes selective contexts and no others; it writes to running statistics once by itself.
+        # The compiler supports selective contexts only, and updates running statistics once by itself.
         if kind == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, expensive_operations())
     else:
@@ -77,7 +81,7 @@ def _recomputed(
 
 
 def _contexts(block: nn.Module, kind: str) -> tuple[Any, Any]:
-    """What the first forward and the recomputation run in."""
+    """Return the contexts of the first forward and of the recomputation."""
     if kind != "selective":
         return contextlib.nullcontext(), frozen_statistics(block)
     first, cached = create_selective_checkpoint_contexts(expensive_operations())
@@ -91,7 +95,7 @@ def _both(one: Any, other: Any) -> Iterator[None]:
 
 
 def expensive_operations() -> list[Any]:
-    """The operations whose results "selective" keeps."""
+    """Return the operations whose results "selective" keeps."""
     aten = torch.ops.aten
     return [
         aten.mm.default,
@@ -107,22 +111,7 @@ def expensive_operations() -> list[Any]:
     ]
 
 
-@contextlib.contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Within, BatchNorm normalises by the batch as before, but leaves its running statistics and its count of batches alone."""
-    # A momentum of 0 writes the old values back: without the buffers, fewer tensors would be saved than in the first forward.
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
 def _is_random(module: nn.Module) -> bool:
-    """Whether a training forward draws random numbers: stochastic depth or dropout, both with a rate that is a float."""
+    """Return whether a training forward draws random numbers: stochastic depth or dropout, whose rates are floats."""
     rates = (getattr(m, name, None) for m in module.modules() for name in ("drop_prob", "p"))
     return any(isinstance(rate, float) and rate > 0 for rate in rates)

@@ -1,4 +1,4 @@
-"""Backbones by name: MoCo v3's ViTs, a narrow ResNet for small data, and every model of timm."""
+"""Backbones by name: MoCo v3's ViTs, a narrow ResNet for small data, and every timm model."""
 
 import difflib
 import warnings
@@ -18,8 +18,14 @@ from shards.errors import UserError, nearest
 RESNET10_W32 = "resnet10_w32"
 
 
-def build(cfg: ModelConfig, image_size: int) -> nn.Module:
-    """See `fastssl.models.model_config.build_backbone`."""
+def build_backbone(cfg: ModelConfig, image_size: int) -> nn.Module:
+    """Return the backbone of `cfg` with fresh weights, for square images of `image_size` pixels.
+
+    It maps float images (N, cfg.channels, image_size, image_size) to features (N, backbone.num_features).
+
+    Raises:
+        UserError: an unknown name, an image size that the patches do not divide, or a setting that the backbone cannot follow.
+    """
     if cfg.backbone in MOCO_VITS:
         backbone: nn.Module = build_moco_vit(
             MOCO_VITS[cfg.backbone],
@@ -64,18 +70,18 @@ def _narrow_residual_stream(backbone: nn.Module, name: str) -> None:
 
 
 def _to_autocast(module: nn.Module, args: Any, stream: Tensor) -> Tensor:
-    """A forward hook: the output in autocast's precision, unchanged outside of autocast."""
+    """Cast the output to autocast's precision; a forward hook. Outside of autocast nothing changes."""
     kind = stream.device.type
     return stream.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else stream
 
 
 def _to_float32(module: nn.Module, args: tuple[Tensor]) -> Tensor:
-    """A forward pre-hook."""
+    """Cast the input to float32; a forward pre-hook."""
     return args[0].float()
 
 
 def _build_other(cfg: ModelConfig, image_size: int) -> nn.Module:
-    """resnet10_w32 or a timm model; timm starts ResNet blocks as the identity, as MoCo v3 does."""
+    """Return resnet10_w32 or a timm model; timm initialises ResNet blocks as the identity, as MoCo v3 does."""
     if cfg.backbone == RESNET10_W32:
         return ResNet(
             BasicBlock,  # pyright: ignore[reportArgumentType]
@@ -114,7 +120,7 @@ def _build_other(cfg: ModelConfig, image_size: int) -> nn.Module:
 
 
 def _unknown(name: str) -> UserError:
-    """The error for a backbone that does not exist, without timm's thousand names."""
+    """Return the error for an unknown backbone, without timm's thousand names."""
     ours = [*MOCO_VITS, RESNET10_W32]
     close = difflib.get_close_matches(name, [*ours, *timm.list_models()], n=1)
     hint = nearest(name, close or ours)
@@ -126,7 +132,7 @@ def _unknown(name: str) -> UserError:
 def _shrink_stem(backbone: nn.Module, cfg: ModelConfig) -> None:
     if not isinstance(backbone, ResNet) or not isinstance(backbone.conv1, nn.Conv2d):
         raise UserError(
-            f"model.stem_stride is for ResNets with a plain first convolution and {cfg.backbone} is none: leave it at 4."
+            f"model.stem_stride is for ResNets with a plain first convolution, and {cfg.backbone} is none: leave it at 4."
         )
     old = backbone.conv1
     backbone.conv1 = nn.Conv2d(

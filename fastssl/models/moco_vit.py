@@ -1,6 +1,7 @@
-"""MoCo v3's vision transformers on today's timm: 12 heads also for ViT-S, a fixed position table, a frozen or
-convolutional patch embedding (arXiv 2104.02057; conv stems: Xiao et al., arXiv
-2106.14881)."""
+"""MoCo v3's vision transformers, built on timm (arXiv 2104.02057; conv stems: Xiao et al., arXiv 2106.14881).
+
+They have 12 heads, ViT-S too, a fixed position table, and a frozen or convolutional patch embedding.
+"""
 
 import math
 from dataclasses import dataclass
@@ -25,8 +26,7 @@ class ViTShape:
     conv_stem: bool = False
 
 
-# 12 heads for ViT-S too, where timm and DeiT have 6; ViT-L is in the paper only. The conv stem stands in for one block:
-# depth 11.
+# ViT-S has 12 heads, where timm and DeiT have 6; ViT-L is in the paper only. A conv stem replaces one block: depth 11.
 MOCO_VITS = {
     "moco_vit_small": ViTShape(dim=384, depth=12, num_heads=12),
     "moco_vit_base": ViTShape(dim=768, depth=12, num_heads=12),
@@ -50,10 +50,10 @@ def check_patches(image_size: int, patch_size: int) -> None:
 def build_moco_vit(
     shape: ViTShape, *, image_size: int, patch_size: int, channels: int, drop_path: float
 ) -> VisionTransformer:
-    """A ViT of `shape` with MoCo v3's initialisation: (N, C, H, W) -> its class token (N, shape.dim).
+    """Return a ViT of `shape` with MoCo v3's initialisation: (N, C, H, W) -> its class token (N, shape.dim).
 
-    Raises UserError for an `image_size` that `patch_size` does not divide, and for a conv stem with a patch
-    size that is no power of two.
+    Raises:
+        UserError: `patch_size` does not divide `image_size`, or is no power of two for a conv stem.
     """
     check_patches(image_size, patch_size)
     vit = VisionTransformer(
@@ -78,7 +78,7 @@ def build_moco_vit(
 
 @torch.no_grad()
 def init_moco_vit(vit: VisionTransformer) -> None:
-    """MoCo v3's initial values: Xavier-uniform linears, zero biases, a tiny class token, the position table.
+    """Set MoCo v3's initial values: Xavier-uniform linears, zero biases, a tiny class token, the position table.
 
     The bound of a uniform weight is sqrt(6 / (fan_in + fan_out)). Queries, keys and values count as three
     matrices, so the fused qkv weight (3d, d) is drawn with d + d. A plain patch embedding is drawn like the
@@ -109,7 +109,7 @@ def _xavier_uniform(module: nn.Linear | nn.Conv2d, num_in: int, num_out: int) ->
 
 
 def position_table(height: int, width: int, dim: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions, (1, 1 + height * width, dim) float32; the class token's row is zero.
+    """Return fixed 2-D sine-cosine positions, (1, 1 + height * width, dim) float32; the class token's row is zero.
 
     With omega_i = 10000^(-i / (dim / 4)), the columns are [sin w, cos w, sin h, cos h] of omega times the
     coordinate. As in MoCo v3, "w" changes slowly along the raster order of the patches and "h" fast, the

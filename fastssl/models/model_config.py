@@ -1,4 +1,4 @@
-"""Which backbone to train, how to get it, and what its weights must agree on."""
+"""The settings of a backbone, and what its weights must agree on to be loaded."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,23 +16,23 @@ class ModelConfig:
     """moco_vit_small, moco_vit_base, moco_vit_large, moco_vit_conv_small, moco_vit_conv_base (MoCo v3's own ViTs),
     resnet10_w32 (a narrow ResNet for CPUs and small data), or any model name of timm."""
     stop_grad_conv1: bool = True
-    """Freeze the patch embedding of ViTs at its initial values, which steadies their training (MoCo v3); no
-    effect on conv stems and convolutional networks."""
+    """ViTs: freeze the patch embedding at its initial values, which stabilises training (MoCo v3); no effect on conv stems and
+    convolutional networks."""
     drop_path: float = 0.0
-    """Stochastic depth: the chance to skip the last block, falling to 0 at the first. MoCo v3 uses none."""
+    """Stochastic depth: probability of skipping the last block; it falls to 0 at the first. MoCo v3 uses none."""
     attention: Literal["sdpa", "explicit"] = "sdpa"
-    """ViTs: PyTorch's fused attention, which chooses the fastest kernel for the device, or the products written out, for comparison;
-    no effect on convolutional networks."""
+    """ViTs: sdpa is PyTorch's fused attention, which chooses the fastest kernel; explicit computes the products one by one, for
+    comparison. No effect on convolutional networks."""
     residual: Literal["fp32", "autocast"] = "fp32"
-    """ViTs: precision of the residual stream. fp32 is what autocast makes of it, since the position table is float32; autocast
-    keeps it in train.precision: fewer bytes to move in every block, and sums that are rounded. No effect with train.precision fp32."""
+    """ViTs: precision of the residual stream. fp32 is what autocast gives, since the position table is float32. autocast keeps the
+    stream in train.precision: fewer bytes to move in every block, but rounded sums. No effect with train.precision fp32."""
     channels: int = 3
-    """Image channels; training takes those of the shards."""
+    """Number of image channels; pretraining takes it from the shards."""
     patch_size: int = 16
-    """Pixels per patch side of the moco_vit family; small images want 4 or 8."""
+    """moco_vit family: side of a patch in pixels; use 4 or 8 for small images."""
     stem_stride: Literal[1, 2, 4] = 4
-    """ResNets only: how far the stem reduces the resolution. 4 is the published stem; for small images, 2 or 1
-    is a 3x3 convolution of that stride without max-pooling (1: SimCLR, arXiv 2002.05709, appendix B.9)."""
+    """ResNets: factor by which the stem reduces the resolution. 4 is the published stem; 2 or 1, for small images, is a 3x3
+    convolution of that stride without max-pooling (1: SimCLR, arXiv 2002.05709, appendix B.9)."""
 
     def __post_init__(self) -> None:
         for name in ("channels", "patch_size"):
@@ -42,25 +42,11 @@ class ModelConfig:
             raise UserError(f"model.drop_path is {self.drop_path:g} but must be at least 0 and less than 1.")
 
 
-def build_backbone(cfg: ModelConfig, image_size: int) -> nn.Module:
-    """The backbone of `cfg` with fresh weights for square images of `image_size` pixels.
-
-    It maps float images (N, cfg.channels, image_size, image_size) to features (N, backbone.num_features).
-    Raises UserError for an unknown name, for a size its patches do not divide, and for a setting it cannot
-    follow.
-    """
-    # timm takes 2 s to import, which a command's --help should not wait for.
-    from fastssl.models.backbones import build
-
-    return build(cfg, image_size)
-
-
 def architecture(backbone: nn.Module, cfg: ModelConfig) -> dict[str, Any]:
-    """What weights must agree on beyond their shapes, to be stored in checkpoints: values fit for JSON.
+    """Return what weights must agree on besides their shapes, as JSON values; checkpoints store it.
 
-    A ViT-S with 6 heads takes the weights of one with 12 without a complaint and computes something else, so
-    names and shapes do not suffice. num_heads is one number, a list where blocks differ, or None without
-    attention; image_size and patch_size are None where any image fits.
+    Names and shapes do not suffice: a ViT-S with 6 heads loads the weights of one with 12 and computes something else. num_heads is
+    one number, a list where blocks differ, or None without attention; image_size and patch_size are None where any image fits.
     """
     heads = [m.num_heads for m in backbone.modules() if isinstance(getattr(m, "num_heads", None), int)]
     patch_embed = getattr(backbone, "patch_embed", None)
@@ -76,7 +62,7 @@ def architecture(backbone: nn.Module, cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _side(size: Any) -> int | None:
-    """One side in pixels of a timm size, which is a pair, a number or None."""
+    """Return one side, in pixels, of a timm size, which is a pair, a number or None."""
     return size[0] if isinstance(size, tuple) else size
 
 

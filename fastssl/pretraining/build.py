@@ -1,4 +1,4 @@
-"""The model made ready to train: built from a configuration, on its device, in its memory format, compiled, spread over processes."""
+"""Building what is trained: the method on its device, in its memory format, compiled, under DDP."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.core import distributed
 from fastssl.methods import Method, MoCoV3, get_method
-from fastssl.methods.parts import depends_on_batch
-from fastssl.models.activation_checkpointing import checkpoint_blocks, frozen_statistics
-from fastssl.models.model_config import ModelConfig, architecture, build_backbone
+from fastssl.models.activation_checkpointing import checkpoint_blocks
+from fastssl.models.backbones import build_backbone
+from fastssl.models.batch_norm import depends_on_batch, frozen_statistics
+from fastssl.models.model_config import ModelConfig, architecture
 from fastssl.pretraining.step import DDPWrapper
 from pipelines.augment.channels import fit_recipe
 from pipelines.kernels.view_params import Form
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
 
 
 def prepare_backend(device: torch.device) -> None:
-    """Let cuDNN time its algorithms: every step has the same shapes, so the choice pays off from the second step on."""
+    """Let cuDNN choose its algorithms by timing them: every step has the same shapes, so this pays off from the second step on."""
     torch.backends.cudnn.benchmark = device.type == "cuda"
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What autocast computes in: as asked, or, for auto, what the hardware multiplies fast.
+    """Return what autocast computes in: as asked or, for auto, what the hardware multiplies fast.
 
     auto takes bf16 where the hardware has it, fp16 on GPUs that have only that (before Ampere), and float32 on other CPUs.
     """
@@ -48,17 +49,17 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether `compute_dtype` is bf16."""
+    """Return whether `compute_dtype` is bf16."""
     return compute_dtype(precision, device) == torch.bfloat16
 
 
 def view_form(train: TrainConfig, device: torch.device) -> Form:
-    """How views that a GPU makes lie in memory: in the precision and layout of the step, so that it need not cast them."""
+    """Return precision and memory layout of views that are made on a GPU: those of the step, so that it need not cast them."""
     return Form(compute_dtype(train.precision, device), train.channels_last)
 
 
 def follow_shards(resolved: Resolved, shards: ShardSet) -> Resolved:
-    """The configuration with model.channels, and the recipe's mean, std and value range, of a data set: what a run is made with.
+    """Return the configuration with model.channels and the recipe's mean, std and value range taken from a data set.
 
     Raises:
         UserError: see `pipelines.augment.channels.fit_recipe`; or model.channels was set to another number.
@@ -68,14 +69,14 @@ def follow_shards(resolved: Resolved, shards: ShardSet) -> Resolved:
     channels = len(recipe.mean)
     if cfg.model.channels not in (ModelConfig.channels, channels):
         raise UserError(
-            f"model.channels is {cfg.model.channels} and the images of '{shards.folder}' make views of {channels}: leave it out."
+            f"model.channels is {cfg.model.channels}, but the images of '{shards.folder}' make views of {channels}: leave it out."
         )
     model = dataclasses.replace(cfg.model, channels=channels)
     return dataclasses.replace(resolved, config=dataclasses.replace(cfg, recipe=recipe, model=model))
 
 
 def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict[str, Any]]:
-    """The method with the initial weights of the run's seed, on the device, and its backbone's architecture.
+    """Return the method with the initial weights of the run's seed, on the device, and the architecture of its backbone.
 
     Raises:
         UserError: an unknown name, sizes that do not fit, or a number of channels that the engines do not make.
@@ -83,7 +84,7 @@ def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict
     cfg = resolved.config
     if cfg.model.channels != len(cfg.recipe.mean):
         raise UserError(
-            f"model.channels is {cfg.model.channels} and the recipe makes views of {len(cfg.recipe.mean)} channels: leave it out, it "
+            f"model.channels is {cfg.model.channels}, but the recipe makes views of {len(cfg.recipe.mean)} channels: leave it out, it "
             "follows the shards."
         )
     torch.manual_seed(cfg.train.seed)
@@ -97,7 +98,7 @@ def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict
         )
     method = get_method(resolved.method_name)(backbone, cfg.method)
     method.check_views(cfg.recipe.num_views, cfg.recipe.local_views)
-    # The teacher keeps no activations: it has nothing to compute again.
+    # The teacher keeps no activations, so it has nothing to recompute.
     checkpoint_blocks(backbone, cfg.train.checkpointing, cfg.model.backbone)
     if cfg.train.channels_last:
         method = method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -105,16 +106,16 @@ def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile finds what it needs: a C++ compiler for a CPU, a C compiler (for Triton) for a GPU."""
+    """Return whether torch.compile finds its compiler: C++ for a CPU, C (for Triton) for a GPU."""
     on_cpu = device.type == "cpu"
     names = ("g++", "c++", "clang++") if on_cpu else ("gcc", "cc", "clang")
     return bool(os.environ.get("CXX" if on_cpu else "CC")) or any(shutil.which(name) for name in names)
 
 
 def compile_blocks(method: Method, device: torch.device) -> bool:
-    """Compile student and teacher backbones in place: per block where there are blocks, so that equal ones share one graph.
+    """Compile student and teacher backbones in place: block by block where there are blocks, so that equal ones share one graph.
 
-    State dicts keep their keys. Returns False, with a warning, where there is no compiler.
+    State dicts keep their keys. Return False, with a warning, where there is no compiler.
     """
     if not has_compiler(device):
         what, package = ("C++ compiler", "g++") if device.type == "cpu" else ("C compiler", "gcc")
@@ -150,10 +151,10 @@ def spread(method: Method, ranks: distributed.Dist) -> nn.Module:
 
 
 def freeze_unused(method: Method, view_shape: tuple[int, ...], ranks: distributed.Dist) -> list[str]:
-    """Freeze, aloud, what is trainable but takes no part in the loss, for which DDP would wait in vain; returns the names.
+    """Freeze parameters that receive no gradient (DDP would hang), warn, and return their names.
 
-    Tries a step on two random images (C, H, W). Call it on every rank, before `spread` and after the optimiser is built, whose
-    state then has the same layout with any number of ranks. Nothing to do, and nothing tried, at world 1.
+    It runs a step on two random images (C, H, W). Call it on every rank, before `spread` and after the optimizer is built, so that
+    the optimizer's state has the same layout with any number of ranks. At world 1 it does nothing.
     """
     if ranks.world == 1:
         return []
@@ -169,16 +170,16 @@ def freeze_unused(method: Method, view_shape: tuple[int, ...], ranks: distribute
     if unused and ranks.is_main:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         warnings.warn(
-            f"These weights take no part in the loss and stay as they are: {', '.join(list(unused)[:3])}{more}.",
+            f"These weights receive no gradient and stay as they are: {', '.join(list(unused)[:3])}{more}.",
             stacklevel=2,
         )
     return list(unused)
 
 
 def convert_batch_norm(method: nn.Module) -> None:
-    """Make every BatchNorm of the method's parts a SyncBatchNorm, in place; the state dict keeps its keys.
+    """Replace every BatchNorm of the method's modules by SyncBatchNorm, in place; the state dict keeps its keys.
 
-    timm's conversion, not PyTorch's: that one drops the activation which timm's BatchNormAct2d holds.
+    This is timm's conversion: PyTorch's drops the activation that is part of timm's BatchNormAct2d.
     """
     from timm.layers.norm_act import convert_sync_batchnorm
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastssl.core import checkpoint, distributed
-from fastssl.core.meters import Screen
+from fastssl.core.meters import ProgressDisplay
 from fastssl.core.signals import StopRequest
-from fastssl.evaluation.online_tests import OnlineTests
+from fastssl.evaluation.online_evaluation import OnlineEvaluation
 from fastssl.pretraining.build import follow_shards, view_form
 from fastssl.pretraining.run_folder import RunFolder
 from fastssl.pretraining.step import tell_chunks
@@ -74,16 +74,16 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
         training = Training(resolved, shards, ranks, loader.steps_per_epoch, folder.newest(resume))
         if training.num_chunks > 1:  # the device never holds more than a chunk of it
             loader = loader.in_chunks()
-        online = _online_tests(training)
+        online = _online_evaluation(training)
         folder.begin(training.done)
         return _loop(training, loader, folder, online)
 
 
-def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineTests | None) -> Summary:
+def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineEvaluation | None) -> Summary:
     train, knn, ranks = training.resolved.config.train, training.resolved.config.knn, training.ranks
     start, steps, total = training.done, training.steps_per_epoch, training.total
     meters = training.meters
-    screen = Screen(total, start, show=ranks.is_main)
+    screen = ProgressDisplay(total, start, show=ranks.is_main)
     _greet(screen, training, loader)
 
     def save() -> None:
@@ -132,9 +132,9 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineT
             last, step = epoch + 1 == train.epochs, training.done
             if online and (last or (epoch + 1) % knn.every == 0):
                 with meters.paused():
-                    found = online.test(training.method.backbone)
+                    found = online.evaluate(training.method.backbone)
                     folder.save_best(training.weights(), found["knn_accuracy"])
-                screen.say(f"epoch {epoch + 1}/{train.epochs}  {online.tell(found)}")
+                screen.say(f"epoch {epoch + 1}/{train.epochs}  {online.describe(found)}")
                 folder.write({"step": step, "epoch": epoch + 1, **found})
             due = any(every and (epoch + 1) % every == 0 for every in (train.save_every, train.keep_every))
             if saved != step and (last or due):
@@ -143,7 +143,7 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineT
     return finish()
 
 
-def _online_tests(training: Training) -> OnlineTests | None:
+def _online_evaluation(training: Training) -> OnlineEvaluation | None:
     """What tests the student while it is trained, on the first rank, if asked for."""
     cfg, ranks = training.resolved.config, training.ranks
     if not cfg.knn.every or not ranks.is_main:
@@ -152,7 +152,7 @@ def _online_tests(training: Training) -> OnlineTests | None:
         warnings.warn(
             "knn.max_samples is 0 (all): every process waits while the first one tests.", stacklevel=2
         )
-    return OnlineTests(
+    return OnlineEvaluation(
         cfg.knn,
         cfg.recipe,
         training.shards,
@@ -162,7 +162,7 @@ def _online_tests(training: Training) -> OnlineTests | None:
     )
 
 
-def _greet(screen: Screen, training: Training, loader: Loader) -> None:
+def _greet(screen: ProgressDisplay, training: Training, loader: Loader) -> None:
     cfg = training.resolved.config
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[training.dtype]
     screen.say(

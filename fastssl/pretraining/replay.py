@@ -101,7 +101,7 @@ def replay(args: Replay) -> list[str]:
     from fastssl.pretraining.resume import data_set_of
     from fastssl.pretraining.run_config import from_tree
     from fastssl.pretraining.step import DDPWrapper, Step
-    from fastssl.pretraining.trainer import depth_draws
+    from fastssl.pretraining.stochastic_depth import depth_draws
     from pipelines.loading.loader import open_loader
 
     state = checkpoint.load(Path(args.file))

@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to the run that wants to continue it."""
+"""Resume: check that a checkpoint belongs to the run that continues it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def data_set_of(shards: ShardSet) -> dict[str, Any]:
-    """What a data set must agree on for a run to continue on it."""
+    """Return what a data set must agree on for a run to continue on it."""
     whole = {"num_samples": len(shards), "options_sha256": shards.manifest.options_sha256}
     # A split made anew under its old name is another one.
     part = {"ids_sha256": hashlib.sha256(shards.ids.tobytes()).hexdigest()} if shards.split else {}
@@ -26,18 +26,18 @@ def data_set_of(shards: ShardSet) -> dict[str, Any]:
 def check_same_run(
     state: dict[str, Any], resolved: Resolved, shards: ShardSet, shape: dict[str, Any], where: str
 ) -> None:
-    """A checkpoint continues only the run it came from; settings that may change do so aloud.
+    """Raise UserError for the checkpoint of a different run; warn about settings that changed.
 
-    The number of processes is no setting: order and draws follow the global step, so any number that divides the batch goes on with
-    the same samples. So does another train.micro_batch.
+    The number of processes is no setting: order and draws are functions of the global step, so any number that divides the batch
+    continues with the same samples. So does another train.micro_batch.
     """
     check_architecture(shape, state["architecture"], where)
     if state["shards"] != data_set_of(shards):
         raise UserError(
             f"'{where}' was trained on {state['shards']['num_samples']} samples of another conversion or split, '{shards.folder}' "
-            f"has {len(shards)}: give the same shards, or start anew with another --train.out."
+            f"has {len(shards)}: give the same shards, or start a new run with another --train.out."
         )
-    # Read as settings, so that those of an older version have their names of now, and the defaults where they did not exist.
+    # Parsed again, so that settings of an older version get their present names, and defaults where they did not exist.
     before, now = from_tree(state["config"]).tree(), resolved.tree()
     fixed = {("train", "batch"), ("train", "seed"), ("train", "epochs")}
     # What the optimiser holds, and for which weights.

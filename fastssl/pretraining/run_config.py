@@ -6,8 +6,12 @@ result as their default. So a value means the same in both places, and there is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import io
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +70,46 @@ class Resolved:
         return yaml.safe_dump(self.tree(), sort_keys=False, width=110)
 
 
+def load_config(
+    config: str | Path | Resolved | None = None, overrides: Mapping[str, Any] | Sequence[str] = ()
+) -> Resolved:
+    """Return the configuration of a YAML file, with some settings overridden.
+
+        load_config("configs/moco_v3_vit_small.yaml", {"data.shards": "photo-shards", "train.batch": 256})
+        load_config(overrides={"recipe": {"preset": "satellite", "size": 128}})
+
+    Args:
+        config: a YAML file; None for the defaults; or a configuration, to which `overrides` are then applied.
+        overrides: settings by their full name or by section, `recipe.preset` and `method.name` included; or flags as on the command
+            line, such as ["--train.batch", "256"].
+
+    Raises:
+        UserError: the file is missing or no YAML, or a setting, method or recipe is unknown (the nearest known name is given), or a
+            value is of the wrong type or out of range.
+    """
+    tokens = list(_flags(dict(leaves(overrides)))) if isinstance(overrides, Mapping) else list(overrides)
+    written = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(written):
+            resolved = _override(config, tokens) if isinstance(config, Resolved) else load(config, tokens)
+    except SystemExit as stop:
+        words = re.sub(r"[\u2500-\u257f]", " ", written.getvalue())
+        raise UserError(f"The settings cannot be read: {' '.join(words.split())}") from stop
+    sys.stderr.write(written.getvalue())
+    return resolved
+
+
+def _override(resolved: Resolved, tokens: list[str]) -> Resolved:
+    """Apply flags to a configuration. Its method stays, and so does what a recipe's preset has set."""
+    for key in (METHOD_NAME, PRESET):
+        if _take_flag(list(tokens), key) is not None:
+            raise UserError(
+                f"{key} decides which other settings there are: give it where the configuration is made."
+            )
+    _check_names(tokens, dict(leaves(_plain(dataclasses.asdict(resolved.config)))))
+    return dataclasses.replace(resolved, config=_parse(resolved.config, tokens, prog="overrides"))
+
+
 def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolved:
     """Read a YAML file (None: all defaults) and flags that override it.
 
@@ -91,12 +135,17 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
     for key in named:
         if key not in known:
             raise UserError(f"{where} has an unknown key '{key}'.{_suggest(key, names)}")
+    _check_names(tokens, known)
+    base = _parse(start, list(_flags(named)), prog=str(path))
+    return Resolved(_parse(base, tokens, prog="fastssl pretrain CONFIG"), method_name)
+
+
+def _check_names(tokens: list[str], known: Collection[str]) -> None:
     for token in tokens:
         name = token.split("=", 1)[0].removeprefix("--").replace("-", "_")
         if token.startswith("--") and name != "help" and name not in known:
-            raise UserError(f"There is no setting '{token.split('=', 1)[0]}'.{_suggest(name, names)}")
-    base = _parse(start, list(_flags(named)), prog=str(path))
-    return Resolved(_parse(base, tokens, prog="fastssl pretrain CONFIG"), method_name)
+            hint = _suggest(name, [*known, METHOD_NAME, PRESET])
+            raise UserError(f"There is no setting '{token.split('=', 1)[0]}'.{hint}")
 
 
 def from_tree(tree: dict[str, Any]) -> Resolved:
@@ -154,10 +203,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """{'train': {'lr': 1}} -> ('train.lr', 1)."""
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -166,7 +215,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _flags(named: dict[str, Any]) -> Iterator[str]:
     for key, value in named.items():
         yield f"--{key}"
-        yield from (map(str, value) if isinstance(value, list) else (str(value),))
+        yield from (map(str, value) if isinstance(value, list | tuple) else (str(value),))
 
 
 def _spell_booleans(tokens: list[str], default: RunConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what it was continued from, and which of its checkpoints stay."""
+"""The folder of a run: its lock, configuration, log and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from fastssl.core import checkpoint, distributed
-from fastssl.core.loggers import Sinks
+from fastssl.core.loggers import Loggers
 from fastssl.core.meters import MetricsLog, six_digits
 from fastssl.pretraining.run_config import leaves
 from shards.errors import UserError
@@ -22,10 +22,10 @@ BEST = "best.pt"
 
 
 class RunFolder:
-    """A context that holds a run's folder for one trainer; every rank has one, and only the first touches the disk.
+    """A context that locks a run's folder for one trainer. Every rank has one, but only the first writes to the disk.
 
-    config.yaml is the configuration, metrics.jsonl its log, checkpoints/step-*.pt what it goes on from, checkpoints/best.pt the
-    weights with the best kNN accuracy. Two trainers in one folder would overwrite each other, so the second is refused.
+    config.yaml is the configuration, metrics.jsonl the log, checkpoints/step-*.pt are what `resume` continues from, and
+    checkpoints/best.pt holds the weights with the best kNN accuracy. A second trainer in the same folder is refused.
     """
 
     def __init__(self, resolved: Resolved, ranks: distributed.Dist, steps_per_epoch: int) -> None:
@@ -34,7 +34,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self.log: MetricsLog | None = None
         """metrics.jsonl, on the first rank, once the run has begun."""
-        self.sinks: Sinks | None = None
+        self.loggers: Loggers | None = None
 
     def __enter__(self) -> RunFolder:
         distributed.on_main(self._take)
@@ -43,15 +43,15 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.sinks is not None:
-            self.sinks.close()
+        if self.loggers is not None:
+            self.loggers.close()
         if self._lock is not None:
             self._lock.close()
 
     def newest(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, and what it holds; None where the run is new.
+        """Return the newest checkpoint that can be read and its content; None for a new run.
 
-        A damaged one is set aside, aloud, as `*.damaged`.
+        A damaged one is renamed to `*.damaged`, with a warning.
 
         Raises:
             UserError: the folder holds a run and `resume` is false, or none of its checkpoints can be read.
@@ -63,18 +63,18 @@ class RunFolder:
         return path, found[0] if found else checkpoint.load(path)
 
     def begin(self, step: int) -> None:
-        """Write the configuration, and cut the log back to `step`, the one to go on from."""
+        """Write the configuration, and cut the log back to `step`, from which the run continues."""
         distributed.on_main(lambda: self._begin(step))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Log a row of metrics, which holds `step`, on the first rank: to metrics.jsonl, and to what else is asked for."""
-        if self.log is not None and self.sinks is not None:
+        """Log a row of metrics, which must hold `step`, to metrics.jsonl and the other loggers; on the first rank only."""
+        if self.log is not None and self.loggers is not None:
             row = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
             self.log.write(row)
-            self.sinks.write(row)
+            self.loggers.write(row)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the checkpoint of `state["step"]`, all that was logged before it, and remove what need not be kept."""
+        """Flush the log, write the checkpoint of `state["step"]`, and remove checkpoints that need not be kept."""
         train = self._resolved.config.train
         if self._ranks.is_main:
             assert self.log is not None
@@ -85,7 +85,7 @@ class RunFolder:
             )
 
     def save_best(self, weights: dict[str, Any], accuracy: float) -> None:
-        """Write best.pt where `accuracy` is above all that the log holds; call it before that row is written."""
+        """Write best.pt if `accuracy` is above all accuracies in the log; call it before this one is logged."""
         assert self.log is not None
         if six_digits(accuracy) > self.log.highest.get("knn_accuracy", -1.0):
             checkpoint.save(self.path / "checkpoints" / BEST, {**weights, "knn_accuracy": accuracy})
@@ -119,7 +119,7 @@ class RunFolder:
             for bad in damaged:
                 bad.rename(bad.with_name(f"{bad.name}.damaged"))
                 warnings.warn(
-                    f"The checkpoint '{bad}' is damaged: it is now called '{bad.name}.damaged', and the run goes on from "
+                    f"The checkpoint '{bad}' is damaged: it is now called '{bad.name}.damaged', and the run continues from "
                     f"'{path.name}', the one before it.",
                     stacklevel=2,
                 )
@@ -133,7 +133,7 @@ class RunFolder:
             atomic_write(self.path / "config.yaml", self._resolved.to_yaml().encode())
             self.log = MetricsLog(self.path / "metrics.jsonl", step)
             settings = dict(leaves(self._resolved.tree()))
-            self.sinks = Sinks(self._resolved.config.log, self.path, settings, step)
+            self.loggers = Loggers(self._resolved.config.log, self.path, settings, step)
         except OSError as error:
             raise self._unwritable(error) from error
 

@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.core.distributed import any_over_ranks
+from fastssl.methods.collapse import batch_statistics
 from fastssl.methods.method import Method, StepOutput
-from fastssl.methods.parts import batch_statistics, depends_on_batch
-from fastssl.models.activation_checkpointing import frozen_statistics
+from fastssl.models.batch_norm import depends_on_batch, frozen_statistics
 from pipelines.streaming.lazy_views import LazyViews, count_samples, rows_of
 from pipelines.streaming.stream import hand_over
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import torch
 from fastssl.core import checkpoint, distributed
 from fastssl.core.distributed import Dist, gather_keys
 from fastssl.core.meters import Meters
-from fastssl.core.nonfinite import Watch, rank_me
+from fastssl.core.nonfinite import NonFiniteMonitor, rank_me
 from fastssl.core.optimizers import build_optimizer, match_layout, scaled_lr, set_lr
 from fastssl.core.schedules import lr_at, progress_at
 from fastssl.pretraining.build import (
@@ -28,10 +27,10 @@ from fastssl.pretraining.replay import capture
 from fastssl.pretraining.resume import check_same_run, data_set_of
 from fastssl.pretraining.run_folder import RunFolder
 from fastssl.pretraining.step import Step, chunks, steady_statistics
+from fastssl.pretraining.stochastic_depth import depth_draws
 from pipelines.loading.loader import Batch
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.hashing import hash_key
 
 if TYPE_CHECKING:
     from fastssl.pretraining.run_config import Resolved
@@ -91,7 +90,7 @@ class Training:
             clip_grad=train.clip_grad,
             nonfinite=train.nonfinite,
         )
-        self.meters, self.watch = Meters(), Watch(ranks.device)
+        self.meters, self.watch = Meters(), NonFiniteMonitor(ranks.device)
         self._peak_lr = scaled_lr(cfg.optim, train.batch)
         self._warmup = min(cfg.optim.warmup_epochs, train.epochs)
         if self._warmup != cfg.optim.warmup_epochs and ranks.is_main:
@@ -123,7 +122,7 @@ class Training:
         progress = progress_at(self.done, steps_per_epoch=self.steps_per_epoch, epochs=train.epochs)
         stepper = self.stepper
         bad = stepper.update(self.method.teacher_momentum(progress))
-        self.watch.note(self.done, bad, stepper.loss, batch.sample_ids)
+        self.watch.record(self.done, bad, stepper.loss, batch.sample_ids)
         metrics["grad_norm"] = stepper.grad_norm
         self.meters.add(metrics, wait_s, stepper.applied, batch.replaced)
 
@@ -152,7 +151,7 @@ class Training:
             UserError: a step was not finite where that stops the run, or too many were, or a weight is not finite.
         """
         train = self.resolved.config.train
-        bad = self.watch.look()
+        bad = self.watch.poll()
         if bad is not None:
             path = folder.path / f"nonfinite-step-{bad.step:09d}.pt"
             distributed.on_main(lambda: capture(path, bad, self.weights(), self.shards))
@@ -209,13 +208,3 @@ class Training:
             f"{what}: lower --optim.lr (now {cfg.optim.lr:g}) or set --train.clip_grad. "
             f"'{cfg.train.out}' keeps the checkpoints from before."
         )
-
-
-def depth_draws(seed: int, step: int, rank: int) -> Callable[[int], None]:
-    """Seeds random depths by chunk: a function of the step, another on each rank, so that there is nothing to save."""
-
-    def draw(chunk: int) -> None:
-        parts = (seed, step, rank, chunk) if chunk else (seed, step, rank)
-        torch.manual_seed(int(hash_key(*parts)) >> 1)
-
-    return draw

@@ -224,6 +224,15 @@ GOALS: tuple[Goal, ...] = (
         Goal("ResNet-50 end to end", "resnet50", "ladder-resnet50", _end_to_end, 2000, "images/s"),
     ),
     Goal("ResNet-50, 64 a step", "memory", "memory", _peak_gb("card_8gb_resnet50"), 8, "GB", least=False),
+    Goal(
+        "ResNet-50 with a queue, one of two GPUs' share",
+        "memory",
+        "memory",
+        _peak_gb("card_2x8gb_resnet50"),
+        8,
+        "GB",
+        least=False,
+    ),
     Goal("ViT-B/16 in chunks", "memory", "memory", _peak_gb("card_16gb_vit_base"), 16, "GB", least=False),
 )
 

@@ -44,23 +44,25 @@ ON_CPU = (
     "adamw_loop",
     "attention_explicit",
 )
-# Configurations of small cards: the batch is cut to two chunks, which is what decides the peak.
+# Cards by their memory: configuration, images of a chunk, further settings (the table of docs/training.md). The batch is cut to two
+# chunks, which is what decides the peak.
+SELECTIVE = ("--train.checkpointing", "selective")
 CARDS = {
-    "card_8gb_resnet50": 64,
-    "card_8gb_vit_small": 64,
-    "card_8gb_vit_base": 32,
-    "card_16gb_resnet50": 128,
-    "card_16gb_vit_small": 128,
-    "card_16gb_vit_base": 64,
-    "card_24gb_resnet50": 192,
-    "card_24gb_vit_small": 256,
-    "card_24gb_vit_base": 128,
-    "card_80gb_resnet50": 512,
-    "card_80gb_vit_small": 512,
-    "card_80gb_vit_base": 256,
+    "card_8gb_resnet50": ("moco_v3_resnet50", 64, SELECTIVE),
+    "card_8gb_vit_small": ("moco_v3_vit_small", 64, ()),
+    "card_8gb_vit_base": ("moco_v3_vit_base", 32, SELECTIVE),
+    "card_2x8gb_resnet50": ("card_2x8gb_resnet50", 64, ()),
+    "card_16gb_resnet50": ("moco_v3_resnet50", 128, ()),
+    "card_16gb_vit_small": ("moco_v3_vit_small", 128, ()),
+    "card_16gb_vit_base": ("moco_v3_vit_base", 64, ()),
+    "card_24gb_resnet50": ("moco_v3_resnet50", 192, ()),
+    "card_24gb_vit_small": ("moco_v3_vit_small", 256, ()),
+    "card_24gb_vit_base": ("moco_v3_vit_base", 128, ()),
+    "card_80gb_resnet50": ("moco_v3_resnet50", 512, ()),
+    "card_80gb_vit_small": ("moco_v3_vit_small", 512, ()),
+    "card_80gb_vit_base": ("moco_v3_vit_base", 256, ()),
 }
-# Those that the goals are about.
-JUDGED_CARDS = ("card_8gb_resnet50", "card_16gb_vit_base")
+JUDGED_CARDS = ("card_8gb_resnet50", "card_2x8gb_resnet50", "card_16gb_vit_base")
 
 
 @dataclass(frozen=True)
@@ -247,23 +249,12 @@ def _memory(plan: Plan) -> Lanes:
     """On a CPU there is no peak of a device's memory."""
     if not plan.on_gpu:
         return ()
-    off = (
-        "--method.queue",
-        "0",
-        "--train.compile",
-        "False",
-        "--rows",
-        "full",
-        "--steps",
-        "4",
-        "--repeats",
-        "1",
-    )
-    jobs = (
-        plan.bench(f"memory-{name}", f"configs/{name}.yaml", "--train.batch", str(2 * chunk), *off)
-        for name, chunk in CARDS.items()
-        if name in JUDGED_CARDS or not plan.sizes.short
-    )
+    few = ("--train.compile", "False", "--rows", "full", "--steps", "4", "--repeats", "1")
+    jobs = []
+    for name, (config, chunk, more) in CARDS.items():
+        if name in JUDGED_CARDS or not plan.sizes.short:
+            sizes = ("--train.batch", str(2 * chunk), "--train.micro_batch", str(chunk))
+            jobs.append(plan.bench(f"memory-{name}", f"configs/{config}.yaml", *sizes, *more, *few))
     return (tuple(jobs),)
 
 
@@ -282,8 +273,7 @@ def _switches(model: str, plan: Plan) -> Lanes:
 def _concerns(switch: str, model: str) -> bool:
     """Whether a switch has an effect on a model's step."""
     return not (
-        (switch == "channels_first" and "vit" in model)
-        or (switch in VIT_SWITCHES and "vit" not in model)
+        (switch == "channels_first" and "vit" in model) or (switch in VIT_SWITCHES and "vit" not in model)
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from fastssl.bench import bench_command, data_rungs, hardware, ladder_rows, parts, step_peers, verdict
 from fastssl.bench.report import Row
 from fastssl.bench.verdict import Switches, judge
-from fastssl.methods.parts import ema_update
+from fastssl.methods.ema import ema_update
 from fastssl.pretraining import run_config
 from fastssl.pretraining.step import chunks
 from pipelines.streaming.lazy_views import LazyViews, count_samples, rows_of

@@ -211,7 +211,7 @@ def test_a_shard_whose_bytes_changed_since(told, config, shards: Path, tmp_path:
         ),
         (
             {"recipe": {"preset": "dino"}},
-            "compares 2 global views and the recipe makes 8 local ones too: set --recipe.local-views 0",
+            "compares 2 global views but the recipe makes 8 local ones, too: set --recipe.local-views 0",
         ),
     ],
 )

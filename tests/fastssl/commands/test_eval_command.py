@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from fastssl.cli import main
-from fastssl.commands.eval_command import knn_report
+from fastssl.commands.evaluate import evaluate_knn
 from fastssl.core import checkpoint
 from fastssl.evaluation.features import backbone_encoder, extract, labelled_ids, pixel_encoder
 from fastssl.evaluation.knn import classify
-from fastssl.models.model_config import build_backbone
+from fastssl.models.backbones import build_backbone
 from pipelines.augment.recipe import Recipe
 from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet
@@ -25,7 +25,7 @@ KS = (1, 5, 20)
 
 @pytest.fixture(scope="module")
 def report(finished: Path, shards: Path) -> dict:
-    return knn_report(finished, shards, ks=KS, device="cpu")
+    return evaluate_knn(finished, shards, ks=KS, device="cpu")
 
 
 def test_a_report_holds_the_checkpoint_beside_its_baselines(report: dict, finished: Path) -> None:
@@ -63,14 +63,14 @@ def test_the_untrained_baseline_is_what_the_run_started_from(
 
 
 def test_baselines_may_be_left_out_and_samples_limited(finished: Path, shards: Path) -> None:
-    found = knn_report(finished, shards, ks=(100,), max_samples=21, baselines=False, device="cpu")
+    found = evaluate_knn(finished, shards, ks=(100,), max_samples=21, baselines=False, device="cpu")
     assert found["queries"] == "leave one out of 21 samples"
     assert [tuple(row["accuracy"]) for row in found["rows"]] == [(20,)]
 
 
 def test_queries_of_their_own(finished: Path, shards: Path) -> None:
     told = []
-    found = knn_report(
+    found = evaluate_knn(
         finished,
         shards,
         shards,
@@ -113,28 +113,28 @@ def test_a_checkpoint_of_another_architecture_is_refused(
         match=r"weights in .*other.pt belong to another architecture: name is resnet50 there and resnet10_w32 here; "
         "num_features is 2048 there and 256 here",
     ):
-        knn_report(path, shards)
+        evaluate_knn(path, shards)
 
 
 def test_weights_of_another_shape_are_refused(finished: Path, shards: Path, tmp_path: Path) -> None:
     wrong = {"backbone.conv1.weight": torch.zeros(1)}
     path = _edited(finished, tmp_path / "cut.pt", "method", **wrong)
     with pytest.raises(UserError, match=r"conv1.weight is \(1,\) there and \(64, 3, 3, 3\) here"):
-        knn_report(path, shards)
+        evaluate_knn(path, shards)
 
 
 def test_shards_that_cannot_be_tested_on(
     finished: Path, photos: Path, shards: Path, unlabelled_shards: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"unlabelled' has 0 labelled samples .* sub-folders are classes"):
-        knn_report(finished, unlabelled_shards)
+    with pytest.raises(UserError, match=r"unlabelled' has 0 labelled samples, .* sub-folders are classes"):
+        evaluate_knn(finished, unlabelled_shards)
     for shade in ("red", "green"):
         (tmp_path / "two" / shade).mkdir(parents=True)
         for i in range(2):
             Image.new("RGB", (20, 20), shade).save(tmp_path / "two" / shade / f"{i}.png")
     convert(tmp_path / "two", tmp_path / "two-shards", workers=0)
     with pytest.raises(UserError, match=r"have different classes \(3 and 2\)"):
-        knn_report(finished, shards, tmp_path / "two-shards")
+        evaluate_knn(finished, shards, tmp_path / "two-shards")
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_a_gpu_that_is_not_there_is_told(
 
 def test_impossible_limits_are_refused(finished: Path, shards: Path) -> None:
     with pytest.raises(UserError, match="max_samples is -1"):
-        knn_report(finished, shards, max_samples=-1)
+        evaluate_knn(finished, shards, max_samples=-1)
     with pytest.raises(UserError, match="neighbours of at least 1"):
-        knn_report(finished, shards, ks=(0,))
+        evaluate_knn(finished, shards, ks=(0,))
 
 
 # ---------------------------------------------------------------- features

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from fastssl.commands import launch_command
-from fastssl.commands.launch_command import Job, requeue, torch_environment
+from fastssl.commands.launch_command import SlurmJob, requeue, torch_environment
 from fastssl.core import checkpoint
 from shards.errors import UserError
 
@@ -51,7 +51,10 @@ def test_the_script_asks_for_what_was_asked(config, capsys):
         (["slurm", "CONFIG", "--hours", "0.01"], "--save-before is 300 s"),
         (["slurm", "CONFIG", "--train.bach", "8"], "Did you mean 'train.batch'"),
         (["slurm", "CONFIG", "--gpus", "2", "--data.shards", "nowhere"], "no folder 'nowhere'"),
-        (["slurm", "CONFIG", "--gpus", "2", "--nodes", "2", "--local"], "--local has one machine"),
+        (
+            ["slurm", "CONFIG", "--gpus", "2", "--nodes", "2", "--local"],
+            "--local runs on one machine, but --nodes is 2",
+        ),
         (["slurm", "CONFIG", "--gpus", "2"], 'Could not detect "srun".*--dry-run'),
     ],
 )
@@ -87,9 +90,9 @@ def test_requeue_counts_its_turns(monkeypatch, capsys):
     calls = []
     requeue("77", 2, calls.append)
     assert calls == [["scontrol", "requeue", "77"]]
-    assert "job 77 is queued again" in capsys.readouterr().out
+    assert "job 77 is requeued and will continue" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    with pytest.raises(UserError, match="queued again 2 times, and --max-requeues is 2"):
+    with pytest.raises(UserError, match="requeued 2 times, and --max-requeues is 2"):
         requeue("77", 2, calls.append)
     assert len(calls) == 1
 
@@ -99,7 +102,7 @@ def here(tmp_path):
     """Run a job in this process, with submitit's debug executor; its environment is put back afterwards."""
     import submitit
 
-    def go(job: Job) -> int:
+    def go(job: SlurmJob) -> int:
         executor = submitit.DebugExecutor(folder=tmp_path / "jobs")
         return executor.submit(job).result()
 
@@ -118,7 +121,7 @@ def test_a_warned_run_is_queued_again_and_others_are_not(here, monkeypatch):
     queued = []
     monkeypatch.setattr("fastssl.commands.pretrain_command.run", pretrain)
     monkeypatch.setattr(launch_command, "requeue", lambda job_id, most: queued.append(most))
-    job = Job(("c.yaml", "--train.batch", "8"), 5)
+    job = SlurmJob(("c.yaml", "--train.batch", "8"), 5)
     assert here(job) == 0
     assert queued == [5]
     assert here(job) == 0
@@ -128,7 +131,7 @@ def test_a_warned_run_is_queued_again_and_others_are_not(here, monkeypatch):
 
 
 def test_a_warning_before_the_run_begins_queues_the_same_job():
-    job = Job(("c.yaml",), 5)
+    job = SlurmJob(("c.yaml",), 5)
     assert job.checkpoint().function is job
 
 

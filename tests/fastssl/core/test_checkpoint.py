@@ -84,13 +84,14 @@ def test_a_damaged_checkpoint_is_named(kept: float, tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)])
     with pytest.raises(
-        UserError, match=r"step-000000001\.pt' is damaged and the oldest .* starts from the beginning"
+        UserError, match=r"step-000000001\.pt' is damaged and is the oldest .* starts from the beginning"
     ):
         load(path)
     later = checkpoint_path(tmp_path, 2)
     later.write_bytes(path.read_bytes())
     with pytest.raises(
-        UserError, match=r"step-000000002\.pt' is damaged: remove it, .* 'step-000000001\.pt', is used"
+        UserError,
+        match=r"step-000000002\.pt' is damaged: remove it, .* 'step-000000001\.pt', the one before it, will be used",
     ):
         load(later)
 
@@ -102,7 +103,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     ):
         load(tmp_path / "other.pt")
     torch.save({"format": 2}, tmp_path / "newer.pt")
-    with pytest.raises(UserError, match="has checkpoint format 2, this fastssl reads 1: update fastssl"):
+    with pytest.raises(UserError, match="has checkpoint format 2, but this fastssl reads 1: update fastssl"):
         load(tmp_path / "newer.pt")
     with pytest.raises(UserError, match="There is no checkpoint"):
         load(tmp_path / "none.pt")

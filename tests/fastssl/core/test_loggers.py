@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastssl.core.loggers import LogConfig, Sinks
+from fastssl.core.loggers import LogConfig, Loggers
 from fastssl.pretraining.loop import pretrain
 from tests.fastssl.runs import STEPS, resolve, rows
 
@@ -76,9 +76,9 @@ def test_wandb_gets_the_settings_and_goes_on_in_the_same_run(
     for name in ("define_metric", "log", "finish"):
         setattr(run, name, calls.noting(name))
     for start in (0, 4):
-        sinks = Sinks(LogConfig(wandb="moon"), tmp_path, CONFIG, start)
-        sinks.write({"step": start + 1, "loss": 2.0, "acc": float("nan")})
-        sinks.close()
+        loggers = Loggers(LogConfig(wandb="moon"), tmp_path, CONFIG, start)
+        loggers.write({"step": start + 1, "loss": 2.0, "acc": float("nan")})
+        loggers.close()
     (_, first), (_, second) = calls.of("init")
     assert first == second  # the id too
     assert first["id"]
@@ -103,9 +103,9 @@ def test_mlflow_gives_the_id_and_gets_the_settings_once(
         end_run=None,
     )
     for start in (0, 4):
-        sinks = Sinks(LogConfig(mlflow="moon", name="seven"), tmp_path, CONFIG, start)
-        sinks.write({"step": start + 1, "loss": 2.0})
-        sinks.close()
+        loggers = Loggers(LogConfig(mlflow="moon", name="seven"), tmp_path, CONFIG, start)
+        loggers.write({"step": start + 1, "loss": 2.0})
+        loggers.close()
     assert calls.of("set_experiment") == [(("moon",), {})] * 2
     assert calls.of("start_run") == [((), {"run_name": "seven"}), ((), {"run_id": "r1"})]
     assert calls.of("log_params") == [((CONFIG,), {})]
@@ -116,9 +116,9 @@ def test_mlflow_gives_the_id_and_gets_the_settings_once(
 def test_trackio_goes_on_in_the_run_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls("trackio", monkeypatch, init=None, log=None, finish=None)
     for start in (0, 4):
-        sinks = Sinks(LogConfig(trackio="moon"), tmp_path, CONFIG, start)
-        sinks.write({"step": start + 1, "loss": 2.0})
-        sinks.close()
+        loggers = Loggers(LogConfig(trackio="moon"), tmp_path, CONFIG, start)
+        loggers.write({"step": start + 1, "loss": 2.0})
+        loggers.close()
     (_, first), (_, second) = calls.of("init")
     assert first == second
     assert first["name"].startswith(f"{tmp_path.name}-")
@@ -127,14 +127,14 @@ def test_trackio_goes_on_in_the_run_of_that_name(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])
-def test_a_sink_that_fails_is_told_once_and_the_run_goes_on(
+def test_a_logger_that_fails_warns_once_and_the_run_goes_on(
     moment: str, shards: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     functions: dict[str, Any] = {"init": None, "log": None, "finish": None}
     functions[moment] = ConnectionError("the server\nis gone")
     calls = Calls("trackio", monkeypatch, **functions)
     with pytest.warns(
-        UserWarning, match="trackio takes no more metrics: ConnectionError: the server; metrics"
+        UserWarning, match="trackio disabled: ConnectionError: the server\\. metrics.jsonl is still written"
     ) as told:
         pretrain(resolve(shards, tmp_path / "run", {"log": {"trackio": "moon"}, "train": {"epochs": 1}}))
     assert len(told) == 1
@@ -147,7 +147,5 @@ def test_a_sink_that_fails_is_told_once_and_the_run_goes_on(
 
 def test_a_package_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.warns(
-        UserWarning, match=r"log.wandb takes no more metrics: .*\(pip install 'fastssl-pretrain\[log\]'\)"
-    ):
-        Sinks(LogConfig(wandb="moon"), tmp_path, CONFIG, 0).write({"step": 1, "loss": 1.0})
+    with pytest.warns(UserWarning, match=r"log.wandb disabled: .*\(pip install 'fastssl-pretrain\[log\]'\)"):
+        Loggers(LogConfig(wandb="moon"), tmp_path, CONFIG, 0).write({"step": 1, "loss": 1.0})

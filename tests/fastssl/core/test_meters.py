@@ -10,7 +10,7 @@ import torch
 
 from fastssl.core import meters
 from fastssl.core.distributed import Dist, alone
-from fastssl.core.meters import Meters, MetricsLog, Screen
+from fastssl.core.meters import Meters, MetricsLog, ProgressDisplay
 from shards.errors import UserError
 from tests.gloo import run_ranks
 
@@ -139,7 +139,7 @@ def test_without_a_terminal_a_line_now_and_then(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(meters.time, "perf_counter", lambda: now[0])
-    with Screen(100, 0, show=True) as screen:
+    with ProgressDisplay(100, 0, show=True) as screen:
         for step, at in ((1, 1.0), (2, 19.0), (3, 20.0), (4, 39.0), (5, 41.0)):
             now[0] = at
             screen.step(step)
@@ -150,7 +150,7 @@ def test_without_a_terminal_a_line_now_and_then(
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    with Screen(100, 0, show=False) as screen:
+    with ProgressDisplay(100, 0, show=False) as screen:
         screen.say("hello")
         screen.step(1)
         screen.log(1, 0, 4, VALUES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastssl.core.distributed import Dist
-from fastssl.core.nonfinite import EPSILON, MAX_ROWS, Watch, rank_me
+from fastssl.core.nonfinite import EPSILON, MAX_ROWS, NonFiniteMonitor, rank_me
 from tests.fastssl.runs import BATCH, STEPS, TOTAL, rows
 from tests.gloo import run_ranks
 
@@ -36,36 +36,36 @@ def test_rank_me_between_collapse_and_all_directions() -> None:
 
 
 def test_the_first_bad_step_is_found_with_its_samples() -> None:
-    watch = Watch(CPU)
+    watch = NonFiniteMonitor(CPU)
     for step, (bad, loss) in enumerate([(False, 1.0), (True, math.nan), (True, 2.0), (False, 3.0)], start=1):
-        watch.note(step, torch.tensor(bad), torch.tensor(loss), np.array([step, 10 * step]))
-    found = watch.look()
+        watch.record(step, torch.tensor(bad), torch.tensor(loss), np.array([step, 10 * step]))
+    found = watch.poll()
     assert found is not None
     assert (found.step, found.sample_ids.tolist(), found.skipped) == (2, [2, 20], 2)
     assert str(found) == "The loss was nan at step 2"
-    assert watch.look() is None
-    watch.note(5, torch.tensor(True), torch.tensor(2.5), np.array([5]))
-    found = watch.look()
+    assert watch.poll() is None
+    watch.record(5, torch.tensor(True), torch.tensor(2.5), np.array([5]))
+    found = watch.poll()
     assert found is not None
     assert str(found) == "The gradient was not finite at step 5"
     assert watch.count == 3
-    again = Watch(CPU)
+    again = NonFiniteMonitor(CPU)
     again.restore(watch.count)
     assert again.count == 3
 
 
 def test_noting_a_step_waits_for_nothing() -> None:
-    watch = Watch(torch.device("meta"))  # reading a meta tensor on the host raises
+    watch = NonFiniteMonitor(torch.device("meta"))  # reading a meta tensor on the host raises
     with torch.device("meta"):
-        watch.note(1, torch.ones((), dtype=torch.bool), torch.ones(()), np.array([1]))
+        watch.record(1, torch.ones((), dtype=torch.bool), torch.ones(()), np.array([1]))
 
 
 def _watch_on_ranks(here: Dist) -> tuple:
-    watch = Watch(CPU)
+    watch = NonFiniteMonitor(CPU)
     for step in (1, 2):
         ids = np.arange(3) + 10 * here.rank + 100 * step
-        watch.note(step, torch.tensor(step == 2), torch.tensor(math.nan if here.rank == 1 else 1.0), ids)
-    found = watch.look()
+        watch.record(step, torch.tensor(step == 2), torch.tensor(math.nan if here.rank == 1 else 1.0), ids)
+    found = watch.poll()
     assert found is not None
     return found.step, str(found), found.sample_ids.tolist()
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastssl.core.schedules import cosine_momentum, lr_at, progress_at
+from fastssl.core.schedules import cosine_momentum, due, lr_at, progress_at
 from shards.errors import UserError
 
 # MoCo v3's ResNet-50 run of 100 epochs: base rate 0.6 per 256 images, batch 4096, so a peak of 9.6; 312 steps
@@ -102,3 +102,9 @@ def test_progress_is_the_share_of_steps_done() -> None:
     assert progress_at(10, steps_per_epoch=10, epochs=4) == 0.25
     assert progress_at(40, steps_per_epoch=10, epochs=4) == 1
     assert progress_at(99, steps_per_epoch=10, epochs=4) == 1
+
+
+def test_due_every_so_many_steps_and_never_for_0() -> None:
+    assert [step for step in range(1, 13) if due(step, 4)] == [4, 8, 12]
+    assert all(due(step, 1) for step in range(1, 5))
+    assert not any(due(step, 0) for step in range(5))

@@ -147,7 +147,7 @@ def test_half_precision_features_are_compared_in_single() -> None:
 
 @pytest.mark.parametrize("ks", [(), (0,), (10, -1)])
 def test_impossible_numbers_of_neighbours(ks: tuple) -> None:
-    with pytest.raises(UserError, match="neighbours of at least 1, got"):
+    with pytest.raises(UserError, match="neighbours of at least 1, but ks is"):
         classify(*_clouds(6, seed=3), num_classes=4, ks=ks)
 
 

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.methods import METHODS, MoCoV3, StepOutput, get_method
+from fastssl.methods.collapse import feature_std
+from fastssl.methods.losses import info_nce
 from fastssl.methods.moco_v3 import Config, Keys, build_heads
-from fastssl.methods.parts import depends_on_batch, feature_std, info_nce
-from fastssl.models.model_config import ModelConfig, build_backbone
+from fastssl.models.backbones import build_backbone
+from fastssl.models.batch_norm import depends_on_batch
+from fastssl.models.model_config import ModelConfig
 from shards.errors import UserError
 from tests.fastssl.tiny import SMALL, Normed, Plain, make_method, make_views
 

@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.core.distributed import Dist, mean_over_ranks
 from fastssl.methods import MoCoV3
+from fastssl.methods.ema import ema_update
 from fastssl.methods.moco_v3 import Config, Keys
-from fastssl.methods.parts import ema_update
 from tests.fastssl.tiny import Normed, Plain, make_method, make_views
 from tests.gloo import run_ranks
 

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastssl.models.activation_checkpointing import checkpoint_blocks, frozen_statistics, repeated_blocks
-from fastssl.models.model_config import ModelConfig, build_backbone
+from fastssl.models.activation_checkpointing import checkpoint_blocks, repeated_blocks
+from fastssl.models.backbones import build_backbone
+from fastssl.models.batch_norm import frozen_statistics
+from fastssl.models.model_config import ModelConfig
 from shards.errors import UserError
 
 
@@ -93,7 +95,9 @@ def test_blocks_of_each_family() -> None:
 def test_a_backbone_without_blocks_is_refused() -> None:
     with torch.device("meta"):
         backbone = build_backbone(ModelConfig(backbone="vgg11"), 32)
-    with pytest.raises(UserError, match=r"vgg11 cannot recompute its activations: set .* to none"):
+    with pytest.raises(
+        UserError, match=r"vgg11 has no blocks whose activations could be recomputed: set .* to none"
+    ):
         checkpoint_blocks(backbone, "blocks", "vgg11")
 
 

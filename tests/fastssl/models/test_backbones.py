@@ -13,8 +13,9 @@ import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from fastssl.models.backbones import build_backbone
 from fastssl.models.moco_vit import MOCO_VITS, position_table
-from fastssl.models.model_config import ModelConfig, architecture, build_backbone, check_architecture
+from fastssl.models.model_config import ModelConfig, architecture, check_architecture
 from shards.errors import UserError
 
 

@@ -7,7 +7,8 @@ from torch import nn
 from fastssl.core.distributed import choose_device
 from fastssl.core.optimizers import OptimConfig, build_optimizer, match_layout
 from fastssl.methods.moco_v3 import Config, MoCoV3
-from fastssl.models.model_config import ModelConfig, build_backbone
+from fastssl.models.backbones import build_backbone
+from fastssl.models.model_config import ModelConfig
 from fastssl.pretraining import build
 from fastssl.pretraining.run_config import load
 from shards.errors import UserError
@@ -41,7 +42,7 @@ def test_same_seed_same_weights():
 
 
 def test_other_channels_than_the_engines_make_are_refused():
-    with pytest.raises(UserError, match=r"model\.channels is 4 and the recipe makes views of 3"):
+    with pytest.raises(UserError, match=r"model\.channels is 4, but the recipe makes views of 3"):
         build.build_method(load(None, ["--model.channels", "4"]), torch.device("cpu"))
 
 

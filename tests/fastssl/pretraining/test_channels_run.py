@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.commands.eval_command import knn_report
+from fastssl.commands.evaluate import evaluate_knn
 from fastssl.core import checkpoint
 from fastssl.pretraining.build import build_method, follow_shards
 from fastssl.pretraining.loop import pretrain
@@ -47,7 +47,7 @@ def test_a_run_follows_the_bands_of_its_shards(tiles: ShardSet, tmp_path: Path) 
     again = pretrain(resolved, resume=True)
     assert again.steps == 3
     assert again.images_per_s == 0
-    report = knn_report(str(tmp_path / "run"), str(tiles.folder), ks=(3,), device="cpu")
+    report = evaluate_knn(str(tmp_path / "run"), str(tiles.folder), ks=(3,), device="cpu")
     assert report["queries"] == "leave one out of 24 samples"
 
 
@@ -55,7 +55,7 @@ def test_another_number_of_channels_and_colours_are_refused_before_the_run(
     tiles: ShardSet, tmp_path: Path
 ) -> None:
     channels = int(tiles.channels[0])
-    with pytest.raises(UserError, match=f"model.channels is 7 and the images .* make views of {channels}"):
+    with pytest.raises(UserError, match=f"model.channels is 7, but the images .* make views of {channels}"):
         pretrain(resolve(tiles.folder, tmp_path / "a", BANDS, {"model": {"channels": 7}}))
     with pytest.raises(UserError, match=r"need red, green and blue: set --recipe.saturation 0"):
         pretrain(resolve(tiles.folder, tmp_path / "b", {"recipe": {"preset": "satellite", "size": 16}}))

@@ -9,10 +9,11 @@ import torch
 
 from fastssl.cli import COMMANDS
 from fastssl.core.optimizers import build_optimizer, set_lr
-from fastssl.models.model_config import build_backbone
+from fastssl.models.backbones import build_backbone
 from fastssl.pretraining import run_config
 from fastssl.pretraining.build import build_method
 from fastssl.pretraining.step import DDPWrapper, Step, chunks
+from fastssl.pretraining.train_config import TrainConfig
 
 FOLDER = Path(__file__).parents[3] / "configs"
 CONFIGS = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
@@ -122,12 +123,31 @@ def test_trains_at_tiny_size(name):
         assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > len(before) / 2
 
 
+def num_sizes(train: TrainConfig, world: int) -> int:
+    """The number of different sizes that the chunks of a process have: the compiler makes its code for each."""
+    parts = chunks(train.batch // world, int(train.micro_batch))
+    return len({part.stop - part.start for part in parts})
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_chunks_divide_the_batch_so_that_one_size_is_compiled(name):
-    train = run_config.load(CONFIGS[name]).config.train
-    world = 2 if "2x8gb" in name else 1
-    share = train.batch // world
-    assert len({part.stop - part.start for part in chunks(share, int(train.micro_batch))}) == 1
+    assert num_sizes(run_config.load(CONFIGS[name]).config.train, 2 if "2x8gb" in name else 1) == 1
+
+
+def test_the_table_of_cards_holds_settings_that_load_and_divide_the_batch():
+    text = (FOLDER.parent / "docs" / "training.md").read_text()
+    rows = re.findall(
+        r"^\| (\d+) GB \| (.+?) \| (.+?) \| (.+?) \| (.+?) \| [\d.]+ GB \|$", text, re.MULTILINE
+    )
+    assert [int(memory) for memory, *_ in rows] == [8, 16, 24, 80]
+    for memory, batches, *cells in rows:
+        batch, _, exception = batches.partition(" (ResNet-50: ")
+        for name, cell in zip(("resnet50", "vit_small", "vit_base"), cells, strict=True):
+            micro_batch, kind, peak = re.fullmatch(r"(\d+)(?:, (\w+))?: (\d+) GB", cell).groups()
+            assert int(peak) < int(memory)
+            flags = ["--train.batch", exception.rstrip(")") if exception and name == "resnet50" else batch]
+            flags += ["--train.micro-batch", micro_batch, "--train.checkpointing", kind or "none"]
+            assert num_sizes(run_config.load(CONFIGS[f"moco_v3_{name}"], flags).config.train, 1) == 1
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

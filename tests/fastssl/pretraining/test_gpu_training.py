@@ -8,7 +8,7 @@ import torch
 
 from fastssl.bench import bench_command
 from fastssl.methods import get_method
-from fastssl.models.model_config import build_backbone
+from fastssl.models.backbones import build_backbone
 from fastssl.pretraining import run_config
 from fastssl.pretraining.loop import pretrain
 from pipelines.augment.recipe import Recipe

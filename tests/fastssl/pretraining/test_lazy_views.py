@@ -13,7 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastssl.methods import MoCoV3
 from fastssl.methods.moco_v3 import Config
-from fastssl.models.model_config import ModelConfig, build_backbone
+from fastssl.models.backbones import build_backbone
+from fastssl.models.model_config import ModelConfig
 from fastssl.pretraining.loop import pretrain
 from fastssl.pretraining.replay import Replay, replay
 from fastssl.pretraining.step import DDPWrapper, Step, chunks

@@ -12,10 +12,10 @@ from torch import nn
 
 from fastssl.core import checkpoint
 from fastssl.core.distributed import Dist, cleanup
-from fastssl.core.meters import Screen
+from fastssl.core.meters import ProgressDisplay
 from fastssl.core.schedules import lr_at
 from fastssl.methods import MoCoV3
-from fastssl.models.model_config import build_backbone
+from fastssl.models.backbones import build_backbone
 from fastssl.pretraining import build
 from fastssl.pretraining.build import compile_blocks, use_bf16
 from fastssl.pretraining.loop import pretrain
@@ -119,7 +119,7 @@ def test_online_knn_on_shards_of_their_own(shards: Path, unlabelled_shards: Path
     # Each query's nearest neighbour is itself.
     assert [row["knn_accuracy"] for row in rows(tmp_path / "run") if "knn_accuracy" in row] == [1.0]
     for section in ({}, {"test_shards": str(unlabelled_shards), "shards": str(shards)}):
-        with pytest.raises(UserError, match=r"0 labelled samples and kNN needs at least 2.*--knn.every 0"):
+        with pytest.raises(UserError, match=r"0 labelled samples, but kNN needs at least 2.*--knn.every 0"):
             pretrain(resolve(unlabelled_shards, tmp_path / "none", {"knn": {"every": 1, **section}}))
 
 
@@ -304,14 +304,14 @@ def test_a_run_that_diverges_stops_and_keeps_good_checkpoints_only(
 def test_a_stop_request_ends_the_run_after_its_step(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    move = Screen.step
+    move = ProgressDisplay.step
 
-    def move_and_interrupt(self: Screen, step: int) -> None:
+    def move_and_interrupt(self: ProgressDisplay, step: int) -> None:
         move(self, step)
         if step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Screen, "step", move_and_interrupt)
+    monkeypatch.setattr(ProgressDisplay, "step", move_and_interrupt)
     before = signal.getsignal(signal.SIGINT)
     summary = pretrain(resolve(shards, tmp_path / "run"))
     assert (summary.steps, summary.interrupted) == (5, signal.SIGINT)

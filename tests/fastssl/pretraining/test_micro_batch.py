@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastssl.core.distributed import Dist, cleanup
-from fastssl.core.meters import Screen
+from fastssl.core.meters import ProgressDisplay
 from fastssl.pretraining.loop import pretrain
 from fastssl.pretraining.run_config import from_tree
 from tests.fastssl.pretraining.test_resume import Crash, crash_at, resume_after_crashes
@@ -40,7 +40,7 @@ def test_another_number_of_chunks_continues_a_run(
         with pytest.raises(Crash):
             pretrain(resolve(shards, tmp_path / "run", TINY_VIT, changes))
     said: list[str] = []
-    monkeypatch.setattr(Screen, "say", lambda self, text: said.append(text))
+    monkeypatch.setattr(ProgressDisplay, "say", lambda self, text: said.append(text))
     with pytest.warns(UserWarning, match=r"train\.(micro_batch was 0|exact_heads was False)"):
         pretrain(resolve(shards, tmp_path / "run", TINY_VIT, changes, EXACT), resume=True)
     assert (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastssl.cli import main
 from fastssl.core import checkpoint
 from fastssl.methods import MoCoV3
-from fastssl.methods.parts import ema_update, relative_distance
+from fastssl.methods.ema import ema_update, relative_distance
 from fastssl.pretraining import trainer
 from fastssl.pretraining.loop import pretrain
 from fastssl.pretraining.replay import MAX_FILES, Replay, Trace, replay

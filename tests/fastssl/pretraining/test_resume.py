@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastssl.core import checkpoint
-from fastssl.core.meters import Screen
+from fastssl.core.meters import ProgressDisplay
 from fastssl.pretraining.loop import pretrain
 from fastssl.pretraining.run_config import Resolved
 from tests.fastssl.runs import (
@@ -125,7 +125,7 @@ def test_sigterm_stops_after_the_step_and_says_how_to_continue(
     assert code == 128 + signal.SIGTERM
     assert 4 <= step < TOTAL
     assert f"Stopped after step {step}, saved as {checkpoint.checkpoint_path(run, step)}." in text
-    assert "Continue: the same command with --resume." in text
+    assert "To continue, add --resume to the same command." in text
     summary = pretrain(resolve(shards, run), resume=True)
     assert (summary.steps, summary.interrupted) == (TOTAL, 0)
     assert_same_end(run, finished)
@@ -140,14 +140,14 @@ class Crash(Exception):
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let training die after the optimiser's step number `step`, before its row and its checkpoint."""
-    move = Screen.step
+    move = ProgressDisplay.step
 
-    def move_or_die(self: Screen, now: int) -> None:
+    def move_or_die(self: ProgressDisplay, now: int) -> None:
         if now == step:
             raise Crash
         move(self, now)
 
-    monkeypatch.setattr(Screen, "step", move_or_die)
+    monkeypatch.setattr(ProgressDisplay, "step", move_or_die)
 
 
 def resume_after_crashes(resolved: Resolved, steps: tuple[int, ...]) -> None:

@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         assert main(["pretrain", str(config()), "--resume"]) == 0
     out, err = capsys.readouterr()
     assert err == (
-        f"fastssl: note: The checkpoint '{last}' is damaged: it is now called '{last.name}.damaged', and the run goes on from "
+        f"fastssl: note: The checkpoint '{last}' is damaged: it is now called '{last.name}.damaged', and the run continues from "
         "'step-000000003.pt', the one before it.\n"
     )
     assert f"resuming after step {SAVE_STEPS} of {TOTAL}" in out
@@ -165,7 +165,7 @@ def test_where_all_checkpoints_are_damaged_nothing_is_touched(stopped: Path, tol
         path.write_bytes(_cut(path.read_bytes()))
     first = checkpoint.checkpoint_path(stopped, SAVE_STEPS)
     assert told("pretrain", config(), "--resume") == (
-        f"The checkpoint '{first}' is damaged and the oldest of its run: remove it, and --resume starts from the beginning."
+        f"The checkpoint '{first}' is damaged and is the oldest of its run: remove it, and --resume starts from the beginning."
     )
     assert len(checkpoint.list_checkpoints(stopped)) == 2
 

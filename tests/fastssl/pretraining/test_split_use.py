@@ -1,11 +1,13 @@
 """Pretraining and kNN on the parts of one shard folder."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from fastssl.commands.eval_command import knn_report
+from fastssl.cli import main
+from fastssl.commands.evaluate import evaluate_knn
 from fastssl.core import checkpoint
 from fastssl.pretraining.loop import pretrain
 from shards.dataset.shard_set import ShardSet
@@ -25,18 +27,25 @@ def folder(shards: Path, tmp_path: Path) -> Path:
 
 
 def test_knn_between_the_parts_of_one_folder(finished: Path, folder: Path, shards: Path) -> None:
-    found = knn_report(
-        finished, folder, split="train", test_split="val", ks=(1,), baselines=False, device="cpu"
-    )
-    assert found["queries"] == "12 test samples, 48 vote"
-    few = knn_report(
-        finished, folder, split="labelled-0.25", test_split="val", ks=(1,), baselines=False, device="cpu"
-    )
-    assert few["queries"] == "12 test samples, 12 vote"
-    alone = knn_report(finished, folder, split="val", ks=(1,), baselines=False, device="cpu")
-    assert alone["queries"] == "leave one out of 12 samples"
-    with pytest.raises(UserError, match="has no splits"):
-        knn_report(finished, shards, split="train", device="cpu")
+    train, few, val = (open_split(folder, name) for name in ("train", "labelled-0.25", "val"))
+    options = {"ks": (1,), "baselines": False, "device": "cpu"}
+    assert evaluate_knn(finished, train, val, **options)["queries"] == "12 test samples, 48 vote"
+    assert evaluate_knn(finished, few, val, **options)["queries"] == "12 test samples, 12 vote"
+    assert evaluate_knn(finished, val, **options)["queries"] == "leave one out of 12 samples"
+
+
+def test_the_command_takes_the_names_of_splits(
+    finished: Path, folder: Path, shards: Path, tmp_path: Path, told
+) -> None:
+    out = tmp_path / "knn.json"
+    flags = ["--ks", "1", "--baselines", "False", "--device", "cpu", "--json", str(out)]
+    for more, queries in (
+        (["--split", "train", "--test-split", "val"], "12 test samples, 48 vote"),
+        (["--split", "val"], "leave one out of 12 samples"),
+    ):
+        assert main(["eval", "knn", str(finished), "--shards", str(folder), *more, *flags]) == 0
+        assert json.loads(out.read_text())["queries"] == queries
+    assert "has no splits" in told("eval", "knn", finished, "--shards", shards, "--split", "train")
 
 
 def test_pretraining_on_a_split_and_resuming_on_that_alone(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastssl.methods import Method, MoCoV3, StepOutput
 from fastssl.methods.moco_v3 import Config
 from fastssl.models.activation_checkpointing import checkpoint_blocks
-from fastssl.models.model_config import ModelConfig, build_backbone
+from fastssl.models.backbones import build_backbone
+from fastssl.models.model_config import ModelConfig
 from fastssl.pretraining.step import DDPWrapper, Step, chunks, steady_statistics, tell_chunks
 from tests.fastssl.tiny import Normed, Plain, make_method, make_views
 

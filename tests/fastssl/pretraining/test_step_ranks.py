@@ -106,7 +106,7 @@ def test_weights_without_use_are_frozen_aloud() -> None:
     first, second = run_ranks(_train_with_spare)
     assert first[0] == second[0] == ["backbone.spare.weight", "backbone.spare.bias"]
     assert first[1] == [
-        "These weights take no part in the loss and stay as they are: backbone.spare.weight, backbone.spare.bias."
+        "These weights receive no gradient and stay as they are: backbone.spare.weight, backbone.spare.bias."
     ]
     assert second[1] == []
     assert first[2]

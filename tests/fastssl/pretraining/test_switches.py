@@ -9,7 +9,8 @@ from timm.layers import LayerScale
 from fastssl.core.optimizers import OptimConfig, build_optimizer
 from fastssl.methods.moco_v3 import Config
 from fastssl.models.activation_checkpointing import checkpoint_blocks
-from fastssl.models.model_config import ModelConfig, build_backbone
+from fastssl.models.backbones import build_backbone
+from fastssl.models.model_config import ModelConfig
 from fastssl.pretraining.build import has_compiler
 from fastssl.pretraining.step import DDPWrapper, Step
 from pipelines.augment.recipe import Recipe

@@ -1,4 +1,4 @@
-"""Accuracy of the student while it is being trained, on labels that the training never sees: kNN and a linear classifier."""
+"""Online evaluation: kNN and linear accuracy of the student during pretraining, on labels that the training never sees."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from shards.dataset.shard_set import ShardSet
 from shards.splits.split_table import open_split
 
 
-class OnlineTests:
-    """Tests a backbone on the same labelled samples each time; made once at the start, so that a mistake shows at once."""
+class OnlineEvaluation:
+    """Evaluates a backbone on the same labelled samples each time. Made at the start of a run, so that mistakes show at once."""
 
     def __init__(
         self,
@@ -54,8 +54,8 @@ class OnlineTests:
             else f"leave one out of {len(self._bank_ids)}"
         )
 
-    def test(self, backbone: nn.Module) -> dict[str, float]:
-        """Accuracies in [0, 1] of the backbone as it is now: `knn_accuracy` and, if asked for, `linear_accuracy`."""
+    def evaluate(self, backbone: nn.Module) -> dict[str, float]:
+        """Return accuracies in [0, 1] of the backbone as it is now: `knn_accuracy` and, if asked for, `linear_accuracy`."""
 
         def features(shards: ShardSet, ids) -> tuple[Tensor, Tensor]:
             encode = backbone_encoder(backbone, self._device, self._bf16)
@@ -73,7 +73,7 @@ class OnlineTests:
             found["linear_accuracy"] = probe_accuracy(*bank, *queries, num_classes, self._device)
         return found
 
-    def tell(self, found: dict[str, float]) -> str:
-        """The accuracies as a line for people."""
+    def describe(self, found: dict[str, float]) -> str:
+        """Return the accuracies as a line to print."""
         linear = f", linear {found['linear_accuracy']:.1%}" if "linear_accuracy" in found else ""
         return f"kNN accuracy {found['knn_accuracy']:.1%}{linear} (k = {self.k}, {self.what})"

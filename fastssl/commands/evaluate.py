@@ -1,0 +1,121 @@
+"""`fastssl.evaluate_knn`: what a checkpoint has learned, for Python and for the command."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastssl.core import checkpoint as checkpoints
+from fastssl.core.distributed import choose_device
+from fastssl.evaluation.features import (
+    backbone_encoder,
+    check_labels,
+    check_same_classes,
+    extract,
+    labelled_ids,
+    pixel_encoder,
+)
+from fastssl.evaluation.knn import KS, classify
+from fastssl.models.backbones import build_backbone
+from fastssl.models.model_config import architecture, check_architecture
+from fastssl.pretraining.build import use_bf16
+from fastssl.pretraining.run_config import RunConfig, from_tree
+from shards.dataset.shard_set import ShardSet
+from shards.errors import UserError
+
+Shards = str | Path | ShardSet
+
+
+def evaluate_knn(
+    checkpoint: str | Path,
+    shards: Shards,
+    test_shards: Shards | None = None,
+    *,
+    ks: tuple[int, ...] = KS,
+    max_samples: int = 0,
+    baselines: bool = True,
+    device: str = "auto",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Return the kNN accuracies of a checkpoint and of the baselines that it must beat, as plain values.
+
+        evaluate_knn("runs/photos", "labelled-shards")["rows"][0]["accuracy"][20]
+
+    Args:
+        checkpoint: a .pt file, or the folder of a run, whose newest checkpoint is taken.
+        shards: labelled shards whose samples vote: a folder or URL, or a `ShardSet`, such as `open_split(folder, "train")`.
+        test_shards: labelled shards to classify; None classifies each sample of `shards` by all the others (leave one out).
+        ks: numbers of neighbours; each is clamped to the number there are.
+        max_samples: samples used of each shard set; 0 for all.
+        baselines: also measure raw pixels and the untrained backbone.
+        device: auto (a GPU where there is one), cpu or cuda.
+        progress: called with what is being measured, the samples done and their number.
+
+    Returns:
+        {"checkpoint", "step", "queries", "classes", "rows": [{"features", "accuracy": {k: share}, "per_class_k": k, "per_class":
+        {class: share or None}}]}; shares lie in [0, 1], and `per_class` is at the k nearest to 20.
+
+    Raises:
+        UserError: no such device, no checkpoint, no labels, or different classes in the two shard sets.
+    """
+    if max_samples < 0:
+        raise UserError(f"max_samples is {max_samples}, but it must be at least 0 (all).")
+    place = choose_device(device)
+    path = checkpoints.find_checkpoint(Path(checkpoint))
+    state = checkpoints.load(path)
+    cfg = from_tree(state["config"]).config
+    untrained, trained = _backbones(cfg, state, path)
+
+    given = [shards] if test_shards is None else [shards, test_shards]
+    sets = [found if isinstance(found, ShardSet) else ShardSet.open(found) for found in given]
+    ids = [labelled_ids(found, max_samples) for found in sets]
+    for found, used in zip(sets, ids, strict=True):
+        check_labels(found, used)
+    check_same_classes(sets[0], sets[-1])
+    classes = sets[0].classes
+    labels = [torch.from_numpy(found.labels[used]) for found, used in zip(sets, ids, strict=True)]
+
+    bf16, name = use_bf16(cfg.train.precision, place), cfg.model.backbone
+    encoders = {
+        f"{name}, pretrained {state['step']:,} steps": backbone_encoder(trained.to(place), place, bf16)
+    }
+    if baselines:
+        encoders[f"{name}, untrained"] = backbone_encoder(untrained.to(place), place, bf16)
+        encoders["raw pixels"] = pixel_encoder(cfg.recipe)
+    rows = []
+    for what, encode in encoders.items():
+        report = (lambda done, total, what=what: progress(what, done, total)) if progress else None
+        features = [
+            extract(found, cfg.recipe, used, encode, device=place, progress=report)
+            for found, used in zip(sets, ids, strict=True)
+        ]
+        queries = (features[1], labels[1]) if len(sets) == 2 else (None, None)
+        result = classify(features[0], labels[0], *queries, num_classes=len(classes), ks=ks, device=place)
+        near = min(result.accuracy, key=lambda k: abs(k - 20))
+        shares = zip(classes, result.per_class[near].tolist(), strict=True)
+        per_class = {c: None if math.isnan(share) else share for c, share in shares}
+        rows.append(
+            {"features": what, "accuracy": result.accuracy, "per_class_k": near, "per_class": per_class}
+        )
+    how = (
+        f"{len(ids[1]):,} test samples, {len(ids[0]):,} vote"
+        if len(sets) == 2
+        else f"leave one out of {len(ids[0]):,} samples"
+    )
+    return {"checkpoint": str(path), "step": state["step"], "queries": how, "classes": classes, "rows": rows}
+
+
+def _backbones(cfg: RunConfig, state: dict[str, Any], path: Path) -> tuple[nn.Module, nn.Module]:
+    """The backbone with the very weights that the run started from, and with those of the checkpoint."""
+    torch.manual_seed(cfg.train.seed)
+    untrained, trained = (build_backbone(cfg.model, cfg.recipe.size) for _ in range(2))
+    check_architecture(architecture(trained, cfg.model), state["architecture"], str(path))
+    prefix = "backbone."
+    weights = {k.removeprefix(prefix): v for k, v in state["method"].items() if k.startswith(prefix)}
+    checkpoints.load_weights(trained, weights, str(path))
+    return untrained, trained
