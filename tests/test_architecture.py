@@ -81,8 +81,8 @@ SETTINGS = {
     "shards/commands/split_command.py": ("Split",),
     "shards/commands/verify_command.py": ("Verify",),
     "shards/commands/inspect_command.py": ("Inspect",),
-    "fastssl/bench/shard.py": ("BenchShard",),
-    "fastssl/bench/plan.py": ("BenchPlan",),
+    "fastssl/bench/conversion/bench_shard.py": ("BenchShard",),
+    "fastssl/bench/conversion/bench_plan.py": ("BenchPlan",),
     "pipelines/augment/recipe.py": ("Recipe",),
 }
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from importlib import import_module
 
-LADDER = "fastssl.bench.ladder"
+LADDER = "fastssl.bench.ladder.ladder"
 SUBCOMMANDS = {
-    "loader": "fastssl.bench.loader",
-    "augment": "fastssl.bench.augment",
-    "fidelity": "fastssl.bench.fidelity",
+    "loader": "fastssl.bench.loaders.bench_loader",
+    "augment": "fastssl.bench.loaders.bench_augment",
+    "fidelity": "fastssl.bench.loaders.bench_fidelity",
     "step": LADDER,
-    "shard": "fastssl.bench.shard",
-    "plan": "fastssl.bench.plan",
-    "start": "fastssl.bench.start",
-    "gpu": "fastssl.bench.gpu.command",
+    "shard": "fastssl.bench.conversion.bench_shard",
+    "plan": "fastssl.bench.conversion.bench_plan",
+    "start": "fastssl.bench.loaders.bench_start",
+    "gpu": "fastssl.bench.gpu.gpu_command",
 }
 USAGE = """usage: fastssl bench CONFIG [options]            where a run's time goes, rung by rung, and the switch to try
        fastssl bench loader SHARDS [options]     images per second from shards to views, beside other loaders

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastssl.bench.verdict import END_TO_END, FULL, MOCO_V3
+from fastssl.bench.ladder.verdict import END_TO_END, FULL, MOCO_V3
 
 GB = 1e9
 OURS = ("triton", "torch")

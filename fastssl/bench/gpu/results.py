@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 from fastssl.bench.gpu.processes import Ended
 from fastssl.bench.gpu.stages import MODELS, Plan
-from fastssl.bench.verdict import FULL, RUNGS
+from fastssl.bench.ladder.verdict import FULL, RUNGS
 
 ARCHIVE = "results.tgz"
 

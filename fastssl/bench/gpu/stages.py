@@ -176,7 +176,7 @@ Lanes = tuple[tuple[Job, ...], ...]
 
 def _facts(plan: Plan) -> Lanes:
     out = plan.work / "facts.json"
-    return ((Job("facts", (str(out),), out, "fastssl.bench.gpu.facts"),),)
+    return ((Job("facts", (str(out),), out, "fastssl.bench.gpu.gpu_facts"),),)
 
 
 def _tests(plan: Plan) -> Lanes:

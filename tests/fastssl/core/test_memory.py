@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl.bench import ladder, parts, step_peers
-from fastssl.bench.parts import Clock
+from fastssl.bench.clock import Clock
+from fastssl.bench.ladder import ladder, step_peers, step_rungs
 from fastssl.commands import pretrain_command as command
 from fastssl.core.memory import is_out_of_memory, reason
 from fastssl.pretraining import loop
@@ -91,12 +91,12 @@ def test_bench_says_what_to_do_and_lets_other_failures_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolved = load(None, ["--train.device", "cpu", "--train.batch", "6"])
-    monkeypatch.setattr(parts, "build", raising(LACKS[7]))
+    monkeypatch.setattr(step_rungs, "build", raising(LACKS[7]))
     with pytest.raises(
         UserError, match=r"A batch of 6 does not fit .* \(cuDNN error: .*\): lower --train.batch"
     ):
         ladder.report(resolved, 1, 1, "", compare=False)
-    monkeypatch.setattr(parts, "build", raising(OTHERS[2]))
+    monkeypatch.setattr(step_rungs, "build", raising(OTHERS[2]))
     with pytest.raises(RuntimeError, match="CUDNN_STATUS_BAD_PARAM"):
         ladder.report(resolved, 1, 1, "", compare=False)
 

@@ -100,7 +100,7 @@ def test_triton_is_what_makes_views_in_floats():
     assert kernels.__name__ == "pipelines.kernels.triton_kernels"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["triton_kernels", "gpu_kernels"])
+@pytest.mark.parametrize("name", ["triton_kernels", "torch_kernels"])
 @pytest.mark.parametrize("kind", [("uint16", 3), ("float32", 3), ("uint16", 13), ("uint8", 4)], ids=str)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_views_in_floats_are_those_of_the_cpu(name, kind, interpolation):
@@ -211,7 +211,7 @@ def test_other_engines_on_a_gpu_are_near_themselves_on_the_cpu(jpegs, engine, pa
         assert torch.equal(view, copy)
 
 
-@pytest.mark.parametrize("name", ["triton_kernels", "gpu_kernels"])
+@pytest.mark.parametrize("name", ["triton_kernels", "torch_kernels"])
 def test_images_beyond_the_reach_of_32_bits(name):
     """A cache on the GPU is one buffer of many gigabytes."""
     first = 5 * 2**30 + 3

@@ -1,0 +1,1 @@
+"""The converter beside other writers, and planning: `bench shard`, `bench plan`."""

@@ -1,0 +1,274 @@
+"""The rows of the ladder: which there are, and their measurement, each by itself so that the failure of one loses no other."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastssl.bench.clock import Clock
+from fastssl.bench.guard import Guard
+from fastssl.bench.hardware import Peak
+from fastssl.bench.ladder.data_rungs import data_rows, loader_views, open_work, resident_views
+from fastssl.bench.ladder.step_peers import STEP_PEERS, ema_loop, ema_pairs
+from fastssl.bench.ladder.step_rungs import FORWARDS, Trainee, step_rows, step_views
+from fastssl.bench.ladder.verdict import (
+    AUGMENT,
+    DECODE,
+    END_TO_END,
+    FULL,
+    FULL_AUGMENT,
+    LOADER,
+    READ,
+    RUNGS,
+    STUDENT,
+    TEACHER,
+    TO_DEVICE,
+    UPDATE,
+)
+from fastssl.bench.report import Row
+from fastssl.pretraining.build import compile_blocks, has_compiler
+from fastssl.pretraining.run_config import Resolved
+
+EAGER, COMPILED = "full step, eager", "full step, compiled"
+EMA, EMA_LOOP = "EMA", "EMA as a Python loop"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The run's loader, and end to end, with other settings of the section `data`."""
+
+    words: str
+    """Follow the names of the two rows."""
+    changes: Mapping[str, Any]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The names of the loader's row and of the whole's."""
+        return f"{LOADER}{self.words}", f"{END_TO_END}{self.words}"
+
+
+ENDINGS = {
+    "end": Ending("", {}),
+    "end_gpu": Ending(", views on the GPU", {"augment_on": "gpu"}),
+    "end_decode": Ending(", decoded on the GPU", {"augment_on": "gpu", "decode": "gpu"}),
+    "end_one_stream": Ending(", on the step's stream", {"side_stream": False}),
+}
+# What --rows takes, in the order of measuring: what tells most comes first.
+GROUPS = {
+    "full": "the full step on synthetic views",
+    "end": "the loader alone, and end to end",
+    "end_gpu": "both with --data.augment-on gpu",
+    "end_decode": "both with --data.decode gpu, too",
+    "end_one_stream": "both with --data.side-stream False",
+    "augment": "the full step, its views made of images that are decoded already",
+    "parts": "student, teacher, EMA + optimiser",
+    "data": "read, decode, to device, augment",
+    "ema": "the average, and the average as a Python loop",
+    "compile": "the full step eager where the run compiles it, and compiled where it does not",
+    "plain": "a step as MoCo v3's code takes it, and one with PyTorch's faster parts",
+    "lightly": "a step of lightly's blocks",
+}
+WITH_SHARDS = frozenset({*ENDINGS, "augment", "data"})
+QUICK = frozenset({"full", "end", "augment", "parts", "data"})
+_OF_A_STEP = (FULL, FULL_AUGMENT, EAGER, COMPILED, *(ending.names[1] for ending in ENDINGS.values()))
+_FORWARDS = {STUDENT: 6, TEACHER: 2} | dict.fromkeys(_OF_A_STEP, FORWARDS)
+
+
+def usual_groups(resolved: Resolved, device: torch.device) -> list[str]:
+    """The groups of `--rows all`: those that the shards, the device and the run's own settings leave a sense."""
+    data = resolved.config.data
+
+    def makes_sense(name: str) -> bool:
+        if name in WITH_SHARDS and not data.shards:
+            return False
+        if name == "end" or name not in ENDINGS:
+            return True
+        # On a CPU they cannot run, and as the run's own settings they are measured already.
+        changes = ENDINGS[name].changes
+        return device.type == "cuda" and any(getattr(data, key) != value for key, value in changes.items())
+
+    return [name for name in GROUPS if makes_sense(name)]
+
+
+Measures = Mapping[str, Callable[[], Row]]
+"""What measures rows, by their names."""
+
+
+class Ladder:
+    """Measures groups of rows of one run, and holds what was measured."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        trainee: Trainee,
+        clock: Clock,
+        guard: Guard,
+        top: Peak,
+        save: Callable[[Ladder], None] = lambda ladder: None,
+    ):
+        """Compile the trainee, where the run says so. `save` is called after each row."""
+        self.resolved, self.trainee, self.clock = resolved, trainee, clock
+        self.guard, self.top, self._save = guard, top, save
+        self._rows: dict[str, Row] = {}
+        self.can_compile = has_compiler(clock.device)
+        self.compiled = resolved.config.train.compile and compile_blocks(trainee.method, clock.device)
+        self._momentum = trainee.method.teacher_momentum(0.5)
+        # The names of a group's rows, and what gives their measures.
+        self._groups: dict[str, tuple[tuple[str, ...], Callable[[], Measures]]] = {
+            "full": ((FULL,), lambda: {FULL: lambda: self._full(FULL)}),
+            "augment": ((FULL_AUGMENT,), lambda: {FULL_AUGMENT: self._full_augment}),
+            "parts": ((STUDENT, TEACHER, UPDATE), lambda: step_rows(resolved, trainee, clock)),
+            "data": (
+                (READ, DECODE, TO_DEVICE, AUGMENT),
+                lambda: data_rows(resolved, open_work(resolved), clock),
+            ),
+            "ema": ((EMA, EMA_LOOP), self._ema),
+            "compile": ((EAGER if self.compiled else COMPILED,), self._other_kind),
+        }
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """What was measured so far: the rungs from the bottom up, and below them the rest in the order of measuring."""
+        return {name: self._rows[name] for name in sorted(self._rows, key=_place)}
+
+    @property
+    def contention(self) -> float | None:
+        """The time of a step beside the loader / alone; None where one of them was not measured."""
+        whole = self._rows.get(END_TO_END)
+        return whole.more.get("contention") if whole else None
+
+    def measure(self, groups: list[str]) -> None:
+        """Measure those of `groups` that are of the step and the data path, in their order; then let the trainee's memory go."""
+        for group in groups:
+            if group in ENDINGS:
+                self._end(ENDINGS[group])
+            elif group in self._groups:
+                names, open_measures = self._groups[group]
+                failed = [Row(name) for name in names]
+                measures = self.guard.run(failed, open_measures)
+                if measures is None:
+                    for row in failed:
+                        self._add(row)
+                else:
+                    self.each(measures)
+        self._groups.clear()
+        self.trainee = dataclasses.replace(self.trainee, method=None, optimizer=None, step=None)  # pyright: ignore[reportArgumentType]
+
+    def each(self, measures: Measures) -> None:
+        """Measure rows one after the other."""
+        for name, make in measures.items():
+            failed = Row(name)
+            row = self.guard.run([failed], make)
+            self._clear()
+            self._add(row or failed)
+
+    def _add(self, row: Row) -> None:
+        self._rows[row.name] = row
+        annotate(row, self.trainee, self.top)
+        full = self._rows.get(FULL)
+        if full is not None and full.rates and row.rates:
+            if "step_ms" in row.more:
+                row.more["contention"] = row.more["step_ms"] / full.more["ms_p50"]
+            if row.name in STEP_PEERS:
+                row.more["ours_over_this"] = statistics.median(full.rates) / statistics.median(row.rates)
+            elif row.name == COMPILED:
+                row.compare(full)
+            elif row.name == EAGER:
+                full.compare(row)
+        if row.name == EMA_LOOP:
+            self._rows[EMA].compare(row)
+        self._save(self)
+
+    def _clear(self) -> None:
+        """Drop the gradients that a row has left, such as those of a step that failed."""
+        if self.trainee.optimizer is not None:
+            self.trainee.optimizer.zero_grad(set_to_none=True)
+
+    def _step(self, images: Sequence[torch.Tensor]) -> None:
+        self.trainee.step.gradients(images)
+        self.trainee.step.update(self._momentum)
+
+    def _full(self, name: str) -> Row:
+        synthetic = step_views(self.resolved, self.trainee)
+        return self.clock.row(name, lambda: self._step(synthetic))
+
+    def _full_augment(self) -> Row:
+        resolved, clock = self.resolved, self.clock
+        work, in_chunks = open_work(resolved), self.trainee.in_chunks
+        with contextlib.closing(resident_views(resolved, work, clock.device, in_chunks)) as made:
+            return clock.row(FULL_AUGMENT, lambda: self._step(next(made)))
+
+    def _ema(self) -> Measures:
+        method, clock = self.trainee.method, self.clock
+        pairs = ema_pairs(method)
+        return {
+            EMA: lambda: clock.row(EMA, lambda: method.update_teacher(0.99)),
+            EMA_LOOP: lambda: clock.row(EMA_LOOP, lambda: ema_loop(pairs, 0.99)),
+        }
+
+    def _other_kind(self) -> Measures:
+        """The step eager where the run compiles it, and compiled where it does not and a compiler is there."""
+
+        def eager() -> Row:
+            with torch.compiler.set_stance("force_eager"):
+                return self._full(EAGER)
+
+        def compiled() -> Row:
+            compile_blocks(self.trainee.method, self.clock.device)
+            return self._full(COMPILED)
+
+        if self.compiled:
+            return {EAGER: eager}
+        return {COMPILED: compiled} if self.can_compile else {}
+
+    def _end(self, ending: Ending) -> None:
+        loader, whole = (Row(name) for name in ending.names)
+        left = [loader, whole]
+        clock, spans = self.clock, []
+
+        def full(images: Sequence[torch.Tensor]) -> None:
+            began = clock.mark()
+            self._step(images)
+            spans.append((began, clock.mark()))
+
+        def measured() -> None:
+            views = loader_views(self.resolved, clock.device, self.trainee.in_chunks, ending.changes)
+            with contextlib.closing(views) as batches:
+                made = clock.row(loader.name, lambda: next(batches))
+                left.remove(loader)
+                self._add(made)
+                made = clock.row(whole.name, lambda: full(next(batches)))
+                beside = spans[-clock.steps * clock.repeats :]
+                made.more["step_ms"] = statistics.median(clock.between_ms(a, b) for a, b in beside)
+                left.remove(whole)
+                self._add(made)
+
+        self.guard.run(left, measured)
+        self._clear()
+        for row in left:
+            self._add(row)
+
+
+def _place(name: str) -> int:
+    return RUNGS.index(name) if name in RUNGS else len(RUNGS)
+
+
+def annotate(row: Row, trainee: Trainee, top: Peak) -> None:
+    """Add to a rung of the step its MFU, 8 forwards an image, and the TB/s that its operations would move unfused."""
+    rate = row.images_per_s
+    if not rate:
+        return
+    if row.name in _FORWARDS:
+        row.more["mfu"] = rate * trainee.flops * _FORWARDS[row.name] / FORWARDS / (top.tflops * 1e12)
+    if row.name in _OF_A_STEP:
+        row.more["tb_per_s"] = rate * trainee.traffic(trainee.batch) / trainee.batch / 1e12
+    elif row.name == UPDATE:
+        row.more["tb_per_s"] = rate / trainee.batch * trainee.update_bytes / 1e12
+    elif row.name == TO_DEVICE:
+        row.more["tb_per_s"] = rate / trainee.batch * row.more["bytes"] / 1e12

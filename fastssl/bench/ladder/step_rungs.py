@@ -1,0 +1,220 @@
+"""The step's rungs of the ladder, and the clock that times every rung."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastssl.bench.clock import Clock
+from fastssl.bench.hardware import bytes_of
+from fastssl.bench.ladder.verdict import STUDENT, TEACHER, UPDATE
+from fastssl.bench.report import Row
+from fastssl.core.distributed import Dist
+from fastssl.core.optimizers import build_optimizer, set_lr
+from fastssl.methods import MoCoV3
+from fastssl.pretraining.build import build_method, compute_dtype, prepare_backend, view_form
+from fastssl.pretraining.micro_batch import choose_micro_batch
+from fastssl.pretraining.run_config import Resolved
+from fastssl.pretraining.step import DDPWrapper, Step, chunks
+from pipelines.streaming.lazy_views import LazyViews
+
+FORWARDS = 8  # per image: student 2 views x (forward + backward = 3), teacher 2 x 1
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What a step needs, and what it costs an image."""
+
+    method: MoCoV3
+    optimizer: torch.optim.Optimizer
+    step: Step
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    """Images a step."""
+    chunk: int
+    """Images on the device at a time."""
+    flops: int
+    """Floating-point operations of an image's share of a step: 8 forwards; recomputing does not count."""
+    bytes_per_image: float
+    """Bytes that the student's and the teacher's operations read and write for an image, each operation by itself."""
+    bytes_per_step: float
+    """Bytes that they move once a step, whatever the batch: weights and their gradients."""
+    update_bytes: int
+    """Bytes that the optimiser and the average move."""
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether a step takes its batch in chunks."""
+        return self.chunk < self.batch
+
+    def traffic(self, batch: int) -> float:
+        """Bytes that a full step of `batch` images moves where nothing is fused."""
+        return batch * self.bytes_per_image + self.bytes_per_step + self.update_bytes
+
+
+def build(resolved: Resolved, device: torch.device) -> Trainee:
+    """Method, optimiser and step as the trainer sets them up, uncompiled; costs are counted on two and four images."""
+    train = resolved.config.train
+    prepare_backend(device)
+    method, _ = build_method(resolved, device)
+    dtype = compute_dtype(train.precision, device)
+    optimizer = build_optimizer(method.parameters(), resolved.config.optim)
+    set_lr(optimizer, 0.0)  # the same work, and the weights stay where they are
+    shape = (resolved.config.model.channels, resolved.config.recipe.size, resolved.config.recipe.size)
+    shards = resolved.config.data.open() if resolved.config.data.shards else None
+    alone = Dist(0, 1, 0, device)
+    chunk = choose_micro_batch(train.micro_batch, method, resolved, alone, dtype, shape, shards)
+    options = {"micro_batch": chunk, "exact_heads": train.exact_heads, "clip_grad": train.clip_grad}
+    step = Step(method, DDPWrapper(method), optimizer, device, dtype, **options)
+    if method.queue is not None:
+        method.queue.count = method.queue.size  # as in all but a run's first steps
+    with _forgetful(method):
+        few, more = (_moved(step, views(resolved, device, count)) for count in (2, 4))
+        step.gradients(views(resolved, device, 2))
+    per_image = (more - few) / 2
+    update_bytes = bytes_of(lambda: step.update(0.99))
+    size = max(part.stop - part.start for part in chunks(train.batch, chunk))
+    return Trainee(
+        method,
+        optimizer,
+        step,
+        device,
+        dtype,
+        train.batch,
+        size,
+        FORWARDS * forward_flops(method, views(resolved, device, 2)[0]),
+        per_image,
+        few - 2 * per_image,
+        update_bytes,
+    )
+
+
+def _moved(step: Step, images: list[Tensor]) -> int:
+    moved = bytes_of(lambda: step.gradients(images))
+    step.optimizer.zero_grad(set_to_none=True)
+    return moved
+
+
+def views(resolved: Resolved, device: torch.device | str, batch: int) -> list[Tensor]:
+    """Synthetic views in the form the loader gives: float32 (batch, C, S, S) each."""
+    cfg = resolved.config
+    shape = (batch, cfg.model.channels, cfg.recipe.size, cfg.recipe.size)
+    return [torch.randn(shape, device=device) for _ in range(cfg.recipe.num_views)]
+
+
+class OneChunk(LazyViews):
+    """A chunk of views on the device that poses as every chunk of a batch."""
+
+    def __init__(self, chunk: list[Tensor], num_samples: int) -> None:
+        self._chunk, self.num_samples, self.num_views = chunk, num_samples, len(chunk)
+
+    def rows(self, part: slice) -> list[Tensor]:
+        """As `LazyViews.rows`, for at most the images of the chunk; they are made already."""
+        return [view[: part.stop - part.start] for view in self._chunk]
+
+
+def step_views(resolved: Resolved, trainee: Trainee) -> Sequence[Tensor]:
+    """The synthetic views of a whole step, where the loader would leave them.
+
+    For a batch in chunks that is the host, or, where the device makes each chunk's views when it is asked for, a chunk on the device.
+    """
+    if not trainee.in_chunks or trainee.device.type == "cpu":
+        return _as_loaded(resolved, views(resolved, trainee.device, trainee.batch))
+    if resolved.config.data.augment_on == "gpu":
+        chunk = _as_loaded(resolved, views(resolved, trainee.device, trainee.chunk))
+        return OneChunk(chunk, trainee.batch)
+    return [view.pin_memory() for view in views(resolved, "cpu", trainee.batch)]
+
+
+def _as_loaded(resolved: Resolved, images: list[Tensor]) -> list[Tensor]:
+    """The views in the form that the loader would leave them in on their device."""
+    data, device = resolved.config.data, images[0].device
+    if data.augment_on != "gpu" or data.engine != "fused" or device.type == "cpu":
+        return images
+    form = view_form(resolved.config.train, device)
+    return [view.to(form.dtype, memory_format=form.memory_format) for view in images]
+
+
+def forward_flops(method: MoCoV3, images: Tensor) -> int:
+    """Floating-point operations of one image through backbone, projector and predictor; a multiply-add counts as two."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        method.predictor(method.projector(method.backbone(images)))
+    return counter.get_total_flops() // len(images)
+
+
+def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, Callable[[], Row]]:
+    """Return what measures student, teacher and update by themselves, each on as many images as are on the device at a time."""
+    method, step, chunk = trainee.method, trainee.step, trainee.chunk
+    synthetic = _as_loaded(resolved, views(resolved, trainee.device, chunk))
+    whole = Step(
+        method, DDPWrapper(method), trainee.optimizer, trainee.device, trainee.dtype
+    )  # a chunk is all it gets
+
+    def teacher() -> Any:
+        with _autocast(trainee):
+            return method.targets(method.teacher_features(synthetic))
+
+    def student() -> None:
+        whole.gradients(synthetic)
+        trainee.optimizer.zero_grad(set_to_none=True)
+
+    def student_row() -> Row:
+        with _forgetful(method), _given_targets(whole, teacher()):
+            return clock.row(STUDENT, student, batch=chunk)
+
+    def teacher_row() -> Row:
+        with _forgetful(method):
+            return clock.row(TEACHER, teacher, batch=chunk)
+
+    def update_row() -> Row:
+        grads = [(p, torch.randn_like(p)) for p in method.parameters() if p.requires_grad]
+
+        def update() -> None:
+            for parameter, grad in grads:  # which a step clears
+                parameter.grad = grad
+            step.update(method.teacher_momentum(0.5))
+
+        return clock.row(UPDATE, update, batch=trainee.batch)
+
+    return {STUDENT: student_row, TEACHER: teacher_row, UPDATE: update_row}
+
+
+def _autocast(trainee: Trainee) -> torch.autocast:
+    return torch.autocast(trainee.device.type, dtype=trainee.dtype, enabled=trainee.dtype != torch.float32)
+
+
+@contextlib.contextmanager
+def _forgetful(method: MoCoV3) -> Iterator[None]:
+    """Within, a step leaves the queue of keys alone: it takes whole batches only."""
+    vars(method)["remember"] = lambda targets: None
+    try:
+        yield
+    finally:
+        del vars(method)["remember"]
+
+
+@contextlib.contextmanager
+def _given_targets(step: Step, targets: Any) -> Iterator[None]:
+    """Within, the step compares with these targets and its teacher rests."""
+    vars(step)["_targets"] = lambda views, parts: targets
+    try:
+        yield
+    finally:
+        del vars(step)["_targets"]
+
+
+def is_cnn(method: nn.Module) -> bool:
+    """Whether most of the weights are convolutions'."""
+    sizes = [
+        (isinstance(m, nn.Conv2d), m.weight.numel())
+        for m in method.modules()
+        if isinstance(m, nn.Conv2d | nn.Linear)
+    ]
+    return sum(n for conv, n in sizes if conv) > sum(n for conv, n in sizes if not conv)

@@ -1,0 +1,1 @@
+"""Loaders, engines and views beside those of others: `bench loader`, `augment`, `fidelity`, `start`."""

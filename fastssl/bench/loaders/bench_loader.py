@@ -1,0 +1,378 @@
+"""`fastssl bench loader`: images per second from encoded bytes to views, ours and others' on the same images."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from fastssl.bench.guard import Guard, exit_code
+from fastssl.bench.loaders.work import Source, Work
+from fastssl.bench.report import (
+    PeakMemory,
+    Row,
+    Stopwatch,
+    brief,
+    busy,
+    machine,
+    tell_failures,
+    write_measured,
+)
+from shards.errors import UserError, check_least, nearest
+from shards.storage.atomic_files import check_output
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FIDELITY_IMAGES = 16
+WARM_UP_S = 1.0  # twice, each at least one round: the first includes compiling and starting workers
+
+
+@dataclass(frozen=True)
+class BenchLoader:
+    """Measure how fast images become views: reading, decoding, each of our engines, and other loaders on the same images.
+
+    A source image counts once, however many views are made of it. All images in use are read once beforehand: a warm page cache.
+    """
+
+    shards: Annotated[str, tyro.conf.Positional]
+    """Folder of shards."""
+    recipe: str = "moco_v3"
+    """Name of a preset."""
+    size: int = 224
+    """Side of the views in pixels."""
+    batch: int = 64
+    """Images a batch."""
+    threads: int = 0
+    """Threads of ours, DALI and Kornia, and worker processes of the others; 0: one per core."""
+    repeats: int = 3
+    """Times each loader is measured."""
+    seconds: float = 4.0
+    """Least length of one measurement."""
+    images: int = 2048
+    """Images used, over and over; fewer where the shards hold fewer."""
+    engines: str = "all"
+    """Our engines to measure: all, none, or names with commas: fused, dali, kornia, reference."""
+    peers: str = "all"
+    """Others to measure: all, none, or names with commas: moco-v3, torchvision-v2, lightly, webdataset, dali-graph, dali-decode,
+    kornia-modules, ffcv."""
+    scaling: bool = False
+    """Measure our engines on the CPU in 1, 2, 4 ... threads, too: rows such as fused (1)."""
+    json: str = ""
+    """File for the results: a list with a row for each loader, written anew after each measurement."""
+
+
+def run(argv: list[str]) -> int:
+    """Run the sub-command."""
+    args = tyro.cli(BenchLoader, prog="fastssl bench loader", args=argv)
+    if args.json:
+        check_output(args.json, "--json")
+    check(args)
+    from rich.console import Console
+
+    from fastssl.bench.loaders.peers import MOCO_V3, PEERS
+    from pipelines.augment.recipe import get_recipe
+    from pipelines.engines.engine_table import engine_names
+    from pipelines.loading.loader import default_threads
+    from shards.dataset.order import epoch_order
+    from shards.dataset.shard_set import ShardSet
+
+    peers = choose(args.peers, PEERS, "peer")
+    engines = choose(args.engines, {name: name for name in engine_names()}, "engine")
+    recipe = dataclasses.replace(get_recipe(args.recipe), size=args.size)
+    shards = ShardSet.open(args.shards)
+    sample_ids = epoch_order(shards.num_samples, 0, 0)[: args.images]
+    if len(sample_ids) < args.batch:
+        raise UserError(
+            f"{len(sample_ids)} images of '{args.shards}' are in use, fewer than one batch of {args.batch}: lower --batch to at "
+            f"most {len(sample_ids)}, or use more images."
+        )
+    work = Work(shards, recipe, sample_ids, args.batch, args.threads or default_threads())
+    for sample_id in sample_ids:
+        bytes(shards.read(int(sample_id)))
+    ours = [
+        Source("read", "", _read, "encoded bytes copied from the shards, no more"),
+        Source("decode", "", _decode, "our decoder in threads, no views"),
+    ]
+    device = GPU if has_gpu() else "cpu"
+    guard = Guard(device, f"batches of {args.batch} do not fit in the memory: lower --batch, or --threads")
+    with_engines, failed = engine_sources(engines, work, guard)
+    for source in with_engines:
+        if args.scaling and source.name in engines:
+            ours += [source.in_threads(1 << power) for power in range((work.threads - 1).bit_length())]
+        ours.append(source)
+    where = machine(device)
+    console = Console(highlight=False)
+    sources = [*ours, *peers]
+    rows = [
+        failed.get(source.name) or Row(source.name, source.fidelity, note=source.note) for source in sources
+    ]
+    base = next((row for row in rows if row.name == MOCO_V3), None)
+    settings = dataclasses.asdict(args) | {
+        "recipe": dataclasses.asdict(recipe) | {"preset": args.recipe},
+        "threads": work.threads,
+        "images": len(sample_ids),
+        "page_cache": "warm",
+    }
+    with console.status("") as status:
+        # In turns, so that other work on the machine falls on all of them alike.
+        for repeat in range(args.repeats):
+            for source, row in zip(sources, rows, strict=True):
+                status.update(f"measuring {source.name}, {repeat + 1} of {args.repeats}")
+                if row.error:
+                    continue
+                measure(source, work, args.seconds, row, guard, is_peer=source in peers)
+                for each in rows:
+                    if each.fidelity:
+                        each.compare(base)
+                if args.json:
+                    write_measured(args.json, where, settings, rows)
+    _show(console, rows, work, where, args)
+    if args.json:
+        console.print(f"[dim]Written to {args.json}[/]")
+    return exit_code(rows)
+
+
+def check(args: BenchLoader) -> None:
+    """UserError for a number out of range."""
+    check_least(args, size=1, batch=1, threads=0, repeats=1, images=1)
+    if args.seconds <= 0:
+        raise UserError(f"--seconds is {args.seconds:g}, but it must be above 0.")
+
+
+def choose(names: str, known: dict[str, Any], kind: str) -> list[Any]:
+    """What `names` means: all, none, or names with commas. UserError for an unknown name; `kind`: engine or peer."""
+    if names in ("all", "none"):
+        return list(known.values()) if names == "all" else []
+    chosen = dict.fromkeys(name.strip() for name in names.split(","))
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"There is no {kind} called '{name}'.{nearest(name, [*known, 'all', 'none'])}")
+    return [known[name] for name in chosen]
+
+
+def measure(source: Source, work: Work, seconds: float, row: Row, guard: Guard, *, is_peer: bool) -> None:
+    """Add to `row` one rate of a loader, taken over at least `seconds` after it has warmed up.
+
+    What cannot run here, and what fails, leaves its reason in the row.
+    """
+    in_a_round = work.threads if source.workers else 1
+
+    def spend(batches: Generator[int], least_s: float) -> tuple[float, float]:
+        watch, images = Stopwatch(), 0
+        while True:
+            images += sum(next(batches) for _ in range(in_a_round))
+            if watch.wall_s() >= least_s:
+                return images / watch.wall_s(), watch.cores()
+
+    def turn() -> None:
+        if is_peer:
+            work.refuse_local_views_and_erasing(source.name)
+        with PeakMemory() as memory, contextlib.closing(source.open(work)) as batches:
+            for _ in range(2):
+                spend(batches, min(WARM_UP_S, seconds))
+            row.add(*spend(batches, seconds))
+        row.more["peak_memory_bytes"] = max(memory.most_bytes, row.more.get("peak_memory_bytes", 0))
+
+    guard.run([row], turn)
+
+
+# ----------------------------------------------------------------------------------------------------------- ours
+
+
+def _read(work: Work) -> Generator[int]:
+    return _in_threads(work, lambda sample_id: bytes(work.shards.read(sample_id)))
+
+
+def _decode(work: Work) -> Generator[int]:
+    from pipelines.kernels.decode import decode_rgb
+
+    return _in_threads(work, lambda sample_id: decode_rgb(work.shards.read(sample_id)))
+
+
+def _in_threads(work: Work, function: Callable[[int], Any]) -> Generator[int]:
+    """Call `function` for every sample, two batches ahead, as the loader does with its views."""
+    size = max(1, work.batch // (work.threads * 4))
+    waiting: deque = deque()
+    pool = ThreadPoolExecutor(work.threads)
+
+    def part(ids: list[int]) -> None:
+        for sample_id in ids:
+            function(sample_id)
+
+    try:
+        for _, ids in work.batches():
+            parts = [ids[i : i + size].tolist() for i in range(0, len(ids), size)]
+            waiting.append([pool.submit(part, p) for p in parts])
+            if len(waiting) > 2:
+                for future in waiting.popleft():
+                    future.result()
+                yield work.batch
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+GPU = "cuda:0"
+_NOTES = {
+    "fused": "what `fastssl pretrain` uses",
+    "dali": "the DALI graph of --data.engine dali",
+    "kornia": "Kornia's functions of --data.engine kornia",
+    "reference": "our oracle: PIL and torchvision, one image at a time, in threads",
+}
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch has a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Way:
+    """How views are made: an engine and where it works."""
+
+    engine: str
+    device: str = "cpu"
+    augment_on: str = "cpu"
+    decode: str = "cpu"
+
+    def batches(self, work: Work) -> Generator[Sequence[Tensor]]:
+        """The views of each batch without end, as the loader gives them. UserError where they cannot be made."""
+        import torch
+
+        from pipelines.augment.draws import draw
+        from pipelines.loading.slots import open_slots
+        from pipelines.streaming.stream import Job, stream
+
+        shards, recipe = work.shards, work.recipe
+        jobs = (
+            Job(ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]), epoch)
+            for epoch, ids in work.batches()
+        )
+        samples, slots = open_slots(
+            shards,
+            recipe,
+            self.engine,
+            batch=work.batch,
+            threads=work.threads,
+            device=torch.device(self.device),
+            augment_on=self.augment_on,
+            decode=self.decode,
+        )
+        made = stream(samples, slots(), jobs, work.threads)
+        with contextlib.closing(made):  # pyright: ignore[reportArgumentType]
+            for batch in made:
+                if self.device != "cpu":
+                    torch.cuda.synchronize(self.device)
+                yield batch.views
+
+    def counts(self, work: Work) -> Generator[int]:
+        """The number of images of each batch, for a `Source`."""
+        with contextlib.closing(self.batches(work)) as made:
+            for views in made:
+                yield len(views[0])
+
+
+def engine_sources(engines: list[str], work: Work, guard: Guard) -> tuple[list[Source], dict[str, Row]]:
+    """Return our engines, each with the fidelity that is measured on some of the images; where there is a GPU, also with its help.
+
+    Those whose views could not be compared have a row by their name, which says why.
+    """
+    sources, failed = [], {}
+    for name in engines:
+        ways = {name: (Way(name), _NOTES[name])}
+        if has_gpu():
+            ways[f"{name} to GPU"] = Way(name, GPU), "the same, and copied to the GPU"
+            if name != "reference":
+                ways[f"{name} on GPU"] = Way(name, GPU, "gpu"), "views made on the GPU"
+            if name == "fused":
+                ways["fused all on GPU"] = (
+                    Way(name, GPU, "gpu", "gpu"),
+                    "decoded there, too: --data.decode gpu",
+                )
+        for row, (way, note) in ways.items():
+            told = Row(row, note=note)
+            found = guard.run([told], lambda way=way: measured_fidelity(way, work))
+            if found is None:
+                failed[row] = told
+            fidelity, levels = found or ("", "")
+            sources.append(Source(row, fidelity, way.counts, f"{note}; {levels}" if levels else note))
+    return sources, failed
+
+
+def measured_fidelity(way: Way, work: Work) -> tuple[str, str]:
+    """The class of an engine's views of some of the images, and the figure in words; empty where it cannot make them."""
+    from pipelines.previews.engine_fidelity import classify
+
+    plain = dataclasses.replace(work.recipe, mean=(0.0,) * 3, std=(1.0,) * 3)
+    ids = work.sample_ids[:FIDELITY_IMAGES]
+    few = dataclasses.replace(work, recipe=plain, sample_ids=ids, batch=len(ids))
+    made = []
+    try:
+        for each in (Way("reference"), way):
+            with contextlib.closing(each.batches(few)) as batches:
+                made.append([view.cpu().clone() for view in next(batches)])
+    except UserError:  # measuring its speed will say why
+        return "", ""
+    pairs = list(zip(*made, strict=True))
+    levels = 255 * sum(float((a - b).abs().mean()) for a, b in pairs) / len(pairs)
+    return classify(levels), f"on average {levels:.2f} grey levels from the reference"
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: BenchLoader) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from fastssl.bench.loaders.peers import MOCO_V3
+
+    recipe, ids = work.recipe, work.sample_ids.tolist()
+    width, height = (
+        statistics.median_low(side[ids].tolist()) for side in (work.shards.widths, work.shards.heights)
+    )
+    title = f"{len(ids):,} images of {width} x {height}, {recipe.num_views} views of {recipe.size} px, recipe {args.recipe}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("loader", no_wrap=True)
+    for name in ("images\nper s", "spread", f"vs\n{MOCO_V3}", "cores", "core\nms", "GB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("fidelity", no_wrap=True)
+    notes = []
+    for row in rows:
+        notes.append(row.note)
+        name = f"{row.name} [dim]{len(notes)}[/]"
+        if row.images_per_s is None:
+            table.add_row(name, "failed", "", "", "", "", "", row.fidelity)
+            continue
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        table.add_row(
+            name,
+            brief(row.images_per_s),
+            row.spread(),
+            ratio,
+            f"{row.cpu_cores:.2f}",
+            f"{row.core_ms:.2f}",
+            f"{row.more['peak_memory_bytes'] / 1e9:.1f}",
+            row.fidelity or "[dim]part only[/]",
+        )
+    console.print(table)
+    tell_failures(console, rows)
+    console.print(
+        f"{where['cpu']}, {where['cores']} cores{busy(where)}; {work.threads} threads or worker processes, "
+        f"batches of {work.batch}; median and spread of {args.repeats} turns of {args.seconds:g} s after "
+        "warm-up, page cache warm. cores, core ms: CPU time per second, per image. GB: peak memory of all processes "
+        "together. Fidelity of our engines is measured: exact is within half a grey level of PIL on average, close within two.",
+        style="dim",
+        markup=False,
+    )
+    for number, note in enumerate(notes, 1):
+        console.print(f"{number} {note}.", style="dim", markup=False)

@@ -1,0 +1,156 @@
+"""`fastssl bench start SHARDS`: how long a fresh process takes to its first batch, on as large a data set as is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fastssl.bench.fresh import in_fresh_process
+from fastssl.bench.loaders.first_batch import STAGES, first_batch
+from fastssl.bench.report import busy, machine, write_report
+from pipelines.engines.engine_table import EngineName
+from shards.errors import UserError, check_least
+from shards.storage.atomic_files import check_output
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class BenchStart:
+    """Measure the time from the start of a process to its first batch of views, on a data set of as many samples as you like.
+
+    The data set has the images of SHARDS and a table of --samples rows, drawn from theirs. Each turn is a process of its own. One
+    turn that is not measured goes before: page cache, compiled kernels and bytecode are warm.
+    """
+
+    shards: Annotated[str, tyro.conf.Positional]
+    """Folder of shards, on this machine."""
+    samples: int = 1_000_000
+    """Samples of the data set."""
+    recipe: str = "moco_v3"
+    """Name of a preset."""
+    size: int = 224
+    """Side of the views in pixels."""
+    batch: int = 64
+    """Images in the batch."""
+    threads: int = 0
+    """Threads that make it; 0: one per core."""
+    engine: EngineName = "fused"
+    """What makes the views."""
+    repeats: int = 3
+    """Turns that are measured."""
+    json: str = ""
+    """File for the results."""
+
+
+def run(argv: list[str]) -> int:
+    """Run the sub-command."""
+    args = tyro.cli(BenchStart, prog="fastssl bench start", args=argv)
+    if args.json:
+        check_output(args.json, "--json")
+    _check(args)
+    from rich.console import Console
+    from rich.table import Table
+
+    where, console = machine(), Console(highlight=False)
+    with console.status(f"a data set of {args.samples:,} samples") as status:
+        found = measure(args, status.update)
+    title = f"first batch of {args.samples:,} samples"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column(style="bold")
+    for name in ("seconds", "spread", "CPU seconds"):
+        table.add_column(name, justify="right")
+    for name in (*STAGES, ALL):
+        stage = found[name]
+        low, high = stage["spread"]
+        table.add_row(name, f"{stage['seconds']:.2f}", f"{low:.2f}-{high:.2f}", f"{stage['cpu_s']:.2f}")
+    console.print(table)
+    console.print(
+        f"{found['peak_bytes'] / 1e6:,.0f} MB at most. Median of {args.repeats}, caches warm. {where['cpu']}, {where['cores']} "
+        f"cores{busy(where)}.",
+        style="dim",
+        markup=False,
+    )
+    if sys.dont_write_bytecode:
+        console.print(
+            "Python may not keep bytecode here (PYTHONDONTWRITEBYTECODE), so every import compiles.",
+            style="yellow",
+        )
+    if args.json:
+        write_report(args.json, "start", where, dataclasses.asdict(args), [], start=found)
+        console.print(f"[dim]Written to {args.json}[/]")
+    return 0
+
+
+def measure(args: BenchStart, tell: Any = lambda line: None) -> dict[str, Any]:
+    """Each stage and `all`: median `seconds`, their `spread` [least, greatest], median `cpu_s`; and `peak_bytes`, the greatest."""
+    how = (args.recipe, args.size, args.batch, args.threads, args.engine)
+    turns = []
+    with tempfile.TemporaryDirectory(prefix="fastssl-bench-") as folder:
+        grow(Path(args.shards), Path(folder), args.samples)
+        for turn in range(args.repeats + 1):
+            tell(f"turn {turn} of {args.repeats}" if turn else "a turn that is not measured")
+            try:
+                turns.append(in_fresh_process(first_batch, time.monotonic(), folder, *how))
+            except ChildProcessError as fault:
+                raise UserError(
+                    f"the process that was measured {fault}; what it said stands above."
+                ) from None
+    stages = [turn["stages"] for turn in turns[1:]]
+    for turn in stages:
+        turn[ALL] = [sum(values) for values in zip(*turn.values(), strict=True)]
+    found: dict[str, Any] = {}
+    for name in (*STAGES, ALL):
+        seconds, cpu = zip(*(turn[name] for turn in stages), strict=True)
+        found[name] = {
+            "seconds": statistics.median(seconds),
+            "spread": [min(seconds), max(seconds)],
+            "cpu_s": statistics.median(cpu),
+        }
+    return found | {"peak_bytes": max(turn["peak_bytes"] for turn in turns)}
+
+
+def grow(shards: Path, dest: Path, num_samples: int) -> None:
+    """Make `dest` a shard folder of so many samples: links to the tars of `shards`, and a table of rows drawn from theirs."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from shards.format.columns import read_columns
+    from shards.format.layout import TABLE, Manifest
+
+    manifest = Manifest.load(shards)
+    rows = read_columns(shards / TABLE)
+    drawn = np.random.default_rng(0).integers(rows.num_rows, size=num_samples)
+    table = rows.take(pa.array(drawn))
+    table = table.set_column(0, "sample_id", pa.array(np.arange(num_samples)))
+    pq.write_table(table, dest / TABLE, compression="zstd")
+    for shard in manifest.shards:
+        (dest / shard.name).symlink_to((shards / shard.name).resolve())
+    dataclasses.replace(manifest, num_samples=num_samples).save(dest)
+
+
+def _check(args: BenchStart) -> None:
+    from pipelines.augment.recipe import get_recipe
+    from shards.dataset.shard_set import ShardSet
+    from shards.storage.opening import open_place
+
+    check_least(args, size=1, batch=1, threads=0, repeats=1)
+    if args.samples < args.batch:
+        raise UserError(
+            f"--samples is {args.samples}, but it must be at least one batch (--batch {args.batch})."
+        )
+    get_recipe(args.recipe)
+    if open_place(args.shards).local is None:
+        raise UserError(
+            f"'{args.shards}' is not on this machine: give a folder, such as a copy of a few of its shards."
+        )
+    ShardSet.open(args.shards)
