@@ -115,7 +115,7 @@ def test_views_in_floats_are_those_of_the_cpu(name, kind, interpolation):
     pixels, first_bytes, _ = end_to_end(images)
     types = np.full(8, TYPES.index(dtype))
     expected = BatchedViews(recipe, torch.device("cpu"))(pixels, first_bytes, widths, draws, types)
-    make = BatchedViews(recipe, torch.device("cuda"), import_module(f"pipelines.{name}"))
+    make = BatchedViews(recipe, torch.device("cuda"), import_module(f"pipelines.kernels.{name}"))
     for view, wanted in zip(make(pixels.cuda(), first_bytes, widths, draws, types), expected, strict=True):
         off = (view.cpu() - wanted).abs()
         assert off.max() < 1e-4
@@ -227,7 +227,7 @@ def test_images_beyond_the_reach_of_32_bits(name):
     )
     pixels = torch.zeros(first + image.size, dtype=torch.uint8, device=device)
     pixels[first:] = small.to(device)
-    make = BatchedViews(recipe, device, import_module(f"pipelines.{name}"))
+    make = BatchedViews(recipe, device, import_module(f"pipelines.kernels.{name}"))
     for view, wanted in zip(make(pixels, np.full(4, first), widths, draws, types), expected, strict=True):
         assert (view.cpu() - wanted).abs().mean() * 255 * 0.225 < 1.0
 
