@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.augment.operations import OPERATIONS
 from pipelines.augment.recipe import IMAGENET_MEAN, IMAGENET_STD, Recipe
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
@@ -85,10 +86,12 @@ def eight_bit_rgb(dtype: np.dtype, channels: int, recipe: Recipe) -> bool:
 def check_operations(recipe: Recipe) -> None:
     """UserError where a recipe draws operations that are not defined for its number of channels."""
     channels = len(recipe.mean)
-    views = range(recipe.total_views)
-    colours = {name: max(recipe.reach(name, view) for view in views) for name in ("saturation", "hue")}
-    colours["gray_p"] = max(recipe.values("gray_p"))
-    drawn = [name for name, strength in colours.items() if strength > 0]
+    drawn = [
+        name
+        for operation in OPERATIONS.values()
+        for name, reach in operation.rgb.items()
+        if any(reach(recipe, view) > 0 for view in range(recipe.total_views))
+    ]
     if channels == 3 or not drawn:
         return
     flags = " ".join(f"--recipe.{name.replace('_', '-')} 0" for name in drawn)
