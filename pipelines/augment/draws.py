@@ -150,7 +150,9 @@ class _Numbers:
 
     def setting(self, name: str) -> np.ndarray:
         """Return the values of a setting: float64 (V, 1)."""
-        return np.array([self.recipe.per_view(name, view) for view in range(self.recipe.total_views)])[:, None]
+        return np.array([self.recipe.per_view(name, view) for view in range(self.recipe.total_views)])[
+            :, None
+        ]
 
 
 def _random_resized_crop(

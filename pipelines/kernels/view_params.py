@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -11,6 +12,7 @@ from numba import njit
 from torch import Tensor
 
 from pipelines.augment.channels import FULL
+from pipelines.augment.pointwise import drawn_fields
 from pipelines.kernels.cpu_kernels import _box_weights
 
 # The element types of decoded images; the number of one is its place here.
@@ -74,6 +76,8 @@ class Params:
     erase_seed: Tensor  # int64 (M,)
     heights: np.ndarray  # int32 (M,): of the crops, on the host
     widths: np.ndarray  # int32 (M,)
+    # (M,) each: the fields, by name, of each pointwise operation that any of the views met
+    pointwise: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 def pack(
@@ -84,6 +88,8 @@ def pack(
     item_bytes: int = 1,
 ) -> Params:
     """Return the parameters of DRAW records (M,), on `device`: one copy on its current stream, for which the host does not wait.
+
+    Fields of pointwise operations, where any are drawn, are copied on their own.
 
     Args:
         first_bytes: integers (M,), where each view's image begins in the buffer, a multiple of `item_bytes`.
@@ -111,7 +117,12 @@ def pack(
         shape, strides = ((columns,), (1,)) if columns > 1 else ((), ())
         of = rows.get(name, count)
         tensors[name] = typed[dtype].as_strided((of, *shape), (columns, *strides), start)
-    return Params(**tensors, heights=draws["height"].copy(), widths=draws["width"].copy())
+    pointwise = {
+        name: {field: upload(values, device) for field, values in fields.items()}
+        for name, fields in drawn_fields(draws).items()
+    }
+    heights, widths = draws["height"].copy(), draws["width"].copy()
+    return Params(**tensors, heights=heights, widths=widths, pointwise=pointwise)
 
 
 @lru_cache(maxsize=64)
