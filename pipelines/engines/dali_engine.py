@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipelines.augment.draws import DRAW
 from pipelines.augment.noise import unit_noise
-from pipelines.augment.operations import JITTER, OPERATIONS
+from pipelines.augment.operations import JITTER, OPERATIONS, POINTWISE
 from pipelines.augment.recipe import Recipe
 from pipelines.engines.batch_engine import ALONE, BadItems, BatchEngine, BatchOptions
 from pipelines.engines.engine_table import refuse_channels
@@ -89,6 +89,8 @@ class DaliEngine(BatchEngine):
 
     def render(self, items: Sequence[np.ndarray], draws: np.ndarray) -> list[torch.Tensor]:
         """As `BatchEngine.render`."""
+        asked = [name for name in POINTWISE if (draws[OPERATIONS[name].switch] > 0).any()]
+        assert not asked, f"the graph has no {asked}: make_engine refuses recipes that draw it"
         inputs: dict[str, Any] = {"encoded": list(items)}
         for view, of_view in enumerate(draws):
             for name, values in _arguments(self.recipe, view, of_view).items():
