@@ -155,7 +155,7 @@ def test_kernels_compile_for_gpus(name, types, constants):
     from triton.compiler import ASTSource
 
     module, kernel_name = name.split(".")
-    kernel = getattr(importlib.import_module(f"pipelines.{module}"), kernel_name)
+    kernel = getattr(importlib.import_module(f"pipelines.kernels.{module}"), kernel_name)
     given = iter(types)
     signature = {arg: "constexpr" if arg in constants else next(given) for arg in kernel.arg_names}
     assert not list(given)
