@@ -59,7 +59,7 @@ def draw(
 
 
 def eval_draws(recipe: Recipe, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """The one fixed view used for evaluation: a centred square of `recipe.eval_crop` of the shorter side, nothing else.
+    """Return the one fixed view used for evaluation: a centred square of `recipe.eval_crop` of the shorter side, nothing else.
 
     Resizing that square straight to `recipe.size` equals resizing the shorter side to size / eval_crop and cropping the centre, up to
     rounding.

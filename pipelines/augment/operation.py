@@ -16,7 +16,7 @@ class Settings(Protocol):
 
     @property
     def total_views(self) -> int:
-        """Global and local views together."""
+        """Return the number of global and local views together."""
         ...
 
     def per_view(self, name: str, view: int) -> float:

@@ -26,7 +26,7 @@ def _chance(name: str):
 
 
 def _jitter(name: str):
-    """How far a part of the jitter reaches: 0 where there is no jitter."""
+    """Return how far a part of the jitter reaches: 0 where there is no jitter."""
     return lambda recipe, view: recipe.per_view(name, view) if recipe.per_view("jitter_p", view) > 0 else 0.0
 
 

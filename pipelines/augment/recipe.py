@@ -144,49 +144,49 @@ class Recipe:
 
     @property
     def total_views(self) -> int:
-        """Global and local views together."""
+        """Return the number of global and local views together."""
         return self.num_views + self.local_views
 
     def side(self, view: int) -> int:
-        """Side of view number `view`, in pixels."""
+        """Return the side of view number `view`, in pixels."""
         return self.size if view < self.num_views else self.local_size
 
     def scale(self, view: int) -> tuple[float, float]:
-        """Share of the image's area that the crop of view number `view` covers: least, most."""
+        """Return the share of the image's area that the crop of view number `view` covers: least, most."""
         return self.crop_scale if view < self.num_views else self.local_crop_scale
 
     def groups(self) -> list[range]:
-        """The numbers of the global views, and of the local ones where there are any."""
+        """Return the numbers of the global views, and of the local ones where there are any."""
         ranges = range(self.num_views), range(self.num_views, self.total_views)
         return [views for views in ranges if views]
 
     def erased(self) -> tuple[float, ...]:
-        """What erased pixels become after normalisation, per channel; empty where they become random numbers."""
+        """Return what erased pixels become after normalisation, per channel; empty where they become random numbers."""
         if isinstance(self.erase_value, str):
             return () if self.erase_value == "random" else (0.0,) * len(self.mean)
         return tuple((self.erase_value - m) / s for m, s in zip(self.mean, self.std, strict=True))
 
     def _counts(self) -> set[int]:
-        """How many values a setting with values per view may have."""
+        """Return how many values a setting with values per view may have."""
         return {1, self.total_views, min(self.num_views + 1, self.total_views)}
 
     def values(self, name: str) -> tuple[float, ...]:
-        """The values of a setting that may have several: one, or one per view, or per global view and for all local ones."""
+        """Return the values of a setting that may have several: one, or one per view, or per global view and for all local ones."""
         given = getattr(self, name)
         return given if isinstance(given, tuple) else (given,)
 
     def per_view(self, name: str, view: int) -> float:
-        """The value of such a setting that holds for view number `view`."""
+        """Return the value of such a setting that holds for view number `view`."""
         values = self.values(name)
         return values[min(view, len(values) - 1)]
 
     def strengths(self, view: int) -> tuple[float, float, float, float]:
-        """The settings of `JITTER` that hold for view number `view`."""
+        """Return the settings of `JITTER` that hold for view number `view`."""
         brightness, contrast, saturation, hue = (self.per_view(name, view) for name in JITTER)
         return brightness, contrast, saturation, hue
 
     def reach(self, name: str, view: int) -> float:
-        """How far a part of `JITTER` may move in view number `view`: 0 where there is no jitter."""
+        """Return how far a part of `JITTER` may move in view number `view`: 0 where there is no jitter."""
         return self.per_view(name, view) if self.per_view("jitter_p", view) > 0 else 0.0
 
 
@@ -268,7 +268,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 
 def get_recipe(name: str) -> Recipe:
-    """The preset called `name`; UserError names the nearest one where there is none."""
+    """Return the preset called `name`. Raise UserError, which names the nearest one, where there is none."""
     if name not in RECIPES:
         raise UserError(f"There is no recipe called '{name}'.{nearest(name, RECIPES)}")
     return RECIPES[name]

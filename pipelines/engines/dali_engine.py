@@ -129,7 +129,7 @@ class DaliEngine(BatchEngine):
 
 @pipeline_def(enable_conditionals=True)
 def _graph(recipe: Recipe, inputs: list[dict[str, tuple[Any, int]]], gpu: bool, largest: tuple[int, int]):
-    """The graph of a recipe: `if` of an input is a conditional of DALI, every other `if` is Python's.
+    """Return the graph of a recipe: `if` of an input is a conditional of DALI, every other `if` is Python's.
 
     Args:
         inputs: of each view, the type and number of dimensions of each input by name; an operation without its input is left out.
@@ -162,7 +162,7 @@ def _graph(recipe: Recipe, inputs: list[dict[str, tuple[Any, int]]], gpu: bool, 
 
 
 def _view(images: Any, recipe: Recipe, size: int, given: dict[str, Any]) -> Any:
-    """One view of every image: float32 (3, S, S), normalised."""
+    """Return one view of every image: float32 (3, S, S), normalised."""
     # The filter is stretched by the scale, as Pillow's and torchvision's is; only at the border does it see beyond the box.
     image = fn.resize(
         images,
@@ -217,7 +217,7 @@ def _blend(image: Any, given: dict[str, Any], slot: int, size: int) -> Any:
 
 
 def _arguments(recipe: Recipe, view: int, draws: np.ndarray) -> dict[str, np.ndarray]:
-    """What DRAW records (N,) mean as inputs of the graph, by name: arrays (N, ...). Only what the recipe can draw."""
+    """Return what DRAW records (N,) mean as inputs of the graph, by name: arrays (N, ...). Only what the recipe can draw."""
     start = np.stack([draws["top"], draws["left"]], axis=1).astype(np.float32)
     given: dict[str, np.ndarray] = {
         "start": start,
@@ -257,13 +257,13 @@ def _arguments(recipe: Recipe, view: int, draws: np.ndarray) -> dict[str, np.nda
 
 
 def _inputs(recipe: Recipe, view: int) -> dict[str, tuple[Any, int]]:
-    """The type of each input and its dimensions for one sample."""
+    """Return the type of each input and its dimensions for one sample."""
     given = _arguments(recipe, view, np.zeros(1, dtype=DRAW))
     return {name: (_TYPES[values.dtype], values.ndim - 1) for name, values in given.items()}
 
 
 def _slots(order: np.ndarray) -> np.ndarray:
-    """The parts of the jitter, of orders (N, 4), in the slots before and after hue: int32 (2 * SLOTS, N), -1 where nothing is."""
+    """Return the parts of the jitter, of orders (N, 4), by slot before and after hue: int32 (2 * SLOTS, N), -1 where nothing is."""
     out = np.full((2 * SLOTS, len(order)), _NONE, dtype=np.int32)
     hue = (order == _HUE).argmax(axis=1)
     for place in range(order.shape[1]):

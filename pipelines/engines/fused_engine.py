@@ -23,7 +23,7 @@ from pipelines.kernels.decode import decode_array, decode_rgb
 
 
 def cut(pixels: np.ndarray, draw: np.void) -> np.ndarray:
-    """The crop of a draw, (h, w, C), not copied."""
+    """Return the crop of a draw, (h, w, C), not copied."""
     top, left = int(draw["top"]), int(draw["left"])
     return pixels[top : top + int(draw["height"]), left : left + int(draw["width"])]
 
@@ -53,7 +53,7 @@ class FusedEngine:
         self.render(self.decode(data), draws, out)
 
     def decode(self, data: memoryview) -> np.ndarray:
-        """The pixels of an image, (H, W, C), uint8 unless it is an array of another type; RuntimeError where it does not decode."""
+        """Return the pixels of an image, (H, W, C), uint8 but for other arrays. Raise RuntimeError where it does not decode."""
         pixels = decode_array(data, len(self.recipe.mean))
         return decode_rgb(data).permute(1, 2, 0).numpy() if pixels is None else pixels
 
@@ -95,7 +95,7 @@ class FusedEngine:
             deep_kernels.complete(view, draws, index, *rest, out[index])
 
     def _spare(self, size: int) -> np.ndarray:
-        """Scratch planes of this thread, uint8 (2, S, S)."""
+        """Return the scratch planes of this thread, uint8 (2, S, S)."""
         planes = self._local.__dict__.setdefault("planes", {})
         if size not in planes:
             planes[size] = np.empty((2, size, size), dtype=np.uint8)

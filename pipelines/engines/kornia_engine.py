@@ -67,7 +67,7 @@ class KorniaEngine(BatchEngine):
         return [self.erase(view, of_view) for view, of_view in zip(views, draws, strict=True)]
 
     def _view(self, items: Sequence[np.ndarray], draws: np.ndarray, size: int) -> Tensor:
-        """One view of some images: float32 (N, 3, S, S), normalised."""
+        """Return one view of some images: float32 (N, 3, S, S), normalised."""
         x = self._crop(items, draws, size)
         self._jitter(x, draws)
         for picked in self._where(draws["gray"] > 0):
@@ -115,7 +115,7 @@ class KorniaEngine(BatchEngine):
                     x[picked] = adjust(x[picked], self._tensor(draws[JITTER[part]][chosen]))
 
     def _where(self, chosen: np.ndarray) -> Iterator[Tensor]:
-        """The numbers of the chosen samples as one index, or nothing where there are none."""
+        """Return the numbers of the chosen samples as one index, or nothing where there are none."""
         if chosen.any():
             yield self._place(np.flatnonzero(chosen))
 
@@ -169,7 +169,7 @@ def _alone(others: int) -> None:
 
 
 def _cut(pixels: np.ndarray, draw: np.void, size: int) -> np.ndarray:
-    """The crop of an image, uint8 (H, W, 3).
+    """Return the crop of an image, uint8 (H, W, 3).
 
     A crop of twice the view's side or more is first averaged in whole blocks, because bilinear sampling would leave out pixels.
     """

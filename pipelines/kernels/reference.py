@@ -184,7 +184,7 @@ def _deep_blur(image: np.ndarray, draw: np.void, target: Target) -> np.ndarray:
 
 
 def _box_kernel(sigma: float) -> np.ndarray:
-    """A box filter with a third of the variance sigma^2: whole pixels, and at both ends a share (Gwosdek et al. 2011)."""
+    """Return a box filter with a third of the variance sigma^2: whole pixels, and at both ends a share (Gwosdek et al. 2011)."""
     variance = sigma * sigma / 3
     whole = int((np.sqrt(12 * variance + 1) - 1) / 2)
     share = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))

@@ -30,7 +30,7 @@ class Form:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """PyTorch's name for the layout."""
+        """Return PyTorch's name for the layout."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
@@ -48,12 +48,12 @@ class CropOptions:
 
     @property
     def channels(self) -> int:
-        """C: without a gain 3."""
+        """Return C; without a gain 3."""
         return 3 if self.gain is None else len(self.gain)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the views between the steps."""
+        """Return the type of the views between the steps."""
         return torch.uint8 if self.gain is None else torch.float32
 
 
@@ -127,7 +127,7 @@ def pack(
 
 @lru_cache(maxsize=64)
 def _layout(count: int) -> tuple[dict[str, tuple[str, int, int]], int]:
-    """Where the arrays of `count` views lie in one buffer: element type, columns, first element of each; and the buffer's bytes."""
+    """Return where the arrays of `count` views lie in a buffer (type, columns, first element of each), and the buffer's bytes."""
     columns = {
         "int64": {"source": 7, "blurred": 1, "boxes": 3, "noise_seed": 1, "erase_seed": 1},
         "float32": {"jitter": 4, "noise_std": 1},

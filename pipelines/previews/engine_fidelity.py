@@ -41,7 +41,7 @@ class Difference:
 
 
 def classify(mean_levels: float) -> str:
-    """The class of an engine whose whole recipe differs by so many levels on average: exact (0.5), close (2) or approximate."""
+    """Return the class of an engine whose whole recipe differs by so many levels on average: exact (0.5), close (2) or approximate."""
     return next((name for bound, name in _CLASSES if mean_levels <= bound), "approximate")
 
 
@@ -108,7 +108,7 @@ class _Pair:
         self._reference = make_engine("reference", recipe)
 
     def difference(self, images: Sequence[bytes], draws: np.ndarray) -> Difference:
-        """Of all views: DRAW records (V, N) of N images."""
+        """Return the difference over all views of N images, by DRAW records (V, N)."""
         shares = []
         wanted, made = self._views(self._reference, images, draws), self._views(self._engine, images, draws)
         for expected, view in zip(wanted, made, strict=True):
@@ -117,7 +117,7 @@ class _Pair:
         return Difference(float(levels.mean()), float(np.quantile(levels, 0.99)), float(levels.max()))
 
     def _views(self, engine, images: Sequence[bytes], draws: np.ndarray) -> list[np.ndarray]:
-        """The views, float32 (N, 3, S, S) each."""
+        """Return the views, float32 (N, 3, S, S) each."""
         from pipelines.engines.batch_engine import BatchEngine
 
         if isinstance(engine, BatchEngine):
@@ -131,7 +131,7 @@ class _Pair:
 
 
 def encode(pixels: np.ndarray) -> bytes:
-    """Pixels uint8 (H, W, 3) as a PNG."""
+    """Return pixels uint8 (H, W, 3) as a PNG."""
     return _encode(Image.fromarray(pixels))
 
 
