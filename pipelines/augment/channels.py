@@ -1,7 +1,7 @@
 """Images of any number of channels and any depth: which number, what [0, 1] means, and which operations are defined for them.
 
 Crops, flips, turns, blur, solarise, noise, erasing and brightness act on each channel by itself. Contrast moves towards the mean of
-the grey version, which is luma for three channels and the mean of the channels otherwise. Saturation, hue and greyscale need red,
+the gray version, which is luma for three channels and the mean of the channels otherwise. Saturation, hue and grayscale need red,
 green and blue: with other channels a recipe that has them is refused before the run starts.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.augment.operations import OPERATIONS
 from pipelines.augment.recipe import IMAGENET_MEAN, IMAGENET_STD, Recipe
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
@@ -22,7 +23,7 @@ LOW, HIGH = "p1", "p99"  # of the manifest, for data.value_range percentiles
 
 
 def num_channels(shards: ShardSet) -> int:
-    """Channels of the views: 3 for images of 1 and 3 (grey is repeated), else the number that all images have."""
+    """Return the channels of the views: 3 for images of 1 and 3 (gray is repeated), else the number that all images have."""
     found = shards.manifest.channels
     if set(found) <= {1, 3}:
         return 3
@@ -35,7 +36,7 @@ def num_channels(shards: ShardSet) -> int:
 
 
 def fit_recipe(recipe: Recipe, shards: ShardSet, value_range: str = "type") -> Recipe:
-    """The recipe with mean, std and value range for the channels of a data set.
+    """Return the recipe with mean, std and value range for the channels of a data set.
 
     Mean and std stay as they are where there are as many as channels; otherwise, or with percentiles, those that nobody changed from
     ImageNet's come from the manifest. A recipe that has its value range keeps it: evaluation uses that of the training.
@@ -73,22 +74,24 @@ def fit_recipe(recipe: Recipe, shards: ShardSet, value_range: str = "type") -> R
 
 
 def is_deep(pixels: np.ndarray, recipe: Recipe) -> bool:
-    """Whether an image (H, W, C) is worked on in floats: all but 8 bits in three channels and over their full range."""
+    """Return whether an image (H, W, C) is worked on in floats: all but 8 bits in three channels and over their full range."""
     return not eight_bit_rgb(pixels.dtype, pixels.shape[2], recipe)
 
 
 def eight_bit_rgb(dtype: np.dtype, channels: int, recipe: Recipe) -> bool:
-    """Whether images of this kind are worked on in 8 bits."""
+    """Return whether images of this kind are worked on in 8 bits."""
     return dtype == np.uint8 and channels == 3 and not recipe.value_low
 
 
 def check_operations(recipe: Recipe) -> None:
-    """UserError where a recipe draws operations that are not defined for its number of channels."""
+    """Raise UserError where a recipe draws operations that are not defined for its number of channels."""
     channels = len(recipe.mean)
-    views = range(recipe.total_views)
-    colours = {name: max(recipe.reach(name, view) for view in views) for name in ("saturation", "hue")}
-    colours["gray_p"] = max(recipe.values("gray_p"))
-    drawn = [name for name, strength in colours.items() if strength > 0]
+    drawn = [
+        name
+        for operation in OPERATIONS.values()
+        for name, reach in operation.rgb.items()
+        if any(reach(recipe, view) > 0 for view in range(recipe.total_views))
+    ]
     if channels == 3 or not drawn:
         return
     flags = " ".join(f"--recipe.{name.replace('_', '-')} 0" for name in drawn)
@@ -99,14 +102,14 @@ def check_operations(recipe: Recipe) -> None:
 
 
 def gain_and_offset(recipe: Recipe, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels of `dtype` are in [0, 1] as pixel * gain + offset, clamped; float32 (C,) each."""
+    """Return gain and offset, float32 (C,) each: pixels of `dtype` are in [0, 1] as pixel * gain + offset, clamped."""
     low = np.array(recipe.value_low or (0.0,) * len(recipe.mean))
     span = np.array(recipe.value_high or (1.0,) * len(recipe.mean)) - low
     return (1 / (FULL[dtype.name] * span)).astype(np.float32), (-low / span).astype(np.float32)
 
 
 def _normalised(recipe: Recipe, facts: dict[str, Any], channels: int) -> Recipe:
-    """Mean and std of the data set's channels, in the recipe's value range."""
+    """Return mean and std of the data set's channels, in the recipe's value range."""
     low = np.array(recipe.value_low or (0.0,) * channels)
     span = np.array(recipe.value_high or (1.0,) * channels) - low
     mean = (np.array(_spread(facts["mean"], channels)) - low) / span
@@ -125,7 +128,7 @@ def _only(shards: ShardSet) -> dict[str, Any]:
 
 
 def _joined(shards: ShardSet, channels: int) -> dict[str, Any]:
-    """Mean and std of all images with this number of channels, whatever their types."""
+    """Return mean and std of all images with this number of channels, whatever their types."""
     found = [f for key, f in shards.manifest.statistics.items() if key.endswith(f"/{channels}")]
     share = np.array([f["pixels"] for f in found], dtype=np.float64)[:, None]
     share /= share.sum()
@@ -135,7 +138,7 @@ def _joined(shards: ShardSet, channels: int) -> dict[str, Any]:
 
 
 def _spread(values: Any, channels: int) -> list[float]:
-    """One value a channel; grey ones are repeated."""
+    """Return one value a channel; gray ones are repeated."""
     return [float(v) for v in values] if len(values) == channels else [float(values[0])] * channels
 
 

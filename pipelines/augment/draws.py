@@ -7,53 +7,32 @@ the rank count, the engine or the point of resume.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
 from numba import njit
 
+from pipelines.augment.operations import OPERATIONS, POINTWISE, draw_fields
 from pipelines.augment.recipe import Recipe
 from shards.hashing import PART, fold, hash_key, mix64, uniform
 
 # One record says all that an engine has to do to make one view of one image.
-DRAW = np.dtype(
-    [
-        ("top", np.int32),  # crop box, pixels of the decoded image
-        ("left", np.int32),
-        ("height", np.int32),
-        ("width", np.int32),
-        ("jitter", np.uint8),  # 1: apply the four parts below in `order`
-        ("order", np.uint8, (4,)),  # 0 brightness, 1 contrast, 2 saturation, 3 hue, as in torchvision
-        ("brightness", np.float32),  # factors, 1 leaves the image as it is
-        ("contrast", np.float32),
-        ("saturation", np.float32),
-        ("hue", np.float32),  # shift in turns, 0 leaves the image as it is
-        ("gray", np.uint8),
-        ("sigma", np.float32),  # blur in pixels of the view, 0: none
-        ("solarize", np.uint8),
-        ("hflip", np.uint8),
-        ("vflip", np.uint8),
-        ("turns", np.uint8),  # quarter turns counter-clockwise, 0..3
-        ("noise_std", np.float32),  # pixels in [0, 1], 0: none
-        ("noise_seed", np.uint64),
-        ("erase_top", np.int32),  # the rectangle erased, pixels of the finished view; height 0: none
-        ("erase_left", np.int32),
-        ("erase_height", np.int32),
-        ("erase_width", np.int32),
-        ("erase_seed", np.uint64),  # of the numbers that fill it where recipe.erase_value is random
-    ]
-)
+DRAW = np.dtype(draw_fields())
 
 CROP_TRIES = 10  # torchvision's RandomResizedCrop gives up after ten boxes that do not fit
 _ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)
-# Counters of the random numbers of one (sample, view). Fixed for ever: changing one changes what old runs saw.
-_AREA, _RATIO, _TOP, _LEFT = 0, 16, 32, 48  # + number of the try
-_JITTER, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAY = 64, 65, 66, 67, 68, 69, 70
-_BLUR, _SIGMA, _SOLARIZE, _HFLIP, _VFLIP, _TURNS = 71, 72, 73, 74, 75, 76
-_NOISE, _NOISE_STD, _NOISE_SEED, _ERASE, _ERASE_SEED = 77, 78, 79, 80, 81
+# Counters of the random numbers of one (sample, view), as the table of operations states them.
+_COUNTERS = {name: operation.counters for name, operation in OPERATIONS.items()}
+_AREA, _RATIO, _TOP, _LEFT = _COUNTERS["crop"][::16]  # + number of the try
+_JITTER, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = _COUNTERS["jitter"]
+(_GRAY,), (_BLUR, _SIGMA), (_SOLARIZE,) = (_COUNTERS[name] for name in ("gray", "blur", "solarize"))
+(_HFLIP,), (_VFLIP,), (_TURNS,) = (_COUNTERS[name] for name in ("hflip", "vflip", "turn"))
+_NOISE, _NOISE_STD, _NOISE_SEED = _COUNTERS["noise"]
+_ERASE, _ERASE_SEED, *_OF_TRIES = _COUNTERS["erase"]
+_ERASE_AREA, _ERASE_RATIO, _ERASE_TOP, _ERASE_LEFT = _OF_TRIES[::16]  # + number of the try
 # Those of which a view has one number.
 _SINGLE = range(_JITTER, _NOISE_STD + 1)
-_ERASE_AREA, _ERASE_RATIO, _ERASE_TOP, _ERASE_LEFT = 96, 112, 128, 144  # + number of the try
 
 
 def draw(
@@ -80,7 +59,7 @@ def draw(
 
 
 def eval_draws(recipe: Recipe, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """The one fixed view used for evaluation: a centred square of `recipe.eval_crop` of the shorter side, nothing else.
+    """Return the one fixed view used for evaluation: a centred square of `recipe.eval_crop` of the shorter side, nothing else.
 
     Resizing that square straight to `recipe.size` equals resizing the shorter side to size / eval_crop and cropping the centre, up to
     rounding.
@@ -125,11 +104,8 @@ def _draw_views(
 ) -> None:
     """Fill `out` (V, N) from keys, widths and heights (V, N)."""
     u = dict(zip(_SINGLE, _uniforms(key, _SINGLE), strict=True))
-    views = range(recipe.total_views)
-
-    def setting(name: str) -> np.ndarray:
-        """One value a view, (V, 1)."""
-        return np.array([recipe.per_view(name, view) for view in views])[:, None]
+    views, numbers = range(recipe.total_views), _Numbers(recipe, key)
+    setting = numbers.setting
 
     def between(counter: int, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
         return low + (high - low) * u[counter]
@@ -155,6 +131,28 @@ def _draw_views(
     if recipe.erase_p:
         for view in views:
             _random_erasing(recipe, recipe.side(view), key[view], out[view])
+    for name, operation in POINTWISE.items():
+        if OPERATIONS[name].possible(recipe):
+            for field, values in operation.draw(recipe, numbers).items():
+                out[field] = values
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """The random numbers of some samples; an `operation.RandomNumbers`."""
+
+    recipe: Recipe
+    key: np.ndarray  # uint64 (V, N)
+
+    def uniform(self, counter: int) -> np.ndarray:
+        """Return the numbers of one counter: float64 (V, N) in [0, 1)."""
+        return _uniforms(self.key, (counter,))[0]
+
+    def setting(self, name: str) -> np.ndarray:
+        """Return the values of a setting: float64 (V, 1)."""
+        return np.array([self.recipe.per_view(name, view) for view in range(self.recipe.total_views)])[
+            :, None
+        ]
 
 
 def _random_resized_crop(

@@ -14,7 +14,10 @@ NOISE_LEVELS = 4096  # 16 KiB as float32: stays in a first-level cache
 
 @cache
 def noise_table() -> np.ndarray:
-    """The quantiles of N(0, 1) at (i + 1/2) / 4096, scaled to a variance of exactly 1; float32 (4096,), read-only, within +-3.7."""
+    """Return the quantiles of N(0, 1) at (i + 1/2) / 4096, scaled to a variance of exactly 1: float32 (4096,), read-only.
+
+    They lie within +-3.7.
+    """
     quantiles = np.array([NormalDist().inv_cdf((i + 0.5) / NOISE_LEVELS) for i in range(NOISE_LEVELS)])
     table = (quantiles / np.sqrt(np.mean(quantiles**2))).astype(np.float32)
     table.setflags(write=False)
@@ -22,7 +25,7 @@ def noise_table() -> np.ndarray:
 
 
 def unit_noise(seed: int, count: int) -> np.ndarray:
-    """Element e of the noise with this seed, e = 0 .. count - 1, in the order of a (C, H, W) view; float32 (count,), std 1.
+    """Return the noise of a seed, in the order of a (C, H, W) view: float32 (count,), standard deviation 1.
 
     One 64-bit hash serves four elements, 16 bits each, of which the top 12 choose the quantile.
     """

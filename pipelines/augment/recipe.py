@@ -1,8 +1,7 @@
 """An augmentation recipe as frozen data, and the published presets.
 
 A recipe says *what* may happen to an image; `pipelines.augment.draws` decides what does happen to one sample, and an engine applies
-it. Order of the operations, the same in every engine: crop and resize, colour jitter (its four parts in the drawn order),
-greyscale, blur, solarise, horizontal flip, vertical flip, quarter turns, noise, normalise, erase a rectangle.
+it, in the order of `pipelines.augment.operations`.
 
 With multi-crop a recipe makes two groups of views: `num_views` global ones of side `size`, then `local_views` local ones of side
 `local_size`, which cover less of the image.
@@ -11,20 +10,15 @@ With multi-crop a recipe makes two groups of views: `num_views` global ones of s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Literal
 
+from pipelines.augment.operations import JITTER, PER_VIEW, POINTWISE
 from shards.errors import UserError, nearest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-JITTER = (
-    "brightness",
-    "contrast",
-    "saturation",
-    "hue",
-)  # the settings of how far each part of colour jitter moves
 PerView = float | tuple[float, ...]
 
 
@@ -61,11 +55,13 @@ class Recipe:
     hue: PerView = 0.1
     """Hue shift is drawn from [-x, x], in turns of the colour circle, at most 0.5; as for brightness."""
     gray_p: PerView = 0.2
-    """Probability of turning to greyscale; one value, or several, as for blur_p."""
+    """Probability of turning to grayscale; one value, or several, as for blur_p."""
     blur_p: tuple[float, ...] = (1.0, 0.1)
     """Probability of Gaussian blur: one value for all views, or one per view, or one per global view and one for all local ones."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur, in pixels of the view: least, most."""
+    channel_drop_p: PerView = 0.0
+    """Probability that one channel, each equally likely, becomes 0 (before normalisation); one value, or several, as for blur_p."""
     solarize_p: tuple[float, ...] = (0.0, 0.2)
     """Probability of inverting every value of 128 (of 255) and above: as many values as for blur_p."""
     hflip_p: float = 0.5
@@ -111,18 +107,17 @@ class Recipe:
         for name in ("crop_ratio", "erase_ratio"):
             low, high = getattr(self, name)
             need(0 < low <= high, name, "two ratios, 0 < least <= most")
-        for name in ("hflip_p", "vflip_p", "noise_p", "erase_p"):
-            need(0 <= getattr(self, name) <= 1, name, "a probability between 0 and 1")
+        for name in (field.name for field in fields(self) if field.name.endswith("_p")):
+            rule = "probabilities between 0 and 1" if name in PER_VIEW else "a probability between 0 and 1"
+            need(all(0 <= p <= 1 for p in self.values(name)), name, rule)
         counts = f"one value, or {self.total_views} (one per view)"
         if self.local_views > 1:
             counts += f", or {self.num_views + 1} (the last for all local views)"
-        for name in ("jitter_p", *JITTER, "gray_p", "blur_p", "solarize_p"):
+        for name in PER_VIEW:
             need(len(self.values(name)) in self._counts(), name, counts)
         need(all(0 <= x <= 0.5 for x in self.values("hue")), "hue", "between 0 and 0.5 turns")
         for name in ("brightness", "contrast", "saturation"):
             need(all(x >= 0 for x in self.values(name)), name, "at least 0")
-        for name in ("jitter_p", "gray_p", "blur_p", "solarize_p"):
-            need(all(0 <= p <= 1 for p in self.values(name)), name, "probabilities between 0 and 1")
         # Above sigma 2 the extended box filter of the CPU kernel would need more than its five taps.
         need(
             0 <= self.blur_sigma[0] <= self.blur_sigma[1] <= 2,
@@ -143,52 +138,55 @@ class Recipe:
             f"above recipe.value_low, {self.value_low}, in every channel",
         )
         need(0 < self.eval_crop <= 1, "eval_crop", "a share above 0 and at most 1")
+        for operation in POINTWISE.values():
+            if operation.check:
+                operation.check(self, need)
 
     @property
     def total_views(self) -> int:
-        """Global and local views together."""
+        """Return the number of global and local views together."""
         return self.num_views + self.local_views
 
     def side(self, view: int) -> int:
-        """Side of view number `view`, in pixels."""
+        """Return the side of view number `view`, in pixels."""
         return self.size if view < self.num_views else self.local_size
 
     def scale(self, view: int) -> tuple[float, float]:
-        """Share of the image's area that the crop of view number `view` covers: least, most."""
+        """Return the share of the image's area that the crop of view number `view` covers: least, most."""
         return self.crop_scale if view < self.num_views else self.local_crop_scale
 
     def groups(self) -> list[range]:
-        """The numbers of the global views, and of the local ones where there are any."""
+        """Return the numbers of the global views, and of the local ones where there are any."""
         ranges = range(self.num_views), range(self.num_views, self.total_views)
         return [views for views in ranges if views]
 
     def erased(self) -> tuple[float, ...]:
-        """What erased pixels become after normalisation, per channel; empty where they become random numbers."""
+        """Return what erased pixels become after normalisation, per channel; empty where they become random numbers."""
         if isinstance(self.erase_value, str):
             return () if self.erase_value == "random" else (0.0,) * len(self.mean)
         return tuple((self.erase_value - m) / s for m, s in zip(self.mean, self.std, strict=True))
 
     def _counts(self) -> set[int]:
-        """How many values a setting with values per view may have."""
+        """Return how many values a setting with values per view may have."""
         return {1, self.total_views, min(self.num_views + 1, self.total_views)}
 
     def values(self, name: str) -> tuple[float, ...]:
-        """The values of a setting that may have several: one, or one per view, or per global view and for all local ones."""
+        """Return the values of a setting that may have several: one, or one per view, or per global view and for all local ones."""
         given = getattr(self, name)
         return given if isinstance(given, tuple) else (given,)
 
     def per_view(self, name: str, view: int) -> float:
-        """The value of such a setting that holds for view number `view`."""
+        """Return the value of such a setting that holds for view number `view`."""
         values = self.values(name)
         return values[min(view, len(values) - 1)]
 
     def strengths(self, view: int) -> tuple[float, float, float, float]:
-        """The settings of `JITTER` that hold for view number `view`."""
+        """Return the settings of `JITTER` that hold for view number `view`."""
         brightness, contrast, saturation, hue = (self.per_view(name, view) for name in JITTER)
         return brightness, contrast, saturation, hue
 
     def reach(self, name: str, view: int) -> float:
-        """How far a part of `JITTER` may move in view number `view`: 0 where there is no jitter."""
+        """Return how far a part of `JITTER` may move in view number `view`: 0 where there is no jitter."""
         return self.per_view(name, view) if self.per_view("jitter_p", view) > 0 else 0.0
 
 
@@ -270,7 +268,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 
 def get_recipe(name: str) -> Recipe:
-    """The preset called `name`; UserError names the nearest one where there is none."""
+    """Return the preset called `name`. Raise UserError, which names the nearest one, where there is none."""
     if name not in RECIPES:
         raise UserError(f"There is no recipe called '{name}'.{nearest(name, RECIPES)}")
     return RECIPES[name]

@@ -62,22 +62,22 @@ class BatchEngine(ABC):
             view[:] = made[0].cpu().numpy()
 
     def decode(self, data: memoryview) -> np.ndarray:
-        """The pixels of an encoded image, uint8 (H, W, 3); RuntimeError where it does not decode."""
+        """Return the pixels of an encoded image, uint8 (H, W, 3). Raise RuntimeError where it does not decode."""
         return decode_rgb(data).permute(1, 2, 0).numpy()
 
     def load(self, samples: Samples, sample_id: int) -> np.ndarray:
-        """What `render` needs of one sample: its pixels. Called by many threads. Raises Unreadable for a bad sample."""
+        """Return what `render` needs of one sample: its pixels. Called by many threads. Raises Unreadable for a bad sample."""
         return samples.pixels(sample_id)
 
     def prepare(self, data: memoryview) -> np.ndarray:
-        """What `load` would give for an encoded image."""
+        """Return what `load` would give for an encoded image."""
         return self.decode(data)
 
     @abstractmethod
     def render(self, items: Sequence[np.ndarray], draws: np.ndarray) -> list[torch.Tensor]:
-        """The views of what `load` gave, N samples, with DRAW records (V, N): V tensors float32 (N, 3, S, S) on the engine's device.
+        """Return the views of what `load` gave, N samples, with DRAW records (V, N): V tensors float32 (N, 3, S, S).
 
-        Called by up to `workers` threads at a time. Raises BadItems where some samples do not decode.
+        They are on the engine's device. Called by up to `workers` threads at a time. Raises BadItems where some samples do not decode.
         """
 
     def erase(self, view: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
@@ -182,7 +182,7 @@ class BatchSlot(Slot):
         return views, ready
 
     def _lock(self, views: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies in page-locked memory, which is taken once for all batches of a size."""
+        """Return copies in page-locked memory, which is taken once for all batches of a size."""
         if [memory.shape for memory in self._locked] != [view.shape for view in views]:
             self._locked = [pinned_empty(tuple(view.shape), view.dtype) for view in views]
         for memory, view in zip(self._locked, views, strict=True):
@@ -197,7 +197,7 @@ def batch_slots(
     *,
     side_stream: bool = True,
 ) -> SlotMaker:
-    """What gives memory for a stream whose views `engine` makes; all streams share the workers that call it."""
+    """Return a maker of memory for streams whose views `engine` makes; all streams share the workers that call it."""
     worker = ThreadPoolExecutor(engine.workers, thread_name_prefix="engine")
 
     def slots(*, in_chunks: bool = False) -> Sequence[BatchSlot]:

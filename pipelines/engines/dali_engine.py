@@ -21,23 +21,20 @@ from PIL import Image
 
 from pipelines.augment.draws import DRAW
 from pipelines.augment.noise import unit_noise
+from pipelines.augment.operations import JITTER, OPERATIONS, POINTWISE
 from pipelines.augment.recipe import Recipe
 from pipelines.engines.batch_engine import ALONE, BadItems, BatchEngine, BatchOptions
-from pipelines.engines.engine_table import refuse_channels, refuse_unknown
+from pipelines.engines.engine_table import refuse_channels
 from pipelines.kernels import dali_operations
 from pipelines.kernels.decode import decode_rgb
 from pipelines.streaming.cache import Samples, Unreadable
 from shards.errors import UserError
 
-KNOWN = (
-    "top left height width jitter order brightness contrast saturation hue gray sigma solarize hflip vflip"
-)
-KNOWN += " turns noise_std noise_seed erase_top erase_left erase_height erase_width erase_seed"
 # Hue costs most by far and stands once in the graph: up to three parts of the jitter come before it and up to three after.
 SLOTS = 3
-_HUE = 3  # its number in DRAW's `order`
+_HUE = JITTER.index("hue")  # its number in DRAW's `order`
 _NONE = -1
-_BLENDS = ("brightness", "contrast", "saturation")  # 0, 1, 2 in `order`
+_BLENDS = JITTER[:_HUE]  # 0, 1, 2 in `order`
 HARDWARE_SHARE = 0.9  # of the images that a JPEG engine of the GPU decodes, where it has one
 fn = dali_operations.fn
 _FILTERS = {
@@ -59,7 +56,7 @@ class DaliEngine(BatchEngine):
     foreign_memory = True
 
     def __init__(self, recipe: Recipe, options: BatchOptions = ALONE):
-        """Raises UserError where the recipe has other than three channels."""
+        """Raise UserError where the recipe has other than three channels."""
         refuse_channels("dali", recipe)
         super().__init__(recipe)
         self._options = options
@@ -80,8 +77,8 @@ class DaliEngine(BatchEngine):
         try:
             with Image.open(io.BytesIO(data)) as header:
                 size = header.size
-        except (OSError, SyntaxError, ValueError) as fault:
-            raise Unreadable(str(fault)) from fault
+        except (OSError, SyntaxError, ValueError) as error:
+            raise Unreadable(str(error)) from error
         if size != wanted:
             raise Unreadable(f"it is {size[0]} x {size[1]}, but {wanted[0]} x {wanted[1]} in the table")
         return self.prepare(data)
@@ -92,7 +89,8 @@ class DaliEngine(BatchEngine):
 
     def render(self, items: Sequence[np.ndarray], draws: np.ndarray) -> list[torch.Tensor]:
         """As `BatchEngine.render`."""
-        refuse_unknown("dali", draws, KNOWN)
+        asked = [name for name in POINTWISE if (draws[OPERATIONS[name].switch] > 0).any()]
+        assert not asked, f"the graph has no {asked}: make_engine refuses recipes that draw it"
         inputs: dict[str, Any] = {"encoded": list(items)}
         for view, of_view in enumerate(draws):
             for name, values in _arguments(self.recipe, view, of_view).items():
@@ -104,9 +102,9 @@ class DaliEngine(BatchEngine):
                 with self._building:
                     pipeline = self._build(len(items))
             made = pipeline.run(stream, **inputs)
-        except RuntimeError as fault:
+        except RuntimeError as error:
             pipeline = None  # one that failed cannot be used again
-            raise _faults(items, fault) from fault
+            raise _errors(items, error) from error
         finally:
             self._idle.put(pipeline)
         views = [torch.from_dlpack(output.as_tensor()) for output in made]
@@ -131,7 +129,7 @@ class DaliEngine(BatchEngine):
 
 @pipeline_def(enable_conditionals=True)
 def _graph(recipe: Recipe, inputs: list[dict[str, tuple[Any, int]]], gpu: bool, largest: tuple[int, int]):
-    """The graph of a recipe: `if` of an input is a conditional of DALI, every other `if` is Python's.
+    """Return the graph of a recipe: `if` of an input is a conditional of DALI, every other `if` is Python's.
 
     Args:
         inputs: of each view, the type and number of dimensions of each input by name; an operation without its input is left out.
@@ -164,7 +162,7 @@ def _graph(recipe: Recipe, inputs: list[dict[str, tuple[Any, int]]], gpu: bool, 
 
 
 def _view(images: Any, recipe: Recipe, size: int, given: dict[str, Any]) -> Any:
-    """One view of every image: float32 (3, S, S), normalised."""
+    """Return one view of every image: float32 (3, S, S), normalised."""
     # The filter is stretched by the scale, as Pillow's and torchvision's is; only at the border does it see beyond the box.
     image = fn.resize(
         images,
@@ -219,13 +217,14 @@ def _blend(image: Any, given: dict[str, Any], slot: int, size: int) -> Any:
 
 
 def _arguments(recipe: Recipe, view: int, draws: np.ndarray) -> dict[str, np.ndarray]:
-    """What DRAW records (N,) mean as inputs of the graph, by name: arrays (N, ...). Only what the recipe can draw."""
+    """Return what DRAW records (N,) mean as inputs of the graph, by name: arrays (N, ...). Only what the recipe can draw."""
     start = np.stack([draws["top"], draws["left"]], axis=1).astype(np.float32)
     given: dict[str, np.ndarray] = {
         "start": start,
         "end": start + np.stack([draws["height"], draws["width"]], axis=1).astype(np.float32),
     }
-    if recipe.per_view("jitter_p", view) > 0:
+    meets = {name: operation.reach(recipe, view) > 0 for name, operation in OPERATIONS.items()}
+    if meets["jitter"]:
         jitter = draws["jitter"] > 0
         # Whole levels, as in Pillow's HSV, whose bytes wrap around.
         levels = np.trunc(draws["hue"] * 255).astype(np.int16).astype(np.uint8)
@@ -234,19 +233,19 @@ def _arguments(recipe: Recipe, view: int, draws: np.ndarray) -> dict[str, np.nda
             factor = np.choose(part, [draws[name] for name in _BLENDS], mode="clip")
             given[f"blended{slot}"] = jitter & (part != _NONE)
             given[f"taps{slot}"], given[f"of_mean{slot}"] = dali_operations.blend_taps(part, factor)
-    if recipe.per_view("gray_p", view) > 0:
+    if meets["gray"]:
         given["gray"] = draws["gray"] > 0
-    if recipe.per_view("blur_p", view) > 0:
+    if meets["blur"]:
         given |= {"blurred": draws["sigma"] > 0, "taps": dali_operations.blur_taps(draws["sigma"])}
-    if recipe.per_view("solarize_p", view) > 0:
+    if meets["solarize"]:
         given["solarize"] = draws["solarize"] > 0
     transposed, horizontal, vertical = dali_operations.symmetry(draws)
     given["horizontal"] = horizontal
-    if recipe.quarter_turns:
+    if meets["turn"]:
         given["transposed"] = transposed
-    if recipe.quarter_turns or recipe.vflip_p > 0:
+    if meets["turn"] or meets["vflip"]:
         given["vertical"] = vertical
-    if recipe.noise_p > 0:
+    if meets["noise"]:
         given["noisy"] = draws["noise_std"] > 0
         size = recipe.side(view)
         shape = (len(draws), 3, size, size)
@@ -258,13 +257,13 @@ def _arguments(recipe: Recipe, view: int, draws: np.ndarray) -> dict[str, np.nda
 
 
 def _inputs(recipe: Recipe, view: int) -> dict[str, tuple[Any, int]]:
-    """The type of each input and its dimensions for one sample."""
+    """Return the type of each input and its dimensions for one sample."""
     given = _arguments(recipe, view, np.zeros(1, dtype=DRAW))
     return {name: (_TYPES[values.dtype], values.ndim - 1) for name, values in given.items()}
 
 
 def _slots(order: np.ndarray) -> np.ndarray:
-    """The parts of the jitter, of orders (N, 4), in the slots before and after hue: int32 (2 * SLOTS, N), -1 where nothing is."""
+    """Return the parts of the jitter, of orders (N, 4), by slot before and after hue: int32 (2 * SLOTS, N), -1 where nothing is."""
     out = np.full((2 * SLOTS, len(order)), _NONE, dtype=np.int32)
     hue = (order == _HUE).argmax(axis=1)
     for place in range(order.shape[1]):
@@ -274,17 +273,17 @@ def _slots(order: np.ndarray) -> np.ndarray:
     return out
 
 
-def _faults(items: Sequence[np.ndarray], fault: RuntimeError) -> Exception:
-    """Which items of a batch that DALI could not make do not decode; UserError where all do."""
-    faults: dict[int, str] = {}
+def _errors(items: Sequence[np.ndarray], error: RuntimeError) -> Exception:
+    """Return which items of a batch that DALI could not make do not decode; UserError where all do."""
+    errors: dict[int, str] = {}
     for i, item in enumerate(items):
         try:
             decode_rgb(item.data)
         except RuntimeError as reason:
-            faults[i] = str(reason)
-    if faults:
-        return BadItems(faults)
-    words = " ".join(str(fault).split())
+            errors[i] = str(reason)
+    if errors:
+        return BadItems(errors)
+    words = " ".join(str(error).split())
     return UserError(
         f"DALI cannot make this batch, although its images decode: {words[:300]}. Choose --data.engine fused."
     )

@@ -7,12 +7,13 @@ also callable for one image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
+from pipelines.augment.operations import OPERATIONS, POINTWISE
 from shards.errors import UserError, nearest
 
 if TYPE_CHECKING:  # the command line asks for the names only, and must not wait for torch
@@ -23,13 +24,17 @@ if TYPE_CHECKING:  # the command line asks for the names only, and must not wait
     from shards.dataset.shard_set import ShardSet
 
 EngineName = Literal["fused", "dali", "kornia", "reference"]
+# The operations that every engine has in its own way. Those of files of their own are called from there, but are no nodes of DALI.
+_FUSED = frozenset(
+    ["crop", "jitter", "gray", "blur", "solarize", "hflip", "vflip", "turn", "noise", "normalize", "erase"]
+)
 
 
 class ImageEngine(Protocol):
     """An engine that makes views one image at a time; a `stream.Renderer`."""
 
     def decode(self, data: memoryview) -> np.ndarray:
-        """The pixels (H, W, C) of an encoded image; RuntimeError where it does not decode."""
+        """Return the pixels (H, W, C) of an encoded image; RuntimeError where it does not decode."""
         ...
 
     def render(self, pixels: np.ndarray, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
@@ -52,6 +57,8 @@ class _Place:
     whole_batches: bool = False
     needs: str = ""
     """The package that it needs beyond torch, and how to install it."""
+    operations: frozenset[str] = _FUSED | frozenset(POINTWISE)
+    """The operations that it has, by their names in OPERATIONS; a recipe with any other is refused."""
 
 
 _PLACES: Mapping[str, _Place] = MappingProxyType(
@@ -62,6 +69,7 @@ _PLACES: Mapping[str, _Place] = MappingProxyType(
             "DaliEngine",
             True,
             "NVIDIA DALI (pip install nvidia-dali-cuda120)",
+            _FUSED,
         ),
         "kornia": _Place(
             "pipelines.engines.kornia_engine", "KorniaEngine", True, "Kornia (pip install kornia)"
@@ -72,17 +80,22 @@ _PLACES: Mapping[str, _Place] = MappingProxyType(
 
 
 def engine_names() -> list[str]:
-    """The engines of this version, the default first."""
+    """Return the engines of this version, the default first."""
     return [name for name in get_args(EngineName) if name in _PLACES]
 
 
 def whole_batches(name: str) -> bool:
-    """Whether that engine is a `batch_engine.BatchEngine`. UserError for an unknown name."""
+    """Return whether that engine is a `batch_engine.BatchEngine`. UserError for an unknown name."""
     return _place(name).whole_batches
 
 
+def operations_of(name: str) -> frozenset[str]:
+    """Return the operations that an engine has, by their names in OPERATIONS. Raise UserError for an unknown name."""
+    return _place(name).operations
+
+
 def make_engine(name: str, recipe: Recipe, options: BatchOptions | None = None) -> ImageEngine | BatchEngine:
-    """The engine called `name`.
+    """Return the engine called `name`.
 
     Args:
         options: how it works; only for those of `whole_batches`.
@@ -91,14 +104,15 @@ def make_engine(name: str, recipe: Recipe, options: BatchOptions | None = None) 
         UserError: no engine has that name, its package is not installed, or it cannot make the recipe's views.
     """
     place = _place(name)
+    refuse_operations(name, recipe, place.operations)
     try:
         engine: Any = getattr(import_module(place.module), place.name)
-    except ImportError as fault:
+    except ImportError as error:
         if not place.needs:
             raise
         raise UserError(
-            f"The engine '{name}' needs {place.needs}, which cannot be imported here ({fault}): choose --data.engine fused."
-        ) from fault
+            f"The engine '{name}' needs {place.needs}, which cannot be imported here ({error}): choose --data.engine fused."
+        ) from error
     return engine(recipe) if options is None else engine(recipe, options)
 
 
@@ -109,7 +123,7 @@ def _place(name: str) -> _Place:
 
 
 def refuse_channels(engine: str, recipe: Recipe) -> None:
-    """UserError where the views do not have three channels over their full range, for an engine whose operations mean 8-bit RGB."""
+    """Raise UserError where views do not have three channels over their full range, for an engine whose operations mean 8-bit RGB."""
     if recipe.value_low:
         raise UserError(
             f"The engine '{engine}' takes pixels over the full range of their type, and the recipe has a value range: choose "
@@ -123,7 +137,7 @@ def refuse_channels(engine: str, recipe: Recipe) -> None:
 
 
 def refuse_bicubic(engine: str, recipe: Recipe) -> None:
-    """UserError where a recipe's crops are bicubic, for an engine that samples them bilinearly."""
+    """Raise UserError where a recipe's crops are bicubic, for an engine that samples them bilinearly."""
     if recipe.interpolation != "bilinear":
         raise UserError(
             f"The engine '{engine}' has bilinear crops only: set --recipe.interpolation bilinear, or choose --data.engine fused."
@@ -131,7 +145,7 @@ def refuse_bicubic(engine: str, recipe: Recipe) -> None:
 
 
 def refuse_deep(engine: str, shards: ShardSet) -> None:
-    """UserError where a data set has other than 8-bit images, for an engine that decodes to 8 bits."""
+    """Raise UserError where a data set has other than 8-bit images, for an engine that decodes to 8 bits."""
     others = [kind for kind in shards.manifest.dtypes if kind != "uint8"]
     if others:
         raise UserError(
@@ -140,14 +154,13 @@ def refuse_deep(engine: str, shards: ShardSet) -> None:
         )
 
 
-def refuse_unknown(engine: str, draws: np.ndarray, known: str) -> None:
-    """UserError where DRAW records ask for an operation that an engine does not have; `known`: the fields it has, with spaces.
-
-    A field that is 0 in every record asks for nothing; that is what a draw of an operation that does not happen looks like.
-    """
-    assert draws.dtype.names is not None
-    for name in draws.dtype.names:
-        if name not in known.split() and draws[name].any():
-            raise UserError(
-                f"The engine '{engine}' does not have the operation '{name}' that the recipe asks for: choose --data.engine fused."
-            )
+def refuse_operations(engine: str, recipe: Recipe, has: Collection[str]) -> None:
+    """Raise UserError where a recipe has an operation that is not among those `has` of an engine, by their names in OPERATIONS."""
+    missing = [op for name, op in OPERATIONS.items() if name not in has and op.possible(recipe)]
+    if missing:
+        named = " and ".join(f"'{operation.title}'" for operation in missing)
+        off = " ".join(f"--recipe.{name.replace('_', '-')} 0" for op in missing for name in op.settings[:1])
+        raise UserError(
+            f"The engine '{engine}' does not have the operation {named} that the recipe asks for: choose --data.engine fused, or set "
+            f"{off}."
+        )

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 
 from pipelines.augment.channels import gain_and_offset, is_deep
 from pipelines.augment.noise import noise_table
+from pipelines.augment.pointwise import apply, drawn
 from pipelines.augment.recipe import Recipe
 from pipelines.kernels import cpu_kernels, deep_kernels
 from pipelines.kernels.decode import decode_array, decode_rgb
 
 
 def cut(pixels: np.ndarray, draw: np.void) -> np.ndarray:
-    """The crop of a draw, (h, w, C), not copied."""
+    """Return the crop of a draw, (h, w, C), not copied."""
     top, left = int(draw["top"]), int(draw["left"])
     return pixels[top : top + int(draw["height"]), left : left + int(draw["width"])]
 
@@ -52,7 +53,7 @@ class FusedEngine:
         self.render(self.decode(data), draws, out)
 
     def decode(self, data: memoryview) -> np.ndarray:
-        """The pixels of an image, (H, W, C), uint8 unless it is an array of another type; RuntimeError where it does not decode."""
+        """Return the pixels of an image, (H, W, C), uint8 but for other arrays. Raise RuntimeError where it does not decode."""
         pixels = decode_array(data, len(self.recipe.mean))
         return decode_rgb(data).permute(1, 2, 0).numpy() if pixels is None else pixels
 
@@ -67,38 +68,34 @@ class FusedEngine:
             crop = torch.from_numpy(np.ascontiguousarray(cut(pixels, draw))).permute(2, 0, 1)
             view = F.interpolate(crop[None], (size, size), mode=self.recipe.interpolation, antialias=True)[0]
             view = view.contiguous().numpy()
-            cpu_kernels.make_view(
-                view,
-                draws,
-                index,
-                self._scale,
-                self._bias,
-                self._fill,
-                noise_table(),
-                self._spare(size),
-                out[index],
-            )
+            rest = (self._scale, self._bias, self._fill, noise_table())
+            pointwise = drawn(draw)
+            if not pointwise:
+                cpu_kernels.make_view(view, draws, index, *rest, self._spare(size), out[index])
+                continue
+            cpu_kernels.adjust_colors(view, draws, index, self._spare(size))
+            apply(pointwise, view, draw)
+            cpu_kernels.complete(view, draws, index, *rest, out[index])
 
     def _render_deep(self, pixels: np.ndarray, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
         gain, offset = gain_and_offset(self.recipe, pixels.dtype)
+        cubic = self.recipe.interpolation == "bicubic"
         for index, draw in enumerate(draws):
             crop = cut(pixels, draw)
             image = np.empty((len(gain), *crop.shape[:2]), dtype=np.float32)
             deep_kernels.levels(crop, gain, offset, image)
-            deep_kernels.make_view(
-                image,
-                draws,
-                index,
-                self.recipe.interpolation == "bicubic",
-                self._scale,
-                self._bias,
-                self._fill,
-                noise_table(),
-                out[index],
-            )
+            rest = (self._scale, self._bias, self._fill, noise_table())
+            pointwise = drawn(draw)
+            if not pointwise:
+                deep_kernels.make_view(image, draws, index, cubic, *rest, out[index])
+                continue
+            view = np.empty(out[index].shape, dtype=np.float32)
+            deep_kernels.adjust_colors(image, draws, index, cubic, view)
+            apply(pointwise, view, draw)
+            deep_kernels.complete(view, draws, index, *rest, out[index])
 
     def _spare(self, size: int) -> np.ndarray:
-        """Scratch planes of this thread, uint8 (2, S, S)."""
+        """Return the scratch planes of this thread, uint8 (2, S, S)."""
         planes = self._local.__dict__.setdefault("planes", {})
         if size not in planes:
             planes[size] = np.empty((2, size, size), dtype=np.uint8)

@@ -23,25 +23,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.augment.operations import JITTER
+from pipelines.augment.pointwise import apply_batched, drawn_fields
 from pipelines.augment.recipe import Recipe
 from pipelines.engines.batch_engine import ALONE, BatchEngine, BatchOptions
-from pipelines.engines.engine_table import refuse_bicubic, refuse_channels, refuse_unknown
+from pipelines.engines.engine_table import refuse_bicubic, refuse_channels
 from pipelines.kernels.torch_kernels import unit_noise
 
 # Images worked on at a time. A GPU wants many, bounded by the memory of their padded crops; a core few, which stay in its cache.
 CHUNK = {"cuda": 32, "cpu": 4}
 BLUR_TAPS = 13  # 2 ceil(3 sigma) + 1 for the widest blur, sigma 2
-KNOWN = (
-    "top left height width jitter order brightness contrast saturation hue gray sigma solarize hflip vflip"
-)
-KNOWN += " turns noise_std noise_seed erase_top erase_left erase_height erase_width erase_seed"
 
 
 class KorniaEngine(BatchEngine):
     """The views of a recipe by Kornia's functions."""
 
     def __init__(self, recipe: Recipe, options: BatchOptions = ALONE):
-        """Raises UserError where the recipe has other than three channels, or bicubic crops."""
+        """Raise UserError where the recipe has other than three channels, or bicubic crops."""
         refuse_channels("kornia", recipe)
         refuse_bicubic("kornia", recipe)
         super().__init__(recipe)
@@ -54,7 +52,6 @@ class KorniaEngine(BatchEngine):
 
     def render(self, items: Sequence[np.ndarray], draws: np.ndarray) -> list[Tensor]:
         """As `BatchEngine.render`."""
-        refuse_unknown("kornia", draws, KNOWN)
         sides = [self.recipe.side(view) for view in range(len(draws))]
         views = [torch.empty((len(items), 3, side, side), device=self._device) for side in sides]
 
@@ -70,7 +67,7 @@ class KorniaEngine(BatchEngine):
         return [self.erase(view, of_view) for view, of_view in zip(views, draws, strict=True)]
 
     def _view(self, items: Sequence[np.ndarray], draws: np.ndarray, size: int) -> Tensor:
-        """One view of some images: float32 (N, 3, S, S), normalised."""
+        """Return one view of some images: float32 (N, 3, S, S), normalised."""
         x = self._crop(items, draws, size)
         self._jitter(x, draws)
         for picked in self._where(draws["gray"] > 0):
@@ -81,6 +78,8 @@ class KorniaEngine(BatchEngine):
             x[picked] = kornia.filters.gaussian_blur2d(
                 x[picked], taps, sigma[:, None].expand(-1, 2), "replicate"
             )
+        fields = drawn_fields(draws).items()
+        apply_batched(x, {op: {name: self._place(v) for name, v in of.items()} for op, of in fields})
         for picked in self._where(draws["solarize"] > 0):
             # The first inverted level is 128 of 255; between it and 127 lies the threshold.
             x[picked] = kornia.enhance.solarize(x[picked], 127.5 / 255)
@@ -113,15 +112,18 @@ class KorniaEngine(BatchEngine):
             for part, adjust in enumerate(_PARTS):
                 chosen = (draws["jitter"] > 0) & (draws["order"][:, turn] == part)
                 for picked in self._where(chosen):
-                    x[picked] = adjust(x[picked], self._tensor(draws[_FACTORS[part]][chosen]))
+                    x[picked] = adjust(x[picked], self._tensor(draws[JITTER[part]][chosen]))
 
     def _where(self, chosen: np.ndarray) -> Iterator[Tensor]:
-        """The numbers of the chosen samples as one index, or nothing where there are none."""
+        """Return the numbers of the chosen samples as one index, or nothing where there are none."""
         if chosen.any():
-            yield torch.from_numpy(np.flatnonzero(chosen)).to(self._device, non_blocking=True)
+            yield self._place(np.flatnonzero(chosen))
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.float32)).to(self._device, non_blocking=True)
+        return self._place(values.astype(np.float32))
+
+    def _place(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
 
 
 def resize_each(crops: Sequence[np.ndarray], size: int) -> Tensor:
@@ -167,7 +169,7 @@ def _alone(others: int) -> None:
 
 
 def _cut(pixels: np.ndarray, draw: np.void, size: int) -> np.ndarray:
-    """The crop of an image, uint8 (H, W, 3).
+    """Return the crop of an image, uint8 (H, W, 3).
 
     A crop of twice the view's side or more is first averaged in whole blocks, because bilinear sampling would leave out pixels.
     """
@@ -193,4 +195,3 @@ _PARTS = (
     kornia.enhance.adjust_saturation_with_gray_subtraction,
     _turn_hue,
 )
-_FACTORS = ("brightness", "contrast", "saturation", "hue")

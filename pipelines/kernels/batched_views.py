@@ -51,7 +51,7 @@ class BatchedViews:
         draws: np.ndarray,
         types: np.ndarray,
     ) -> list[Tensor]:
-        """The views, (N, C, S, S) each, of DRAW records (V, N); launches kernels on the device's current stream without waiting.
+        """Return the views, (N, C, S, S) each, of DRAW records (V, N); launch kernels on the device's current stream without waiting.
 
         Args:
             pixels: uint8, the bytes of all images, each (H, W, C); those of other types begin at multiples of their elements' size.
@@ -78,7 +78,7 @@ class BatchedViews:
         return views
 
     def _of_any_type(self, pixels: Tensor, places: np.ndarray, draws: np.ndarray, size: int) -> Tensor:
-        """The views of DRAW records (M,); `places`: integers (3, M), first bytes, widths and types of their images."""
+        """Return the views of DRAW records (M,); `places`: integers (3, M), first bytes, widths and types of their images."""
         types = np.unique(places[2])
         if len(types) == 1:
             return self._of_type(int(types[0]), pixels, places, draws, size)

@@ -2,7 +2,7 @@
 
 A view is planar uint8 (3, S, S) and stays in the second-level cache from the crop to the last step, so each operation is one short
 loop over it that the compiler vectorises. Values are rounded to 8 bits after each operation in the way Pillow rounds, so colour
-jitter (ImageEnhance, the 8-bit HSV of its `convert`), greyscale, solarise and blur equal the reference exactly; the tests demand it.
+jitter (ImageEnhance, the 8-bit HSV of its `convert`), grayscale, solarise and blur equal the reference exactly; the tests demand it.
 Formulas: Pillow 11-13, `Blend.c`, `Convert.c`, `BoxBlur.c` as behaviour, and P. Gwosdek et al. 2011 (extended box filters).
 """
 
@@ -42,7 +42,7 @@ def adjust_brightness(view, factor):
 
 @njit(nogil=True, cache=True)
 def adjust_contrast(view, factor):
-    """Blend with the rounded mean of the view's greyscale version, in place."""
+    """Blend with the rounded mean of the view's grayscale version, in place."""
     r, g, b = view[0].reshape(-1), view[1].reshape(-1), view[2].reshape(-1)
     total = np.uint64(0)
     for i in range(r.size):
@@ -55,7 +55,7 @@ def adjust_contrast(view, factor):
 
 @njit(nogil=True, cache=True)
 def adjust_saturation(view, factor):
-    """Blend each pixel with its own greyscale value, in place."""
+    """Blend each pixel with its own grayscale value, in place."""
     r, g, b = view[0].reshape(-1), view[1].reshape(-1), view[2].reshape(-1)
     for i in range(r.size):
         gray = np.float32(_luma(r[i], g[i], b[i]))
@@ -73,7 +73,7 @@ def adjust_hue(view, shift):
         ir, ig, ib = np.int32(r[i]), np.int32(g[i]), np.int32(b[i])
         top, low = max(ir, max(ig, ib)), min(ir, min(ig, ib))
         span = top - low
-        # Of the channels' distances from the top, in spans, one is 0, one is 1, and the third is `away`. Grey pixels come out right
+        # Of the channels' distances from the top, in spans, one is 0, one is 1, and the third is `away`. Gray pixels come out right
         # with any hue: their saturation is 0.
         away = np.float32(top - (ir + ig + ib - top - low)) / np.float32(max(span, 1))
         if ir == top:
@@ -244,8 +244,8 @@ def finish(view, draw, unit, scale, bias, fill, table, out):
 
 
 @njit(nogil=True, cache=True)
-def make_view(view, draws, index, scale, bias, fill, table, spare, out):
-    """Apply `draws[index]` after its crop to `view` uint8 (3, S, S), which is overwritten, and write float32 (3, S, S) to `out`."""
+def adjust_colors(view, draws, index, spare):
+    """Apply what comes between the crop and the pointwise operations of `draws[index]` to uint8 (3, S, S), in place."""
     draw = draws[index]
     if draw.jitter:
         for slot in range(4):
@@ -262,6 +262,19 @@ def make_view(view, draws, index, scale, bias, fill, table, spare, out):
         to_gray(view)
     if draw.sigma > 0:
         gaussian_blur(view, draw.sigma, spare)
+
+
+@njit(nogil=True, cache=True)
+def complete(view, draws, index, scale, bias, fill, table, out):
+    """Apply what comes after the pointwise operations to `view`, which is overwritten, and write float32 (3, S, S) to `out`."""
+    draw = draws[index]
     if draw.solarize:
         solarize(view)
     finish(view, draw, _F1 / _F255, scale, bias, fill, table, out)
+
+
+@njit(nogil=True, cache=True)
+def make_view(view, draws, index, scale, bias, fill, table, spare, out):
+    """Apply `draws[index]`, without its crop and pointwise operations, to `view` uint8 (3, S, S); as `complete`."""
+    adjust_colors(view, draws, index, spare)
+    complete(view, draws, index, scale, bias, fill, table, out)

@@ -35,17 +35,21 @@ _KEYS = list(range(1 << 16))
 
 
 def _sextants() -> tuple[list[int], list[int]]:
-    """Of g > r, b > g and r > b, as the bits of a number: the hue where its sextant begins or ends, and which of the two, as
-    bits to turn over in a key of `_hues`."""
+    """Return, for g > r, b > g and r > b as the bits of a number, the hue where its sextant begins or ends, and which of the two.
+
+    The second is given as the bits to turn over in a key of `_hues`.
+    """
     r_g, g_b, b_r = (1 - (np.arange(8) >> bit & 1) for bit in range(3))  # r >= g, g >= b, b >= r
     thirds = (1 - r_g) * g_b + 2 * (1 - g_b) * b_r + 3 * r_g * (1 - g_b) * (1 - b_r)
     return (85 * thirds).tolist(), (0xFFFF * (r_g ^ g_b ^ b_r)).tolist()
 
 
 def _hues() -> list[int]:
-    """How far the hue lies beyond that, modulo 256: at 256 * (greatest - least) + (middle - least), all bits turned over where the
-    sextant ends there. The second is never more than the first, so that both kinds of keys have a place; where they meet, on the
-    diagonal, the first has it."""
+    """Return how far the hue lies beyond that, modulo 256: at 256 * (greatest - least) + (middle - least).
+
+    Where the sextant ends there, all bits of the place are turned over. The second number is never more than the first, so that both
+    kinds of keys have a place; where they meet, on the diagonal, the first has it.
+    """
     reach, above = np.divmod(np.arange(1 << 16), 256)
     begins = above <= reach
     reach, above = np.where(begins, reach, 255 - reach), np.where(begins, above, 255 - above)
@@ -54,7 +58,7 @@ def _hues() -> list[int]:
 
 
 def _drops() -> list[list[int]]:
-    """How far red, green and blue lie below the greatest channel: at 256 * (greatest - least) + hue."""
+    """Return how far red, green and blue lie below the greatest channel: at 256 * (greatest - least) + hue."""
     reach, hue = np.divmod(np.arange(1 << 16), 256)
     # Truncating the saturation to 8 bits takes up to greatest / 255 off the difference: a quarter of a level on average.
     reach = np.maximum(reach - 0.25, 0)
@@ -84,7 +88,7 @@ def _table(keys: Node, values: list[int], dtype: Any = _U8) -> Node:
 
 
 def planes(image: Node) -> Node:
-    """An image (H, W, 3) as planes (3, H * W)."""
+    """Return an image (H, W, 3) as planes (3, H * W)."""
     # Twice as fast on a CPU as `transpose`.
     made = fn.crop_mirror_normalize(image, mean=[0.0], std=[1.0], dtype=_U8, output_layout="CHW")
     return fn.reshape(made, shape=[3, -1], layout=_FLAT)
@@ -104,7 +108,7 @@ def blend(image: Node, taps: Node, of_mean: Node, size: int) -> Node:
 
 
 def blend_taps(part: np.ndarray, factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What `blend` wants for brightness (part 0), contrast (1) and saturation (2) of factors (N,): float32 (N, 3, 1), twice.
+    """Return what `blend` wants for brightness (part 0), contrast (1) and saturation (2) of factors (N,): float32 (N, 3, 1), twice.
 
     The shares of the colours, of the luma, and of white, as it is for brightness and saturation; and what the mean adds to them.
     """
@@ -136,13 +140,13 @@ def turn_hue(image: Node, levels: Node) -> Node:
 
 
 def gray(image: Node) -> Node:
-    """The luma in all three channels."""
+    """Return the luma in all three channels."""
     luma = _luma(image)
     return fn.reshape(fn.cat(luma, luma, luma, axis=0), layout=_FLAT)
 
 
 def blur_taps(sigma: np.ndarray) -> np.ndarray:
-    """The three extended box filters of Pillow's blur as one filter, of standard deviations (N,) up to 2: float32 (N, 13)."""
+    """Return the three extended box filters of Pillow's blur as one filter, of standard deviations (N,) up to 2: float32 (N, 13)."""
     out = np.zeros((len(sigma), TAPS), dtype=np.float32)
     for taps, width in zip(out, sigma, strict=True):
         reach, inner, outer = (int(x) for x in _box_weights(width)) if width > 0 else (0, 1 << 24, 0)
@@ -167,7 +171,7 @@ def solarize(image: Node) -> Node:
 
 
 def symmetry(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What makes the flips and then the turns of DRAW records (N,): a transposition, then a horizontal and a vertical flip.
+    """Return what makes the flips and then the turns of DRAW records (N,): a transposition, then a horizontal and a vertical flip.
 
     A quarter turn counter-clockwise is the transposition and a vertical flip; a transposition exchanges the flips before it.
     """

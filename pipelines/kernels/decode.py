@@ -16,7 +16,7 @@ _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 @cache
 def _operator():
-    """torchvision's decoding operator, or None.
+    """Return torchvision's decoding operator, or None.
 
     The Python function around it is deprecated since torchvision 0.29 in favour of another package; the operator needs neither a
     warning a call nor a further dependency, and is about a quarter faster than Pillow. Only the library that registers it is loaded:
@@ -36,7 +36,7 @@ def _operator():
 
 
 def decode_rgb(data: memoryview) -> torch.Tensor:
-    """Decode a JPEG, PNG or WebP image: uint8 (3, H, W); greyscale is repeated in three channels. Releases the GIL.
+    """Decode a JPEG, PNG or WebP image: uint8 (3, H, W); grayscale is repeated in three channels. Releases the GIL.
 
     Raises:
         RuntimeError: the data are no image, or damaged.
@@ -52,12 +52,12 @@ def decode_rgb(data: memoryview) -> torch.Tensor:
 
 
 def is_array(data: memoryview) -> bool:
-    """Whether a stored file is an array, not an encoded image."""
+    """Return whether a stored file is an array, not an encoded image."""
     return bytes(data[: len(NPY_MAGIC)]) == NPY_MAGIC
 
 
 def decode_array(data: memoryview, channels: int) -> np.ndarray | None:
-    """The pixels (H, W, `channels`) of a stored array, uint8, uint16 or float32; None where the data are an encoded image.
+    """Return the pixels (H, W, `channels`) of a stored array, uint8, uint16 or float32; None where the data are an encoded image.
 
     One channel is repeated where three are wanted.
 
@@ -68,8 +68,8 @@ def decode_array(data: memoryview, channels: int) -> np.ndarray | None:
         return None
     try:
         pixels = read_npy(data)
-    except BadImage as fault:
-        raise RuntimeError(fault.reason) from fault
+    except BadImage as error:
+        raise RuntimeError(error.reason) from error
     if pixels.shape[2] == 1 and channels == 3:
         pixels = np.repeat(pixels, 3, axis=2)
     if pixels.shape[2] != channels:

@@ -1,7 +1,7 @@
 """The operations of a recipe on one view of any number of channels, as 32-bit floats in [0, 1], without the GIL.
 
 For images of 16 bits, of floats, or of other than three channels, which 8 bits and Pillow's formulas do not fit. Nothing is rounded on
-the way, so three channels follow torchvision's formulas for float tensors. Grey is luma for three channels, the mean of all others.
+the way, so three channels follow torchvision's formulas for float tensors. Gray is luma for three channels, the mean of all others.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def adjust_brightness(view, factor):
 
 @njit(nogil=True, cache=True)
 def adjust_contrast(view, factor):
-    """Blend with the mean of the view's grey version, in place."""
+    """Blend with the mean of the view's gray version, in place."""
     total = 0.0
     for i in range(view.shape[1]):
         for j in range(view.shape[2]):
@@ -126,7 +126,7 @@ def adjust_contrast(view, factor):
 
 @njit(nogil=True, cache=True)
 def adjust_saturation(view, factor):
-    """Blend each pixel of three channels with its own grey, in place."""
+    """Blend each pixel of three channels with its own gray, in place."""
     for i in range(view.shape[1]):
         for j in range(view.shape[2]):
             gray = _gray(view, i, j)
@@ -212,13 +212,12 @@ def gaussian_blur(view, sigma):
 
 
 @njit(nogil=True, cache=True)
-def make_view(image, draws, index, cubic, scale, bias, fill, table, out):
-    """The view of `draws[index]` from its crop, float32 (C, H, W) in [0, 1]: normalised float32 (C, S, S) in `out`.
+def adjust_colors(image, draws, index, cubic, view):
+    """Apply what comes before the pointwise operations to a crop, float32 (C, H, W) in [0, 1]; write float32 (C, S, S) to `view`.
 
-    Saturation, hue and greyscale are left out unless there are three channels: a recipe that has them is refused for other images.
+    Saturation, hue and grayscale are left out unless there are three channels: a recipe that has them is refused for other images.
     """
     draw = draws[index]
-    view = np.empty(out.shape, np.float32)
     resize(image, cubic, view)
     three = view.shape[0] == 3
     if draw.jitter:
@@ -236,6 +235,20 @@ def make_view(image, draws, index, cubic, scale, bias, fill, table, out):
         to_gray(view)
     if draw.sigma > 0:
         gaussian_blur(view, draw.sigma)
+
+
+@njit(nogil=True, cache=True)
+def complete(view, draws, index, scale, bias, fill, table, out):
+    """Apply what comes after the pointwise operations to `view`, which is overwritten, and write it normalised to `out`."""
+    draw = draws[index]
     if draw.solarize:
         solarize(view)
     finish(view, draw, _F1, scale, bias, fill, table, out)
+
+
+@njit(nogil=True, cache=True)
+def make_view(image, draws, index, cubic, scale, bias, fill, table, out):
+    """Make the view of `draws[index]`, without its pointwise operations, from its crop: float32 (C, H, W) to (C, S, S) in `out`."""
+    view = np.empty(out.shape, np.float32)
+    adjust_colors(image, draws, index, cubic, view)
+    complete(view, draws, index, scale, bias, fill, table, out)

@@ -39,7 +39,7 @@ IN_FLOATS = (
 
 @cache
 def choose_kernels(device: torch.device, in_floats: bool = False) -> BatchedKernels:
-    """Triton's kernels on a CUDA device where they compile and pass their test (some seconds at first), else torch's functions.
+    """Return Triton's kernels on a CUDA device where they compile and pass their test (some seconds at first), else torch's functions.
 
     What keeps Triton from running (no C compiler for its launcher, no Triton on the system) is told in a warning.
 
@@ -54,8 +54,8 @@ def choose_kernels(device: torch.device, in_floats: bool = False) -> BatchedKern
 
         with on_device(device):
             made = [(trial, difference(triton_kernels, device, trial)) for trial in trials]
-    except Exception as fault:
-        reason = f"{type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else 'no reason given'}"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
     else:
         off = [(trial, levels) for trial, levels in made if not levels <= trial.allowed]
         if not off:
@@ -70,7 +70,7 @@ def choose_kernels(device: torch.device, in_floats: bool = False) -> BatchedKern
 
 
 def difference(kernels: BatchedKernels, device: torch.device, trial: Trial = EIGHT_BIT) -> float:
-    """The mean difference, in levels of 255, of `kernels` on `device` to torch's functions on the CPU."""
+    """Return the mean difference, in levels of 255, of `kernels` on `device` to torch's functions on the CPU."""
     size, channels, rng = 16, trial.channels, np.random.default_rng(0)
     heights, widths = np.array([20, 15, 40, 16] * 2), np.array([30, 35, 21, 16] * 2)
     dtype = np.dtype(trial.dtype)

@@ -1,8 +1,14 @@
-"""The oracle: one image at a time with PIL and torchvision, slow and obvious, quantised to 8 bits after each step as PIL does."""
+"""The oracle: one image at a time with PIL and torchvision, slow and obvious, quantised to 8 bits after each step as PIL does.
+
+It goes through `augment.operations.OPERATIONS`, whose order is the order of the operations; all other engines are compared with it.
+"""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,59 +17,117 @@ from torchvision.transforms import functional as tvf
 
 from pipelines.augment.channels import FULL
 from pipelines.augment.noise import unit_noise
+from pipelines.augment.operation import Pointwise
+from pipelines.augment.operations import JITTER, OPERATIONS, POINTWISE
 from pipelines.augment.recipe import Recipe
 
 
 def decode(data: bytes | memoryview) -> Image.Image:
-    """The encoded image as 8-bit RGB; greyscale is repeated in three channels. RuntimeError where it does not decode."""
+    """Return the encoded image as 8-bit RGB; gray is repeated in three channels. RuntimeError where it does not decode."""
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # the kinds Pillow's decoders raise
         raise RuntimeError(str(error)) from error
 
 
-def render(image: Image.Image, draw: np.void, size: int, interpolation: str = "bilinear") -> Image.Image:
-    """Apply all of one draw that acts on 8-bit pixels: everything up to the quarter turns. RGB (size, size)."""
-    left, top = int(draw["left"]), int(draw["top"])
-    image = image.crop((left, top, left + int(draw["width"]), top + int(draw["height"])))
-    image = image.resize((size, size), Image.Resampling[interpolation.upper()])
-    if draw["jitter"]:
-        for part in draw["order"]:
-            if part == 0:
-                image = tvf.adjust_brightness(image, float(draw["brightness"]))  # type: ignore[assignment,arg-type]
-            elif part == 1:
-                image = tvf.adjust_contrast(image, float(draw["contrast"]))  # type: ignore[assignment,arg-type]
-            elif part == 2:
-                image = tvf.adjust_saturation(image, float(draw["saturation"]))  # type: ignore[assignment,arg-type]
-            else:
-                image = tvf.adjust_hue(image, float(draw["hue"]))  # type: ignore[assignment,arg-type]
-    if draw["gray"]:
-        image = image.convert("L").convert("RGB")
-    if draw["sigma"] > 0:
-        image = image.filter(ImageFilter.GaussianBlur(radius=float(draw["sigma"])))
-    if draw["solarize"]:
-        image = ImageOps.solarize(image, threshold=128)
-    if draw["hflip"]:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if draw["vflip"]:
-        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    turns = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
-    if draw["turns"]:
-        image = image.transpose(turns[int(draw["turns"])])
-    return image
-
-
 def make_view(image: Image.Image, draw: np.void, recipe: Recipe, size: int) -> np.ndarray:
-    """One normalised view of one image: float32 (3, size, size)."""
-    levels = np.asarray(render(image, draw, size, recipe.interpolation), dtype=np.float32)
-    return _finish(levels.transpose(2, 0, 1) / np.float32(255), draw, recipe)
+    """Return one normalised view of one image: float32 (3, size, size)."""
+    return _apply(image, draw, Target(recipe, size), _EIGHT_BIT)
 
 
 def deep_view(pixels: np.ndarray, draw: np.void, recipe: Recipe, size: int) -> np.ndarray:
-    """One normalised view of an image of any type and number of channels, (H, W, C): float32 (C, size, size).
+    """Return one normalised view of an image of any type and number of channels, (H, W, C): float32 (C, size, size).
 
     Pillow's resize of planes of floats, torchvision's functions for tensors where there are three channels, and no rounding.
     """
+    return _apply(pixels, draw, Target(recipe, size), _DEEP)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a view is made for."""
+
+    recipe: Recipe
+    size: int
+
+
+# An operation of one view, as each table below has it; what it takes and returns is what the operations beside it do.
+Step = Callable[[Any, np.void, Target], Any]
+
+
+def _apply(view: Any, draw: np.void, target: Target, steps: Mapping[str, Step]) -> np.ndarray:
+    """Apply the operations that a draw asks for, in the order of their table."""
+    for name, operation in OPERATIONS.items():
+        if operation.happens(draw):
+            view = steps[name](view, draw, target)
+    return view
+
+
+# ----------------------------------------------------------------------------------------------- 8 bits: Pillow's images
+
+
+def _crop(image: Image.Image, draw: np.void, target: Target) -> Image.Image:
+    left, top = int(draw["left"]), int(draw["top"])
+    image = image.crop((left, top, left + int(draw["width"]), top + int(draw["height"])))
+    resample = Image.Resampling[target.recipe.interpolation.upper()]
+    return image.resize((target.size, target.size), resample)
+
+
+def _jitter(image: Any, draw: np.void, target: Target) -> Any:
+    adjust = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue)
+    for part in draw["order"]:
+        image = adjust[part](image, float(draw[JITTER[part]]))
+    return image
+
+
+def _gray(image: Image.Image, draw: np.void, target: Target) -> Image.Image:
+    return image.convert("L").convert("RGB")
+
+
+def _blur(image: Image.Image, draw: np.void, target: Target) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius=float(draw["sigma"])))
+
+
+def _solarize(image: Image.Image, draw: np.void, target: Target) -> Image.Image:
+    return ImageOps.solarize(image, threshold=128)
+
+
+def _hflip(image: Image.Image, draw: np.void, target: Target) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def _vflip(image: Image.Image, draw: np.void, target: Target) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+
+
+def _turn(image: Image.Image, draw: np.void, target: Target) -> Image.Image:
+    turns = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+    return image.transpose(turns[int(draw["turns"]) - 1])
+
+
+def _pointwise(operation: Pointwise) -> Step:
+    """An operation of a file of its own, on an image."""
+
+    def step(image: Image.Image, draw: np.void, target: Target) -> Image.Image:
+        view = np.array(image).transpose(2, 0, 1).copy()
+        operation.reference(view, draw)
+        return Image.fromarray(np.ascontiguousarray(view.transpose(1, 2, 0)))
+
+    return step
+
+
+def _in_floats(view: Image.Image | np.ndarray) -> np.ndarray:
+    """Return a view with pixels in [0, 1], float32 (C, size, size), whether it is an image yet or not."""
+    if isinstance(view, np.ndarray):
+        return view
+    return np.asarray(view, dtype=np.float32).transpose(2, 0, 1) / np.float32(255)
+
+
+# ----------------------------------------------------------------------------------------------- floats in [0, 1], (C, size, size)
+
+
+def _deep_crop(pixels: np.ndarray, draw: np.void, target: Target) -> np.ndarray:
+    recipe, size = target.recipe, target.size
     low = np.array(recipe.value_low or [0.0] * pixels.shape[2])
     high = np.array(recipe.value_high or [1.0] * pixels.shape[2])
     top, left = int(draw["top"]), int(draw["left"])
@@ -78,28 +142,17 @@ def deep_view(pixels: np.ndarray, draw: np.void, recipe: Recipe, size: int) -> n
         )
         for c in range(crop.shape[2])
     ]
-    view = torch.from_numpy(np.stack(planes).clip(0, 1))
-    if draw["jitter"]:
-        for part in draw["order"]:
-            view = _deep_jitter(view, int(part), draw)
-    if draw["gray"] and len(view) == 3:
-        view = tvf.rgb_to_grayscale(view, num_output_channels=3)
-    image = view.numpy()
-    if draw["sigma"] > 0:
-        kernel = _box_kernel(float(draw["sigma"]))
-        for axis in (1, 2) * 3:
-            reach = len(kernel) // 2
-            edges = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
-            wide = np.pad(image, edges, mode="edge")
-            image = np.apply_along_axis(lambda line: np.convolve(line, kernel, "valid"), axis, wide)
-    if draw["solarize"]:
-        image = np.where(image >= 0.5, 1 - image, image)
-    image = image[:, :: -1 if draw["vflip"] else 1, :: -1 if draw["hflip"] else 1]
-    image = np.rot90(image, k=int(draw["turns"]), axes=(1, 2)).astype(np.float32)
-    return _finish(image, draw, recipe)
+    return np.stack(planes).clip(0, 1)
 
 
-def _deep_jitter(view: torch.Tensor, part: int, draw: np.void) -> torch.Tensor:
+def _deep_jitter(image: np.ndarray, draw: np.void, target: Target) -> np.ndarray:
+    view = torch.from_numpy(image)
+    for part in draw["order"]:
+        view = _deep_part(view, int(part), draw)
+    return view.numpy()
+
+
+def _deep_part(view: torch.Tensor, part: int, draw: np.void) -> torch.Tensor:
     three = len(view) == 3
     if part == 0:
         return (view * float(draw["brightness"])).clamp(0, 1)
@@ -114,8 +167,24 @@ def _deep_jitter(view: torch.Tensor, part: int, draw: np.void) -> torch.Tensor:
     return view
 
 
+def _deep_gray(image: np.ndarray, draw: np.void, target: Target) -> np.ndarray:
+    if len(image) != 3:
+        return image
+    return tvf.rgb_to_grayscale(torch.from_numpy(image), num_output_channels=3).numpy()
+
+
+def _deep_blur(image: np.ndarray, draw: np.void, target: Target) -> np.ndarray:
+    kernel = _box_kernel(float(draw["sigma"]))
+    for axis in (1, 2) * 3:
+        reach = len(kernel) // 2
+        edges = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
+        wide = np.pad(image, edges, mode="edge")
+        image = np.apply_along_axis(lambda line: np.convolve(line, kernel, "valid"), axis, wide)
+    return image
+
+
 def _box_kernel(sigma: float) -> np.ndarray:
-    """A box filter with a third of the variance sigma^2: whole pixels, and at both ends a share (Gwosdek et al. 2011)."""
+    """Return a box filter with a third of the variance sigma^2: whole pixels, and at both ends a share (Gwosdek et al. 2011)."""
     variance = sigma * sigma / 3
     whole = int((np.sqrt(12 * variance + 1) - 1) / 2)
     share = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
@@ -124,17 +193,83 @@ def _box_kernel(sigma: float) -> np.ndarray:
     return kernel / kernel.sum()
 
 
-def _finish(pixels: np.ndarray, draw: np.void, recipe: Recipe) -> np.ndarray:
-    """Noise, normalisation, erasing, of float32 (C, size, size) in [0, 1]."""
-    if draw["noise_std"] > 0:
-        noise = unit_noise(int(draw["noise_seed"]), pixels.size).reshape(pixels.shape)
-        pixels = np.clip(pixels + draw["noise_std"] * noise, 0, 1)
-    mean, std = (np.array(x, dtype=np.float32)[:, None, None] for x in (recipe.mean, recipe.std))
-    view = (pixels - mean) / std
+def _deep_solarize(image: np.ndarray, draw: np.void, target: Target) -> np.ndarray:
+    return np.where(image >= 0.5, 1 - image, image)
+
+
+def _deep_hflip(image: np.ndarray, draw: np.void, target: Target) -> np.ndarray:
+    return image[:, :, ::-1]
+
+
+def _deep_vflip(image: np.ndarray, draw: np.void, target: Target) -> np.ndarray:
+    return image[:, ::-1]
+
+
+def _deep_turn(image: np.ndarray, draw: np.void, target: Target) -> np.ndarray:
+    return np.rot90(image, k=int(draw["turns"]), axes=(1, 2))
+
+
+def _deep_pointwise(operation: Pointwise) -> Step:
+    """An operation of a file of its own, on floats."""
+
+    def step(image: np.ndarray, draw: np.void, target: Target) -> np.ndarray:
+        view = np.array(image, dtype=np.float32)
+        operation.reference(view, draw)
+        return view
+
+    return step
+
+
+# ----------------------------------------------------------------------------------------------- common to both
+
+
+def _noise(view: Image.Image | np.ndarray, draw: np.void, target: Target) -> np.ndarray:
+    pixels = _in_floats(view).astype(np.float32)
+    noise = unit_noise(int(draw["noise_seed"]), pixels.size).reshape(pixels.shape)
+    return np.clip(pixels + draw["noise_std"] * noise, 0, 1)
+
+
+def _normalize(view: Image.Image | np.ndarray, draw: np.void, target: Target) -> np.ndarray:
+    mean, std = (
+        np.array(x, dtype=np.float32)[:, None, None] for x in (target.recipe.mean, target.recipe.std)
+    )
+    return (_in_floats(view).astype(np.float32) - mean) / std
+
+
+def _erase(view: np.ndarray, draw: np.void, target: Target) -> np.ndarray:
+    fill = target.recipe.erased()
     top, left = int(draw["erase_top"]), int(draw["erase_left"])
     box = np.s_[:, top : top + int(draw["erase_height"]), left : left + int(draw["erase_width"])]
-    if recipe.erased():
-        view[box] = np.array(recipe.erased())[:, None, None]
+    if fill:
+        view[box] = np.array(fill)[:, None, None]
     else:
         view[box] = unit_noise(int(draw["erase_seed"]), view.size).reshape(view.shape)[box]
     return view
+
+
+_COMMON: Mapping[str, Step] = {"noise": _noise, "normalize": _normalize, "erase": _erase}
+# What each operation is, by its name; the order is that of OPERATIONS.
+_EIGHT_BIT: Mapping[str, Step] = {
+    "crop": _crop,
+    "jitter": _jitter,
+    "gray": _gray,
+    "blur": _blur,
+    "solarize": _solarize,
+    "hflip": _hflip,
+    "vflip": _vflip,
+    "turn": _turn,
+    **{name: _pointwise(operation) for name, operation in POINTWISE.items()},
+    **_COMMON,
+}
+_DEEP: Mapping[str, Step] = {
+    "crop": _deep_crop,
+    "jitter": _deep_jitter,
+    "gray": _deep_gray,
+    "blur": _deep_blur,
+    "solarize": _deep_solarize,
+    "hflip": _deep_hflip,
+    "vflip": _deep_vflip,
+    "turn": _deep_turn,
+    **{name: _deep_pointwise(operation) for name, operation in POINTWISE.items()},
+    **_COMMON,
+}

@@ -1,4 +1,4 @@
-"""Colour jitter and greyscale of a batch of views as torch functions, in Pillow's 8 bits or torchvision's floats.
+"""Colour jitter and grayscale of a batch of views as torch functions, in Pillow's 8 bits or torchvision's floats.
 
 Formulas: uint8 as in `cpu_kernels`, float32 as in `deep_kernels`.
 """
@@ -14,17 +14,17 @@ RED, GREEN, BLUE = 0.2989, 0.587, 0.114  # the luma of floats: torchvision's, fo
 
 
 def colour(views: Tensor, params: Params) -> Tensor:
-    """Colour jitter, each view's parts in its own order, then greyscale: as `views`, uint8 (M, 3, S, S) or float32 (M, C, S, S).
+    """Colour jitter, each view's parts in its own order, then grayscale: as `views`, uint8 (M, 3, S, S) or float32 (M, C, S, S).
 
-    With other than three channels saturation, hue and greyscale do nothing: recipes that draw them are refused.
+    With other than three channels saturation, hue and grayscale do nothing: recipes that draw them are refused.
     """
     jitter = _jitter_8bit if views.dtype == torch.uint8 else _jitter
     x, three = views.float(), views.shape[1] == 3
     for turn in range(4):
         x = jitter(x, params.order[:, turn, None, None, None], params.jitter[:, :, None, None, None])
     if three:
-        grey = (luma_8bit if views.dtype == torch.uint8 else gray)(x)
-        x = torch.where(params.gray[:, None, None, None], grey.expand_as(x), x)
+        base = (luma_8bit if views.dtype == torch.uint8 else gray)(x)
+        x = torch.where(params.gray[:, None, None, None], base.expand_as(x), x)
     return x.to(views.dtype)
 
 
@@ -38,12 +38,12 @@ def _jitter_8bit(x: Tensor, part: Tensor, factor: Tensor) -> Tensor:
 
 
 def _jitter(x: Tensor, part: Tensor, factor: Tensor) -> Tensor:
-    grey = gray(x)
-    mean = grey.mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float64).float()
+    base = gray(x)
+    mean = base.mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float64).float()
     made = torch.where(part == 0, _blend(torch.zeros_like(x), x, factor[:, 0]), x)
     made = torch.where(part == 1, _blend(mean, x, factor[:, 1]), made)
     if x.shape[1] == 3:
-        made = torch.where(part == 2, _blend(grey, x, factor[:, 2]), made)
+        made = torch.where(part == 2, _blend(base, x, factor[:, 2]), made)
         made = torch.where(part == 3, _hue(x, factor[:, 3]), made)
     return made
 
@@ -91,7 +91,7 @@ def _hue_8bit(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` of a circle; grey pixels stay."""
+    """Turn the hue by `shift` of a circle; gray pixels stay."""
     top, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     r, g, b = x.split(1, dim=1)
     span = top - low

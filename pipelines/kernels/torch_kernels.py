@@ -69,7 +69,7 @@ def erase(views: Tensor, params: Params, erased: Tensor) -> Tensor:
 
 
 def source_of(symmetry: Tensor, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The row and column that each pixel of a flipped and turned view comes from; `symmetry` broadcasts to (M, S, S)."""
+    """Return the row and column that each pixel of a flipped and turned view comes from; `symmetry` broadcasts to (M, S, S)."""
     y = torch.arange(size, device=device)[:, None]
     x = torch.arange(size, device=device)[None, :]
     last, turns = size - 1, symmetry & 3
@@ -84,7 +84,7 @@ def source_of(symmetry: Tensor, size: int, device: torch.device) -> tuple[Tensor
 
 
 def unit_noise(seeds: Tensor, count: int) -> Tensor:
-    """The numbers of `noise.unit_noise` for int64 `seeds` (M,): float32 (M, count)."""
+    """Return the numbers of `noise.unit_noise` for int64 `seeds` (M,): float32 (M, count)."""
     element = torch.arange(count, device=seeds.device)
     table = noise_values(seeds.device)
     word = _mix64(seeds[:, None] + (element[::4] >> 2) * _signed(GAMMA))
@@ -94,12 +94,12 @@ def unit_noise(seeds: Tensor, count: int) -> Tensor:
 
 @cache
 def noise_values(device: torch.device) -> Tensor:
-    """`noise.noise_table` on a device: float32 (4096,)."""
+    """Return `noise.noise_table` on a device: float32 (4096,)."""
     return torch.tensor(noise_table(), device=device)
 
 
 def _mix64(x: Tensor) -> Tensor:
-    """`hashing.mix64` on int64 with the same bits: torch multiplies and adds modulo 2^64, but shifts copy the sign."""
+    """Return `hashing.mix64` of int64 with the same bits: torch multiplies and adds modulo 2^64, but shifts copy the sign."""
     x = x + _signed(GAMMA)
     x = (x ^ _shift(x, 30)) * _signed(FIRST)
     x = (x ^ _shift(x, 27)) * _signed(SECOND)

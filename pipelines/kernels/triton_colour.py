@@ -1,4 +1,4 @@
-"""Colour jitter and greyscale of a batch of views in Triton, in Pillow's 8 bits or torchvision's floats; as `torch_colour`."""
+"""Colour jitter and grayscale of a batch of views in Triton, in Pillow's 8 bits or torchvision's floats; as `torch_colour`."""
 
 # Triton's decorators hide from the type checker that launches take plain numbers for constants, and what `static_range` is.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
@@ -16,7 +16,7 @@ from pipelines.kernels.view_params import Params
 
 BLOCK = 1024  # pixels that one program works on
 _RED, _GREEN, _BLUE = (tl.constexpr(x) for x in (torch_colour.RED, torch_colour.GREEN, torch_colour.BLUE))
-_ONE = tl.constexpr(float(1 << 24))  # the grey of floats is summed in this fixed point
+_ONE = tl.constexpr(float(1 << 24))  # the gray of floats is summed in this fixed point
 
 
 def colour(views: Tensor, params: Params) -> Tensor:
@@ -46,7 +46,7 @@ def _gray(r, g, b, FLOATS: tl.constexpr):
 
 @triton.jit
 def _whole(gray, FLOATS: tl.constexpr):
-    """Grey as an integer: sums of integers do not depend on the order in which threads add to them."""
+    """Gray as an integer: sums of integers do not depend on the order in which threads add to them."""
     if FLOATS:
         return (gray * _ONE + 0.5).to(tl.int64)
     else:
@@ -55,7 +55,7 @@ def _whole(gray, FLOATS: tl.constexpr):
 
 @triton.jit
 def _mean(total, count, FLOATS: tl.constexpr):
-    """The mean of grey from its sum over `count` pixels."""
+    """The mean of gray from its sum over `count` pixels."""
     if FLOATS:
         return (total.to(tl.float64) / (count * 16777216.0)).to(tl.float32)
     else:
@@ -102,7 +102,7 @@ def _hue_8bit(r, g, b, shift):
 
 @triton.jit
 def _hue(r, g, b, shift):
-    """Turn the hue by `shift` of a circle; grey pixels stay."""
+    """Turn the hue by `shift` of a circle; gray pixels stay."""
     top, low = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
     span = top - low
     whole = tl.where(span > 0, span, 1.0)
@@ -170,7 +170,7 @@ def _band(x, order, factors, mean, BEFORE_CONTRAST: tl.constexpr):
 def _gray_before_contrast(
     views, total, jitter, order, gray, count, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Adds to `total` (M,) the grey of all pixels, as integers, as they are when the contrast has its turn."""
+    """Adds to `total` (M,) the gray of all pixels, as integers, as they are when the contrast has its turn."""
     FLOATS: tl.constexpr = views.dtype.element_ty == tl.float32
     m = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -202,7 +202,7 @@ def _gray_before_contrast(
 
 @triton.jit
 def _colour(views, total, jitter, order, gray, count, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """All parts in their order, then greyscale, in place."""
+    """All parts in their order, then grayscale, in place."""
     FLOATS: tl.constexpr = views.dtype.element_ty == tl.float32
     m = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

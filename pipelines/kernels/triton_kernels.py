@@ -1,4 +1,4 @@
-"""The batched kernels of `gpu_kernels` in Triton: the same signatures and values, in a few passes over the pixels.
+"""The batched kernels of `torch_kernels` in Triton: the same signatures and values, in a few passes over the pixels.
 
 Compiled on first use on a CUDA device; on a CPU only Triton's interpreter runs them (the tests do). What threads sum up together are
 integers, so a result does not depend on their order. Formulas: as in `cpu_kernels` and `deep_kernels`.
@@ -26,7 +26,7 @@ _GAMMA, _FIRST, _SECOND = (tl.constexpr(int(word)) for word in (GAMMA, FIRST, SE
 
 
 def blur(views: Tensor, params: Params) -> Tensor:
-    """As `gpu_kernels.blur`."""
+    """As `torch_kernels.blur`."""
     count, (_, channels, size, _) = len(params.blurred), views.shape
     if count:
         a, b = (
@@ -43,7 +43,7 @@ def blur(views: Tensor, params: Params) -> Tensor:
 
 
 def finish(views: Tensor, params: Params, mean: Tensor, std: Tensor, form: Form = PLAIN) -> Tensor:
-    """As `gpu_kernels.finish`."""
+    """As `torch_kernels.finish`."""
     m, channels, size, _ = views.shape
     out = torch.empty(views.shape, dtype=form.dtype, device=views.device, memory_format=form.memory_format)
     grid = (m, triton.cdiv(size * size, BLOCK))
@@ -135,7 +135,7 @@ def _finish(
     y, x = at // size, at % size
     drawn = tl.load(symmetry + m)
     turns, last = drawn & 3, size - 1
-    # As `gpu_kernels.source_of`.
+    # As `torch_kernels.source_of`.
     from_y = tl.where(turns == 0, y, tl.where(turns == 1, x, tl.where(turns == 2, last - y, last - x)))
     from_x = tl.where(turns == 0, x, tl.where(turns == 1, last - y, tl.where(turns == 2, last - x, y)))
     from_y = tl.where((drawn & 8) > 0, last - from_y, from_y)

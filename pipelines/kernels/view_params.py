@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -11,6 +12,7 @@ from numba import njit
 from torch import Tensor
 
 from pipelines.augment.channels import FULL
+from pipelines.augment.pointwise import drawn_fields
 from pipelines.kernels.cpu_kernels import _box_weights
 
 # The element types of decoded images; the number of one is its place here.
@@ -28,7 +30,7 @@ class Form:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """PyTorch's name for the layout."""
+        """Return PyTorch's name for the layout."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
@@ -46,12 +48,12 @@ class CropOptions:
 
     @property
     def channels(self) -> int:
-        """C: without a gain 3."""
+        """Return C; without a gain 3."""
         return 3 if self.gain is None else len(self.gain)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the views between the steps."""
+        """Return the type of the views between the steps."""
         return torch.uint8 if self.gain is None else torch.float32
 
 
@@ -74,6 +76,8 @@ class Params:
     erase_seed: Tensor  # int64 (M,)
     heights: np.ndarray  # int32 (M,): of the crops, on the host
     widths: np.ndarray  # int32 (M,)
+    # (M,) each: the fields, by name, of each pointwise operation that any of the views met
+    pointwise: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 def pack(
@@ -84,6 +88,8 @@ def pack(
     item_bytes: int = 1,
 ) -> Params:
     """Return the parameters of DRAW records (M,), on `device`: one copy on its current stream, for which the host does not wait.
+
+    Fields of pointwise operations, where any are drawn, are copied on their own.
 
     Args:
         first_bytes: integers (M,), where each view's image begins in the buffer, a multiple of `item_bytes`.
@@ -111,12 +117,17 @@ def pack(
         shape, strides = ((columns,), (1,)) if columns > 1 else ((), ())
         of = rows.get(name, count)
         tensors[name] = typed[dtype].as_strided((of, *shape), (columns, *strides), start)
-    return Params(**tensors, heights=draws["height"].copy(), widths=draws["width"].copy())
+    pointwise = {
+        name: {field: upload(values, device) for field, values in fields.items()}
+        for name, fields in drawn_fields(draws).items()
+    }
+    heights, widths = draws["height"].copy(), draws["width"].copy()
+    return Params(**tensors, heights=heights, widths=widths, pointwise=pointwise)
 
 
 @lru_cache(maxsize=64)
 def _layout(count: int) -> tuple[dict[str, tuple[str, int, int]], int]:
-    """Where the arrays of `count` views lie in one buffer: element type, columns, first element of each; and the buffer's bytes."""
+    """Return where the arrays of `count` views lie in a buffer (type, columns, first element of each), and the buffer's bytes."""
     columns = {
         "int64": {"source": 7, "blurred": 1, "boxes": 3, "noise_seed": 1, "erase_seed": 1},
         "float32": {"jitter": 4, "noise_std": 1},

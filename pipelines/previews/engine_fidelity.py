@@ -14,22 +14,19 @@ import numpy as np
 from PIL import Image
 
 from pipelines.augment.draws import draw
-from pipelines.augment.recipe import JITTER, Recipe
-from pipelines.engines.engine_table import make_engine, whole_batches
+from pipelines.augment.operation import Operation
+from pipelines.augment.operations import JITTER, OPERATIONS
+from pipelines.augment.recipe import Recipe
+from pipelines.engines.engine_table import make_engine, operations_of, whole_batches
 from pipelines.kernels import reference
 
-# Operation: the fields of a DRAW record that it keeps; all others are 0, which is nothing. The recipe keeps them all.
-OPERATIONS: dict[str, tuple[str, ...]] = {
-    "crop": (),
-    "flips and turns": ("hflip", "vflip", "turns"),
-    "jitter": ("jitter", "order", "brightness", "contrast", "saturation", "hue"),
-    "grey": ("gray",),
-    "blur": ("sigma",),
-    "solarise": ("solarize",),
-    "noise": ("noise_std", "noise_seed"),
-}
+# The operations that are measured together, by row, in the table's order. Each row keeps their fields of a DRAW record; all others
+# are 0, which is nothing.
+ROWS: dict[str, list[Operation]] = {}
+for _operation in OPERATIONS.values():
+    if _operation.row:
+        ROWS.setdefault(_operation.row, []).append(_operation)
 WHOLE = "whole recipe"
-_BOX = ("top", "left", "height", "width")
 # Half a level is what rounding to 8 bits may do; a few levels are another filter or another colour space.
 _CLASSES = ((0.5, "exact"), (2.0, "close"))
 
@@ -44,14 +41,14 @@ class Difference:
 
 
 def classify(mean_levels: float) -> str:
-    """The class of an engine whose whole recipe differs by so many levels on average: exact (0.5), close (2) or approximate."""
+    """Return the class of an engine whose whole recipe differs by so many levels on average: exact (0.5), close (2) or approximate."""
     return next((name for bound, name in _CLASSES if mean_levels <= bound), "approximate")
 
 
 def measure(
-    engine: str, recipe: Recipe, images: Sequence[bytes], operations: Sequence[str] = (*OPERATIONS, WHOLE)
+    engine: str, recipe: Recipe, images: Sequence[bytes], rows: Sequence[str] = (*ROWS, WHOLE)
 ) -> dict[str, Difference]:
-    """The difference of an engine to the reference, by operation.
+    """Return the difference of an engine to the reference, by row; without those of operations that the engine does not have.
 
     Args:
         recipe: its ranges are drawn from; operations alone are drawn always, whatever their probability is.
@@ -61,20 +58,18 @@ def measure(
         UserError: the engine cannot make the recipe's views, or its package is not installed.
     """
     plain = replace(recipe, mean=(0.0,) * 3, std=(1.0,) * 3)
+    has = operations_of(engine)
+    measured = [op for op in OPERATIONS.values() if op.row and op.name in has]
+    chances = {name: 1.0 for op in measured for name in op.settings if name.endswith("_p")}
     always = replace(
         plain,
         num_views=1,
         local_views=0,
-        **{name: max(recipe.values(name)) for name in JITTER},
-        jitter_p=1.0,
-        gray_p=1.0,
-        blur_p=(1.0,),
-        solarize_p=(1.0,),
-        vflip_p=0.5,
-        quarter_turns=True,
-        noise_p=1.0,
-        noise_std=recipe.noise_std if recipe.noise_std[1] > 0 else (0.0, 0.05),
         erase_p=0.0,
+        **{name: max(recipe.values(name)) for name in JITTER},
+        **(chances | {"hflip_p": 0.5, "vflip_p": 0.5}),
+        quarter_turns=True,
+        noise_std=recipe.noise_std if recipe.noise_std[1] > 0 else (0.0, 0.05),
     )
     pictures = [reference.decode(data) for data in images]
     sized = [_encode(picture.resize((recipe.size, recipe.size))) for picture in pictures]
@@ -82,25 +77,23 @@ def measure(
     draws = draw(always, 0, 0, np.arange(len(images)), sizes[:, 0], sizes[:, 1])
     alone = _Pair(engine, always, len(images))
     made = {}
-    for name in operations:
+    for name in rows:
         if name == WHOLE:
             drawn = draw(plain, 0, 0, np.arange(len(images)), sizes[:, 0], sizes[:, 1])
             made[name] = _Pair(engine, plain, len(images)).difference(images, drawn)
-        else:
-            made[name] = alone.difference(
-                images if name == "crop" else sized, _only(draws, name, recipe.size)
-            )
+        elif any(operation in measured for operation in ROWS[name]):
+            where = images if OPERATIONS["crop"] in ROWS[name] else sized
+            made[name] = alone.difference(where, _only(draws, name, recipe.size))
     return made
 
 
-def _only(draws: np.ndarray, operation: str, size: int) -> np.ndarray:
-    """DRAW records that keep one operation, on pictures of the view's size but for the crop."""
-    kept = OPERATIONS[operation]
+def _only(draws: np.ndarray, row: str, size: int) -> np.ndarray:
+    """Return DRAW records that keep the operations of one row, on pictures of the view's size but for the crop."""
     out = np.zeros_like(draws)
-    for name in kept or _BOX:
-        out[name] = draws[name]
-    if kept:
-        out["height"] = out["width"] = size
+    out["height"] = out["width"] = size
+    for operation in ROWS[row]:
+        for name in operation.fields:
+            out[name] = draws[name]
     return out
 
 
@@ -115,7 +108,7 @@ class _Pair:
         self._reference = make_engine("reference", recipe)
 
     def difference(self, images: Sequence[bytes], draws: np.ndarray) -> Difference:
-        """Of all views: DRAW records (V, N) of N images."""
+        """Return the difference over all views of N images, by DRAW records (V, N)."""
         shares = []
         wanted, made = self._views(self._reference, images, draws), self._views(self._engine, images, draws)
         for expected, view in zip(wanted, made, strict=True):
@@ -124,7 +117,7 @@ class _Pair:
         return Difference(float(levels.mean()), float(np.quantile(levels, 0.99)), float(levels.max()))
 
     def _views(self, engine, images: Sequence[bytes], draws: np.ndarray) -> list[np.ndarray]:
-        """The views, float32 (N, 3, S, S) each."""
+        """Return the views, float32 (N, 3, S, S) each."""
         from pipelines.engines.batch_engine import BatchEngine
 
         if isinstance(engine, BatchEngine):
@@ -138,7 +131,7 @@ class _Pair:
 
 
 def encode(pixels: np.ndarray) -> bytes:
-    """Pixels uint8 (H, W, 3) as a PNG."""
+    """Return pixels uint8 (H, W, 3) as a PNG."""
     return _encode(Image.fromarray(pixels))
 
 

@@ -11,7 +11,10 @@ SIZES = ((500, 375), (500, 375), (375, 500), (500, 333), (500, 375), (333, 500),
 
 
 def photographs(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Pictures of `SIZES`, uint8 (H, W, 3): soft colours with edges and grain, so that no operation meets flat areas or pure noise."""
+    """Return pictures of `SIZES`, uint8 (H, W, 3): soft colours with edges and grain.
+
+    So no operation meets flat areas or pure noise.
+    """
     rng = np.random.default_rng(seed)
     made = []
     for number in range(count):
@@ -28,7 +31,10 @@ def photographs(count: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def edge_cases(side: int = 64) -> dict[str, np.ndarray]:
-    """Pictures by name, uint8 (H, W, 3): one pixel, one row, one column; flat, saturated, striped; gradients in all channel orders."""
+    """Return pictures by name, uint8 (H, W, 3).
+
+    One pixel, one row, one column; flat, saturated, striped; gradients in all channel orders.
+    """
     ramp = np.linspace(0, 255, side).astype(np.uint8)
     across, down = np.broadcast_to(ramp, (side, side)), np.broadcast_to(ramp[:, None], (side, side))
     gradients = np.stack([across, down, 255 - across], axis=2)
@@ -41,7 +47,7 @@ def edge_cases(side: int = 64) -> dict[str, np.ndarray]:
         "one column": gradients[:, :1].copy(),
         "black": np.zeros((side, side, 3), dtype=np.uint8),
         "white": np.full((side, side, 3), 255, dtype=np.uint8),
-        "grey": np.repeat(across[:, :, None], 3, axis=2).copy(),
+        "gray": np.repeat(across[:, :, None], 3, axis=2).copy(),
         "saturated": np.repeat(np.repeat(corners.reshape(2, 4, 3), side // 2, axis=0), side // 4, axis=1),
         "stripes": stripes,
     }

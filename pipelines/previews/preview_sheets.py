@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,9 @@ from PIL import Image
 
 from pipelines.augment.channels import check_operations, fit_recipe
 from pipelines.augment.draws import draw, eval_draws
-from pipelines.augment.recipe import JITTER, Recipe
+from pipelines.augment.operation import Column, Operation
+from pipelines.augment.operations import OPERATIONS
+from pipelines.augment.recipe import Recipe
 from pipelines.engines.engine_table import make_engine
 from pipelines.loading.masks import decode_mask, mask_view
 from pipelines.previews.sheet import Display, Sheet, overlay
@@ -23,55 +24,6 @@ from shards.errors import UserError
 TIMES = 8  # how much the differences of engines are amplified
 SEARCH_EPOCHS = 200  # looked through for one that draws an operation
 SMALLEST_CELL = 96
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation of a draw, for showing it alone."""
-
-    name: str
-    fields: tuple[str, ...]
-    """The fields of DRAW that hold it."""
-    say: Callable[[np.void], str]
-    """The drawn value, in words."""
-    drawn: Callable[[np.void], bool]
-
-
-def _times(name: str) -> Operation:
-    return Operation(name, ("jitter", name), lambda d: f"x {d[name]:.2f}", lambda d: bool(d["jitter"]))
-
-
-def _share(draw: np.void) -> str:
-    return f"{draw['width']} x {draw['height']} px"
-
-
-OPERATIONS = (
-    Operation("crop", ("top", "left", "height", "width"), _share, lambda d: True),
-    _times("brightness"),
-    _times("contrast"),
-    _times("saturation"),
-    Operation(
-        "hue", ("jitter", "hue"), lambda d: f"{360 * float(d['hue']):+.0f}°", lambda d: bool(d["jitter"])
-    ),
-    Operation("greyscale", ("gray",), lambda d: "", lambda d: bool(d["gray"])),
-    Operation("blur", ("sigma",), lambda d: f"sigma {d['sigma']:.2f} px", lambda d: d["sigma"] > 0),
-    Operation("solarise", ("solarize",), lambda d: "", lambda d: bool(d["solarize"])),
-    Operation("mirror", ("hflip",), lambda d: "left - right", lambda d: bool(d["hflip"])),
-    Operation("mirror", ("vflip",), lambda d: "top - bottom", lambda d: bool(d["vflip"])),
-    Operation("turn", ("turns",), lambda d: f"{90 * int(d['turns'])}°", lambda d: bool(d["turns"])),
-    Operation(
-        "noise",
-        ("noise_std", "noise_seed"),
-        lambda d: f"std {255 * float(d['noise_std']):.1f} levels",
-        lambda d: d["noise_std"] > 0,
-    ),
-    Operation(
-        "erase",
-        ("erase_top", "erase_left", "erase_height", "erase_width", "erase_seed"),
-        lambda d: f"{d['erase_width']} x {d['erase_height']} px",
-        lambda d: d["erase_height"] > 0,
-    ),
-)
 
 
 def contact_sheet(
@@ -125,8 +77,8 @@ def operations_sheet(
     The value is that of the first epoch and view in which the image meets the operation.
     """
     table = _Table(shards, recipe, rows, cell, seed, bands, value_range)
-    possible = [op for op in OPERATIONS if _can_happen(op, table.recipe)]
-    sheet = table.sheet(["original", "centre", *(op.name for op in possible)])
+    shown = columns(table.recipe)
+    sheet = table.sheet(["original", "centre", *(column.title for _, column in shown)])
     for row, sample_id in enumerate(table.ids):
         table.original(sheet, row, sample_id)
         at = np.array([sample_id])
@@ -134,17 +86,17 @@ def operations_sheet(
         for name, neutral in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("order", [0, 1, 2, 3])):
             still[name] = neutral
         sheet.put(row, 1, table.display.view(table.views(engine, sample_id, still)[0]), "nothing else")
-        for column, op in enumerate(possible):
+        for place, (operation, column) in enumerate(shown, start=2):
             epochs = (table.draws(sample_id, e)[: table.recipe.num_views] for e in range(SEARCH_EPOCHS))
-            found = next((d for draws in epochs for d in draws if op.drawn(d)), None)
+            found = next((d for draws in epochs for d in draws if operation.happens(d)), None)
             if found is None:
-                sheet.put(row, 2 + column, Image.new("RGB", (cell, cell), (238, 238, 238)), "not drawn")
+                sheet.put(row, place, Image.new("RGB", (cell, cell), (238, 238, 238)), "not drawn")
                 continue
             alone = still.copy()
-            for name in op.fields:
+            for name in column.fields:
                 alone[name] = found[name]
             view = table.views(engine, sample_id, alone)[0]
-            sheet.put(row, 2 + column, table.display.view(view), op.say(found))
+            sheet.put(row, place, table.display.view(view), column.say(found))
     return sheet.save(path)
 
 
@@ -211,13 +163,13 @@ class _Table:
         return Sheet(heads, len(self.ids), self._cell)
 
     def original(self, sheet: Sheet, row: int, sample_id: int) -> np.ndarray | None:
-        """Put the original in the first column; returns its mask, if there is one."""
+        """Put the original in the first column; return its mask, if there is one."""
         try:
             pixels = self._engine("fused").decode(self.shards.read(sample_id))
             encoded = self.shards.read_mask(sample_id)
             mask = decode_mask(encoded) if encoded is not None else None
-        except RuntimeError as fault:
-            raise UserError(bad_sample(self.shards, sample_id)) from fault
+        except RuntimeError as error:
+            raise UserError(bad_sample(self.shards, sample_id)) from error
         picture, label = self.display.pixels(pixels), self.shards.labels[sample_id]
         if mask is not None:
             picture = overlay(picture, mask)
@@ -228,13 +180,13 @@ class _Table:
         return mask
 
     def draws(self, sample_id: int, epoch: int) -> np.ndarray:
-        """DRAW records (V,)."""
+        """Return DRAW records (V,)."""
         at = np.array([sample_id])
         drawn = draw(self.recipe, self._seed, epoch, at, self.shards.widths[at], self.shards.heights[at])
         return np.ascontiguousarray(drawn[:, 0])
 
     def views(self, engine: str, sample_id: int, draws: np.ndarray) -> list[np.ndarray]:
-        """The views of DRAW records (V,), at most one for each view of the recipe."""
+        """Return the views of DRAW records (V,), at most one for each view of the recipe."""
         draws = np.atleast_1d(draws)
         sides = [self.recipe.side(view) for view in range(len(draws))]
         out = [np.empty((len(self.recipe.mean), side, side), dtype=np.float32) for side in sides]
@@ -248,40 +200,16 @@ class _Table:
 
 
 def describe(draw: np.void) -> str:
-    """The drawn operations in a few letters, for a caption."""
-    names = []
-    if draw["jitter"]:
-        names.append("jitter")
-    if draw["gray"]:
-        names.append("grey")
-    if draw["sigma"] > 0:
-        names.append(f"blur {draw['sigma']:.1f}")
-    if draw["solarize"]:
-        names.append("solar")
-    if draw["hflip"] or draw["vflip"]:
-        names.append("flip")
-    if draw["turns"]:
-        names.append(f"{90 * int(draw['turns'])}°")
-    if draw["noise_std"] > 0:
-        names.append("noise")
-    if draw["erase_height"] > 0:
-        names.append("erase")
-    return " ".join(names)
+    """Return the drawn operations in a few letters, for a caption."""
+    words = (operation.say(draw) for operation in OPERATIONS.values() if operation.happens(draw))
+    return " ".join(word for word in dict.fromkeys(words) if word)
 
 
-def _can_happen(op: Operation, recipe: Recipe) -> bool:
-    """Whether the recipe's global views may meet an operation that changes something."""
-    views = range(recipe.num_views)
-    chances = {
-        "crop": 1.0,
-        **{name: max(recipe.reach(name, v) for v in views) for name in JITTER},
-        "gray": max(recipe.per_view("gray_p", v) for v in views),
-        "sigma": max(recipe.per_view("blur_p", v) for v in views),
-        "solarize": max(recipe.per_view("solarize_p", v) for v in views),
-        "hflip": recipe.hflip_p,
-        "vflip": recipe.vflip_p,
-        "turns": float(recipe.quarter_turns),
-        "noise_std": recipe.noise_p * recipe.noise_std[1],
-        "erase_top": recipe.erase_p,
-    }
-    return any(chances.get(name, 0) > 0 for name in (op.name, *op.fields))
+def columns(recipe: Recipe) -> list[tuple[Operation, Column]]:
+    """Return the columns of `operations_sheet`: what changes something in one of the recipe's global views, in order."""
+    return [
+        (operation, column)
+        for operation in OPERATIONS.values()
+        for column in operation.columns
+        if any((column.reach or operation.reach)(recipe, view) > 0 for view in range(recipe.num_views))
+    ]

@@ -44,7 +44,7 @@ class Sheet:
         return path
 
     def _write(self, place: tuple[int, int], text: str, colour: tuple[int, int, int]) -> None:
-        """Text in the largest size that fits the cell, or what fits of it."""
+        """Return a text in the largest size that fits the cell, or what fits of it."""
         fonts = [ImageFont.load_default(size) for size in (12, 11, 10, 9, 8)]
         font = next((f for f in fonts if self._pen.textlength(text, f) <= self.cell), fonts[-1])
         while text and self._pen.textlength(text, font) > self.cell:
@@ -94,12 +94,12 @@ class Display:
         return self._picture((pixels * gain + offset).transpose(2, 0, 1))
 
     def view(self, view: np.ndarray) -> Image.Image:
-        """A finished view, float32 (C, S, S), without its normalisation."""
+        """Return a picture of a finished view, float32 (C, S, S), without its normalisation."""
         mean, std = (np.array(x)[:, None, None] for x in (self._recipe.mean, self._recipe.std))
         return self._picture(view * std + mean)
 
     def difference(self, view: np.ndarray, other: np.ndarray, times: float) -> tuple[Image.Image, float]:
-        """How far two views are apart, amplified; and the mean over pixels and channels in levels of 255."""
+        """Return how far two views are apart, amplified; and the mean over pixels and channels in levels of 255."""
         apart = np.abs(view - other) * np.array(self._recipe.std)[:, None, None]
         levels = np.clip(apart[self._bands] * 255 * times, 0, 255).round().astype(np.uint8)
         return Image.fromarray(levels.transpose(1, 2, 0)), float(apart.mean() * 255)
@@ -110,7 +110,7 @@ class Display:
 
 
 def overlay(picture: Image.Image, mask: np.ndarray) -> Image.Image:
-    """A picture with a mask (H, W) of its size over it: a colour a class, none for class 0 and where there is no mask."""
+    """Return a picture with a mask (H, W) of its size over it: a colour a class, none for class 0 and where there is no mask."""
     pixels = np.asarray(picture).astype(np.float32)
     for label in np.unique(mask):
         if label not in (0, NO_MASK):

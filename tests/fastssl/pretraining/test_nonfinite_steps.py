@@ -5,6 +5,7 @@ import math
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from fastssl.methods import MoCoV3
 from fastssl.methods.ema import ema_update, relative_distance
 from fastssl.pretraining import trainer
 from fastssl.pretraining.loop import pretrain
-from fastssl.pretraining.replay import MAX_FILES, Replay, Trace, replay
+from fastssl.pretraining.replay import MAX_FILES, Replay, Trace, replay, same_draws
 from fastssl.pretraining.step import DDPWrapper, Step
+from pipelines.augment.draws import draw
+from pipelines.augment.recipe import Recipe
 from pipelines.loading.loader import Loader
 from shards.errors import UserError
 from tests.fastssl.runs import BATCH, STEPS, TOTAL, differences, newest, resolve, rows
@@ -213,6 +216,27 @@ def test_a_replay_makes_the_very_batch(shards: Path, tmp_path: Path, monkeypatch
     assert len(made[STEPS + 2]) == BATCH
     assert lines[-1].startswith("The step is finite when done again")
     assert not any(line.startswith("note") for line in lines)
+
+
+def test_draws_of_an_earlier_version_are_the_beginning_of_todays() -> None:
+    """A file that was written before an operation existed has shorter records; they say the same where it is not drawn."""
+    sizes = np.full(4, 50)
+    ours = draw(Recipe(), 1, 2, np.arange(4), sizes, sizes)
+    flat = np.frombuffer(ours.tobytes(), np.uint8)
+    assert same_draws(flat, flat)
+    old = ours.dtype.names[:-1]
+    packed = np.zeros(ours.shape, [(name, ours.dtype[name]) for name in old])
+    for name in old:
+        packed[name] = ours[name]
+    before = np.frombuffer(packed.tobytes(), np.uint8).copy()
+    assert len(before) < len(flat)
+    assert same_draws(before, flat)
+    dropping = draw(Recipe(channel_drop_p=1.0), 1, 2, np.arange(4), sizes, sizes)
+    assert not same_draws(before, np.frombuffer(dropping.tobytes(), np.uint8))
+    before[3] ^= 1
+    assert not same_draws(before, flat)
+    assert not same_draws(flat[:-1], flat)
+    assert not same_draws(flat[: ours.itemsize], flat)
 
 
 def test_a_replay_of_what_is_none(finished: Path, told, diverged: Path, unlabelled_shards: Path) -> None:

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from numpy.lib import recfunctions
 
 from pipelines.augment.draws import draw
+from pipelines.augment.operations import OPERATIONS
 from pipelines.augment.recipe import RECIPES, Recipe
 from pipelines.engines.batch_engine import BatchOptions
-from pipelines.engines.engine_table import make_engine, refuse_deep, refuse_unknown
-from pipelines.engines.kornia_engine import KNOWN, KorniaEngine, resize_each, resize_together
+from pipelines.engines.engine_table import make_engine, refuse_deep, refuse_operations
+from pipelines.engines.kornia_engine import KorniaEngine, resize_each, resize_together
 from shards.errors import UserError
 from tests import needs
 from tests.pictures import colours, encoded, photo
@@ -156,8 +156,15 @@ def test_deep_images_are_refused():
 
 
 def test_operations_that_an_engine_does_not_have_are_refused():
-    draws = recfunctions.append_fields(draws_of((9, 9)), "fog", np.array([0]), usemask=False)
-    refuse_unknown("kornia", draws, KNOWN)
-    draws["fog"] = 1
-    with pytest.raises(UserError, match="'kornia' does not have the operation 'fog'"):
-        refuse_unknown("kornia", draws, KNOWN)
+    has = set(OPERATIONS) - {"channel_drop"}
+    refuse_operations("kornia", Recipe(), has)
+    with pytest.raises(
+        UserError, match=r"'kornia' does not have the operation 'channel drop' .*--recipe\.channel-drop-p 0"
+    ):
+        refuse_operations("kornia", Recipe(channel_drop_p=(0.0, 0.1)), has)
+
+
+def test_a_dropped_channel_is_that_of_the_reference():
+    for channel in (1, 2, 3):
+        draws = draws_of((48, 48), **WHOLE, channel_drop=channel, solarize=1, turns=1)
+        assert differences("kornia", colours(48, channel), draws, 48).max() < 0.01

@@ -141,6 +141,7 @@ def test_all_views_of_a_batch_are_those_of_torch(types):
         local_views=2,
         local_size=5,
         erase_p=0.5,
+        channel_drop_p=0.5,
         blur_p=(0.5,),
         solarize_p=(0.5,),
     )

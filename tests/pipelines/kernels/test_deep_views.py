@@ -28,7 +28,7 @@ from tests.pipelines.kernels.test_torch_kernels import end_to_end
 
 CPU = torch.device("cpu")
 SIZES = [(40, 32), (17, 60), (24, 24), (3, 30), (1, 1), (90, 25), (31, 35), (12, 13)]
-EVERYTHING = {"blur_p": (0.6,), "solarize_p": (0.4,), "noise_p": 0.5, "erase_p": 0.5}
+EVERYTHING = {"blur_p": (0.6,), "solarize_p": (0.4,), "noise_p": 0.5, "erase_p": 0.5, "channel_drop_p": 0.3}
 RGB = dataclasses.replace(RECIPES["satellite"], size=24, gray_p=0.4, hue=0.5, **EVERYTHING, **flat(3))
 # Weights and sums are float32 here and float64 there: measured at most 1.5e-6, on average 9e-8.
 MOST, MEAN = 1e-5, 1e-6

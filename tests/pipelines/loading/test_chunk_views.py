@@ -37,6 +37,7 @@ RECIPE = Recipe(
         "local_size": 8,
         "blur_p": (0.5,),
         "solarize_p": (0.2,),
+        "channel_drop_p": 0.3,
     }
 )
 PARTS = [slice(0, 3), slice(3, 7), slice(7, 10)]

@@ -1,12 +1,15 @@
 """Masks follow their images: the same place, no class that was not there."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipelines.augment.draws import draw
+from pipelines.augment.operations import OPERATIONS
 from pipelines.augment.recipe import Recipe
-from pipelines.kernels.reference import render
+from pipelines.kernels.reference import make_view
 from pipelines.loading.masks import decode_mask, mask_view
 from tests.pictures import encoded
 
@@ -41,8 +44,9 @@ def test_the_mask_lies_where_the_image_lies():
     mask = np.zeros((60, 80), dtype=np.uint8)
     mask[8:30, 10:50] = 1
     image = Image.fromarray(mask * 255).convert("RGB")
+    levels = dataclasses.replace(ALL_WAYS, mean=(0.0,) * 3, std=(1 / 255,) * 3)
     for one in drawn(80, 60):
-        view = np.asarray(render(image, one, 24))[:, :, 0]
+        view = np.rint(make_view(image, one, levels, 24)[0]).astype(np.uint8)
         sure = (view == 0) | (view == 255)
         assert sure.mean() > 0.6
         np.testing.assert_array_equal(mask_view(mask, one, 24)[sure], view[sure] // 255)
@@ -52,8 +56,9 @@ def test_operations_on_colours_leave_masks_alone_and_erased_pixels_have_no_class
     mask = np.arange(576, dtype=np.uint16).reshape(24, 24)
     one = drawn(24, 24)[0].copy()
     plain = mask_view(mask, one, 24)
-    for name in ("jitter", "gray", "sigma", "solarize", "noise_std"):
-        one[name] = 1
+    for operation in OPERATIONS.values():
+        if operation.switch and not operation.geometric:
+            one[operation.switch] = 1
     np.testing.assert_array_equal(mask_view(mask, one, 24), plain)
     one["erase_top"], one["erase_left"], one["erase_height"], one["erase_width"] = 2, 3, 4, 5
     plain[2:6, 3:8] = 700

@@ -5,9 +5,10 @@ import pytest
 from PIL import Image
 
 from pipelines.augment.draws import draw
+from pipelines.augment.operations import OPERATIONS
 from pipelines.augment.recipe import RECIPES, Recipe
 from pipelines.previews.preview_sheets import (
-    OPERATIONS,
+    columns,
     contact_sheet,
     describe,
     engines_sheet,
@@ -59,11 +60,14 @@ def test_same_seed_same_bytes(shard_set, tmp_path):
 
 def test_description_names_what_was_drawn():
     record = draw(RECIPES["satellite"], 0, 0, np.array([0]), np.array([50]), np.array([50]))[0, 0].copy()
-    for name in ("jitter", "gray", "sigma", "solarize", "hflip", "vflip", "turns", "noise_std"):
-        record[name] = 0
+    for operation in OPERATIONS.values():
+        if operation.switch and operation.name != "crop":
+            record[operation.switch] = 0
     assert describe(record) == ""
     record["turns"], record["sigma"], record["hflip"] = 3, 1.25, 1
     assert describe(record) == "blur 1.2 flip 270°"
+    record["channel_drop"], record["vflip"] = 2, 1
+    assert describe(record) == "blur 1.2 drop 2 flip 270°"
 
 
 def test_operations_are_shown_one_by_one(shard_set, tmp_path):
@@ -77,16 +81,22 @@ def test_operations_are_shown_one_by_one(shard_set, tmp_path):
         quarter_turns=True,
         noise_p=0.5,
         erase_p=0.5,
+        channel_drop_p=0.5,
     )
+    ops = columns(recipe)
+    assert [column for _, column in ops] == [c for op in OPERATIONS.values() for c in op.columns]
     sheet = pixels(operations_sheet(shard_set, recipe, tmp_path / "ops.png", rows=1, cell=CELL))
-    assert sheet.shape[1] == 6 + STEP * (2 + len(OPERATIONS))
+    assert sheet.shape[1] == 6 + STEP * (2 + len(ops))
     centre = cell(sheet, 0, 1)
-    shown = {f"{op.name} {op.fields[0]}": cell(sheet, 0, 2 + i) for i, op in enumerate(OPERATIONS)}
+    shown = {f"{op.title} {op.fields[0]}": cell(sheet, 0, 2 + i) for i, (_, op) in enumerate(ops)}
     assert all((picture != centre).any() for name, picture in shown.items())
     np.testing.assert_array_equal(shown["mirror hflip"], centre[:, ::-1])
     np.testing.assert_array_equal(shown["mirror vflip"], centre[::-1])
     assert any((shown["turn turns"] == np.rot90(centre, k)).all() for k in (1, 2, 3))
-    assert (np.ptp(shown["greyscale gray"], axis=2) == 0).all()
+    assert (np.ptp(shown["grayscale gray"], axis=2) == 0).all()
+    dropped = (shown["channel drop channel_drop"] != centre).any(axis=(0, 1))
+    assert dropped.sum() == 1
+    assert (shown["channel drop channel_drop"][..., dropped] == 0).all()
 
 
 def test_operations_that_a_recipe_lacks_have_no_column(shard_set, tmp_path):
