@@ -249,25 +249,26 @@ class Way:
         import torch
 
         from pipelines.augment.draws import draw
+        from pipelines.loading.loader_options import LoaderOptions
         from pipelines.loading.slots import open_slots
-        from pipelines.streaming.stream import Job, stream
+        from pipelines.streaming.batch import BatchRequest
+        from pipelines.streaming.stream import stream
 
         shards, recipe = work.shards, work.recipe
-        jobs = (
-            Job(ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]), epoch)
+        requests = (
+            BatchRequest(ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]), epoch)
             for epoch, ids in work.batches()
         )
-        samples, slots = open_slots(
-            shards,
-            recipe,
-            self.engine,
-            batch=work.batch,
+        options = LoaderOptions(
+            engine=self.engine,  # pyright: ignore[reportArgumentType] (refused by name where there is none)
             threads=work.threads,
-            device=torch.device(self.device),
             augment_on=self.augment_on,
             decode=self.decode,
+            device=self.device,
+            reuse_memory=True,
         )
-        made = stream(samples, slots(), jobs, work.threads)
+        samples, slots = open_slots(shards, recipe, work.batch, options)
+        made = stream(samples, slots(), requests, work.threads)
         with contextlib.closing(made):  # pyright: ignore[reportArgumentType]
             for batch in made:
                 if self.device != "cpu":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -70,6 +71,14 @@ class BatchDecoder:
         if pixels.shape[2] == 1:  # grey stays grey without a colour specification
             pixels = pixels.expand(-1, -1, 3)
         return pixels if pixels.shape[2] == 3 else None
+
+
+@dataclass(frozen=True)
+class DeviceDecoding:
+    """A decoder, and the stream that it works on: were it that of the views, those of one batch would wait for the next's decoding."""
+
+    decoder: BatchDecoder
+    stream: torch.cuda.Stream | None = None
 
 
 def check_decoder(decoder: BatchDecoder, samples: Samples) -> str:

@@ -16,10 +16,11 @@ from pipelines.augment.recipe import Recipe
 from pipelines.kernels.batched_views import BatchedKernels, BatchedViews
 from pipelines.kernels.decode import is_array
 from pipelines.kernels.view_params import PLAIN, TYPES, Form
-from pipelines.loading.gpu_decode import BatchDecoder
+from pipelines.loading.gpu_decode import DeviceDecoding
+from pipelines.streaming.batch import BatchRequest
 from pipelines.streaming.cache import GB, SHARE, Samples, Unreadable, decoded_sizes
 from pipelines.streaming.pinned import pinned_empty
-from pipelines.streaming.stream import Job, Slot, hand_over
+from pipelines.streaming.stream import Slot, hand_over
 from shards.errors import UserError
 
 
@@ -57,18 +58,17 @@ class GpuSlot(Slot):
         store: GpuStore | None = None,
         form: Form = PLAIN,
         kernels: BatchedKernels | None = None,
-        decoder: BatchDecoder | None = None,
-        decoding: torch.cuda.Stream | None = None,
+        decoding: DeviceDecoding | None = None,
     ):
         """`side`: the stream of the copies and kernels; None on a CPU. `kernels`: without them the best for the device.
 
-        `decoder`: without it the CPU decodes everything. `decoding`: its stream: were it the side stream, the views of one batch would
-        wait for the decoding of the next.
+        `decoding`: without it the CPU decodes everything.
         """
         self._samples, self._device, self._side, self._store = samples, device, side, store
         self._make = BatchedViews(recipe, device, kernels, form, samples.shards.manifest.dtypes)
-        self._decoder, self._decoding = decoder, decoding
-        self._ready = torch.cuda.Event() if decoding is not None else None
+        self._decoder = decoding.decoder if decoding is not None else None
+        self._decoding = decoding.stream if decoding is not None else None
+        self._ready = torch.cuda.Event() if self._decoding is not None else None
         self._encoded: dict[int, np.ndarray] = {}  # to be decoded by the device
         self._decoded: dict[int, torch.Tensor] = {}  # by the device
         self._host, self._pixels = self._memory(0), torch.empty(0, dtype=torch.uint8, device=device)
@@ -81,11 +81,11 @@ class GpuSlot(Slot):
         self._fresh: list[int] = []
         self._views: list[torch.Tensor] = []
 
-    def begin(self, job: Job) -> None:
+    def begin(self, request: BatchRequest) -> None:
         """As `Slot.begin`: each image gets the place that its size in the table asks for."""
         if self._copied is not None:
             self._copied.synchronize()
-        self._ids, self._draws = np.array(job.ids), job.draws.copy()
+        self._ids, self._draws = np.array(request.ids), request.draws.copy()
         sizes = self._sizes(self._ids)
         self._first_bytes = np.cumsum(sizes) - sizes
         self._types = np.zeros(len(sizes), dtype=np.uint8)

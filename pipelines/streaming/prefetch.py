@@ -43,7 +43,7 @@ def choose_window(shards: ShardSet, order: str, block_shards: int) -> tuple[int,
     return window, note
 
 
-class Uses:
+class ShardUses:
     """From where to where a stream uses each shard: `shards`, in the order of their first use, `first`, `last`; (S,) each."""
 
     def __init__(self, numbers: np.ndarray):
@@ -63,18 +63,18 @@ class Uses:
         return [*in_use.tolist(), *self.shards[begun : begun + reach].tolist()]
 
 
-class Ahead:
+class ShardPrefetch:
     """Asks for remote shards while batches are made: for those in use first, then for the next ones."""
 
     def __init__(self, shards: ShardSet, reach: int = REACH):
         self._shards, self._reach = shards, max(reach, REACH)
         self._asked: list[int] = []
 
-    def uses(self, sample_ids: np.ndarray) -> Uses | None:
+    def uses(self, sample_ids: np.ndarray) -> ShardUses | None:
         """When a stream of these samples (N,) uses which shard; None for local shards."""
-        return Uses(self._shards.shard_numbers(sample_ids)) if self._shards.near is not None else None
+        return ShardUses(self._shards.shard_numbers(sample_ids)) if self._shards.near is not None else None
 
-    def at(self, uses: Uses | None, start: int, stop: int, then: Uses | None = None) -> None:
+    def at(self, uses: ShardUses | None, start: int, stop: int, then: ShardUses | None = None) -> None:
         """The stream is about to read positions start .. stop - 1; what comes `then`, after all of `uses`."""
         if uses is None:
             return
