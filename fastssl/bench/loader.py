@@ -259,14 +259,8 @@ class Way:
             BatchRequest(ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]), epoch)
             for epoch, ids in work.batches()
         )
-        options = LoaderOptions(
-            engine=self.engine,  # pyright: ignore[reportArgumentType] (refused by name where there is none)
-            threads=work.threads,
-            augment_on=self.augment_on,
-            decode=self.decode,
-            device=self.device,
-            reuse_memory=True,
-        )
+        chosen: dict[str, Any] = dataclasses.asdict(self)
+        options = LoaderOptions(**chosen, threads=work.threads, reuse_memory=True)
         samples, slots = open_slots(shards, recipe, work.batch, options)
         made = stream(samples, slots(), requests, work.threads)
         with contextlib.closing(made):  # pyright: ignore[reportArgumentType]
