@@ -60,7 +60,14 @@ def test_a_block_of_the_page_runs(package: str, block: str, folder: Path, monkey
 
 def test_the_page_shows_what_a_reader_looks_for():
     text = "".join(block for _, block in BLOCKS)
-    for words in ("import convert", "load_state_dict", "LightningModule", "eval_batches", "masks=True", "pretrain("):
+    for words in (
+        "import convert",
+        "load_state_dict",
+        "LightningModule",
+        "eval_batches",
+        "masks=True",
+        "pretrain(",
+    ):
         assert words in text
     assert sum(bool(package) for package, _ in BLOCKS) == 1
 
