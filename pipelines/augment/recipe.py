@@ -11,7 +11,7 @@ With multi-crop a recipe makes two groups of views: `num_views` global ones of s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -28,7 +28,7 @@ JITTER = (
 PerView = float | tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recipe:
     """What may happen to an image on its way to a view. Probabilities are in [0, 1]; pixels are in [0, 1] until the last step."""
 
@@ -143,6 +143,15 @@ class Recipe:
             f"above recipe.value_low, {self.value_low}, in every channel",
         )
         need(0 < self.eval_crop <= 1, "eval_crop", "a share above 0 and at most 1")
+
+    def __repr__(self) -> str:
+        """Show the settings that differ from the defaults, which are MoCo v3's."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     @property
     def total_views(self) -> int:

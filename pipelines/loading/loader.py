@@ -118,7 +118,7 @@ class Loader:
         options: LoaderOptions,
         window: int = 0,
     ):
-        """`window`: the shards whose samples are shuffled together; 0 for all."""
+        """Start at epoch 0. `window`: the number of shards whose samples are shuffled together; 0 for all."""
         self.shards, self.recipe, self.bad, self.note = samples.shards, recipe, bad, samples.note
         self.batch, self.seed, self.options = batch, seed, options
         self.steps_per_epoch = steps_per_epoch(len(self.shards), batch)
@@ -173,7 +173,7 @@ class Loader:
 
     @property
     def sampler(self) -> Loader:
-        """The loader itself: Lightning calls `set_epoch` of a loader's sampler at the begin of each epoch."""
+        """Return the loader itself: Lightning calls `set_epoch` of a loader's sampler at the start of each epoch."""
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class Loader:
         return {"epoch": self.current_epoch, "step": self._given, **run}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batches that were given when `state` was made; the number of ranks may be another one.
+        """Continue after the batches that were given when `state` was made; the number of ranks may differ.
 
         Raises:
             UserError: the state is that of another data set, batch, seed or order, and its batches would not be these; a warning where

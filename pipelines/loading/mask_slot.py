@@ -1,4 +1,4 @@
-"""Masks in the stream of batches, beside the views of any engine: the threads that load an image decode and cut its mask too."""
+"""Masks beside the views of any engine: the threads that load an image decode and crop its mask too."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from shards.errors import UserError
 
 
 class Masks:
-    """The masks of a data set, as its images are kept in memory or read each time; safe to use from threads."""
+    """The masks of a data set, read each time or kept in memory, as its images are; safe to use from threads."""
 
     def __init__(self, shards: ShardSet, keep: Keeps = "nothing"):
-        """`keep`: what of each mask stays in memory from its first use on. UserError where no sample in use has a mask."""
+        """Keep what `keep` says of each mask from its first use on. UserError where no sample in use has a mask."""
         if shards.mask_sizes is None or not (shards.mask_sizes[shards.ids] > 0).any():
             part = f"the split '{shards.split}' of " if shards.split else ""
             raise UserError(
@@ -33,7 +33,7 @@ class Masks:
         self._decoded: dict[int, np.ndarray] = {}
 
     def mask(self, sample_id: int) -> np.ndarray | None:
-        """Class indices, uint8 or uint16 (H, W); None where the sample has no mask.
+        """Return class indices, uint8 or uint16 (H, W); None where the sample has no mask.
 
         Raises:
             Unreadable: it is gone, damaged, or not of its image's size.
@@ -45,8 +45,8 @@ class Masks:
             return self._decoded[sample_id]
         try:
             made = sound(self._shards, sample_id, lambda again: decode_mask(self._read(sample_id, again)))
-        except Unreadable as fault:
-            raise Unreadable(f"its mask: {fault}") from fault
+        except Unreadable as error:
+            raise Unreadable(f"its mask: {error}") from error
         if self._keep == "decoded":
             self._decoded[sample_id] = made
         return made
@@ -62,10 +62,10 @@ class Masks:
 
 
 class MaskedSlot(Slot):
-    """Adds masks to another slot, whatever makes its views: they are cut on the CPU."""
+    """Adds masks to another slot, whatever makes its views; the CPU crops them."""
 
     def __init__(self, slot: Slot, masks: Masks, memory: HostMemory, ignore: int):
-        """`memory`: int32, for (S, S) of each view. `ignore`: fills what has no class."""
+        """Write masks to `memory`, int32 (S, S) for each view; `ignore` fills what has no class."""
         self._slot, self._masks, self._memory, self._ignore = slot, masks, memory, ignore
 
     def begin(self, request: BatchRequest) -> None:

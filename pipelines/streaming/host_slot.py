@@ -19,7 +19,7 @@ class Renderer(Protocol):
     """An engine that makes views one image at a time."""
 
     def decode(self, data: memoryview) -> np.ndarray:
-        """The pixels (H, W, C) of an encoded image."""
+        """Return the pixels (H, W, C) of an encoded image."""
         ...
 
     def render(self, pixels: np.ndarray, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
@@ -34,7 +34,7 @@ class MemoryPool:
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype):
-        """`shapes`: of the tensors of a batch."""
+        """Start with no memory. `shapes`: of the tensors of a batch."""
         self._shapes, self._dtype = shapes, dtype
         self._free: list[list[torch.Tensor]] = [[] for _ in shapes]
 
@@ -138,7 +138,7 @@ class HostSlot(Slot):
     """One batch of views made by the CPU."""
 
     def __init__(self, samples: Samples, engine: Renderer, memory: HostMemory):
-        """`memory`: for (C, S, S) of each view."""
+        """Write views to `memory`, (C, S, S) for each view."""
         self._samples, self._engine, self._memory = samples, engine, memory
 
     def begin(self, request: BatchRequest) -> None:

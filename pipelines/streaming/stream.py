@@ -1,4 +1,4 @@
-"""Batches made in threads, ahead of time and in order; ends all its threads at once, whatever ends it."""
+"""Make batches in threads, ahead of time and in order; all threads end when the stream ends, for whatever reason."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Slot(Protocol):
         """Make sample `i` of the batch, from DRAW records (V,); called by many threads. Raises Unreadable for a bad sample."""
 
     def complete(self) -> list[int]:
-        """Do what is done for the whole batch, off the main thread; returns the samples that have to be filled once more."""
+        """Do what is done for the whole batch, off the main thread; return the samples that have to be filled once more."""
         ...
 
     def launch(self) -> None:
         """Start what the device has to do, now that all samples are there; does not wait for it."""
 
     def views(self) -> Sequence[torch.Tensor]:
-        """The views, for use on the current stream.
+        """Return the views, for use on the current stream.
 
         Raises:
             Spoiled: samples turned out bad; `fill` is called for their places again and then `launch` and `views`.
@@ -59,11 +59,11 @@ class Slot(Protocol):
         ...
 
     def masks(self) -> list[torch.Tensor]:
-        """The masks of the views, for use on the current stream; asked for after `views`."""
+        """Return the masks of the views, for use on the current stream; called after `views`."""
         return []
 
     def done(self) -> None:
-        """The caller has taken what it wants from the views and asks for the next batch."""
+        """Take note that the caller is done with the views and asks for the next batch."""
 
 
 class SlotMaker(Protocol):
@@ -75,7 +75,7 @@ class SlotMaker(Protocol):
 
 
 def default_threads() -> int:
-    """Cores this process may use, shared among the ranks of this machine (torchrun's LOCAL_WORLD_SIZE)."""
+    """Return the number of cores this process may use, shared among the ranks of this machine (torchrun's LOCAL_WORLD_SIZE)."""
     return max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -168,10 +168,10 @@ def stream(
 
 
 class _Filling:
-    """A batch that threads are at."""
+    """A batch that threads are filling."""
 
     def __init__(self, slot: Slot, request: BatchRequest, ids: np.ndarray, futures: list[Future]):
-        """`ids`: the samples really used, int64 (N,), which the threads change where one stands in for another."""
+        """Take note of `ids`, int64 (N,), the samples really used, which threads change where one stands in for another."""
         self.slot, self.request, self.ids, self.futures = slot, request, ids, futures
         self._launched = False
 
@@ -193,7 +193,7 @@ def _fill_one(
     epoch: int,
     bad: BadSamples | None,
 ) -> int:
-    """Fill place `i` of a batch, with a stand-in where the sample is bad; returns the sample used."""
+    """Fill place `i` of a batch, with a stand-in where the sample is bad; return the sample used."""
     wanted, attempt = sample_id, 0
     while True:
         if bad is None or sample_id not in bad:
@@ -224,13 +224,13 @@ def _replace(samples: Samples, filling: _Filling, i: int, error: Unreadable, bad
 
 
 def exact_device(device: torch.device | str) -> torch.device:
-    """The device with its number: 'cuda' is the current one now, and threads and libraries that are asked later begin at number 0."""
+    """Return the device with its number: 'cuda' means the current one now, while other threads and libraries would take number 0."""
     place = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if place == torch.device("cuda") else place
 
 
 def work_stream(device: torch.device, own: bool) -> torch.cuda.Stream | None:
-    """Where a GPU copies and makes views: a stream of its `own`, which overlaps with the step, or the step's; None on a CPU."""
+    """Return the stream for copies and views: its `own`, which overlaps with the step, or the step's; None on a CPU."""
     if device.type != "cuda":
         return None
     return torch.cuda.Stream(device) if own else torch.cuda.current_stream(device)

@@ -343,6 +343,13 @@ def test_what_is_shown_of_them(shard_set):
     assert "2 lazy" not in repr(crops)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_shows_what_differs_from_the_defaults(name):
+    recipe = RECIPES[name]
+    assert eval(repr(recipe), {"Recipe": Recipe}) == recipe
+    assert repr(replace(SMALL, hflip_p=0.0)) == "Recipe(size=16, hflip_p=0.0)"
+
+
 def test_names_of_the_package_load_nothing_until_they_are_used():
     script = "import sys, pipelines; assert 'torch' not in sys.modules; pipelines.open_loader; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
