@@ -153,7 +153,7 @@ def test_the_loader_of_the_ladder_is_one_stream(config_file, shards, monkeypatch
 
     monkeypatch.setattr(loader_module, "stream", counted)
     resolved = run_config.load(config_file, [*STEP[:-4], "--train.batch", "20", "--data.shards", str(shards)])
-    views = data_rungs.loader_views(resolved, torch.device("cpu"), on_host=False)
+    views = data_rungs.loader_views(resolved, torch.device("cpu"), in_chunks=False)
     first = [next(views)[0].clone() for _ in range(8)]  # 60 images: three batches an epoch
     views.close()
     assert opened == [1]
@@ -167,7 +167,7 @@ def test_a_missing_decoder_is_told_before_the_shards_are_opened(config_file, mon
     resolved = run_config.load(config_file, [*STEP[:-4], "--data.shards", "no/such"])
     with pytest.raises(UserError, match="needs the package nvidia-nvimgcodec-cu12, which is not installed"):
         data_rungs.loader_views(
-            resolved, torch.device("cuda"), on_host=False, changes=ladder_rows.ENDINGS["end_decode"].changes
+            resolved, torch.device("cuda"), in_chunks=False, changes=ladder_rows.ENDINGS["end_decode"].changes
         )
 
 
