@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.augment.recipe import Recipe
-from pipelines.loading.loader import eval_batches
+from pipelines.loading.evaluation_views import eval_batches
 from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
@@ -63,7 +63,8 @@ def extract(
     `encode` maps normalised views (n, C, S, S) on `device` to (n, D); it is called with one batch at a time.
     """
     found, done = None, 0
-    for views in eval_batches(shards, recipe, sample_ids, batch=batch, threads=threads, device=device):
+    options = {"threads": threads, "device": device, "reuse_memory": True}
+    for views in eval_batches(shards, recipe, sample_ids, batch=batch, **options):
         features = encode(views.views[0]).float().cpu()
         # Filled batch by batch: joining batches would need the memory twice.
         if found is None:

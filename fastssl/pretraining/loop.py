@@ -59,17 +59,14 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
     shards = cfg.data.open()
     resolved = follow_shards(resolved, shards)
     cfg = resolved.config
-    loader = open_loader(
-        shards,
-        cfg.recipe,
-        batch=train.batch,
-        seed=train.seed,
+    options = cfg.data.options(
         rank=ranks.rank,
         world=ranks.world,
-        **cfg.data.options(),
         device=ranks.device,
         form=view_form(train, ranks.device),
+        reuse_memory=True,
     )
+    loader = open_loader(shards, cfg.recipe, batch=train.batch, seed=train.seed, options=options)
     with RunFolder(resolved, ranks, loader.steps_per_epoch) as folder:
         training = Training(resolved, shards, ranks, loader.steps_per_epoch, folder.newest(resume))
         if training.num_chunks > 1:  # the device never holds more than a chunk of it
@@ -167,7 +164,7 @@ def _greet(screen: ProgressDisplay, training: Training, loader: Loader) -> None:
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[training.dtype]
     screen.say(
         f"{training.resolved.method_name} {cfg.model.backbone} on {len(loader.shards):,} images at {cfg.recipe.size} px: "
-        f"batch {loader.batch} on {loader.world} x {loader.device}, {name}, {cfg.train.epochs} epochs of "
+        f"batch {loader.batch} on {loader.options.world} x {loader.options.device}, {name}, {cfg.train.epochs} epochs of "
         f"{loader.steps_per_epoch} steps"
     )
     if loader.note:

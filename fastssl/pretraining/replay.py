@@ -142,8 +142,8 @@ def replay(args: Replay) -> list[str]:
 
     chunk = args.micro_batch or (train.micro_batch if train.micro_batch != "auto" else 0)
     on_cpu = {"augment_on": "cpu", "decode": "cpu", "cache": "none"}
-    options = {**data.options(), **({} if place.type == "cuda" else on_cpu)}
-    loader = open_loader(shards, cfg.recipe, batch=train.batch, seed=train.seed, device=place, **options)
+    options = data.options(**({} if place.type == "cuda" else on_cpu), device=place, reuse_memory=True)
+    loader = open_loader(shards, cfg.recipe, batch=train.batch, seed=train.seed, options=options)
     # Views that are taken in chunks last as long as the stream is open.
     batches = (loader.in_chunks() if chunk else loader).steps(step - 1, step)
     with closing(batches):

@@ -22,7 +22,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 PerView = float | tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recipe:
     """What may happen to an image on its way to a view. Probabilities are in [0, 1]; pixels are in [0, 1] until the last step."""
 
@@ -141,6 +141,15 @@ class Recipe:
         for operation in POINTWISE.values():
             if operation.check:
                 operation.check(self, need)
+
+    def __repr__(self) -> str:
+        """Show the settings that differ from the defaults, which are MoCo v3's."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     @property
     def total_views(self) -> int:

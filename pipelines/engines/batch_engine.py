@@ -19,9 +19,10 @@ from pipelines.augment.draws import DRAW
 from pipelines.augment.noise import unit_noise
 from pipelines.augment.recipe import Recipe
 from pipelines.kernels.decode import decode_rgb
+from pipelines.streaming.batch import BatchRequest
 from pipelines.streaming.cache import Samples, Unreadable
 from pipelines.streaming.pinned import pinned_empty
-from pipelines.streaming.stream import SLOTS, Job, Slot, SlotMaker, Spoiled, hand_over, work_stream
+from pipelines.streaming.stream import SLOTS, Slot, SlotMaker, Spoiled, hand_over, work_stream
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,11 @@ class BatchSlot(Slot):
         self._draws = np.empty(0, dtype=DRAW)
         self._made: Future[tuple[list[torch.Tensor], torch.cuda.Event | None]] | None = None
 
-    def begin(self, job: Job) -> None:
+    def begin(self, request: BatchRequest) -> None:
         """As `Slot.begin`."""
         if self._used is not None:
             self._used.synchronize()
-        self._items, self._draws = [None] * len(job.ids), job.draws.copy()
+        self._items, self._draws = [None] * len(request.ids), request.draws.copy()
 
     def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
         """As `Slot.fill`: load one sample."""

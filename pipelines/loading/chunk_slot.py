@@ -1,4 +1,4 @@
-"""The fused engine on a GPU for batches taken in chunks: decoded images wait, and a chunk's views are made when it is asked for.
+"""The fused engine on a GPU for batches taken in chunks: decoded images wait, and a chunk's views are made when the step asks for it.
 
 Draws are pure functions, so a chunk's views are the same bits however often they are made, and a batch needs the memory of its
 images only. They stay on the host: on the device there are the images of one chunk, in one buffer for all. Images of a GPU cache, and
@@ -27,17 +27,17 @@ from shards.dataset.shard_set import ShardSet
 
 
 class ChunkBuffer:
-    """Memory on a device for the images of one chunk after the other, whatever batch and stream they are of."""
+    """Memory on a device for the images of one chunk at a time; the chunks of all batches share it."""
 
     def __init__(self, device: torch.device, on_gpu: bool):
-        """`on_gpu`: whether there are streams to keep in order."""
+        """Start with no memory. `on_gpu`: whether there are streams to keep in order."""
         self._device = device
         self._pixels = torch.empty(0, dtype=torch.uint8, device=device)
         self._used = torch.cuda.Event() if on_gpu else None
 
     @contextlib.contextmanager
     def lend(self, count: int) -> Iterator[Tensor]:
-        """Within, the memory is the caller's: uint8 (count,), for use on the current stream, which waits for the use before."""
+        """Lend the memory, uint8 (count,), for use on the current stream, which waits for the previous use."""
         # Grows by quarters, as the memory of the slots does.
         if len(self._pixels) < count:
             self._pixels = torch.empty(count * 5 // 4, dtype=torch.uint8, device=self._device)
@@ -56,7 +56,7 @@ class ChunkSlot(GpuSlot):
     """Memory for one batch of decoded images, and the launches that turn a chunk of them into views."""
 
     def __init__(self, buffer: ChunkBuffer, *args: Any, **options: Any):
-        """`buffer`: shared by all slots of a stream of batches; the rest is as for `GpuSlot`."""
+        """Take a `buffer` that all slots of a stream of batches share; the rest is as for `GpuSlot`."""
         super().__init__(*args, **options)
         self._buffer = buffer
         self._lent: ChunkViews | None = None
@@ -131,7 +131,7 @@ class ChunkSlot(GpuSlot):
 
 
 class ChunkViews(LazyViews):
-    """The views of the batch in a `ChunkSlot`, until that takes the next one."""
+    """The views of the batch in a `ChunkSlot`, valid until the slot takes the next batch."""
 
     def __init__(self, slot: ChunkSlot, num_samples: int, num_views: int):
         self._slot: ChunkSlot | None = slot
@@ -149,7 +149,7 @@ class ChunkViews(LazyViews):
 
 
 class BlankViews(LazyViews):
-    """Views of black images in the sizes of real ones, made as a run makes them: to try what fits in the memory of a device."""
+    """Views of black images in the sizes of real ones, made as a run makes them, to find out what fits in a device's memory."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class BlankViews(LazyViews):
         form: Form = PLAIN,
         cached: bool = False,
     ):
-        """`ids`: whose sizes and draws count; `cached`: images lie in a cache on the device, which was taken before."""
+        """Use the sizes and draws of the samples `ids`. `cached`: images lie in a cache on the device that was allocated before."""
         sizes = decoded_sizes(shards, len(recipe.mean), ids)
         # The largest first, so that they meet in one chunk.
         order = np.argsort(-sizes, kind="stable")
@@ -179,7 +179,7 @@ class BlankViews(LazyViews):
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of the images of the batch."""
+        """Return the bytes of the images of the batch."""
         return int(self._sizes.sum())
 
     def rows(self, part: slice) -> list[Tensor]:

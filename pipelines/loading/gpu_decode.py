@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -24,14 +25,14 @@ class BatchDecoder:
     """nvImageCodec's decoder of one device, for 8-bit RGB."""
 
     def __init__(self, device: torch.device, threads: int):
-        """`threads`: of the host, for what the GPU leaves to it. Raises UserError where the package is missing or does not start."""
+        """Start the decoder. `threads`: host threads for what the GPU leaves. UserError where the package is missing or fails."""
         try:
             codec: Any = import_module("nvidia.nvimgcodec")
-        except ImportError as fault:
+        except ImportError as error:
             raise UserError(
-                f"data.decode gpu needs the package nvidia-nvimgcodec-cu12, which came with DALI ({fault}): install it, or set "
+                f"data.decode gpu needs the package nvidia-nvimgcodec-cu12, which came with DALI ({error}): install it, or set "
                 "--data.decode cpu."
-            ) from fault
+            ) from error
         on_gpu = device.type == "cuda"
         backends = None if on_gpu else [codec.Backend(codec.CPU_ONLY)]
         index = (device.index or 0) if on_gpu else codec.NVIMGCODEC_DEVICE_CPU_ONLY
@@ -39,10 +40,10 @@ class BatchDecoder:
         try:
             # Chroma interpolated between its samples, as libjpeg-turbo does it.
             self._decoder = codec.Decoder(index, threads, backends, ":fancy_upsampling=1")
-        except Exception as fault:
+        except Exception as error:
             raise UserError(
-                f"data.decode gpu: nvImageCodec {self.version} does not start ({fault}): set --data.decode cpu."
-            ) from fault
+                f"data.decode gpu: nvImageCodec {self.version} does not start ({error}): set --data.decode cpu."
+            ) from error
         # Shards hold upright images: a turn left in the header of a stored file has been dealt with by the converter.
         self._params = codec.DecodeParams(
             apply_exif_orientation=False, color_spec=codec.ColorSpec.SRGB, allow_any_depth=False
@@ -67,16 +68,24 @@ class BatchDecoder:
         pixels = torch.from_dlpack(image) if on_gpu else torch.from_numpy(np.array(image))
         if pixels.ndim != 3 or pixels.dtype != torch.uint8:
             return None
-        if pixels.shape[2] == 1:  # grey stays grey without a colour specification
+        if pixels.shape[2] == 1:  # gray stays gray without a colour specification
             pixels = pixels.expand(-1, -1, 3)
         return pixels if pixels.shape[2] == 3 else None
+
+
+@dataclass(frozen=True)
+class DeviceDecoding:
+    """A decoder and its own stream: on the stream of the views, one batch's views would wait for the next batch's decoding."""
+
+    decoder: BatchDecoder
+    stream: torch.cuda.Stream | None = None
 
 
 def check_decoder(decoder: BatchDecoder, samples: Samples) -> str:
     """Decode images from all over the data set on the device and on the CPU, and compare; a line to print.
 
     Raises:
-        UserError: they differ by more than rounding. What the device cannot decode is no fault: the CPU decodes it.
+        UserError: they differ by more than rounding. What the device cannot decode is no error: the CPU decodes it.
     """
     count = samples.shards.num_samples
     ids = np.unique(np.linspace(0, count - 1, TESTED_IMAGES).astype(np.int64))
@@ -114,7 +123,7 @@ def check_decoder(decoder: BatchDecoder, samples: Samples) -> str:
 
 
 def gpu_decoder(samples: Samples, device: torch.device, threads: int) -> BatchDecoder:
-    """A decoder that has passed `check_decoder`; what it found is added to `samples.note`. UserError where it cannot be used.
+    """Return a decoder that passed `check_decoder`, and add the result to `samples.note`. UserError where it cannot be used.
 
     Arrays (images of 16 bits, of floats, or of other than 1 or 3 channels) are left to the CPU; a data set of nothing else is refused.
     """

@@ -1,4 +1,4 @@
-"""The fused engine on a GPU: the CPU decodes in threads, batched kernels make the views on a stream of their own, a step ahead.
+"""The fused engine on a GPU: CPU threads decode, and batched kernels make the views on their own stream, one step ahead.
 
 Decoded images of any sizes and types lie end to end in one buffer of bytes; a GPU cache is such a buffer of the whole data set. With a
 `BatchDecoder` the device decodes too, and the CPU only what it cannot. The same code runs on CPU tensors, for the tests.
@@ -16,10 +16,11 @@ from pipelines.augment.recipe import Recipe
 from pipelines.kernels.batched_views import BatchedKernels, BatchedViews
 from pipelines.kernels.decode import is_array
 from pipelines.kernels.view_params import PLAIN, TYPES, Form
-from pipelines.loading.gpu_decode import BatchDecoder
+from pipelines.loading.gpu_decode import DeviceDecoding
+from pipelines.streaming.batch import BatchRequest
 from pipelines.streaming.cache import GB, SHARE, Samples, Unreadable, decoded_sizes
 from pipelines.streaming.pinned import pinned_empty
-from pipelines.streaming.stream import Job, Slot, hand_over
+from pipelines.streaming.stream import Slot, hand_over
 from shards.errors import UserError
 
 
@@ -27,7 +28,7 @@ class GpuStore:
     """The decoded data set in the memory of a device: each image from its first use on."""
 
     def __init__(self, samples: Samples, device: torch.device, cache_gb: float = 0):
-        """`cache_gb`: memory it may fill, in 10^9 bytes; 0 is half of what is free. Raises UserError where the pixels do not fit."""
+        """Allocate up to `cache_gb`, in 10^9 bytes; 0 is half of what is free. UserError where the pixels do not fit."""
         sizes = decoded_sizes(samples.shards, samples.channels)
         total = int(sizes.sum())
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total
@@ -42,7 +43,8 @@ class GpuStore:
         self.first_bytes = np.cumsum(sizes) - sizes
         self.pixels = torch.empty(total, dtype=torch.uint8, device=device)
         self.held = np.zeros(samples.shards.num_samples, dtype=np.bool_)
-        self.types = np.zeros(samples.shards.num_samples, dtype=np.uint8)  # of what is held: places in TYPES
+        # Of what is held: places in TYPES.
+        self.types = np.zeros(samples.shards.num_samples, dtype=np.uint8)
 
 
 class GpuSlot(Slot):
@@ -57,44 +59,45 @@ class GpuSlot(Slot):
         store: GpuStore | None = None,
         form: Form = PLAIN,
         kernels: BatchedKernels | None = None,
-        decoder: BatchDecoder | None = None,
-        decoding: torch.cuda.Stream | None = None,
+        decoding: DeviceDecoding | None = None,
     ):
-        """`side`: the stream of the copies and kernels; None on a CPU. `kernels`: without them the best for the device.
+        """Start with no memory. `side`: stream of copies and kernels, None on a CPU. `kernels`: None takes the best for the device.
 
-        `decoder`: without it the CPU decodes everything. `decoding`: its stream: were it the side stream, the views of one batch would
-        wait for the decoding of the next.
+        `decoding`: None lets the CPU decode everything.
         """
         self._samples, self._device, self._side, self._store = samples, device, side, store
         self._make = BatchedViews(recipe, device, kernels, form, samples.shards.manifest.dtypes)
-        self._decoder, self._decoding = decoder, decoding
-        self._ready = torch.cuda.Event() if decoding is not None else None
-        self._encoded: dict[int, np.ndarray] = {}  # to be decoded by the device
-        self._decoded: dict[int, torch.Tensor] = {}  # by the device
+        self._decoder = decoding.decoder if decoding is not None else None
+        self._decoding = decoding.stream if decoding is not None else None
+        self._ready = torch.cuda.Event() if self._decoding is not None else None
+        # To be decoded by the device, and decoded by it.
+        self._encoded: dict[int, np.ndarray] = {}
+        self._decoded: dict[int, torch.Tensor] = {}
         self._host, self._pixels = self._memory(0), torch.empty(0, dtype=torch.uint8, device=device)
         self._copied = torch.cuda.Event() if side is not None else None
         self._ids: np.ndarray = np.empty(0, dtype=np.int64)
         self._draws: np.ndarray = np.empty(0, dtype=DRAW)
         self._first_bytes, self._end = np.empty(0, dtype=np.int64), 0
-        self._types = np.empty(0, dtype=np.uint8)  # places in TYPES
+        # Places in TYPES.
+        self._types = np.empty(0, dtype=np.uint8)
         self._strays: dict[int, np.ndarray] = {}
         self._fresh: list[int] = []
         self._views: list[torch.Tensor] = []
 
-    def begin(self, job: Job) -> None:
+    def begin(self, request: BatchRequest) -> None:
         """As `Slot.begin`: each image gets the place that its size in the table asks for."""
         if self._copied is not None:
             self._copied.synchronize()
-        self._ids, self._draws = np.array(job.ids), job.draws.copy()
+        self._ids, self._draws = np.array(request.ids), request.draws.copy()
         sizes = self._sizes(self._ids)
         self._first_bytes = np.cumsum(sizes) - sizes
         self._types = np.zeros(len(sizes), dtype=np.uint8)
         self._strays, self._fresh = {}, []
         self._encoded, self._decoded = {}, {}
-        self._end = int(sizes.sum())  # bytes in use
-        if (
-            len(self._host) < self._end
-        ):  # grows by quarters, so that batches of mixed sizes soon find it large enough
+        # Bytes in use.
+        self._end = int(sizes.sum())
+        # Grows by quarters, so that batches of mixed sizes soon find it large enough.
+        if len(self._host) < self._end:
             self._host = self._memory(self._end * 5 // 4)
 
     def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
@@ -111,9 +114,9 @@ class GpuSlot(Slot):
         self._draws[:, i] = draws
 
     def _for_device(self, i: int, sample_id: int) -> np.ndarray | None:
-        """The bytes of an image that the device will decode; None for what is decoded here.
+        """Return the bytes of an image that the device will decode; None for what the CPU decodes.
 
-        That is an array, what stands in for a bad sample, and what the device has refused.
+        The CPU decodes arrays, stand-ins for bad samples, and what the device has refused.
         """
         if self._decoder is None or sample_id != self._ids[i] or i in self._encoded:
             return None
@@ -132,7 +135,8 @@ class GpuSlot(Slot):
         if sample_id == self._ids[i]:
             first = int(self._first_bytes[i])
             self._host[first : first + len(pixels)].numpy()[:] = pixels
-        else:  # stands in for a bad sample and may be larger
+        else:
+            # Stands in for a bad sample and may be larger.
             self._strays[i] = pixels
         self._types[i] = TYPES.index(image.dtype.name)
         self._fresh.append(i)
@@ -175,7 +179,7 @@ class GpuSlot(Slot):
         """As `Slot.done`: nothing is lent."""
 
     def _upload(self) -> tuple[torch.Tensor, np.ndarray]:
-        """The bytes on the device and where each image of the batch begins in them."""
+        """Return the bytes on the device and where each image of the batch begins in them."""
         if self._store is not None:
             self._place(self._store.pixels, self._store.first_bytes[self._ids])
             # Later launches follow on the same stream, so what is marked as held here is there when they read it.
@@ -197,7 +201,8 @@ class GpuSlot(Slot):
         for i in self._fresh:
             size, first, at = int(sizes[i]), int(self._first_bytes[i]), int(first_bytes[i])
             pixels[at : at + size].copy_(self._host[first : first + size], non_blocking=True)
-        if self._decoded:  # in a few launches for all of them
+        if self._decoded:
+            # In a few launches for all of them.
             if self._ready is not None:
                 torch.cuda.current_stream(self._device).wait_event(self._ready)
             places = [

@@ -1,123 +1,107 @@
-"""`open_loader`: one call that yields batches of views from shards, for every engine."""
+"""`open_loader`: one call that gives batches of views from shards, for every engine."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator
+import os
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import torch
 
 from pipelines.augment.channels import check_operations, fit_recipe
-from pipelines.augment.draws import draw, eval_draws
-from pipelines.augment.recipe import Recipe
-from pipelines.engines.fused_engine import FusedEngine
-from pipelines.kernels.view_params import PLAIN, Form
-from pipelines.loading.mask_slot import with_masks
-from pipelines.loading.masks import NO_MASK
-from pipelines.loading.slots import host_slots, open_slots, view_shapes, whole_only
+from pipelines.augment.draws import draw
+from pipelines.augment.recipe import Recipe, get_recipe
+from pipelines.loading.loader_options import LoaderOptions, make_options
+from pipelines.loading.loader_state import check_state, describe_run
+from pipelines.loading.slots import open_slots, whole_only
 from pipelines.streaming.bad_samples import BadSamples
-from pipelines.streaming.cache import Samples, open_samples
-from pipelines.streaming.prefetch import Ahead, Uses, choose_window
-from pipelines.streaming.stream import Batch, Job, SlotMaker, default_threads, exact_device, stream
+from pipelines.streaming.batch import Batch, BatchRequest
+from pipelines.streaming.cache import Samples
+from pipelines.streaming.prefetch import ShardPrefetch, ShardUses, choose_window
+from pipelines.streaming.stream import SlotMaker, default_threads, exact_device, stream
 from shards.dataset.order import block_order, epoch_order, rank_positions, steps_per_epoch
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
+from shards.splits.split_table import open_split
 
-__all__ = ["Batch", "Loader", "default_threads", "eval_batches", "open_loader"]
+__all__ = ["Batch", "Loader", "default_threads", "open_loader", "open_shards"]
 
 
 def open_loader(
-    shards: ShardSet,
-    recipe: Recipe,
+    shards: str | os.PathLike | ShardSet,
+    recipe: str | Recipe,
     *,
     batch: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-    engine: str = "fused",
-    threads: int = 0,
-    augment_on: str = "cpu",
-    decode: str = "cpu",
-    order: str = "auto",
-    block_shards: int = 16,
-    cache: str = "none",
-    cache_gb: float = 0.0,
-    value_range: str = "type",
-    side_stream: bool = True,
-    max_bad_share: float = 0.001,
-    masks: bool = False,
-    mask_ignore: int = NO_MASK,
-    device: torch.device | str = "cpu",
-    form: Form = PLAIN,
-    log: Callable[[str], None] | None = None,
+    seed: int = 0,
+    split: str = "",
+    options: LoaderOptions | None = None,
+    **keywords: Any,
 ) -> Loader:
-    """Open the training stream of one rank.
+    """Open the training loader of one process.
 
     Args:
+        shards: folder of shards, its URL, or an open `ShardSet`.
+        recipe: what happens to the images: a `Recipe`, or the name of a preset in `RECIPES`.
         batch: samples per step over all ranks; must divide by `world`.
         seed: decides order and draws together with the epoch.
-        device: where the views go; copies to a GPU overlap with the work on it.
-        form: how views lie in memory that the engine fused makes on a GPU; all others are float32, channel after channel.
-        masks: `Batch.masks` holds the masks of the views, by the same crops, flips and turns. The CPU makes them, for every engine.
-        mask_ignore: stands where no class is known: in the masks of samples that have none, and where a view is erased. Pixels that
-            are stored with this index keep it (`fastssl shard` stores 255 beyond the edge of rasters without nodata value).
-        log: takes one line about each sample found bad; without it they are warnings.
+        split: part of the shards that `fastssl split` made, such as train; empty: all of them.
+        options: how the loader works.
+        keywords: fields of `LoaderOptions`, on top of `options`: engine, threads, rank, world, device, cache, masks, ...
 
     Raises:
-        UserError: the batch does not divide by the ranks, or the data set has fewer samples than one batch, or the engine is
-            unknown, or the cache does not fit, or the recipe's operations or values are not for the images' channels, or masks are
-            asked for and no sample has one.
+        UserError: an unknown keyword, preset, split or engine; a batch that does not divide by the ranks; fewer samples than one
+            batch; a cache that does not fit; operations or values of the recipe that are not for the images' channels; masks asked
+            for where no sample has one.
     """
-    rank_positions(0, batch, rank, world)  # names both numbers where the batch does not divide
+    options = make_options("open_loader", keywords, base=options)
+    recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    shards = open_shards(shards, split)
+    # Names both numbers where the batch does not divide.
+    rank_positions(0, batch, options.rank, options.world)
     if len(shards) < batch:
         part = f"the split '{shards.split}' of " if shards.split else ""
         raise UserError(
             f"{part}'{shards.folder}' has {len(shards)} samples, fewer than one batch of {batch}: lower the batch size "
             f"(--train.batch) to at most {len(shards)}, or convert more images."
         )
-    recipe = fit_recipe(recipe, shards, value_range)
+    recipe = fit_recipe(recipe, shards, options.value_range)
     check_operations(recipe)
-    device = exact_device(device)
-    threads = threads or default_threads()
-    samples, make_slots = open_slots(
-        shards,
-        recipe,
-        engine,
-        batch=batch // world,
-        threads=threads,
-        augment_on=augment_on,
-        decode=decode,
-        cache=cache,
-        cache_gb=cache_gb,
-        device=device,
-        side_stream=side_stream,
-        form=form,
-        masks=masks,
-        mask_ignore=mask_ignore,
+    options = replace(
+        options, device=exact_device(options.device), threads=options.threads or default_threads()
     )
-    window, note = choose_window(shards, order, block_shards)
+    samples, make_slots = open_slots(shards, recipe, batch // options.world, options)
+    window, note = choose_window(shards, options.order, options.block_shards)
     samples.note = "\n".join(filter(None, (note, samples.note)))
-    return Loader(
-        samples,
-        make_slots,
-        recipe,
-        BadSamples(shards, recipe, seed, max_bad_share, log),
-        batch=batch,
-        seed=seed,
-        rank=rank,
-        world=world,
-        threads=threads,
-        device=device,
-        block_shards=window,
-        whole_only=whole_only(engine, augment_on),
-    )
+    bad = BadSamples(shards, recipe, seed, options.max_bad_share, options.log)
+    return Loader(samples, make_slots, recipe, bad, batch=batch, seed=seed, options=options, window=window)
+
+
+def open_shards(shards: str | os.PathLike | ShardSet, split: str = "") -> ShardSet:
+    """Return the samples of a folder, of a URL or of an open `ShardSet`, or those of one split of it.
+
+    Raises:
+        UserError: as `open_split`, or the set is that of another split already.
+    """
+    if not isinstance(shards, ShardSet):
+        return open_split(shards, split)
+    if not split or split == shards.split:
+        return shards
+    if shards.split:
+        raise UserError(
+            f"split is '{split}', but the ShardSet of '{shards.folder}' is that of the split '{shards.split}': give the folder."
+        )
+    return open_split(shards.folder, split, shards.near and shards.near.settings)
 
 
 class Loader:
-    """Batches of one rank in the global order; made by `open_loader`.
+    """Batches of one process in the global order; made by `open_loader`.
+
+    `for batch in loader` gives the batches of the current epoch. When they are all taken, the next epoch becomes the current one;
+    `set_epoch` chooses another. A loop that is left early begins the epoch anew the next time. `state_dict` says how far the latest
+    loop has come, also in the midst of an epoch.
 
     `bad` counts the samples that went bad (`samples`, different ones, and `replaced`); `note` says what a cache holds, or is empty.
     """
@@ -131,33 +115,99 @@ class Loader:
         *,
         batch: int,
         seed: int,
-        rank: int,
-        world: int,
-        threads: int,
-        device: torch.device,
-        block_shards: int,
-        whole_only: str = "",
+        options: LoaderOptions,
+        window: int = 0,
     ):
-        """`whole_only`: why batches cannot be taken in chunks; empty where they can."""
+        """Start at epoch 0. `window`: the number of shards whose samples are shuffled together; 0 for all."""
         self.shards, self.recipe, self.bad, self.note = samples.shards, recipe, bad, samples.note
-        self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
-        self.threads, self.device = threads, device
+        self.batch, self.seed, self.options = batch, seed, options
         self.steps_per_epoch = steps_per_epoch(len(self.shards), batch)
-        self._samples, self._make_slots, self._block_shards = samples, make_slots, block_shards
-        self._whole_only, self._in_chunks = whole_only, False
+        self.current_epoch = 0
+        self._samples, self._make_slots, self._window = samples, make_slots, window
+        self._in_chunks = False
+        # Where the next loop begins, how many steps of the epoch the latest one has given, and which one that is.
+        self._start, self._given, self._latest = 0, 0, object()
+
+    def __repr__(self) -> str:
+        options = self.options
+        part = f", split '{self.shards.split}'" if self.shards.split else ""
+        place = f"rank {options.rank} of {options.world}, " if options.world > 1 else ""
+        at = f"at epoch {self.current_epoch}, step {self._given}"
+        return (
+            f"Loader('{self.shards.folder}'{part}: {len(self.shards):,} samples; batch {self.batch}, {len(self):,} steps an epoch, "
+            f"seed {self.seed}; {place}engine {options.engine}, views on {options.device}; {at})"
+        )
+
+    def __len__(self) -> int:
+        """Return the steps of an epoch; samples that do not fill a batch are left out, others in each epoch."""
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """Return an iterator over the batches of the current epoch that are left."""
+        start, self._start = self._start, 0
+        self._given, self._latest = start, object()
+        return self._rest(self.current_epoch, start, self._latest)
+
+    def _rest(self, epoch: int, start: int, loop: object) -> Generator[Batch, None, None]:
+        batches = self.epoch(epoch, start)
+        try:
+            for step, batch in enumerate(batches, start):
+                if self._latest is loop:
+                    self._given = step + 1
+                yield batch
+                # Or the batch would live here while the next one is made.
+                del batch
+        finally:
+            batches.close()
+        if self._latest is loop and self.current_epoch == epoch:
+            self.set_epoch(epoch + 1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make `epoch` the current one. Nothing changes where it is that already, so that a loop may call it after a resume too."""
+        if epoch < 0:
+            raise UserError(f"The epoch is {epoch}, but it must be 0 or more.")
+        if epoch != self.current_epoch:
+            self.current_epoch, self._start, self._given = epoch, 0, 0
+            # A loop that is still open no longer counts.
+            self._latest = object()
+
+    @property
+    def sampler(self) -> Loader:
+        """Return the loader itself: Lightning calls `set_epoch` of a loader's sampler at the start of each epoch."""
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the current epoch, the steps of it that were given, and what decides the batches; plain numbers and words.
+
+        A batch counts as given from the moment at which the loop has it. The state is the same on every rank.
+        """
+        run = describe_run(self.shards, self.recipe, self.batch, self.seed, self._window)
+        return {"epoch": self.current_epoch, "step": self._given, **run}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the batches that were given when `state` was made; the number of ranks may differ.
+
+        Raises:
+            UserError: the state is that of another data set, batch, seed or order, and its batches would not be these; a warning where
+                only the recipe is another.
+        """
+        check_state(state, describe_run(self.shards, self.recipe, self.batch, self.seed, self._window))
+        self.current_epoch, self._start, self._given = state["epoch"], state["step"], state["step"]
+        self._latest = object()
 
     def in_chunks(self) -> Loader:
-        """Return the same stream, of batches that the caller takes chunk by chunk, so that the device never holds a whole one.
+        """Return the same loader, of batches that the caller takes chunk by chunk, so that the device never holds a whole one.
 
         Views that the CPU makes stay in host memory, page-locked for the device, for copies of some rows on the current stream; those
-        of `augment_on` gpu are `LazyViews`, made when some rows are asked for. Either are valid until the next batch is asked for. The
-        host holds `SLOTS` batches: of views, or of decoded images.
+        of `augment_on` gpu are `LazyViews`, made when some rows are asked for. Either are valid until the next batch is asked for,
+        whatever `reuse_memory` is. The host holds `SLOTS` batches: of views, or of decoded images.
 
         Raises:
             UserError: the engine makes whole batches on the GPU.
         """
-        if self._whole_only:
-            raise UserError(self._whole_only)
+        reason = whole_only(self.options)
+        if reason:
+            raise UserError(reason)
         other = copy.copy(self)
         other._in_chunks = True
         return other
@@ -170,31 +220,32 @@ class Loader:
     def steps(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """Yield the batches of the global steps start .. stop - 1, on from one epoch to the next without a pause."""
         slots = self._make_slots(in_chunks=self._in_chunks)
-        return stream(self._samples, slots, self._jobs(start, stop), self.threads, self.bad)
+        threads = self.options.threads or default_threads()
+        return stream(self._samples, slots, self._requests(start, stop), threads, self.bad)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The sample ids of an epoch, in the order of all ranks together: int64 (len(shards),).
+        """Return the sample ids of an epoch, in the order of all ranks together: int64 (len(shards),).
 
         The order is one of positions among the samples in use, so that of a split does not depend on what lies outside of it.
         """
         shards = self.shards
-        if self._block_shards:
+        if self._window:
             ends = np.cumsum([shard.num_samples for shard in shards.manifest.shards])
             inside = np.searchsorted(shards.ids, ends)
-            return shards.ids[block_order(np.diff(inside, prepend=0), self.seed, epoch, self._block_shards)]
+            return shards.ids[block_order(np.diff(inside, prepend=0), self.seed, epoch, self._window)]
         order = epoch_order(len(shards), self.seed, epoch)
         return shards.ids[order] if shards.split else order
 
-    def _jobs(self, start: int, stop: int) -> Iterator[Job]:
-        """What to make at each step. The next epoch's order is made in a thread while this epoch lasts."""
+    def _requests(self, start: int, stop: int) -> Iterator[BatchRequest]:
+        """Yield what to make at each step. The next epoch's order is made in a thread while this epoch lasts."""
         if start >= stop:
             return
         first, last = start // self.steps_per_epoch, (stop - 1) // self.steps_per_epoch
-        ahead = Ahead(self.shards, self._block_shards)
+        prefetch = ShardPrefetch(self.shards, self._window)
 
-        def plan(epoch: int) -> tuple[np.ndarray, Uses | None]:
+        def plan(epoch: int) -> tuple[np.ndarray, ShardUses | None]:
             order = self.order(epoch)
-            return order, ahead.uses(order[: self.steps_per_epoch * self.batch])
+            return order, prefetch.uses(order[: self.steps_per_epoch * self.batch])
 
         with ThreadPoolExecutor(1, thread_name_prefix="order") as pool:
             coming = pool.submit(plan, first)
@@ -206,46 +257,9 @@ class Loader:
                 for step in range(max(start, begin), min(stop, begin + self.steps_per_epoch)):
                     at = (step - begin) * self.batch
                     then = coming.result()[1] if epoch < last and coming.done() else None
-                    ahead.at(uses, at, at + self.batch, then)
-                    ids = order[rank_positions(step - begin, self.batch, self.rank, self.world)]
+                    prefetch.at(uses, at, at + self.batch, then)
+                    ids = order[
+                        rank_positions(step - begin, self.batch, self.options.rank, self.options.world)
+                    ]
                     widths, heights = self.shards.widths[ids], self.shards.heights[ids]
-                    yield Job(ids, draw(self.recipe, self.seed, epoch, ids, widths, heights), epoch)
-
-
-def eval_batches(
-    shards: ShardSet,
-    recipe: Recipe,
-    sample_ids: np.ndarray,
-    *,
-    batch: int = 256,
-    threads: int = 0,
-    device: torch.device | str = "cpu",
-    masks: bool = False,
-    mask_ignore: int = NO_MASK,
-) -> Generator[Batch, None, None]:
-    """Yield the fixed evaluation view of the given samples, in their order; the last batch may be smaller.
-
-    With `masks`, batches carry that view's masks; `mask_ignore` as for `open_loader`.
-
-    Raises:
-        UserError: a sample does not decode (none stands in for it: the result would be that of another data set), or masks are
-            asked for and no sample has one.
-    """
-
-    def jobs() -> Iterator[Job]:
-        ahead = Ahead(shards)
-        uses = ahead.uses(sample_ids)
-        for start in range(0, len(sample_ids), batch):
-            ahead.at(uses, start, start + batch)
-            ids = sample_ids[start : start + batch]
-            yield Job(ids, eval_draws(recipe, shards.widths[ids], shards.heights[ids]))
-
-    recipe = fit_recipe(recipe, shards)
-    engine = FusedEngine(recipe)
-    samples = open_samples(shards, engine.decode, len(recipe.mean))
-    shapes = view_shapes(recipe)[:1]
-    largest, place = min(batch, len(sample_ids)), exact_device(device)
-    slots: SlotMaker = partial(host_slots, samples, engine, shapes, largest, place)
-    if masks:
-        slots = with_masks(slots, samples, [recipe.size], largest, place, mask_ignore)
-    return stream(samples, slots(), jobs(), threads or default_threads())
+                    yield BatchRequest(ids, draw(self.recipe, self.seed, epoch, ids, widths, heights), epoch)

@@ -1,4 +1,4 @@
-"""Masks in the stream of batches, beside the views of any engine: the threads that load an image decode and cut its mask too."""
+"""Masks beside the views of any engine: the threads that load an image decode and crop its mask too."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.masks import decode_mask, render_masks
+from pipelines.streaming.batch import BatchRequest
 from pipelines.streaming.cache import Keeps, Samples, Unreadable, free_share, mask_bytes, sound
-from pipelines.streaming.stream import HostMemory, Job, Slot, SlotMaker, work_stream
+from pipelines.streaming.host_slot import HostMemory, MemoryPool
+from pipelines.streaming.stream import Slot, SlotMaker, exact_device, work_stream
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
 
 class Masks:
-    """The masks of a data set, as its images are kept in memory or read each time; safe to use from threads."""
+    """The masks of a data set, read each time or kept in memory, as its images are; safe to use from threads."""
 
     def __init__(self, shards: ShardSet, keep: Keeps = "nothing"):
-        """`keep`: what of each mask stays in memory from its first use on. UserError where no sample in use has a mask."""
+        """Keep what `keep` says of each mask from its first use on. UserError where no sample in use has a mask."""
         if shards.mask_sizes is None or not (shards.mask_sizes[shards.ids] > 0).any():
             part = f"the split '{shards.split}' of " if shards.split else ""
             raise UserError(
@@ -30,7 +33,7 @@ class Masks:
         self._decoded: dict[int, np.ndarray] = {}
 
     def mask(self, sample_id: int) -> np.ndarray | None:
-        """Class indices, uint8 or uint16 (H, W); None where the sample has no mask.
+        """Return class indices, uint8 or uint16 (H, W); None where the sample has no mask.
 
         Raises:
             Unreadable: it is gone, damaged, or not of its image's size.
@@ -42,8 +45,8 @@ class Masks:
             return self._decoded[sample_id]
         try:
             made = sound(self._shards, sample_id, lambda again: decode_mask(self._read(sample_id, again)))
-        except Unreadable as fault:
-            raise Unreadable(f"its mask: {fault}") from fault
+        except Unreadable as error:
+            raise Unreadable(f"its mask: {error}") from error
         if self._keep == "decoded":
             self._decoded[sample_id] = made
         return made
@@ -59,16 +62,16 @@ class Masks:
 
 
 class MaskedSlot(Slot):
-    """Adds masks to another slot, whatever makes its views: they are cut on the CPU."""
+    """Adds masks to another slot, whatever makes its views; the CPU crops them."""
 
     def __init__(self, slot: Slot, masks: Masks, memory: HostMemory, ignore: int):
-        """`memory`: int32, for (S, S) of each view. `ignore`: fills what has no class."""
+        """Write masks to `memory`, int32 (S, S) for each view; `ignore` fills what has no class."""
         self._slot, self._masks, self._memory, self._ignore = slot, masks, memory, ignore
 
-    def begin(self, job: Job) -> None:
+    def begin(self, request: BatchRequest) -> None:
         """As `Slot.begin`."""
-        self._slot.begin(job)
-        self._memory.begin(len(job.ids))
+        self._slot.begin(request)
+        self._memory.begin(len(request.ids))
 
     def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
         """As `Slot.fill`; a sample whose mask is bad is bad."""
@@ -104,37 +107,52 @@ class MaskedSlot(Slot):
 
 
 def with_masks(
-    make_slots: SlotMaker,
-    samples: Samples,
-    sides: Sequence[int],
-    batch: int,
-    device: torch.device,
-    ignore: int,
-    *,
-    on_gpu_cache: bool = False,
-    side_stream: bool = True,
+    make_slots: SlotMaker, samples: Samples, sides: Sequence[int], batch: int, options: LoaderOptions
 ) -> SlotMaker:
-    """What gives memory for a stream of views and their masks.
+    """Return what gives memory for a stream of views and their masks.
 
     Args:
         make_slots: gives that for the views.
-        sides: of each view, pixels; `batch`: samples in the largest batch.
-        on_gpu_cache: the images are kept on the device; masks then stay in main memory, if half of what is free there holds them.
+        samples: the images; masks are kept in memory as they are. Where a GPU keeps the images, masks stay in main memory, if half of
+            what is free there holds them.
+        sides: of each view, pixels.
+        batch: samples in the largest batch.
+        options: the loader's.
 
     Raises:
         UserError: no sample in use has a mask.
     """
-    shards, keep = samples.shards, samples.keeps
-    if on_gpu_cache and mask_bytes(shards) <= free_share():
+    shards, keep, device = samples.shards, samples.keeps, exact_device(options.device)
+    if options.cache == "gpu" and mask_bytes(shards) <= free_share():
         keep = "decoded"
     masks = Masks(shards, keep)
 
     def slots(*, in_chunks: bool = False) -> Sequence[Slot]:
-        copies = None if in_chunks else work_stream(device, side_stream)
+        copies = None if in_chunks else work_stream(device, options.side_stream)
         shapes = [(side, side) for side in sides]
+        pool = memory_pool(shapes, batch, options, torch.int32, in_chunks=in_chunks)
         return [
-            MaskedSlot(slot, masks, HostMemory(shapes, batch, device, copies, torch.int32), ignore)
+            MaskedSlot(
+                slot, masks, HostMemory(shapes, batch, device, copies, torch.int32, pool), options.mask_ignore
+            )
             for slot in make_slots(in_chunks=in_chunks)
         ]
 
     return slots
+
+
+def memory_pool(
+    shapes: Sequence[tuple[int, ...]],
+    batch: int,
+    options: LoaderOptions,
+    dtype: torch.dtype = torch.float32,
+    *,
+    in_chunks: bool = False,
+) -> MemoryPool | None:
+    """Return what gives each batch memory of its own; None where batches overwrite each other, or are copied to a GPU anyway.
+
+    `shapes`: those of one sample.
+    """
+    if options.reuse_memory or in_chunks or torch.device(options.device).type != "cpu":
+        return None
+    return MemoryPool([(batch, *shape) for shape in shapes], dtype)

@@ -1,4 +1,4 @@
-"""Segmentation masks beside their views: the same crop, flips and turns, and always the nearest pixel, so that no class is made up."""
+"""Segmentation masks of views: the same crop, flips and turns, and the nearest pixel, so that no new class appears."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from PIL import Image
 
 from pipelines.kernels.cpu_kernels import source_row
 
-NO_MASK = 255  # fills the mask of a sample that has none, and is what segmentation data sets leave out of loss and score
+# Fills the mask of a sample that has none; segmentation data sets leave it out of loss and score.
+NO_MASK = 255
 
 
 def decode_mask(data: memoryview) -> np.ndarray:
-    """A stored mask's class indices, uint8 or uint16 (H, W). RuntimeError where it does not decode."""
+    """Return a stored mask's class indices, uint8 or uint16 (H, W). RuntimeError where it does not decode."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             return np.asarray(image).astype(np.uint16 if image.mode.startswith("I") else np.uint8)
-    except (OSError, SyntaxError, ValueError) as fault:  # the kinds Pillow's decoder raises
-        raise RuntimeError(str(fault)) from fault
+    # The kinds that Pillow's decoder raises.
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RuntimeError(str(error)) from error
 
 
 def mask_view(mask: np.ndarray, draw: np.void, size: int, ignore: int = NO_MASK) -> np.ndarray:
-    """The mask (H, W) under one draw of its image: int32 (size, size), as `render_masks` writes it."""
+    """Return the mask (H, W) under one draw of its image: int32 (size, size), as `render_masks` writes it."""
     out = np.empty((size, size), dtype=np.int32)
     render_masks(mask, np.atleast_1d(draw), ignore, [out])
     return out

@@ -1,4 +1,4 @@
-"""Samples that turned bad after conversion: replaced by others, counted, named once, and too many of them stop the run."""
+"""Samples that turned bad after conversion: others replace them, each is counted and named once, and too many stop the run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.hashing import hash_key
 
-ALLOWED = 10  # bad samples that never stop a run whose share is above 0: one bad sample of a hundred is 1 %
-TRIES = 20  # replacements that may be bad in a row
+# Bad samples that never stop a run whose share is above 0: one bad sample of a hundred is 1 %.
+ALLOWED = 10
+# Replacements that may be bad in a row.
+TRIES = 20
 _TAG = 0x626164
 
 
 class BadSamples:
-    """What went bad in one rank's stream, and the samples that stand in for it.
+    """The bad samples of one rank's stream, and the samples that stand in for them.
 
     The stand-in is f(seed, epoch, sample id, try): the same for every batch size, rank count and point of resume, with draws of its
     own, so that it does not repeat the views of its regular place in the epoch. A bad sample is tried once in a run.
@@ -41,7 +43,8 @@ class BadSamples:
         max_share: float,
         log: Callable[[str], None] | None = None,
     ):
-        self.replaced = 0  # samples of batches that were stood in for, repeats included
+        # Samples of batches that were replaced, repeats included.
+        self.replaced = 0
         self.log = log or _warn
         self._shards, self._recipe, self._seed, self._max_share = shards, recipe, seed, max_share
         self._read = 0
@@ -51,7 +54,7 @@ class BadSamples:
 
     @property
     def samples(self) -> int:
-        """Different samples found bad so far."""
+        """Return the number of different samples found bad so far."""
         return len(self._reasons)
 
     def __contains__(self, sample_id: int) -> bool:
@@ -61,22 +64,22 @@ class BadSamples:
         """Take note that `count` more samples are going to be read."""
         self._read = min(self._read + count, len(self._shards))
 
-    def note(self, sample_id: int, fault: Exception) -> None:
+    def note(self, sample_id: int, error: Exception) -> None:
         """Count a bad sample; UserError where that makes too many."""
         with self._lock:
             if sample_id in self._reasons:
                 return
-            self._reasons[sample_id] = str(fault)
-            self._unsaid.append(bad_sample(self._shards, sample_id, fault))
+            self._reasons[sample_id] = str(error)
+            self._unsaid.append(bad_sample(self._shards, sample_id, error))
             bad, allowed = len(self._reasons), self._max_share * self._read
         if bad > (max(ALLOWED, allowed) if self._max_share else 0):
             raise UserError(
                 f"{bad} of the {self._read:,} samples read so far are bad, more than data.max_bad_share ({self._max_share:g}) "
-                f"allows; the last: {bad_sample(self._shards, sample_id, fault)}"
-            ) from fault
+                f"allows; the last: {bad_sample(self._shards, sample_id, error)}"
+            ) from error
 
     def stand_in(self, epoch: int, sample_id: int, attempt: int) -> tuple[int, np.ndarray]:
-        """The sample in place of a bad one at the given try, and its DRAW records (V,).
+        """Return the sample in place of a bad one at the given try, and its DRAW records (V,).
 
         Raises:
             UserError: `TRIES` stand-ins were bad.
@@ -97,25 +100,25 @@ class BadSamples:
             self.replaced += 1
 
     def speak(self) -> None:
-        """Name the samples that were found bad since the last call."""
+        """Log the samples that were found bad since the last call."""
         with self._lock:
             lines, self._unsaid = self._unsaid, []
         for line in lines:
             self.log(line)
 
 
-def bad_sample(shards: ShardSet, sample_id: int, fault: Exception | None = None) -> str:
-    """The message about a sample that no longer decodes: which it is, where it lies, why, how to mend it."""
-    why = f" ({_reason(fault)})" if fault is not None else ""
+def bad_sample(shards: ShardSet, sample_id: int, error: Exception | None = None) -> str:
+    """Return the message about a sample that no longer decodes: which it is, where it lies, why, how to repair it."""
+    why = f" ({_reason(error)})" if error is not None else ""
     return (
         f"sample {sample_id} of '{shards.folder}' (made from '{shards.name(sample_id)}') does not decode{why}, but did when it was "
         f"converted: delete '{shards.shard_path(sample_id)}' and run the same `fastssl shard` command again, which makes it anew."
     )
 
 
-def _reason(fault: Exception) -> str:
-    """The first words of a fault, without the place in torch's sources that its operators begin with."""
-    return textwrap.shorten(re.sub(r"^\w+, \S+\.cpp:\d+, ", "", str(fault)), 100, placeholder=" ...").rstrip(
+def _reason(error: Exception) -> str:
+    """Return the first words of an error, without the place in torch's sources that its operators begin with."""
+    return textwrap.shorten(re.sub(r"^\w+, \S+\.cpp:\d+, ", "", str(error)), 100, placeholder=" ...").rstrip(
         "."
     )
 

@@ -13,11 +13,12 @@ from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
 GB = 1e9
-SHARE = 0.5  # of the free memory that a cache may fill by itself; the rest is for batches, the model and other programs
+# Of the free memory that a cache may fill by itself; the rest is for batches, the model and other programs.
+SHARE = 0.5
 
 
 # What reading and decoding raise: torch's and our decoders, files and networks, maps of empty files, remote storage.
-_FAULTS = (RuntimeError, OSError, ValueError, EOFError, UserError)
+_ERRORS = (RuntimeError, OSError, ValueError, EOFError, UserError)
 
 
 Keeps = Literal["nothing", "encoded", "decoded"]
@@ -30,31 +31,32 @@ class Unreadable(Exception):
 class Samples:
     """The decoded images of a data set, read and decoded each time; safe to use from threads."""
 
-    note = ""  # what is held in memory, for the user
+    note = ""
+    """What is held in memory, for the user."""
     keeps: Keeps = "nothing"
 
     def __init__(self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int):
         self.shards, self.channels, self._decode = shards, channels, decode
 
     def pixels(self, sample_id: int) -> np.ndarray:
-        """The pixels (H, W, C) of one image; Unreadable where it is gone, damaged, or of another size than the table says."""
+        """Return the pixels (H, W, C) of one image; Unreadable where it is gone, damaged, or of another size than the table says."""
         return sound(self.shards, sample_id, lambda again: self._decode(self._read(sample_id, again)))
 
     def encoded(self, sample_id: int) -> memoryview:
-        """The bytes of one image as they are stored; Unreadable where they are gone."""
+        """Return the bytes of one image as they are stored; Unreadable where they are gone."""
         try:
             return self._read(sample_id)
-        except _FAULTS as fault:
-            raise Unreadable(str(fault)) from fault
+        except _ERRORS as error:
+            raise Unreadable(str(error)) from error
 
     def _read(self, sample_id: int, again: bool = False) -> memoryview:
-        """`again`: what was kept of it is damaged."""
+        """Return the stored bytes. `again`: what was kept of them is damaged."""
         return self.shards.read(sample_id)
 
 
 def sound(shards: ShardSet, sample_id: int, make: Callable[[bool], np.ndarray]) -> np.ndarray:
-    """The pixels (H, W, ...) of a sample that `make` reads and decodes; it is called again, with True, where a damaged copy of remote
-    shards was removed.
+    """Return the pixels (H, W, ...) that `make` reads and decodes; call it again, with True, where a damaged copy of remote shards was
+    removed.
 
     Raises:
         Unreadable: they are gone, damaged, or of another size than the table says.
@@ -63,9 +65,9 @@ def sound(shards: ShardSet, sample_id: int, make: Callable[[bool], np.ndarray]) 
     while True:
         try:
             pixels = make(again)
-        except _FAULTS as fault:
+        except _ERRORS as error:
             if not shards.mend(sample_id):
-                raise Unreadable(str(fault)) from fault
+                raise Unreadable(str(error)) from error
             again = True
         else:
             break
@@ -83,7 +85,8 @@ class EncodedCache(Samples):
     def __init__(self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int):
         super().__init__(shards, decode, channels)
         self._ends = np.cumsum(_in_use(shards, shards.sizes), dtype=np.int64)
-        self._bytes = np.empty(int(self._ends[-1]), dtype=np.uint8)  # pages are taken when they are written
+        # The system gives pages when they are written.
+        self._bytes = np.empty(int(self._ends[-1]), dtype=np.uint8)
         self._held = np.zeros(shards.num_samples, dtype=np.bool_)
 
     def _read(self, sample_id: int, again: bool = False) -> memoryview:
@@ -91,7 +94,8 @@ class EncodedCache(Samples):
         place = self._bytes[end - int(self.shards.sizes[sample_id]) : end]
         if again or not self._held[sample_id]:
             place[:] = np.frombuffer(self.shards.read(sample_id), dtype=np.uint8)
-            self._held[sample_id] = True  # last: two threads may both write it, the same bytes
+            # Last: two threads may both write it, the same bytes.
+            self._held[sample_id] = True
         return place.data.toreadonly()
 
 
@@ -118,7 +122,7 @@ class DecodedCache(Samples):
 
 
 def decoded_sizes(shards: ShardSet, channels: int, ids: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """Bytes of each image's pixels, of `ids` (N,), or of all images, 0 for those not in use: int64 (N,).
+    """Return the bytes of each image's pixels, of `ids` (N,), or of all images, 0 for those not in use: int64 (N,).
 
     In a data set of several types each image counts as one of the largest type, so that images that lie end to end begin at multiples
     of their elements' size.
@@ -129,7 +133,7 @@ def decoded_sizes(shards: ShardSet, channels: int, ids: np.ndarray | slice = sli
 
 
 def _in_use(shards: ShardSet, sizes: np.ndarray) -> np.ndarray:
-    """The sizes of all images, 0 for those outside the split."""
+    """Return the sizes of all images, 0 for those outside the split."""
     if not shards.split:
         return sizes
     used = np.zeros_like(sizes)
@@ -138,18 +142,18 @@ def _in_use(shards: ShardSet, sizes: np.ndarray) -> np.ndarray:
 
 
 def sum_in_use(shards: ShardSet, sizes: np.ndarray | None) -> int:
-    """The bytes of the samples in use, of sizes for all; 0 where there are none."""
+    """Return the bytes of the samples in use, given the sizes of all; 0 where there are none."""
     return 0 if sizes is None else int(_in_use(shards, sizes).sum())
 
 
 def mask_bytes(shards: ShardSet) -> int:
-    """The most bytes that the decoded masks of the samples in use can take: 16 bits a pixel."""
+    """Return the most bytes that the decoded masks of the samples in use can take: 16 bits a pixel."""
     masked = shards.ids[shards.mask_sizes[shards.ids] > 0] if shards.mask_sizes is not None else slice(0)
     return 2 * int((shards.widths[masked].astype(np.int64) * shards.heights[masked]).sum())
 
 
 def eight_bit(shards: ShardSet) -> bool:
-    """Whether all images are decoded to 8 bits a channel."""
+    """Return whether all images are decoded to 8 bits a channel."""
     return shards.manifest.dtypes == ["uint8"]
 
 
@@ -163,7 +167,7 @@ def open_samples(
     only_encoded: bool = False,
     masks: bool = False,
 ) -> Samples:
-    """The data set's images, with the cache that is asked for: 'ram' holds pixels where they fit and encoded bytes where not.
+    """Return the data set's images, with the cache that is asked for: 'ram' holds pixels where they fit and encoded bytes where not.
 
     Args:
         only_encoded: keep encoded bytes even where pixels would fit: another part decodes them.
@@ -195,23 +199,25 @@ def open_samples(
 
 
 def free_share() -> float:
-    """Bytes that a cache of this process may fill by itself."""
+    """Return the bytes that a cache of this process may fill by itself."""
     return SHARE * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: what the system has available, within the limit of its control group."""
+    """Return the bytes that this process may still take: what the system has available, within the limit of its control group."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         [available] = [line for line in lines if line.startswith("MemAvailable:")]
         free = int(available.split()[1]) * 1024
     except (OSError, ValueError):
         if not hasattr(os, "sysconf"):
-            return int(4 * GB)  # an unknown system: little enough for any
+            # An unknown system: little enough for any.
+            return int(4 * GB)
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no such file, or 'max'
+    # No such file, or 'max'.
+    except (OSError, ValueError):
         return free
     return max(0, min(free, limit - used))

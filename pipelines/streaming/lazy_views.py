@@ -12,8 +12,8 @@ from torch import Tensor
 class LazyViews(Sequence[Tensor], ABC):
     """The views of a batch, made anew each time they are asked for: the same rows are the same bits each time.
 
-    In place of a list of views: as a sequence it has one tensor (N, C, S, S) a view, but indexing makes the views of the whole batch.
-    Who works in chunks asks for `rows`, through `rows_of`, which takes lists as well.
+    It takes the place of a list of views, one tensor (N, C, S, S) a view, but indexing makes the views of the whole batch. Work in
+    chunks calls `rows_of`, which takes lists as well.
     """
 
     num_samples: int

@@ -55,7 +55,8 @@ def pinned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _release(address: int, memory: np.ndarray) -> None:
     """Unlock the pages at `address`, within `memory`, which lives until then."""
-    with contextlib.suppress(RuntimeError):  # after a fault of the device every call fails
+    # After an error of the device every call fails.
+    with contextlib.suppress(RuntimeError):
         torch.cuda.synchronize()
         cudart: Any = torch.cuda.cudart()
         cudart.cudaHostUnregister(address)

@@ -1,4 +1,4 @@
-"""Remote shards are brought near before a stream wants them, and the order keeps the number wanted at a time small."""
+"""Download remote shards before a stream uses them; the order keeps the number in use at a time small."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.units import human_size
 
-REACH = 8  # shards asked for before they are in use, at least
+# Shards asked for before they are in use, at least.
+REACH = 8
 
 
 def choose_window(shards: ShardSet, order: str, block_shards: int) -> tuple[int, str]:
-    """The shards in a block, 0 for the global order, and what to tell the user of it.
+    """Return the number of shards in a block, 0 for the global order, and a note for the user.
 
-    'auto' depends on nothing but whether the shards are remote, so that a run goes on in the same order on another machine.
+    'auto' depends only on whether the shards are remote, so that a run resumes in the same order on another machine.
 
     Raises:
         UserError: the cache of remote shards is too small for the order.
@@ -43,11 +44,11 @@ def choose_window(shards: ShardSet, order: str, block_shards: int) -> tuple[int,
     return window, note
 
 
-class Uses:
-    """From where to where a stream uses each shard: `shards`, in the order of their first use, `first`, `last`; (S,) each."""
+class ShardUses:
+    """The positions at which a stream uses each shard `first` and `last`, with `shards` in the order of their first use; (S,) each."""
 
     def __init__(self, numbers: np.ndarray):
-        """`numbers`: the shard's number at each position (N,)."""
+        """Read off `numbers`, the shard's number at each position (N,)."""
         positions = np.arange(len(numbers))
         first, last = np.full((2, int(numbers.max()) + 1), -1)
         first[numbers[::-1]] = positions[::-1]  # of values for one place the last one stays
@@ -57,25 +58,25 @@ class Uses:
         self.first, self.last = first[self.shards], last[self.shards]
 
     def wanted(self, start: int, stop: int, reach: int) -> list[int]:
-        """The shards that positions start .. stop - 1 and later ones use and earlier ones did, and the next `reach`."""
+        """Return the shards in use at positions start .. stop - 1, those begun before and still needed, and the next `reach`."""
         begun = int(np.searchsorted(self.first, stop))
         in_use = self.shards[:begun][self.last[:begun] >= start]
         return [*in_use.tolist(), *self.shards[begun : begun + reach].tolist()]
 
 
-class Ahead:
+class ShardPrefetch:
     """Asks for remote shards while batches are made: for those in use first, then for the next ones."""
 
     def __init__(self, shards: ShardSet, reach: int = REACH):
         self._shards, self._reach = shards, max(reach, REACH)
         self._asked: list[int] = []
 
-    def uses(self, sample_ids: np.ndarray) -> Uses | None:
-        """When a stream of these samples (N,) uses which shard; None for local shards."""
-        return Uses(self._shards.shard_numbers(sample_ids)) if self._shards.near is not None else None
+    def uses(self, sample_ids: np.ndarray) -> ShardUses | None:
+        """Return when a stream of these samples (N,) uses which shard; None for local shards."""
+        return ShardUses(self._shards.shard_numbers(sample_ids)) if self._shards.near is not None else None
 
-    def at(self, uses: Uses | None, start: int, stop: int, then: Uses | None = None) -> None:
-        """The stream is about to read positions start .. stop - 1; what comes `then`, after all of `uses`."""
+    def at(self, uses: ShardUses | None, start: int, stop: int, then: ShardUses | None = None) -> None:
+        """Ask for what positions start .. stop - 1 need, which the stream reads next; `then` follows after all of `uses`."""
         if uses is None:
             return
         wanted = uses.wanted(start, stop, self._reach)

@@ -21,9 +21,11 @@ from fastssl.pretraining.build import view_form
 from pipelines.augment.draws import draw
 from pipelines.engines.engine_table import make_engine, whole_batches
 from pipelines.loading.loader import default_threads, open_loader
+from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.slots import gpu_slots, host_slots, view_shapes
+from pipelines.streaming.batch import BatchRequest
 from pipelines.streaming.cache import Samples
-from pipelines.streaming.stream import Job, stream
+from pipelines.streaming.stream import stream
 from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
@@ -124,14 +126,15 @@ def resident_views(
     samples = Resident(shards, engine.decode, len(recipe.mean), work.sample_ids)
     if data.augment_on == "gpu":
         form = view_form(resolved.config.train, device)
-        slots = gpu_slots(samples, recipe, device, False, form=form)(in_chunks=in_chunks)
+        slots = gpu_slots(samples, recipe, LoaderOptions(device=device, form=form))(in_chunks=in_chunks)
     else:
-        slots = host_slots(samples, engine, view_shapes(recipe), work.batch, device, in_chunks=in_chunks)
-    jobs = (
-        Job(ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]), epoch)
+        options = LoaderOptions(device=device, reuse_memory=True)
+        slots = host_slots(samples, engine, view_shapes(recipe), work.batch, options, in_chunks=in_chunks)
+    requests = (
+        BatchRequest(ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]), epoch)
         for epoch, ids in work.batches()
     )
-    return _views(stream(samples, slots, jobs, work.threads))
+    return _views(stream(samples, slots, requests, work.threads))
 
 
 def _views(batches: Any) -> Generator[Sequence[Tensor]]:
@@ -156,9 +159,8 @@ def loader_views(
     data = dataclasses.replace(cfg.data, **changes)
     if data.decode == "gpu":
         refuse_without_decoder()
-    options = {**data.options(), "batch": cfg.train.batch, "seed": cfg.train.seed}
-    form = view_form(cfg.train, device)
-    loader = open_loader(data.open(), cfg.recipe, device=device, form=form, **options)
+    options = data.options(device=device, form=view_form(cfg.train, device), reuse_memory=True)
+    loader = open_loader(data.open(), cfg.recipe, batch=cfg.train.batch, seed=cfg.train.seed, options=options)
     loader = loader.in_chunks() if in_chunks else loader
     return _views(loader.steps(0, MANY_STEPS))
 

@@ -249,25 +249,20 @@ class Way:
         import torch
 
         from pipelines.augment.draws import draw
+        from pipelines.loading.loader_options import LoaderOptions
         from pipelines.loading.slots import open_slots
-        from pipelines.streaming.stream import Job, stream
+        from pipelines.streaming.batch import BatchRequest
+        from pipelines.streaming.stream import stream
 
         shards, recipe = work.shards, work.recipe
-        jobs = (
-            Job(ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]), epoch)
+        requests = (
+            BatchRequest(ids, draw(recipe, 0, epoch, ids, shards.widths[ids], shards.heights[ids]), epoch)
             for epoch, ids in work.batches()
         )
-        samples, slots = open_slots(
-            shards,
-            recipe,
-            self.engine,
-            batch=work.batch,
-            threads=work.threads,
-            device=torch.device(self.device),
-            augment_on=self.augment_on,
-            decode=self.decode,
-        )
-        made = stream(samples, slots(), jobs, work.threads)
+        chosen: dict[str, Any] = dataclasses.asdict(self)
+        options = LoaderOptions(**chosen, threads=work.threads, reuse_memory=True)
+        samples, slots = open_slots(shards, recipe, work.batch, options)
+        made = stream(samples, slots(), requests, work.threads)
         with contextlib.closing(made):  # pyright: ignore[reportArgumentType]
             for batch in made:
                 if self.device != "cpu":

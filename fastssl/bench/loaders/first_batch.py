@@ -32,7 +32,9 @@ def first_batch(
     shards = ShardSet.open(folder)
     laps.append(_now())
     recipe = dataclasses.replace(get_recipe(preset), size=size)
-    loader = open_loader(shards, recipe, batch=batch, seed=0, threads=threads, engine=engine)
+    loader = open_loader(
+        shards, recipe, batch=batch, seed=0, threads=threads, engine=engine, reuse_memory=True
+    )
     laps.append(_now())
     batches = loader.epoch(0)
     next(batches)

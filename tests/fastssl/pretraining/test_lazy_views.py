@@ -23,10 +23,11 @@ from pipelines.augment.recipe import RECIPES, Recipe
 from pipelines.engines.engine_table import make_engine
 from pipelines.loading import loader as loading
 from pipelines.loading.loader import Loader
+from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.slots import gpu_slots
+from pipelines.streaming.batch import BatchRequest
 from pipelines.streaming.cache import Samples
 from pipelines.streaming.lazy_views import LazyViews
-from pipelines.streaming.stream import Job
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from tests.fastssl.pretraining.test_resume import resume_after_crashes
@@ -53,9 +54,9 @@ def batch_views(shards: Path, num: int, in_chunks: bool):
     """The slot of a batch, which holds its images, and its views."""
     data = ShardSet.open(shards)
     ids = np.arange(num)
-    job = Job(ids, draw(RECIPE, 0, 0, ids, data.widths[ids], data.heights[ids]))
+    job = BatchRequest(ids, draw(RECIPE, 0, 0, ids, data.widths[ids], data.heights[ids]))
     samples = Samples(data, make_engine("fused", RECIPE).decode, 3)
-    slot = gpu_slots(samples, RECIPE, CPU, store=False)(in_chunks=in_chunks)[0]
+    slot = gpu_slots(samples, RECIPE, LoaderOptions())(in_chunks=in_chunks)[0]
     slot.begin(job)
     for i in range(num):
         slot.fill(i, i, job.draws[:, i])
@@ -170,9 +171,9 @@ def views_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Loaders make views as a GPU does; the sizes of the chunks that were asked for."""
     asked: list[int] = []
 
-    def open_slots(shards, recipe, engine, *, device, cache="none", form, **rest):
-        samples = Samples(shards, make_engine(engine, recipe).decode, 3)
-        return samples, gpu_slots(samples, recipe, device, cache == "gpu", form=form)
+    def open_slots(shards, recipe, batch, options):
+        samples = Samples(shards, make_engine(options.engine, recipe).decode, 3)
+        return samples, gpu_slots(samples, recipe, options)
 
     from pipelines.loading.chunk_slot import ChunkSlot
 

@@ -192,6 +192,6 @@ def test_the_side_stream_is_a_setting_of_the_loader(shards, monkeypatch):
     monkeypatch.setattr("pipelines.loading.slots.work_stream", lambda device, own: asked.append(own))
     for own in (True, False):
         data = DataConfig(shards=str(shards), side_stream=own, threads=1)
-        loader = open_loader(data.open(), Recipe(size=16), batch=4, seed=0, **data.options())
+        loader = open_loader(data.open(), Recipe(size=16), batch=4, seed=0, options=data.options())
         next(loader.epoch(0))
     assert asked == [True, False]

@@ -10,7 +10,8 @@ from pipelines.augment.channels import check_operations, fit_recipe, num_channel
 from pipelines.augment.draws import draw
 from pipelines.augment.recipe import RECIPES, Recipe
 from pipelines.engines.engine_table import make_engine
-from pipelines.loading.loader import eval_batches, open_loader
+from pipelines.loading.evaluation_views import eval_batches
+from pipelines.loading.loader import open_loader
 from pipelines.loading.slots import view_shapes
 from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet

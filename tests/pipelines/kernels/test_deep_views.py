@@ -16,6 +16,7 @@ from pipelines.kernels.batched_views import BatchedViews
 from pipelines.kernels.view_params import TYPES, Form, pack
 from pipelines.loading.gpu_slot import GpuStore
 from pipelines.loading.loader import Loader, open_loader
+from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.slots import gpu_slots, view_shapes
 from pipelines.streaming.bad_samples import BadSamples
 from pipelines.streaming.cache import Samples
@@ -169,9 +170,9 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 def on_gpu_path(shards: ShardSet, recipe: Recipe, *, store: bool, batch: int = 10) -> Loader:
     samples = Samples(shards, make_engine("fused", recipe).decode, num_channels(shards))
     bad = BadSamples(shards, recipe, 0, 0.5, lambda line: None)
-    where = {"rank": 0, "world": 1, "threads": 2, "device": CPU, "block_shards": 0}
-    slots = gpu_slots(samples, recipe, CPU, store)
-    return Loader(samples, slots, recipe, bad, batch=batch, seed=0, **where)
+    options = LoaderOptions(threads=2, cache="gpu" if store else "none")
+    slots = gpu_slots(samples, recipe, options)
+    return Loader(samples, slots, recipe, bad, batch=batch, seed=0, options=options)
 
 
 def same_batches(ours: Loader, theirs: Loader, most: float, epochs: int = 2) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pipelines.loading.chunk_slot import ChunkBuffer, ChunkSlot
+from pipelines.loading.gpu_decode import DeviceDecoding
 from pipelines.loading.gpu_slot import GpuStore
 from tests.pipelines.loading.test_chunk_views import (
     CPU,
@@ -79,7 +80,7 @@ def test_images_of_a_cache_are_there_before_a_chunk_is_made_and_are_not_written_
 ):
     samples = samples_of(shard_set)
     store, buffer, side = GpuStore(samples, CPU), ChunkBuffer(CPU, True), FakeStream(log, "side")
-    how = {"decoder": some_decoder(set()), "decoding": FakeStream(log, "decoding")} if decodes else {}
+    how = {"decoding": DeviceDecoding(some_decoder(set()), FakeStream(log, "decoding"))} if decodes else {}  # type: ignore[arg-type]
     one, two = (ChunkSlot(buffer, samples, RECIPE, CPU, side, store, **how) for _ in range(2))  # type: ignore[arg-type]
     work = job(shard_set, *range(10))
     # Both are filled before either is launched, as the stream of batches does it.
@@ -103,14 +104,14 @@ def test_images_of_a_cache_are_there_before_a_chunk_is_made_and_are_not_written_
 
 
 def test_a_chunk_of_images_that_the_device_decoded_waits_for_the_decoder(shard_set, log):
-    how = {"decoder": some_decoder({2, 3}), "decoding": FakeStream(log, "decoding")}
+    decoding = DeviceDecoding(some_decoder({2, 3}), FakeStream(log, "decoding"))  # type: ignore[arg-type]
     slot = ChunkSlot(
         ChunkBuffer(CPU, True),
         samples_of(shard_set),
         RECIPE,
         CPU,
         FakeStream(log, "side"),  # type: ignore[arg-type]
-        **how,  # type: ignore[arg-type]
+        decoding=decoding,
     )
     work = job(shard_set, *range(10))
     with Operations(log):

@@ -17,14 +17,17 @@ from pipelines.kernels import batched_views
 from pipelines.kernels.batched_views import BatchedViews
 from pipelines.kernels.torch_kernels import Form
 from pipelines.loading.chunk_slot import BlankViews, ChunkBuffer, ChunkSlot
+from pipelines.loading.gpu_decode import DeviceDecoding
 from pipelines.loading.gpu_slot import GpuSlot, GpuStore
 from pipelines.loading.loader import Loader, open_loader
+from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.mask_slot import with_masks
 from pipelines.loading.slots import gpu_slots, whole_only
 from pipelines.streaming.bad_samples import BadSamples
+from pipelines.streaming.batch import BatchRequest
 from pipelines.streaming.cache import Samples, Unreadable, decoded_sizes, open_samples
 from pipelines.streaming.lazy_views import LazyViews, count_samples, rows_of
-from pipelines.streaming.stream import SLOTS, Job
+from pipelines.streaming.stream import SLOTS
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
@@ -43,16 +46,16 @@ RECIPE = Recipe(
 PARTS = [slice(0, 3), slice(3, 7), slice(7, 10)]
 
 
-def job(shards: ShardSet, *ids: int) -> Job:
+def job(shards: ShardSet, *ids: int) -> BatchRequest:
     chosen = np.array(ids)
-    return Job(chosen, draw(RECIPE, 0, 0, chosen, shards.widths[chosen], shards.heights[chosen]))
+    return BatchRequest(chosen, draw(RECIPE, 0, 0, chosen, shards.widths[chosen], shards.heights[chosen]))
 
 
 def samples_of(shards: ShardSet) -> Samples:
     return Samples(shards, make_engine("fused", RECIPE).decode, 3)
 
 
-def fill(slot: GpuSlot, work: Job) -> None:
+def fill(slot: GpuSlot, work: BatchRequest) -> None:
     slot.begin(work)
     for i, sample_id in enumerate(work.ids):
         slot.fill(i, int(sample_id), work.draws[:, i])
@@ -61,7 +64,7 @@ def fill(slot: GpuSlot, work: Job) -> None:
     slot.launch()
 
 
-def whole(shards: ShardSet, work: Job) -> list[torch.Tensor]:
+def whole(shards: ShardSet, work: BatchRequest) -> list[torch.Tensor]:
     """The views of a batch made at once."""
     slot = GpuSlot(samples_of(shards), RECIPE, CPU)
     fill(slot, work)
@@ -93,8 +96,8 @@ def some_decoder(refused: set[int]):
 def test_chunks_are_the_whole_batch_cut_each_time_they_are_made(shard_set, cached, refused):
     samples = samples_of(shard_set)
     store = GpuStore(samples, CPU) if cached else None
-    decoder = None if refused is None else some_decoder(refused)
-    slot = ChunkSlot(ChunkBuffer(CPU, False), samples, RECIPE, CPU, None, store, decoder=decoder)  # type: ignore[arg-type]
+    decoding = None if refused is None else DeviceDecoding(some_decoder(refused))  # type: ignore[arg-type]
+    slot = ChunkSlot(ChunkBuffer(CPU, False), samples, RECIPE, CPU, None, store, decoding=decoding)
     for ids in (range(10), range(5, 15), range(10)):
         work = job(shard_set, *ids)
         fill(slot, work)
@@ -129,7 +132,7 @@ def test_a_stand_in_that_is_larger_is_in_its_chunk(shard_set):
 
 def test_views_of_a_batch_that_was_given_back_are_refused(shard_set):
     """Its images are overwritten: they would be those of another batch."""
-    slots = gpu_slots(samples_of(shard_set), RECIPE, CPU, store=False)
+    slots = gpu_slots(samples_of(shard_set), RECIPE, LoaderOptions())
     made = loader(shard_set, slots).in_chunks()
     batches = made.steps(0, 3)
     first = next(batches)
@@ -142,8 +145,8 @@ def test_views_of_a_batch_that_was_given_back_are_refused(shard_set):
 
 def loader(shards: ShardSet, slots, samples: Samples | None = None, batch: int = 10, **more) -> Loader:
     bad = BadSamples(shards, RECIPE, 3, 0.5, lambda line: None)
-    where = {"rank": 0, "world": 1, "threads": 2, "device": CPU, "block_shards": 0, **more}
-    return Loader(samples or samples_of(shards), slots, RECIPE, bad, batch=batch, seed=3, **where)
+    options = LoaderOptions(threads=2, **more)
+    return Loader(samples or samples_of(shards), slots, RECIPE, bad, batch=batch, seed=3, options=options)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -158,10 +161,14 @@ def test_a_stream_in_chunks_is_that_of_whole_batches(shard_set, cached, monkeypa
 
     monkeypatch.setattr(Samples, "pixels", damaged)
     samples = samples_of(shard_set)
-    expected = loader(shard_set, gpu_slots(samples, RECIPE, CPU, cached), samples)
+    expected = loader(
+        shard_set, gpu_slots(samples, RECIPE, LoaderOptions(cache="gpu" if cached else "none")), samples
+    )
     kept = [([view.clone() for view in b.views], b.sample_ids, b.replaced) for b in expected.steps(0, 8)]
     assert sum(replaced for _, _, replaced in kept) > 4
-    made = loader(shard_set, gpu_slots(samples, RECIPE, CPU, cached), samples).in_chunks()
+    made = loader(
+        shard_set, gpu_slots(samples, RECIPE, LoaderOptions(cache="gpu" if cached else "none")), samples
+    ).in_chunks()
     for start in (0, 3):
         for batch, (views, ids, replaced) in zip(made.steps(start, 8), kept[start:], strict=True):
             assert batch.sample_ids.tolist() == ids.tolist()
@@ -185,7 +192,9 @@ def test_masks_come_beside_views_in_chunks(shard_set):
         samples = samples_of(shard_set)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mask_slot, "Masks", lambda *args: Half())
-            slots = with_masks(gpu_slots(samples, RECIPE, CPU, False), samples, [16, 16, 8], 10, CPU, 255)
+            slots = with_masks(
+                gpu_slots(samples, RECIPE, LoaderOptions()), samples, [16, 16, 8], 10, LoaderOptions()
+            )
             made = loader(shard_set, slots, samples)
             made = made.in_chunks() if in_chunks else made
             return [[mask.clone() for mask in batch.masks] for batch in made.epoch(0)]
@@ -197,8 +206,9 @@ def test_masks_come_beside_views_in_chunks(shard_set):
 
 
 def test_an_engine_that_makes_whole_batches_on_a_gpu_is_refused_in_chunks(shard_set):
-    assert whole_only("fused", "gpu") == whole_only("kornia", "cpu") == whole_only("dali", "cpu") == ""
-    made = loader(shard_set, lambda **how: [], whole_only=whole_only("kornia", "gpu"))
+    for engine, place in (("fused", "gpu"), ("kornia", "cpu"), ("dali", "cpu")):
+        assert whole_only(LoaderOptions(engine=engine, augment_on=place)) == ""  # type: ignore[arg-type]
+    made = loader(shard_set, lambda **how: [], engine="kornia", augment_on="gpu")
     with pytest.raises(UserError, match=r"--data.engine kornia .* train.micro_batch .* --data.engine fused"):
         made.in_chunks()
     # A batch in one piece is another matter.
@@ -244,7 +254,7 @@ def test_memory_is_that_of_the_images_and_of_a_chunk_of_views(shard_set, monkeyp
     memory = GpuSlot._memory
     monkeypatch.setattr(GpuSlot, "_memory", lambda self, n: (taken.append((id(self), n)), memory(self, n))[1])
     samples = samples_of(shard_set)
-    made = loader(shard_set, gpu_slots(samples, RECIPE, CPU, False), samples, batch=40).in_chunks()
+    made = loader(shard_set, gpu_slots(samples, RECIPE, LoaderOptions()), samples, batch=40).in_chunks()
     largest = 0
     for batch in made.steps(0, 5):
         largest = max(largest, int(decoded_sizes(shard_set, 3, batch.sample_ids).sum()))
@@ -261,7 +271,7 @@ def test_memory_is_that_of_the_images_and_of_a_chunk_of_views(shard_set, monkeyp
     assert max(held.values()) <= largest * 5 // 4
     # Beside 41 images of about 3,700 bytes the views would be ten times as much.
     assert largest < view_bytes(40)
-    whole_batches = loader(shard_set, gpu_slots(samples, RECIPE, CPU, False), samples, batch=40)
+    whole_batches = loader(shard_set, gpu_slots(samples, RECIPE, LoaderOptions()), samples, batch=40)
     next(whole_batches.steps(0, 5))
     assert alive.most >= view_bytes(40)
 
@@ -314,7 +324,7 @@ def test_chunks_of_any_type_of_image_are_the_whole_batch_cut(name, store):
     )
     samples = open_samples(shards, make_engine("fused", recipe).decode, len(recipe.mean))
     ids = np.arange(6)[::-1].copy()
-    work = Job(ids, draw(recipe, 0, 0, ids, shards.widths[ids], shards.heights[ids]))
+    work = BatchRequest(ids, draw(recipe, 0, 0, ids, shards.widths[ids], shards.heights[ids]))
     made = []
     for in_chunks in (False, True):
         kept = GpuStore(samples, CPU) if store else None

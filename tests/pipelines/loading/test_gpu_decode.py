@@ -11,6 +11,7 @@ from pipelines.engines.engine_table import make_engine
 from pipelines.loading import gpu_decode
 from pipelines.loading.gpu_decode import BatchDecoder, check_decoder, gpu_decoder
 from pipelines.loading.loader import Loader, open_loader
+from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.slots import gpu_slots
 from pipelines.streaming.bad_samples import BadSamples
 from pipelines.streaming.cache import Samples
@@ -50,9 +51,13 @@ def loader(shards: ShardSet, *, decode_threads: int, store: bool = False, batch:
     """The GPU's path on CPU tensors."""
     samples = samples_of(shards)
     bad = BadSamples(shards, SMALL, 0, 0.5, lambda line: None)
-    slots = gpu_slots(samples, SMALL, CPU, store, decode_threads=decode_threads)
-    where = {"rank": 0, "world": 1, "threads": 2, "device": CPU, "block_shards": 0}
-    return Loader(samples, slots, SMALL, bad, batch=batch, seed=0, **where)
+    options = LoaderOptions(
+        threads=decode_threads or 2,
+        decode="gpu" if decode_threads else "cpu",
+        cache="gpu" if store else "none",
+    )
+    slots = gpu_slots(samples, SMALL, options)
+    return Loader(samples, slots, SMALL, bad, batch=batch, seed=0, options=options)
 
 
 def views(made: Loader, epochs: int = 2) -> list[torch.Tensor]:

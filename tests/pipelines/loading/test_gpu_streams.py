@@ -12,11 +12,13 @@ from pipelines.augment.recipe import Recipe
 from pipelines.engines.engine_table import make_engine
 from pipelines.kernels.view_params import PLAIN, Form
 from pipelines.loading import gpu_slot
+from pipelines.loading.gpu_decode import DeviceDecoding
 from pipelines.loading.gpu_slot import GpuSlot, GpuStore
+from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.slots import gpu_slots
 from pipelines.streaming import stream
+from pipelines.streaming.batch import BatchRequest
 from pipelines.streaming.cache import Samples
-from pipelines.streaming.stream import Job
 from shards.dataset.shard_set import ShardSet
 from tests.streams import FakeStream, Log, Operations, pretend_streams
 
@@ -28,16 +30,16 @@ def log(monkeypatch) -> Log:
     return pretend_streams(monkeypatch)
 
 
-def job(shards: ShardSet, *ids: int) -> Job:
+def job(shards: ShardSet, *ids: int) -> BatchRequest:
     chosen = np.array(ids)
-    return Job(chosen, draw(RECIPE, 0, 0, chosen, shards.widths[chosen], shards.heights[chosen]))
+    return BatchRequest(chosen, draw(RECIPE, 0, 0, chosen, shards.widths[chosen], shards.heights[chosen]))
 
 
 def samples_of(shards: ShardSet) -> Samples:
     return Samples(shards, make_engine("fused", RECIPE).decode, 3)
 
 
-def fill(slot: GpuSlot, work: Job) -> None:
+def fill(slot: GpuSlot, work: BatchRequest) -> None:
     slot.begin(work)
     for i, sample_id in enumerate(work.ids):
         slot.fill(i, int(sample_id), work.draws[:, i])
@@ -79,8 +81,8 @@ def test_the_device_decodes_on_a_stream_of_its_own_and_hands_over_in_one_call(sh
         made = [make_engine("fused", RECIPE).decode(memoryview(data)) for data in encoded]
         return [torch.from_numpy(pixels) for pixels in made]
 
-    how = {"decoder": decoder, "decoding": FakeStream(log, "decoding")}
-    slot = GpuSlot(samples, RECIPE, CPU, FakeStream(log, "side"), **how)  # type: ignore[arg-type]
+    decoding = DeviceDecoding(decoder, FakeStream(log, "decoding"))  # type: ignore[arg-type]
+    slot = GpuSlot(samples, RECIPE, CPU, FakeStream(log, "side"), decoding=decoding)  # type: ignore[arg-type]
     fill(slot, job(shard_set, 0, 5, 2))
     log.lines.clear()
     assert slot.complete() == []
@@ -112,7 +114,7 @@ def test_memory_of_the_slots_and_of_the_cache_is_taken_on_the_side_stream(shard_
             return maker(*args, **more)
 
         monkeypatch.setattr(gpu_slot, name, noted)
-    slots = gpu_slots(samples_of(shard_set), RECIPE, CPU, store=True)()
+    slots = gpu_slots(samples_of(shard_set), RECIPE, LoaderOptions(cache="gpu"))()
     assert made == [("GpuStore", "side"), *[("GpuSlot", "side")] * stream.SLOTS]
     assert len(slots) == stream.SLOTS
 
@@ -122,7 +124,7 @@ def test_the_form_of_the_views_is_that_asked_for(shard_set):
     samples = samples_of(shard_set)
     made = []
     for each in (PLAIN, form):
-        slot = gpu_slots(samples, RECIPE, CPU, store=False, form=each)()[0]
+        slot = gpu_slots(samples, RECIPE, LoaderOptions(form=each))()[0]
         fill(slot, job(shard_set, 4, 7))  # type: ignore[arg-type]
         slot.launch()
         made.append(slot.views())

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pipelines.augment.recipe import RECIPES, Recipe
-from pipelines.loading.loader import Batch, Loader, eval_batches, open_loader
+from pipelines.loading.evaluation_views import eval_batches
+from pipelines.loading.loader import Batch, Loader, open_loader
 from shards.dataset.order import epoch_order
 from shards.errors import UserError
 

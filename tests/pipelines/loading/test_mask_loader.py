@@ -14,7 +14,9 @@ from pipelines.augment.draws import draw
 from pipelines.augment.recipe import RECIPES, Recipe
 from pipelines.engines.engine_table import make_engine
 from pipelines.loading.data_config import DataConfig
-from pipelines.loading.loader import Loader, eval_batches, open_loader
+from pipelines.loading.evaluation_views import eval_batches
+from pipelines.loading.loader import Loader, open_loader
+from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.mask_slot import Masks, with_masks
 from pipelines.loading.masks import decode_mask
 from pipelines.loading.slots import gpu_slots
@@ -132,21 +134,12 @@ def test_every_engine_gives_the_same_masks(masked, engine):
 
 def test_the_batched_path_of_the_gpu_gives_the_same_masks(masked):
     """On CPU tensors."""
-    device = torch.device("cpu")
     for store in (False, True):
         samples = Samples(masked, make_engine("fused", RECIPE).decode, 3)
-        slots = with_masks(
-            gpu_slots(samples, RECIPE, device, store),
-            samples,
-            [32, 32, 16],
-            10,
-            device,
-            255,
-            on_gpu_cache=store,
-        )
+        options = LoaderOptions(threads=2, cache="gpu" if store else "none")
+        slots = with_masks(gpu_slots(samples, RECIPE, options), samples, [32, 32, 16], 10, options)
         bad = BadSamples(masked, RECIPE, 3, 0.5)
-        where = {"rank": 0, "world": 1, "threads": 2, "device": device, "block_shards": 0}
-        made = Loader(samples, slots, RECIPE, bad, batch=10, seed=3, **where)
+        made = Loader(samples, slots, RECIPE, bad, batch=10, seed=3, options=options)
         assert_same(collect(made.epoch(0)), collect(loader(masked).epoch(0)))
 
 
@@ -290,7 +283,7 @@ def test_without_masks_they_are_refused_with_the_way_out(shard_set, masked):
 
 def test_the_settings_reach_the_loader():
     options = DataConfig(masks=True, mask_ignore=65535).options()
-    assert (options["masks"], options["mask_ignore"]) == (True, 65535)
+    assert (options.masks, options.mask_ignore) == (True, 65535)
     with pytest.raises(UserError, match=r"data.mask_ignore is 4294967295.*32 bits"):
         DataConfig(mask_ignore=2**32 - 1)
 

@@ -9,8 +9,9 @@ import torch
 
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.data_config import DataConfig
-from pipelines.loading.loader import Batch, eval_batches, open_loader
-from pipelines.streaming.prefetch import Ahead, Uses
+from pipelines.loading.evaluation_views import eval_batches
+from pipelines.loading.loader import Batch, open_loader
+from pipelines.streaming.prefetch import ShardPrefetch, ShardUses
 from shards.conversion.convert import convert
 from shards.dataset.order import block_order
 from shards.dataset.shard_set import ShardSet
@@ -69,7 +70,7 @@ def test_two_ranks_with_a_small_cache_see_the_views_of_local_shards(
         there = []
         for rank in range(2):
             shards = config.open()
-            loader = open_loader(shards, SMALL, batch=4, seed=1, rank=rank, world=2, **config.options())
+            loader = open_loader(shards, SMALL, batch=4, seed=1, rank=rank, world=2, options=config.options())
             there.append(collect(loader.steps(5, 13)))  # from one epoch into the next
         here = open_loader(local, SMALL, batch=4, seed=1, order="blocks", block_shards=2)
         for whole, one, two in zip(collect(here.steps(5, 13)), *there, strict=True):
@@ -131,7 +132,7 @@ def test_a_copy_gone_bad_on_this_machine_is_fetched_again(
 
 
 def test_shards_are_asked_for_before_they_are_used():
-    uses = Uses(np.array([4, 1, 4, 1, 7, 7, 1, 2]))
+    uses = ShardUses(np.array([4, 1, 4, 1, 7, 7, 1, 2]))
     assert (uses.shards.tolist(), uses.first.tolist(), uses.last.tolist()) == (
         [4, 1, 7, 2],
         [0, 1, 4, 7],
@@ -148,7 +149,7 @@ def test_the_next_epoch_is_asked_for_at_the_end_of_one(
     shards = ShardSet.open(url, CacheSettings(str(tmp_path), "1GB"))
     asked = []
     monkeypatch.setattr(ShardSet, "prefetch", lambda self, numbers: asked.append(list(numbers)))
-    ahead = Ahead(shards, reach=1)
+    ahead = ShardPrefetch(shards, reach=1)
     now, then = ahead.uses(np.arange(36)), ahead.uses(np.arange(36)[::-1])
     for start in range(0, 36, 6):
         ahead.at(now, start, start + 6, then if start > 20 else None)

@@ -10,7 +10,8 @@ import torch
 
 from pipelines.augment.recipe import Recipe
 from pipelines.engines.fused_engine import FusedEngine
-from pipelines.loading.loader import Batch, eval_batches, open_loader
+from pipelines.loading.evaluation_views import eval_batches
+from pipelines.loading.loader import Batch, open_loader
 from pipelines.streaming.bad_samples import ALLOWED, BadSamples
 from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet

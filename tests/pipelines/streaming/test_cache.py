@@ -9,6 +9,7 @@ from pipelines.engines.engine_table import make_engine
 from pipelines.loading.data_config import DataConfig
 from pipelines.loading.gpu_slot import GpuStore
 from pipelines.loading.loader import Loader, open_loader
+from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.slots import gpu_slots
 from pipelines.streaming import cache
 from pipelines.streaming.bad_samples import BadSamples
@@ -36,12 +37,11 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 def batched(shards: ShardSet, *, store: bool, recipe: Recipe = SMALL, batch: int = 8) -> Loader:
     """The GPU's path on CPU tensors."""
-    device = torch.device("cpu")
     samples = Samples(shards, make_engine("fused", recipe).decode, 3)
     bad = BadSamples(shards, recipe, 0, 0.5, lambda line: None)
-    slots = gpu_slots(samples, recipe, device, store)
-    where = {"rank": 0, "world": 1, "threads": 2, "device": device, "block_shards": 0}
-    return Loader(samples, slots, recipe, bad, batch=batch, seed=0, **where)
+    options = LoaderOptions(threads=2, cache="gpu" if store else "none")
+    slots = gpu_slots(samples, recipe, options)
+    return Loader(samples, slots, recipe, bad, batch=batch, seed=0, options=options)
 
 
 @pytest.fixture
@@ -207,8 +207,8 @@ def test_settings_that_need_a_gpu_are_refused_on_a_cpu(shard_set):
 
 def test_the_section_gives_all_options_of_the_loader(shard_set):
     options = DataConfig(shards="x", threads=1, cache="ram", order="blocks", block_shards=2).options()
-    assert "shards" not in options
-    loader = open_loader(shard_set, SMALL, batch=8, seed=0, **options)
+    assert not hasattr(options, "shards")
+    loader = open_loader(shard_set, SMALL, batch=8, seed=0, options=options)
     assert loader.note.startswith("cache in RAM")
     for name, value in (("block_shards", 0), ("cache_gb", -1.0), ("max_bad_share", 2.0)):
         with pytest.raises(UserError, match=f"data.{name} is"):

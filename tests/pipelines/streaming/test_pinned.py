@@ -10,9 +10,10 @@ import torch
 from pipelines.augment.draws import DRAW
 from pipelines.augment.recipe import Recipe
 from pipelines.engines.batch_engine import BatchEngine, BatchSlot
-from pipelines.streaming import pinned, stream
+from pipelines.streaming import pinned
+from pipelines.streaming.batch import BatchRequest
+from pipelines.streaming.host_slot import HostMemory
 from pipelines.streaming.pinned import PAGE, pinned_empty
-from pipelines.streaming.stream import Job
 
 
 class Driver:
@@ -141,7 +142,7 @@ def test_the_memory_of_batches_on_their_way_to_a_gpu_is_locked_so(driver, monkey
             pass
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    memory = stream.HostMemory([(3, 5, 5), (3, 5, 5)], 100, torch.device("cuda", 0))
+    memory = HostMemory([(3, 5, 5), (3, 5, 5)], 100, torch.device("cuda", 0))
     assert sorted(driver.locked.values()) == [-(-100 * 75 * 4 // PAGE) * PAGE] * 2
     memory.begin(3)
     memory.at(2)[1][:] = 4
@@ -170,7 +171,7 @@ def test_views_of_a_batch_engine_that_wait_on_the_host_are_locked_once(driver, m
     with ThreadPoolExecutor(1) as worker:
         slot = BatchSlot(None, Engine(Recipe()), worker, torch.device("cuda", 0), None, True)  # type: ignore[arg-type]
         for number in (1, 2):
-            slot.begin(Job(np.arange(3), np.zeros((2, 3), DRAW)))
+            slot.begin(BatchRequest(np.arange(3), np.zeros((2, 3), DRAW)))
             slot.complete()
             views = slot.views()
             assert [int(view.max()) for view in views] == [number, 0]

@@ -1,0 +1,74 @@
+"""`eval_batches`: the one fixed view of each sample that evaluation, embedding and search look at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pipelines.augment.channels import fit_recipe
+from pipelines.augment.draws import eval_draws
+from pipelines.augment.recipe import Recipe, get_recipe
+from pipelines.engines.fused_engine import FusedEngine
+from pipelines.loading.loader import open_shards
+from pipelines.loading.loader_options import make_options
+from pipelines.loading.mask_slot import with_masks
+from pipelines.loading.slots import host_slots, view_shapes
+from pipelines.streaming.batch import Batch, BatchRequest
+from pipelines.streaming.cache import open_samples
+from pipelines.streaming.prefetch import ShardPrefetch
+from pipelines.streaming.stream import SlotMaker, default_threads, stream
+from shards.dataset.shard_set import ShardSet
+
+# Those of `LoaderOptions` that mean something for views which are not drawn.
+_OPTIONS = ("device", "mask_ignore", "masks", "reuse_memory", "threads", "value_range")
+
+
+def eval_batches(
+    shards: str | os.PathLike | ShardSet,
+    recipe: str | Recipe,
+    sample_ids: np.ndarray | None = None,
+    *,
+    batch: int = 256,
+    split: str = "",
+    **keywords: Any,
+) -> Generator[Batch, None, None]:
+    """Yield the fixed evaluation view of the given samples, in their order; the last batch may be smaller.
+
+    Args:
+        shards: folder of shards, its URL, or an open `ShardSet`.
+        recipe: a `Recipe`, or the name of a preset; its `size`, `eval_crop`, mean, std and value range count.
+        sample_ids: int64 (N,); without them all samples in use, in the order in which they are stored.
+        batch: samples in a batch.
+        split: part of the shards that `fastssl split` made.
+        keywords: device, threads, masks, mask_ignore, value_range and reuse_memory, as in `LoaderOptions`.
+
+    Raises:
+        UserError: a sample does not decode (none stands in for it: the result would be that of another data set), or masks are
+            asked for and no sample has one, or a keyword is unknown.
+    """
+    options = make_options("eval_batches", keywords, _OPTIONS)
+    shards = open_shards(shards, split)
+    recipe = fit_recipe(
+        get_recipe(recipe) if isinstance(recipe, str) else recipe, shards, options.value_range
+    )
+    ids = shards.ids if sample_ids is None else sample_ids
+
+    def requests() -> Iterator[BatchRequest]:
+        prefetch = ShardPrefetch(shards)
+        uses = prefetch.uses(ids)
+        for start in range(0, len(ids), batch):
+            prefetch.at(uses, start, start + batch)
+            part = ids[start : start + batch]
+            yield BatchRequest(part, eval_draws(recipe, shards.widths[part], shards.heights[part]))
+
+    engine = FusedEngine(recipe)
+    samples = open_samples(shards, engine.decode, len(recipe.mean))
+    shapes, largest = view_shapes(recipe)[:1], min(batch, len(ids))
+    slots: SlotMaker = partial(host_slots, samples, engine, shapes, largest, options)
+    if options.masks:
+        slots = with_masks(slots, samples, [recipe.size], largest, options)
+    return stream(samples, slots(), requests(), options.threads or default_threads())
