@@ -30,7 +30,7 @@ LAYERS = {
         "storage": (),
         "images": ("storage",),
         "format": ("storage", "images"),
-        "dataset": ("storage", "format"),
+        "dataset": ("storage", "images", "format"),
         "splits": ("storage", "format", "dataset"),
         "sources": ("storage", "images", "format", "splits"),
         "conversion": ("storage", "images", "format", "dataset", "sources"),

@@ -1,4 +1,4 @@
-"""One shard under the glass: which sample of a damaged tar is hurt, and what of it."""
+"""Locate damage inside a shard: which sample, which of its files, and from which byte on."""
 
 from __future__ import annotations
 
@@ -235,8 +235,8 @@ def decode_fault(data: bytes, row: Row, policy: Policy) -> str:
         else:
             stored = prove(data, f"{row['key']}.{row['ext']}", policy, "small")
             found = (stored.width, stored.height, stored.channels, stored.dtype)
-    except BadImage as fault:
-        return fault.reason
+    except BadImage as error:
+        return error.reason
     wanted = (row["width"], row["height"], row["channels"], row["dtype"])
     if found != wanted:
         return "decodes to {} x {} pixels, {} x {}, the table says {} x {}, {} x {}".format(*found, *wanted)
@@ -250,10 +250,10 @@ def mask_fault(data: bytes, size: tuple[int, int] | None) -> str:
             check_png(data)
             image.load()
             found = image.size
-    except BadImage as fault:
-        return fault.reason
-    except Exception as fault:  # on damaged input Pillow raises almost anything
-        return damage(fault).reason
+    except BadImage as error:
+        return error.reason
+    except Exception as error:  # on damaged input Pillow raises almost anything
+        return damage(error).reason
     return f"of {found[0]} x {found[1]} pixels, not {size[0]} x {size[1]}" if size and found != size else ""
 
 

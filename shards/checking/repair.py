@@ -1,8 +1,9 @@
-"""Mends a damaged shard folder from its plan and its source; a shard is put in place only if its bytes are the promised ones."""
+"""Repair a damaged shard folder from its plan and its source; a shard is replaced only if its SHA-256 is the recorded one."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -28,8 +29,10 @@ from shards.format.layout import Manifest, ShardFile
 from shards.format.tar_writer import write_index
 from shards.images.policy import Policy
 from shards.sources.source import Source
+from shards.sources.source_kinds import check_apart, open_source
 from shards.splits.split_table import WAY_OUT
 from shards.storage.local import LocalPlace
+from shards.storage.opening import Where, open_place
 from shards.storage.place import Place
 
 _SHOWN = 3
@@ -44,14 +47,14 @@ class Repair:
 
 
 def repair(
-    place: Place,
+    folder: Where,
     verdict: VerifyResult,
-    source: Source | None,
+    source: Source | str | os.PathLike | None,
     *,
     workers: int | None = None,
     progress: Callable[[int, int, int], None] = lambda *_: None,
 ) -> Repair:
-    """Mends what `verify` found in a folder, and removes what killed runs left in it.
+    """Repair what `verify` found in a folder, and remove what killed runs left in it.
 
     Shards are made again from the plan and the source, and replaced where their SHA-256 is the manifest's; else the old one stays.
     Indexes come from their tars. Table, quarantine and manifest are merged again from all shards, which takes as long as a conversion
@@ -64,13 +67,18 @@ def repair(
     Raises:
         UserError: the source has gone away or is of another kind; another process works on the folder.
     """
+    place = open_place(folder)
     check_repairable(place)
+    if isinstance(source, str | os.PathLike):
+        source = open_source(os.fspath(source))
+    if source is not None:
+        check_apart(source, place)
     with place.lock(layout.LOCK):
         return _Work(place, verdict, source, workers, progress).run()
 
 
 def check_repairable(place: Place) -> None:
-    """Raises UserError where nothing can be mended, because nothing can be written."""
+    """Raise UserError where nothing can be mended, because nothing can be written."""
     place.check_writable(
         "repair the folder where it lies on a disk or in a store, or download it, repair the copy and upload the files that are named "
         "as mended"
@@ -204,7 +212,7 @@ class _Work:
         wanted: dict[int, ShardFile],
         hurt: dict[int, ShardFile],
     ) -> None:
-        """Makes shards in `scratch`; see `_Remaker` for `wanted` and `hurt`. Adds to what has failed."""
+        """Make shards in `scratch`; see `_Remaker` for `wanted` and `hurt`. Add to what has failed."""
         maker = Maker(source, scratch, plan, Policy(**plan.settings.store), dropped)
         table_whole = layout.TABLE not in self.damaged
         starts = dict(zip(map(number, self.promise.files), self.promise.starts(), strict=True))
@@ -236,7 +244,7 @@ class _Work:
             self._take(scratch, name)
 
     def _take(self, scratch: Place, name: str) -> None:
-        """Puts a file that was made again in place, unless it is not as it was."""
+        """Put a file that was made again in place, unless it is not as it was."""
         wanted = self.promise.sum_of(name)
         # Another version of pyarrow writes the same rows as other bytes: the checksums are then written anew.
         same = wanted is None or sha256_of(scratch, name) == wanted
@@ -322,7 +330,7 @@ def _rows(table: pa.Table) -> list[dict]:
 
 
 def _check_kind(source: Source, plan: Plan) -> None:
-    """Raises UserError where a source is not what the plan was made of, by its kind and options."""
+    """Raise UserError where a source is not what the plan was made of, by its kind and options."""
     then = {"kind": plan.settings.kind} | plan.settings.source_settings
     now = {"kind": source.kind} | json.loads(json.dumps(source.settings()))
     for name in {**then, **now}:

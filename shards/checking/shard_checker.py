@@ -52,7 +52,7 @@ class Checker:
     out: Path
 
     def __call__(self, number: int, count: Count) -> None:
-        """Checks shard `files[number]`; counts bytes and findings."""
+        """Check shard `files[number]`; count bytes and findings."""
         found = list(self._check(number, count))
         if found:
             text = json.dumps([asdict(finding) for finding in found])

@@ -1,4 +1,4 @@
-"""Is a shard folder still what its conversion wrote? Finds what is not, and says which sample it hurts."""
+"""Verify that a shard folder is still what its conversion wrote, and name the samples that are damaged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shards.conversion.listing import SCRATCH
 from shards.conversion.shard_plan import read_plan
 from shards.conversion.workers import run_here, run_in_processes
 from shards.cpus import available_cpus
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 from shards.format import layout
 from shards.format.checksums import Sums, index_of, read_sums, sha256_of
 from shards.format.columns import read_columns
@@ -27,6 +27,7 @@ from shards.format.layout import Manifest, ShardFile
 from shards.images.policy import MAX_PIXELS, Policy
 from shards.splits.split_table import WAY_OUT, splits_fault
 from shards.storage.atomic_files import is_unfinished
+from shards.storage.opening import Where, open_place
 from shards.storage.place import Place
 
 LEVELS = ("fast", "hash", "decode")
@@ -68,7 +69,7 @@ class Promise:
 
     @classmethod
     def read(cls, place: Place) -> Promise:
-        """Raises UserError where there is no finished conversion."""
+        """Raise UserError where there is no finished conversion."""
         sums = read_sums(place)
         findings: list[Damage] = []
         manifest = None
@@ -77,13 +78,13 @@ class Promise:
         else:
             try:
                 manifest = Manifest.load(place)
-            except UserError as fault:
+            except UserError as error:
                 if not sums.is_whole:
                     raise
                 kind, what = ("json", "is damaged: it cannot be read")
                 if not place.exists(layout.MANIFEST):
                     kind, what = "missing", "the manifest is missing"
-                elif "format version" in str(fault) and _agrees(place, sums, layout.MANIFEST):
+                elif "format version" in str(error) and _agrees(place, sums, layout.MANIFEST):
                     raise
                 findings.append(Damage(layout.MANIFEST, kind, what))
         if sums is None:
@@ -110,13 +111,13 @@ class Promise:
 
 
 def verify(
-    place: Place,
+    folder: Where,
     *,
     level: str = "hash",
     workers: int | None = None,
     progress: Callable[[int, int, int], None] = lambda *_: None,
 ) -> VerifyResult:
-    """Checks a finished shard folder; changes nothing in it.
+    """Check a finished shard folder; change nothing in it.
 
     Args:
         level: "fast" looks at names and lengths only; "hash" reads every byte; "decode" decodes every sample, too.
@@ -124,11 +125,12 @@ def verify(
         progress: called with (bytes read, bytes in all, findings).
 
     Raises:
-        UserError: there is no finished conversion.
+        UserError: there is no finished conversion, or no such level.
     """
-    assert level in LEVELS, level
+    if level not in LEVELS:
+        raise UserError(f"There is no level '{level}'.{nearest(level, LEVELS)}")
     begin_s = time.monotonic()
-    promise = Promise.read(place)
+    promise = Promise.read(open_place(folder))
     findings = [*promise.findings, *_stale(promise)]
     table = "whole"
     for finding in _other_files(promise, read=level != "fast"):
@@ -238,8 +240,8 @@ def _fault_of(promise: Promise, name: str) -> str:
                 return f"has {parquet.metadata.num_rows:,} rows, but there are {wanted:,} {what}"
             for group in range(parquet.num_row_groups) if promise.sum_of(name) is None else ():
                 parquet.read_row_group(group)
-    except Exception as fault:  # a damaged table raises many kinds
-        return f"is damaged: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"
+    except Exception as error:  # a damaged table raises many kinds
+        return f"is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return ""
 
 

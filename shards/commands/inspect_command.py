@@ -38,17 +38,17 @@ class Inspect:
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Parses the arguments after `fastssl inspect` and runs it. UserError passes."""
+    """Parse the arguments after `fastssl inspect` and run it. UserError passes."""
     inspect_command(tyro.cli(Inspect, prog="fastssl inspect", args=argv))
 
 
 def inspect_command(args: Inspect) -> None:
-    """Prints the tables, and draws the picture where one is wanted."""
+    """Print the tables, and draw the picture where one is wanted."""
     from rich.console import Console
 
     from shards.errors import UserError
     from shards.overview.contact_sheet import draw_overview
-    from shards.overview.summary import read_overview
+    from shards.overview.summary import inspect
     from shards.storage.atomic_files import atomic_write, check_output
     from shards.storage.opening import open_place
 
@@ -59,7 +59,7 @@ def inspect_command(args: Inspect) -> None:
             raise UserError(f"--out '{args.out}' must end in .png: a PNG is drawn.")
         check_output(args.out, "--out")
     place = open_place(args.shards)
-    overview = read_overview(place)
+    overview = inspect(place)
     console = Console(highlight=False, soft_wrap=True)
     _print(console, place, overview)
     if args.out:

@@ -15,13 +15,12 @@ import tyro
 
 from shards.errors import UserError
 from shards.images.policy import Policy
-from shards.sources.source_options import ListOptions, RasterOptions, TarOptions
+from shards.sources.source_options import SourceOptions
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from rich.console import Console
 
     from shards.format.layout import Manifest
-    from shards.sources.source import Source
     from shards.storage.place import Place
 
 _SHOWN_REASONS = 5
@@ -55,25 +54,17 @@ class Shard:
     dedupe: Literal["mark", "drop", "keep"] = "mark"
     """Images whose pixels equal those of an earlier one: marked in the sample table, left out, or kept unmarked."""
     policy: Policy = field(default_factory=Policy)
-    list: ListOptions = field(default_factory=ListOptions)
-    tar: TarOptions = field(default_factory=TarOptions)
-    raster: RasterOptions = field(default_factory=RasterOptions)
-    masks: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
-    """Folder of masks (class indices) with the images' relative names; for segmentation."""
-    mask_suffix: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
-    """What follows an image's name in its mask's name, such as _mask."""
-    only: Annotated[str, tyro.conf.arg(metavar="IDS|SPLIT")] = ""
-    """Of a finished shard folder as SOURCE: the samples to take, as a file (one sample_id a line, or Parquet) or a split's name."""
+    options: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
     part: Annotated[str, tyro.conf.arg(metavar="I/N")] = ""
     """I/N: make every N-th shard, from the I-th on, and do not merge; for job arrays. The command without --part merges."""
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Parses the arguments after `fastssl shard` and runs it; UserError passes, Ctrl-C exits with 130."""
+    """Parse the arguments after `fastssl shard` and run it; UserError passes, Ctrl-C exits with 130."""
     paths = list(itertools.takewhile(lambda word: not word.startswith("-"), argv or ()))
     if len(paths) > 2:
         raise UserError(
-            f"there are {len(paths)} paths, not SOURCE and DEST only. Put a pattern in quotes, so that the shell leaves it; of images "
+            f"There are {len(paths)} paths, not SOURCE and DEST only. Put a pattern in quotes, so that the shell leaves it; of images "
             f"give the folder, '{os.path.dirname(paths[0]) or '.'}'."
         )
     args = tyro.cli(Shard, prog="fastssl shard", args=argv, config=(tyro.conf.OmitArgPrefixes,))
@@ -84,34 +75,19 @@ def run(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def source_of(args: Shard, dest: Place) -> Source:
-    """The source that the arguments name; UserError where they contradict one another."""
-    from shards.sources.source_kinds import open_source
-
-    return open_source(
-        args.source,
-        dest,
-        masks=args.masks,
-        mask_suffix=args.mask_suffix,
-        only=args.only,
-        lists=args.list,
-        rasters=args.raster,
-        tars=args.tar,
-    )
-
-
 def shard(args: Shard) -> None:
-    """Runs one conversion with progress on the screen."""
+    """Run one conversion with progress on the screen."""
     from rich.console import Console
 
     from shards.commands.progress import ConversionScreen
     from shards.conversion.convert import Part, convert
     from shards.format.layout import MANIFEST
+    from shards.sources.source_kinds import open_source
     from shards.storage.opening import open_place
 
     console = Console(highlight=False, soft_wrap=True)
     dest = open_place(args.dest)
-    source = source_of(args, dest)
+    source = open_source(args.source, args.options)
     part = Part.parse(args.part) if args.part else None
     if args.engine != "ray" and args.ray_address != "auto":
         raise UserError(f"--ray-address {args.ray_address} goes with --engine ray.")

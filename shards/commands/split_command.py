@@ -56,12 +56,12 @@ class Split:
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Parses the arguments after `fastssl split` and runs it; UserError passes."""
+    """Parse the arguments after `fastssl split` and run it; UserError passes."""
     args = tyro.cli(Split, prog="fastssl split", args=argv)
     from rich.console import Console
 
     from shards.splits.split_rules import SplitRule
-    from shards.splits.split_table import make_split
+    from shards.splits.split_table import split
     from shards.storage.opening import open_place
 
     rule = SplitRule(
@@ -75,7 +75,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         lists=args.by_list,
     )
     place = open_place(args.shards)
-    made = make_split(place, rule, args.name, overwrite=args.overwrite)
+    made = split(place, rule, args.name, overwrite=args.overwrite)
     console = Console(highlight=False)
     _show(console, args, rule, made)
 

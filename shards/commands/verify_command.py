@@ -1,4 +1,4 @@
-"""`fastssl verify SHARDS`: is every byte still what the conversion wrote, and if not, which samples are hurt."""
+"""`fastssl verify SHARDS`: check every byte, and name the samples that are damaged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from shards.checking.repair import Repair
     from shards.checking.verify import VerifyResult
     from shards.sources.source import Source
-    from shards.storage.place import Place
 
 _SHOWN = 40
 _SHOWN_PER_FILE = 8
@@ -53,7 +52,7 @@ class Verify:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Parses the arguments after `fastssl verify` and runs it; returns the exit code. UserError passes."""
+    """Parse the arguments after `fastssl verify` and run it; return the exit code. UserError passes."""
     args, source_options = tyro.cli(
         Verify,
         prog="fastssl verify",
@@ -65,7 +64,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
-    """Checks one folder, and mends it where that is wanted; 0 where all is well, 1 where something stays damaged.
+    """Check one folder, and mend it where that is wanted; 0 where all is well, 1 where something stays damaged.
 
     source_options: those of `fastssl shard` that say how to read `args.source`.
     """
@@ -81,19 +80,19 @@ def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
     if args.fast and args.decode:
         raise UserError("--fast looks at lengths only and --decode at every pixel: choose one.")
     if args.workers is not None and args.workers < 0:
-        raise UserError(f"the number of workers must be 0 or more, got {args.workers}.")
+        raise UserError(f"The number of workers must be 0 or more, got {args.workers}.")
     if args.source and not args.repair:
         raise UserError("--source goes with --repair.")
     if source_options and not args.source:
         known = (f"--{name.replace('_', '-')}" for name in vars(args))
-        raise UserError(f"there is no option '{source_options[0]}'.{nearest(source_options[0], known)}")
+        raise UserError(f"There is no option '{source_options[0]}'.{nearest(source_options[0], known)}")
     if args.json:
         check_output(args.json, "--json")
     console = Console(highlight=False, soft_wrap=True)
     place = open_place(args.shards)
     if args.repair:
         check_repairable(place)  # before all is read
-    source = _open_source(args, source_options, place) if args.source else None
+    source = _open_source(args, source_options) if args.source else None
     level = "fast" if args.fast else "decode" if args.decode else "hash"
     with _bar(console, "Decoding" if args.decode else "Reading") as progress:
         verdict = verify(place, level=level, workers=args.workers, progress=progress)
@@ -116,13 +115,14 @@ def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
     return 1 if still_damaged else 0
 
 
-def _open_source(args: Verify, options: Sequence[str], place: Place) -> Source:
+def _open_source(args: Verify, options: Sequence[str]) -> Source:
     """The source that the shards were made of, by the options of `fastssl shard`."""
-    from shards.commands.shard_command import Shard, source_of
+    from shards.commands.shard_command import Shard
+    from shards.sources.source_kinds import open_source
 
     words = [args.source, args.shards, *options]
     shard = tyro.cli(Shard, prog="fastssl shard", args=words, config=(tyro.conf.OmitArgPrefixes,))
-    return source_of(shard, place)
+    return open_source(shard.source, shard.options)
 
 
 def _print_repair(console: Console, folder: str, done: Repair) -> None:

@@ -24,9 +24,9 @@ from shards.format.checksums import write_sums
 from shards.format.layout import Manifest, ShardFile
 from shards.images.policy import Policy
 from shards.sources.source import Source
-from shards.sources.source_kinds import open_source
+from shards.sources.source_kinds import check_apart, open_source
 from shards.storage.atomic_files import is_unfinished
-from shards.storage.opening import open_place
+from shards.storage.opening import Where, open_place
 from shards.storage.place import Place
 
 DEDUPE = ("mark", "drop", "keep")
@@ -72,7 +72,7 @@ class Part:
         """From `0/8`; UserError unless 0 <= index < count."""
         index, slash, count = text.partition("/")
         if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
-            raise UserError(f"the part is '{text}', but it must be I/N with 0 <= I < N, such as 0/8.")
+            raise UserError(f"The part is '{text}', but it must be I/N with 0 <= I < N, such as 0/8.")
         return cls(int(index), int(count))
 
     def shards(self, num_shards: int) -> range:
@@ -82,7 +82,7 @@ class Part:
 
 def convert(
     source: Source | str | os.PathLike,
-    dest: str | os.PathLike | Place,
+    dest: Where,
     *,
     seed: int = 0,
     workers: int | None = None,
@@ -93,7 +93,7 @@ def convert(
     ray_address: str | None = None,
     report: ProgressReport | None = None,
 ) -> Manifest | None:
-    """Converts `source` (a folder, or any Source) to shards in `dest`; returns the manifest, or None after a `part`.
+    """Convert `source` (a path or URL, or what `open_source` gives) to shards in `dest`; return the manifest, or None after a `part`.
 
     The same call again finishes what was interrupted, mends missing or cut shards, and otherwise changes nothing.
 
@@ -103,22 +103,23 @@ def convert(
         policy: what is stored, and what is refused.
         dedupe: images with the same pixels as an earlier one are marked in the table, dropped, or kept unmarked.
         part: makes some of the shards only; when all parts are done, the same call without `part` merges them.
-        ray_address: of a Ray cluster, whose nodes make the shards, at most `workers` at a time; see `ray_engine.connect`.
+        ray_address: of a Ray cluster, whose nodes make the shards, at most `workers` at a time; see `ray_workers.connect`.
 
     Raises:
         UserError: whatever the user can mend.
     """
     place = open_place(dest)
     if isinstance(source, str | os.PathLike):
-        source = open_source(os.fspath(source), place)
+        source = open_source(os.fspath(source))
+    check_apart(source, place)
     if workers is not None and workers < 0:
-        raise UserError(f"the number of workers must be 0 or more, got {workers}.")
+        raise UserError(f"The number of workers must be 0 or more, got {workers}.")
     if workers == 0 and ray_address is not None:
         raise UserError("--workers 0 means this process alone, which does not go with --engine ray.")
     if samples_per_shard is not None and samples_per_shard < 1:
-        raise UserError(f"the samples per shard must be 1 or more, got {samples_per_shard}.")
+        raise UserError(f"The samples per shard must be 1 or more, got {samples_per_shard}.")
     if dedupe not in DEDUPE:
-        raise UserError(f"there is no --dedupe '{dedupe}'.{nearest(dedupe, DEDUPE)}")
+        raise UserError(f"There is no --dedupe '{dedupe}'.{nearest(dedupe, DEDUPE)}")
     report, policy = report or ProgressReport(), policy or Policy()
     connected = connect(ray_address) if ray_address is not None else contextlib.nullcontext()
     with connected as cluster:
@@ -173,7 +174,7 @@ class _Run:
         self._quarantined = 0  # images, in shards that were finished before
 
     def part(self, part: Part) -> None:
-        """Makes the unfinished shards of a part; merges nothing."""
+        """Make the unfinished shards of a part; merge nothing."""
         if self.dest.exists(layout.MANIFEST):
             self.report.planned(self.plan, self.source, 0)
             return
@@ -182,7 +183,7 @@ class _Run:
         self._make(self._unfinished(own, None), {}, own)
 
     def whole(self) -> Manifest:
-        """Makes what is missing, merges, and returns the manifest."""
+        """Make what is missing, merge, and return the manifest."""
         dest, plan = self.dest, self.plan
         if not (dest.exists(layout.TABLE) and dest.exists(layout.QUARANTINE)):
             dest.remove(layout.MANIFEST)
@@ -218,9 +219,8 @@ class _Run:
         Counts the images that the others have refused.
         """
         todo = []
-        marked = set(
-            self.dest.names(layout.ROWS)
-        )  # asked at once: a remote store takes its time for each question
+        # asked at once: a remote store takes its time for each question
+        marked = set(self.dest.names(layout.ROWS))
         for shard in shards:
             marks = read_marks(self.dest, shard) if layout.rows_name(shard) in marked else None
             right = marks and (num_dropped is None or marks.num_dropped == num_dropped.get(shard, 0))
@@ -231,7 +231,7 @@ class _Run:
         return todo
 
     def _make(self, todo: list[int], dropped: dict[int, frozenset[int]], among: range) -> None:
-        """Makes shards; progress counts the images of all shards `among` which they are."""
+        """Make shards; progress counts the images of all shards `among` which they are."""
         plan, report = self.plan, self.report
         report.planned(plan, self.source, len(todo))
         if not todo:
@@ -290,10 +290,10 @@ def _make_folder(dest: Place) -> None:
         names = dest.names()
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"'{dest.url}' is a file; DEST is the folder for the shards.") from None
-    except OSError as fault:
+    except OSError as error:
         raise UserError(
-            f"'{dest.url}' cannot be written ({fault.strerror or fault}); choose another DEST."
-        ) from fault
+            f"'{dest.url}' cannot be written ({error.strerror or error}); choose another DEST."
+        ) from error
     # With a plan the folder is ours, and what a user laid beside the shards does no harm.
     foreign = [
         name for name in names if not name.startswith((layout.LOCK, SCRATCH)) and not is_unfinished(name)

@@ -134,7 +134,7 @@ class Survey:
         return table
 
     def ordered(self) -> Iterator[pa.Table]:
-        """The entries in the plan's order, in tables of any size; once, and with `keep`. UserError for a name listed twice."""
+        """The entries in the plan's order, in tables of any size; once, and with `keep`. Raise UserError for a name listed twice."""
         if self._folder is None:
             yield self._sorted(self._take_pending())
             return
@@ -167,7 +167,7 @@ class Survey:
         return table.drop_columns([_KEY]).take(pa.array(order))
 
     def close(self) -> None:
-        """Removes what lies on disk."""
+        """Remove what lies on disk."""
         for file, _ in self._files:
             file.close()
         if self._folder:

@@ -1,4 +1,4 @@
-"""All shards made: their rows become the sample table, their notes the manifest; equal pixels are found on the way."""
+"""Merge finished shards: their rows become the sample table, their marks the manifest; duplicates are found on the way."""
 
 from __future__ import annotations
 
@@ -21,20 +21,14 @@ from shards.format.layout import Manifest, ShardFile
 from shards.images.channel_statistics import Statistics
 from shards.storage.place import Place
 
-_ALL_DIFFERENT = {
-    "sample_id",
-    "key",
-    "offset",
-    "source",
-    "sha256",
-    "pixels_hash",
-}  # no dictionary makes these smaller
+# no dictionary makes these smaller
+_ALL_DIFFERENT = {"sample_id", "key", "offset", "source", "sha256", "pixels_hash"}
 
 
 def merge(dest: Place, plan: Plan) -> Manifest:
-    """Writes the sample table and the quarantine, and returns the manifest, which is not written yet.
+    """Write the sample table and the quarantine, and return the manifest, which is not written yet.
 
-    Every shard must be finished. Memory does not grow with the number of refused images. Raises UserError where no image of any shard
+    Every shard must be finished. Memory does not grow with the number of refused images. Raise UserError where no image of any shard
     is good; the quarantine is written then, too.
     """
     files: dict[int, ShardFile] = {}
@@ -60,7 +54,7 @@ def merge(dest: Place, plan: Plan) -> Manifest:
     if not files:
         first = "; ".join(f"{bad['source']}: {bad['reason']}" for bad in first_bad)
         raise UserError(
-            f"none of the {num_quarantined:,} images can be used. The first: {first}. All stand in '{dest / layout.QUARANTINE}'."
+            f"None of the {num_quarantined:,} images can be used. The first: {first}. All stand in '{dest / layout.QUARANTINE}'."
         )
     made = list(files)
     hashes = PixelHashes(dest, made)
@@ -130,7 +124,7 @@ def _marks(dest: Place, shard: int) -> Marks:
 
 
 def write_dropped(dest: Place, plan: Plan) -> None:
-    """Notes which images are left out because an earlier one has the same pixels: a table of position, source, same_as.
+    """Note which images are left out because an earlier one has the same pixels: a table of position, source, same_as.
 
     Every shard must be finished, with its duplicates still in it.
     """

@@ -46,14 +46,14 @@ class ShardJob:
 def connect(address: str) -> Iterator[Cluster]:
     """A running cluster: at `auto` that of this machine (or RAY_ADDRESS), else at HOST:PORT. This process must be on one of its nodes.
 
-    A program that has called `ray.init` keeps its connection. Raises UserError where Ray is not installed or no cluster answers.
+    A program that has called `ray.init` keeps its connection. Raise UserError where Ray is not installed or no cluster answers.
     """
     try:
         import ray
-    except ImportError as fault:
+    except ImportError as error:
         raise UserError(
-            f"--engine ray needs Ray on every node ({fault}): pip install 'fastssl-pretrain[ray]'."
-        ) from fault
+            f"--engine ray needs Ray on every node ({error}): pip install 'fastssl-pretrain[ray]'."
+        ) from error
     if ray.is_initialized():
         yield Cluster(ray)
         return
@@ -63,13 +63,13 @@ def connect(address: str) -> Iterator[Cluster]:
 
         try:
             found = canonicalize_bootstrap_address("auto") or "auto"
-        except (OSError, ValueError) as fault:
-            raise _no_cluster(address, str(fault)) from fault
+        except (OSError, ValueError) as error:
+            raise _no_cluster(address, str(error)) from error
     _check_answers(found)  # a cluster that has ended leaves its address behind
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as fault:
-        raise _no_cluster(address, str(fault)) from fault
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _no_cluster(address, str(error)) from error
     try:
         yield Cluster(ray)
     finally:
@@ -77,7 +77,7 @@ def connect(address: str) -> Iterator[Cluster]:
 
 
 def _check_answers(address: str) -> None:
-    """Raises UserError at once where nothing listens at HOST:PORT; Ray itself would try for a minute."""
+    """Raise UserError at once where nothing listens at HOST:PORT; Ray itself would try for a minute."""
     if "://" in address:
         raise UserError(
             f"--ray-address '{address}' is not HOST:PORT; run the command on a node of the cluster, where --ray-address auto finds it."
@@ -89,14 +89,14 @@ def _check_answers(address: str) -> None:
         raise UserError(f"--ray-address '{address}' is neither auto nor HOST:PORT, such as 10.0.0.5:6379.")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
-    except OSError as fault:
-        raise _no_cluster(address, str(fault)) from fault
+    except OSError as error:
+        raise _no_cluster(address, str(error)) from error
 
 
 def _no_cluster(address: str, why: str) -> UserError:
     reason = " ".join(why.split()).rstrip(".")
     return UserError(
-        f"no Ray cluster at --ray-address {address} ({reason}). Start one with `ray start --head`, then on each other node "
+        f"No Ray cluster at --ray-address {address} ({reason}). Start one with `ray start --head`, then on each other node "
         "`ray start --address HOST:6379`, and run this command on one of them."
     )
 
@@ -110,7 +110,7 @@ class Cluster:
     def run(
         self, maker: Maker, todo: Sequence[int], num_at_once: int | None, show: Callable[[int, int], None]
     ) -> None:
-        """Makes the shards as tasks of one CPU each; `show` gets the totals of images, quarantined.
+        """Make the shards as tasks of one CPU each; `show` gets the totals of images, quarantined.
 
         `num_at_once` shards are given out at a time; None: twice the cluster's CPUs. An error in one stops them all and is raised
         here; so does an interrupt.
@@ -155,19 +155,19 @@ class Cluster:
         ray = self._ray
         try:
             return ray.get(task)
-        except ray.exceptions.RayTaskError as fault:
-            if "No module named" in str(fault):
-                missing = str(fault).rpartition("No module named")[2].split("\n")[0].strip()
+        except ray.exceptions.RayTaskError as error:
+            if "No module named" in str(error):
+                missing = str(error).rpartition("No module named")[2].split("\n")[0].strip()
                 raise UserError(
-                    f"a node of the Ray cluster has no Python module {missing}: install the same fastssl-pretrain on every node."
-                ) from fault
-            raise RuntimeError(f"shard {shard} failed in a task of Ray:\n{fault}") from fault
-        except ray.exceptions.RayError as fault:
+                    f"A node of the Ray cluster has no Python module {missing}: install the same fastssl-pretrain on every node."
+                ) from error
+            raise RuntimeError(f"shard {shard} failed in a task of Ray:\n{error}") from error
+        except ray.exceptions.RayError as error:
             raise UserError(
-                f"shard {shard} could not be made on the Ray cluster ({type(fault).__name__}); what dies with its worker or node is "
+                f"Shard {shard} could not be made on the Ray cluster ({type(error).__name__}); what dies with its worker or node is "
                 f"tried again {RETRIES} times. If memory ran out, give out fewer at a time (--workers). The same command goes on from "
                 "what is finished."
-            ) from fault
+            ) from error
 
 
 class Board:
@@ -203,7 +203,7 @@ class _Counts:
         self._finished = (self._finished[0] + done, self._finished[1] + quarantined)
 
     def show(self, running: Any) -> None:
-        """Passes the totals on; asks the board, and waits for no answer."""
+        """Pass the totals on; ask the board, and wait for no answer."""
         ray, shards = self._ray, set(running)
         if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
             # A board that died with its node is no fault of the shards: what is finished still counts.
@@ -217,7 +217,7 @@ class _Counts:
         self._show(*map(sum, zip(self._finished, *noted, strict=True)))
 
     def flush(self) -> None:
-        """Passes on what is finished."""
+        """Pass on what is finished."""
         self._show(*self._finished)
 
 
@@ -234,8 +234,8 @@ def make_shard(job: ShardJob, board: Any, shard: int) -> tuple:
         check_node(job)
         make: Callable[[int, Count], None] = job.maker
         make(shard, ticker.add)
-    except UserError as fault:
-        return "user error", f"on node {node_name()}: {fault}"
+    except UserError as error:
+        return "user error", f"on node {node_name()}: {error}"
     ticker.flush()
     return "done", *totals
 
@@ -251,7 +251,7 @@ def find_probe(maker: Maker, todo: Sequence[int]) -> dict[str, Any] | None:
 
 
 def check_node(job: ShardJob) -> None:
-    """Raises UserError where this node does not see the plan in DEST, or cannot read the probe; once a process.
+    """Raise UserError where this node does not see the plan in DEST, or cannot read the probe; once a process.
 
     A disk that is not mounted here would otherwise quarantine every image.
     """
@@ -263,17 +263,17 @@ def check_node(job: ShardJob) -> None:
     try:
         same = read_plan(maker.dest).settings == plan.settings
     except FileNotFoundError:
-        raise UserError(f"there is no '{maker.dest / PLAN}' here, DEST's plan. {way_out}") from None
+        raise UserError(f"There is no '{maker.dest / PLAN}' here, DEST's plan. {way_out}") from None
     if not same:
         raise UserError(f"'{maker.dest / PLAN}' here is another conversion's. {way_out}")
     if job.probe is not None:
         try:
             maker.source.read(job.probe)
-        except (BadImage, UserError) as fault:
+        except (BadImage, UserError) as error:
             raise UserError(
                 f"'{job.probe['source']}' of SOURCE '{maker.source.name}' can be read where the command was given, but not here "
-                f"({fault}). {way_out}"
-            ) from fault
+                f"({error}). {way_out}"
+            ) from error
     _reached.add(key)
 
 

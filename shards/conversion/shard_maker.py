@@ -1,4 +1,4 @@
-"""One shard: a pure function of (source, plan, shard number), made by whoever comes by, with the same bytes."""
+"""Make one shard: a pure function of (source, plan, shard number), so that any worker produces identical bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shards.sources.source import Source
 from shards.storage.place import Place
 
 NOT_YET = ("sample_id", "duplicate_of")  # known when all shards are
-SMALL_HASH = "small_hash"  # a column of a shard's rows only: see `equal`
+SMALL_HASH = "small_hash"  # a column of a shard's rows only: see `duplicates`
 _ROWS = [
     *(column for column in layout.SCHEMA if column.name not in NOT_YET),
     pa.field(SMALL_HASH, pa.string()),
@@ -54,7 +54,7 @@ class Maker:
     dropped: dict[int, frozenset[int]]
 
     def __call__(self, shard: int, count: Count) -> None:
-        """Writes tar, index and, last, the rows that mark the shard as finished."""
+        """Write tar, index and, last, the rows that mark the shard as finished."""
         dropped = self.dropped.get(shard, frozenset())
         work = _Work(self, shard, dropped, count)
         written = write_shard(self.dest, layout.shard_name(shard), work.samples())
@@ -93,8 +93,8 @@ class _Work:
                 continue
             try:
                 sample, columns = self._sample(row)
-            except BadImage as fault:
-                about = {"source": row["source"], "reason": fault.reason, "position": position}
+            except BadImage as error:
+                about = {"source": row["source"], "reason": error.reason, "position": position}
                 self.quarantined.append(about)
                 self._count(1, 1)
                 continue
@@ -126,7 +126,7 @@ class _Work:
         return "small" if position % self._every else "both"
 
     def locate(self, entries: list[Entry]) -> None:
-        """Enters where each sample's files lie in the tar."""
+        """Enter where each sample's files lie in the tar."""
         for row, entry in zip(self._rows, entries, strict=True):
             row["shard"] = self._shard
             row["offset"] = entry.members[0].offset
@@ -165,7 +165,7 @@ def rows_path(shard: int) -> str:
 
 
 def write_rows(dest: Place, shard: int, table: pa.Table, marks: Marks) -> None:
-    """Marks a shard as finished: its rows, and what it noted, in one file."""
+    """Mark a shard as finished: its rows, and what it noted, in one file."""
     about = {
         "shard": marks.shard and vars(marks.shard),
         "quarantined": marks.quarantined,

@@ -105,7 +105,7 @@ def settings_for(
 
 
 def write_plan(place: Place, survey: Survey, settings: Settings) -> Plan:
-    """Writes `plan.parquet`, one row group a shard, from the survey's entries in their order."""
+    """Write `plan.parquet`, one row group a shard, from the survey's entries in their order."""
     classes = survey.listing.classes
     about = {
         "settings": json.dumps(dataclasses.asdict(settings), sort_keys=True),
@@ -136,7 +136,7 @@ def write_plan(place: Place, survey: Survey, settings: Settings) -> Plan:
 
 
 def _in_shards(tables: Iterator[pa.Table], size: int) -> Iterator[tuple[int, pa.Table]]:
-    """Cuts the stream into tables of `size` rows (the last may be smaller), each with the position of its first row."""
+    """Cut the stream into tables of `size` rows (the last may be smaller), each with the position of its first row."""
     position = 0
     held: list[pa.Table] = []
     num_held = 0
@@ -156,21 +156,21 @@ def _in_shards(tables: Iterator[pa.Table], size: int) -> Iterator[tuple[int, pa.
 
 
 def read_plan(place: Place) -> Plan:
-    """Reads the settings of `plan.parquet`, not its rows; raises UserError when it is damaged."""
+    """Read the settings of `plan.parquet`, not its rows; raise UserError when it is damaged."""
     try:
         with place.open(PLAN) as file:
             about = pq.read_schema(file).metadata
         settings = Settings(**json.loads(about[b"settings"]))
         all_jpeg = json.loads(about.get(b"all_jpeg", b"false"))
         return Plan(place, settings, json.loads(about[b"classes"]), int(about[b"num_bytes"]), all_jpeg)
-    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as fault:
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"'{place / PLAN}' is damaged or of another version ({fault}); convert to a new folder."
-        ) from fault
+            f"'{place / PLAN}' is damaged or of another version ({error}); convert to a new folder."
+        ) from error
 
 
 def check_same(plan: Plan, wanted: Settings) -> None:
-    """Raises UserError, naming the first setting that differs, unless the plan was made with `wanted`."""
+    """Raise UserError, naming the first setting that differs, unless the plan was made with `wanted`."""
     way_out = "Give a new DEST, or delete this one."
     where = f"'{plan.place.url}' was begun with"
     for name, was, now in _differences(dataclasses.asdict(plan.settings), dataclasses.asdict(wanted)):

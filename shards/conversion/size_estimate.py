@@ -1,4 +1,4 @@
-"""What a conversion will cost in space, from a few of its images."""
+"""Estimate the disk space of a conversion from a few of its images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Estimate:
 
 
 def estimate(source: Source, plan: Plan, policy: Policy, todo: int) -> Estimate:
-    """Converts the plan's first images on trial, and reckons with their average for the `todo` shards to be made."""
+    """Convert the plan's first images on trial, and reckon with their average for the `todo` shards to be made."""
     sizes = []
     for row in plan.rows(0).slice(0, NUM_TRIED).to_pylist():
         try:

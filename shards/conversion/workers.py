@@ -1,4 +1,4 @@
-"""Runs one function for many shard numbers, in this process or in several, and counts images done."""
+"""Runs one function for many shard numbers, in this process or in several, and count images done."""
 
 import contextlib
 import ctypes
@@ -47,7 +47,7 @@ class Ticker:
 
 
 def run_here(make: Make, todo: Sequence[int], show: Callable[[int, int], None]) -> None:
-    """Makes the shards one after another in this process; `show` gets the totals of images, quarantined."""
+    """Make the shards one after another in this process; `show` gets the totals of images, quarantined."""
     ticker = Ticker(show)
     for shard in todo:
         make(shard, ticker.add)
@@ -57,7 +57,7 @@ def run_here(make: Make, todo: Sequence[int], show: Callable[[int, int], None]) 
 def run_in_processes(
     make: Make, todo: Sequence[int], num_workers: int, show: Callable[[int, int], None]
 ) -> None:
-    """Makes the shards in `num_workers` processes; `make` must be picklable.
+    """Make the shards in `num_workers` processes; `make` must be picklable.
 
     An error in one stops them all and is raised here; so does an interrupt. Should this process be killed,
     the workers find their pipe closed at their next count and end by themselves.
@@ -104,7 +104,7 @@ def run_in_processes(
 
 
 def warm_up() -> None:
-    """Starts the process that workers will be copies of, so that it imports what they need while this one does other things."""
+    """Start the process that workers will be copies of, so that it imports what they need while this one does other things."""
     if _context().get_start_method() == "forkserver":
         _without_interrupts(forkserver.ensure_running)
 
@@ -139,13 +139,13 @@ def _receive(pipe: Connection, worker: BaseProcess) -> tuple:
     except (EOFError, ConnectionResetError):
         worker.join()
         raise UserError(
-            f"a worker process was stopped from outside (exit code {worker.exitcode}); if memory ran out, "
+            f"A worker process was stopped from outside (exit code {worker.exitcode}); if memory ran out, "
             "use fewer workers. The same command goes on from what is finished."
         ) from None
 
 
 def _keep_memory() -> None:
-    """Has the C library keep what is freed: given back after each image, it would have to be taken again, page by page."""
+    """Have the C library keep what is freed: given back after each image, it would have to be taken again, page by page."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt  # of glibc alone
         mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
@@ -167,9 +167,9 @@ def _work(pipe: Connection, make: Make, environ: dict[str, str]) -> None:
         pipe.send(("end",))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-    except Exception as fault:
-        known = isinstance(fault, UserError)
+    except Exception as error:
+        known = isinstance(error, UserError)
         with contextlib.suppress(OSError):  # the parent may have gone meanwhile
-            pipe.send(("user error", str(fault)) if known else ("fault", traceback.format_exc()))
+            pipe.send(("user error", str(error)) if known else ("error", traceback.format_exc()))
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

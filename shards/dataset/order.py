@@ -20,14 +20,14 @@ def epoch_order(num_samples: int, seed: int, epoch: int, tag: int = EPOCH_TAG) -
     order.
     """
     if num_samples < 0:
-        raise UserError(f"the number of samples must not be negative, got {num_samples}.")
+        raise UserError(f"The number of samples must not be negative, got {num_samples}.")
     return _stable_argsort(_keys(num_samples, seed, epoch, tag))
 
 
 def shard_blocks(num_shards: int, seed: int, epoch: int, window: int) -> list[npt.NDArray[np.int64]]:
     """The shards in the order of an epoch, `window` at a time; `block_order` shuffles the samples of each such block."""
     if window < 1:
-        raise UserError(f"the number of shards in a block must be at least 1, got {window}.")
+        raise UserError(f"The number of shards in a block must be at least 1, got {window}.")
     shards = epoch_order(num_shards, seed, epoch, SHARD_TAG)
     return [shards[start : start + window] for start in range(0, num_shards, window)]
 
@@ -56,7 +56,7 @@ def block_order(
 def steps_per_epoch(num_samples: int, batch: int) -> int:
     """The number of whole global batches in an epoch; the rest (fewer than `batch` samples) is dropped."""
     if batch < 1:
-        raise UserError(f"the global batch size must be at least 1, got {batch}.")
+        raise UserError(f"The global batch size must be at least 1, got {batch}.")
     return num_samples // batch
 
 
@@ -67,12 +67,12 @@ def rank_positions(step: int, batch: int, rank: int, world: int) -> slice:
     UserError when the batch does not divide among the ranks.
     """
     if not 0 <= rank < world:
-        raise UserError(f"the rank must be in 0..{world - 1} for {world} ranks, got {rank}.")
+        raise UserError(f"The rank must be in 0..{world - 1} for {world} ranks, got {rank}.")
     if batch < 1 or batch % world:
         below = batch // world * world
         choices = f"{below} or {below + world}" if below else str(world)
         raise UserError(
-            f"the global batch size {batch} does not divide among {world} ranks; use a multiple, "
+            f"The global batch size {batch} does not divide among {world} ranks; use a multiple, "
             f"such as {choices}."
         )
     start = step * batch

@@ -1,4 +1,4 @@
-"""Remote shards as one `ShardSet` uses them: brought near when they are wanted, let go when others need their place."""
+"""The remote shards of one `ShardSet`: downloaded when they are read, evicted when others need their space."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Near:
         return sum(sorted((file.bytes for file in self._files.values()), reverse=True)[:count])
 
     def open(self, shard: int) -> IO[bytes]:
-        """A shard's tar; downloads it, or waits for the process that does. See `ShardCache.open`."""
+        """A shard's tar; download it, or waits for the process that does. See `ShardCache.open`."""
         self._used_s[shard] = time.monotonic()
         return self.cache.open(self._file(shard))
 
@@ -59,21 +59,21 @@ class Near:
         return self.cache.open(self._table)
 
     def used(self, shard: int) -> None:
-        """Notes, now and then, that a shard is in use: it should be among the last to make room."""
+        """Note, now and then, that a shard is in use: it should be among the last to make room."""
         now_s = time.monotonic()
         if now_s - self._used_s.get(shard, 0.0) > TOUCH_S:
             self._used_s[shard] = now_s
             self.cache.touch(self._file(shard))
 
     def forget(self, maps: dict[int, memoryview]) -> None:
-        """Takes out of `maps` what has made room for others and is not in use: until then it still fills the disk."""
+        """Take out of `maps` what has made room for others and is not in use: until then it still fills the disk."""
         old_s = time.monotonic() - FORGET_S
         for shard in list(maps):
             if self._used_s.get(shard, 0.0) < old_s and not self.cache.holds(self._file(shard)):
                 maps.pop(shard, None)
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Begins to download shards that will be wanted, in this order. See `ShardCache.prefetch`."""
+        """Begin to download shards that will be wanted, in this order. See `ShardCache.prefetch`."""
         self.cache.prefetch([self._file(shard) for shard in shards])
 
     def is_damaged(self, shard: int) -> bool:

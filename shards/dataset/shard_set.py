@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import mmap
-import os
+import operator
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ import pyarrow as pa
 from shards.errors import UserError
 from shards.format.columns import integers, read_columns
 from shards.format.layout import TABLE, Manifest, check_size, shard_name
+from shards.images.decoding import decode
 from shards.storage.cache_settings import CacheSettings
-from shards.storage.opening import open_place
+from shards.storage.opening import Where, open_place
 
 if TYPE_CHECKING:
     from shards.dataset.remote_shards import Near
@@ -27,6 +29,24 @@ if TYPE_CHECKING:
 # Python 3.13 can map a file without keeping it open.
 _MAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 _COLUMNS = ["shard", "offset", "size", "width", "height", "channels", "label", "mask_offset", "mask_size"]
+
+
+@dataclass(frozen=True)
+class ShardSample:
+    """One sample. data, mask: the encoded image and mask, read-only views of the shard; label: -1 where there is none."""
+
+    sample_id: int
+    data: memoryview
+    mask: memoryview | None
+    label: int
+
+    def pixels(self) -> npt.NDArray:
+        """The decoded image, (H, W, C): uint8, or for NumPy arrays uint16 or float32, too."""
+        return decode(bytes(self.data))
+
+    def mask_pixels(self) -> npt.NDArray | None:
+        """The decoded mask of class indices, (H, W) uint8 or uint16; None where there is none."""
+        return None if self.mask is None else decode(bytes(self.mask))[:, :, 0]
 
 
 class ShardSet:
@@ -58,8 +78,8 @@ class ShardSet:
         self.near = near
 
     @classmethod
-    def open(cls, folder: str | os.PathLike, cache: CacheSettings | None = None) -> ShardSet:
-        """Opens a shard folder or the URL of one; raises UserError when it is unfinished or a shard is missing or cut short.
+    def open(cls, folder: Where, cache: CacheSettings | None = None) -> ShardSet:
+        """Open a shard folder or the URL of one; raise UserError when it is unfinished or a shard is missing or cut short.
 
         `cache`: where remote shards are kept; nothing for local ones.
         """
@@ -84,6 +104,27 @@ class ShardSet:
 
     def __len__(self) -> int:
         return self.num_samples if self._ids is None else len(self._ids)
+
+    def __getitem__(self, position: int) -> ShardSample:
+        """The sample at a position among those in use, counted from the end where it is negative; IndexError outside."""
+        position = operator.index(position)
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"position {position} is outside the {len(self)} samples of {self!r}")
+        position %= len(self)
+        sample_id = position if self._ids is None else int(self._ids[position])
+        label = int(self.labels[sample_id])
+        return ShardSample(sample_id, self.read(sample_id), self.read_mask(sample_id), label)
+
+    def __iter__(self) -> Iterator[ShardSample]:
+        return (self[position] for position in range(len(self)))
+
+    def __repr__(self) -> str:
+        used = f"{len(self):,} of {self.num_samples:,}" if self.split else f"{self.num_samples:,}"
+        split = f" split '{self.split}'," if self.split else ""
+        classes = f"{len(self.classes):,} classes" if self.classes else "no labels"
+        masks = f", {self.manifest.num_masks:,} masks" if self.manifest.num_masks else ""
+        num_shards = len(self.manifest.shards)
+        return f"<ShardSet '{self.folder}':{split} {used} samples, {classes}{masks}, {num_shards:,} shards>"
 
     def __reduce__(self):
         return _open_subset, (self.folder, self.near and self.near.settings, self._ids, self.split)
@@ -121,7 +162,7 @@ class ShardSet:
         return self.folder / name if isinstance(self.folder, Path) else f"{self.folder.rstrip('/')}/{name}"
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Begins to bring remote shards, by their numbers, onto this machine, in this order; nothing to do for local ones.
+        """Begin to bring remote shards, by their numbers, onto this machine, in this order; nothing to do for local ones.
 
         What was asked for before and not begun is forgotten.
         """

@@ -24,7 +24,7 @@ class Sums:
 
 
 def write_sums(dest: Place, manifest: Manifest) -> None:
-    """Writes the checksums of a folder whose manifest is about to be written; all other files must be there."""
+    """Write the checksums of a folder whose manifest is about to be written; all other files must be there."""
     digests = {file.name: file.sha256 for file in manifest.shards}
     for file in manifest.shards:
         digests[index_of(file.name)] = file.index_sha256

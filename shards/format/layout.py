@@ -47,13 +47,11 @@ SCHEMA = pa.schema(
         ("group", pa.string()),  # what a split may not tear apart, or null
         ("source", pa.string()),  # what the source calls it, such as the path below the source folder
         ("sha256", pa.string()),  # of the stored image, hexadecimal
-        ("pixels_hash", pa.string()),  # XXH3, 128 bit, equal where the pixels are: see `equal`
+        ("pixels_hash", pa.string()),  # XXH3, 128 bit, equal where the pixels are: see `duplicates`
         ("duplicate_of", pa.int64()),  # the first sample with the same pixels, or null
         ("stored", pa.string()),  # "kept", or "re-encoded: " and why
-        (
-            "tar_crc32",
-            pa.uint32(),
-        ),  # of all the sample's bytes in the tar, from its first header to its last padding
+        # of all the sample's bytes in the tar, from its first header to its last padding
+        ("tar_crc32", pa.uint32()),
     ]
 )
 
@@ -125,7 +123,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | os.PathLike | Place) -> Manifest:
-        """Reads `manifest.json`; raises UserError when it is missing, damaged or of another version."""
+        """Read `manifest.json`; raise UserError when it is missing, damaged or of another version."""
         place = open_place(folder)
         try:
             fields: Any = json.loads(place.read(MANIFEST))
@@ -135,8 +133,8 @@ class Manifest:
                 return cls(shards=shards, **fields)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(_no_manifest(place)) from None
-        except (ValueError, KeyError, TypeError) as fault:
-            raise UserError(f"'{place / MANIFEST}' is damaged ({fault}); convert to a new folder.") from fault
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"'{place / MANIFEST}' is damaged ({error}); convert to a new folder.") from error
         raise UserError(
             f"'{place / MANIFEST}' has format version {version}, this fastssl reads {FORMAT_VERSION}; convert again, "
             "or update fastssl where that is older."
@@ -148,12 +146,12 @@ class Manifest:
         return (text + "\n").encode()
 
     def save(self, folder: str | os.PathLike | Place) -> None:
-        """Writes `manifest.json`, atomically."""
+        """Write `manifest.json`, atomically."""
         open_place(folder).write(MANIFEST, self.to_bytes())
 
 
 def check_size(where: str, found_bytes: int | None, expected_bytes: int) -> None:
-    """Raises UserError unless the file `where` has the bytes that the manifest says; None where it is missing."""
+    """Raise UserError unless the file `where` has the bytes that the manifest says; None where it is missing."""
     if found_bytes is None:
         raise UserError(f"'{where}' is missing; run the same `fastssl shard` command again to make it.")
     if found_bytes != expected_bytes:
@@ -165,9 +163,9 @@ def check_size(where: str, found_bytes: int | None, expected_bytes: int) -> None
 
 def _no_manifest(place: Place) -> str:
     if not place.is_there():
-        return f"there is no folder '{place.url}'; give the folder that `fastssl shard SOURCE DEST` made."
+        return f"There is no folder '{place.url}'; give the folder that `fastssl shard SOURCE DEST` made."
     if place.exists(PLAN):
-        return f"the conversion into '{place.url}' is unfinished; run the same `fastssl shard` command again."
+        return f"The conversion into '{place.url}' is unfinished; run the same `fastssl shard` command again."
     return (
         f"'{place.url}' holds no {MANIFEST}, so it is no shard folder; `fastssl shard SOURCE DEST` makes one."
     )

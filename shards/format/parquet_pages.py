@@ -56,7 +56,7 @@ class Column:
         self._version = footer[1]
 
     def pages(self, place: Place, name: str) -> Iterator[Page]:
-        """The column's pages in a file, in their order. UserError where the file is damaged or the column of another form."""
+        """The column's pages in a file, in their order. Raise UserError where the file is damaged or the column of another form."""
         footer = _footer(place, name)
         try:
             schema = _pruned(footer, self.path.split("."))
@@ -73,10 +73,10 @@ class Column:
                 for page in _pages(place, name, self._chunk(group), first):
                     yield page
                     first = page.first + page.num_rows
-        except (thrift.Malformed, KeyError, OSError) as fault:
+        except (thrift.Malformed, KeyError, OSError) as error:
             raise UserError(
-                f"'{place / name}' is damaged: page headers after row {first:,} ({fault})."
-            ) from fault
+                f"'{place / name}' is damaged: page headers after row {first:,} ({error})."
+            ) from error
         if first != _get(footer, 3):
             raise UserError(
                 f"'{place / name}' is damaged: {first:,} rows of {_get(footer, 3):,} in its pages."
@@ -92,7 +92,7 @@ class Column:
     def values(self, page: bytes, num_rows: int, dictionary: bytes, codec: int) -> pa.ChunkedArray:
         """The values of a page, binary; `page` is its bytes, `dictionary` those of its dictionary page, with their headers.
 
-        Raises pa.ArrowException or OSError where they are damaged.
+        Raise pa.ArrowException or OSError where they are damaged.
         """
         meta: Struct = {
             1: (I32, 6),  # BYTE_ARRAY
@@ -139,9 +139,9 @@ def _footer(place: Place, name: str) -> Struct:
             raise thrift.Malformed("its footer is damaged")
         return thrift.read_struct(place.read_range(name, size - 8 - length, length))[0]
     except FileNotFoundError:
-        raise UserError(f"there is no file '{place / name}'.") from None
-    except (thrift.Malformed, OSError) as fault:
-        raise UserError(f"'{place / name}' cannot be read as Parquet ({fault}).") from fault
+        raise UserError(f"There is no file '{place / name}'.") from None
+    except (thrift.Malformed, OSError) as error:
+        raise UserError(f"'{place / name}' cannot be read as Parquet ({error}).") from error
 
 
 def _get(fields: Struct, number: int) -> Any:

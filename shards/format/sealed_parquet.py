@@ -26,12 +26,12 @@ def sealed(table: pa.Table) -> bytes:
 
 
 def check_seal(data: bytes) -> None:
-    """Raises UserError, in a clause, unless every byte of a file is as `sealed` made it."""
+    """Raise UserError, in a clause, unless every byte of a file is as `sealed` made it."""
     try:
         with pq.ParquetFile(io.BytesIO(data)) as parquet:
             digest = parquet.metadata.metadata.get(_KEY.encode(), b"").decode("ascii")
-    except (pa.ArrowException, OSError, UnicodeDecodeError, AttributeError) as fault:
-        raise UserError(f"is damaged ({fault})") from fault
+    except (pa.ArrowException, OSError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(f"is damaged ({error})") from error
     at = data.rfind(digest.encode())
     if len(digest) != len(_BLANK) or at < 0:
         raise UserError("holds no SHA-256 of its own: an older fastssl made it, or it is damaged")

@@ -46,10 +46,10 @@ def members(file: IO[bytes], size: int) -> Iterator[TarMember]:
     offset = 0
     try:
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
-    except Exception as fault:  # on damaged input tarfile raises many kinds
+    except Exception as error:  # on damaged input tarfile raises many kinds
         if size and _only_zeros(file, size):
             return
-        raise Cut(0, "", _beginning(file, fault)) from fault
+        raise Cut(0, "", _beginning(file, error)) from error
     tar.offset = 0
     tar.pax_headers = {}
     while True:
@@ -61,8 +61,8 @@ def members(file: IO[bytes], size: int) -> Iterator[TarMember]:
         except _NOTHING:
             # Writers flush whole blocks, so one that was killed leaves just this.
             raise Cut(offset, "", "without an end mark, so perhaps cut short") from None
-        except Exception as fault:
-            raise Cut(offset, "", f"damaged ({fault})") from fault
+        except Exception as error:
+            raise Cut(offset, "", f"damaged ({error})") from error
         name = _text(info.name)
         if tar.offset <= offset:  # a negative size would go in circles
             raise Cut(offset, name, "damaged (a negative size)")
@@ -109,14 +109,14 @@ def _only_zeros(file: IO[bytes], size: int) -> bool:
     return not file.read(min(size, BLOCK)).strip(b"\0")
 
 
-def _beginning(file: IO[bytes], fault: Exception) -> str:
+def _beginning(file: IO[bytes], error: Exception) -> str:
     file.seek(0)
     head = file.read(6)
     if not head:
         return "empty (0 bytes)"
     if head.startswith((_GZIP, _XZ, _BZ2, _ZSTD)):
         return "compressed: unpack it to a plain .tar first"
-    return f"no tar archive ({fault})"
+    return f"no tar archive ({error})"
 
 
 def _text(name: str) -> str:

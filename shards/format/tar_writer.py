@@ -53,7 +53,7 @@ class Entry(NamedTuple):
 
 
 def write_shard(dest: Place, name: str, samples: Iterable[Sample]) -> tuple[ShardFile, list[Entry]] | None:
-    """Writes the tar `name`, whole or not at all, and returns its facts and where each sample lies.
+    """Write the tar `name`, whole or not at all, and return its facts and where each sample lies.
 
     Takes the samples one by one, so only one image is held. Without samples nothing is written and None
     returned: readers refuse an empty shard.
@@ -75,7 +75,7 @@ def index_lines(samples: Iterable[list[Member]]) -> list[str]:
 
 
 def write_index(dest: Place, name: str, samples: Iterable[list[Member]]) -> str:
-    """Writes the index `name`; returns its SHA-256."""
+    """Write the index `name`; return its SHA-256."""
     data = ("\n".join(index_lines(samples)) + "\n").encode("ascii")
     dest.write(name, data)
     return hashlib.sha256(data).hexdigest()
@@ -90,9 +90,8 @@ def _write_tar(file: BinaryIO, name: str, samples: Iterator[Sample]) -> tuple[Sh
     ] = []  # not yet written: a call for each small piece would cost more than the images between them
 
     def flush() -> None:
-        large = (
-            at - held_bytes > 4 * _HELD_BYTES
-        )  # copying small pieces is cheap, a large image would be held twice
+        # copying small pieces is cheap, a large image would be held twice
+        large = at - held_bytes > 4 * _HELD_BYTES
         for data in held if large else [b"".join(held)]:
             file.write(data)
             digest.update(data)

@@ -22,8 +22,8 @@ def read_struct(data: bytes, at: int = 0) -> tuple[Struct, int]:
     """The struct that begins at byte `at`, and the first byte behind it; Malformed where it is none or goes on behind the data."""
     try:
         return _Reader(data, at).struct(0)
-    except (IndexError, struct.error) as fault:
-        raise Malformed("cut short") from fault
+    except (IndexError, struct.error) as error:
+        raise Malformed("cut short") from error
 
 
 class _Reader:

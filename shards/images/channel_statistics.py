@@ -12,9 +12,8 @@ from PIL import Image
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _FLOAT_BINS = 1 << 16
-_HELD_BYTES = (
-    1 << 18
-)  # of 8-bit samples, which are counted many at a time: a call costs more than counting one sample
+# of 8-bit samples, which are counted many at a time: a call costs more than counting one sample
+_HELD_BYTES = 1 << 18
 
 
 class Statistics:
@@ -32,7 +31,7 @@ class Statistics:
         self._held_bytes = 0
 
     def add(self, sample: npt.NDArray) -> None:
-        """Counts pixels (k, C), uint8, uint16 or float32; the array must not change afterwards."""
+        """Count pixels (k, C), uint8, uint16 or float32; the array must not change afterwards."""
         if sample.dtype == np.uint8:
             self._held.setdefault(sample.shape[1], []).append(sample)
             self._held_bytes += sample.size
@@ -63,7 +62,7 @@ class Statistics:
         return self._counts
 
     def merge(self, other: Statistics) -> None:
-        """Adds what another one has counted."""
+        """Add what another one has counted."""
         for key, counts in other._all().items():
             self._of(key, counts.shape[1])[:] += counts
 

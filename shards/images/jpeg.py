@@ -107,10 +107,10 @@ def unreadable(data: bytes) -> BadImage:
 
 
 def decode_jpeg(image: Image.Image, data: bytes, *, mend: bool) -> tuple[npt.NDArray | None, list[str]]:
-    """The pixels (H, W, C) of a grey or RGB JPEG, None where Pillow's `image` holds them; and what stands in the way of some decoder.
+    """The pixels (H, W, C) of a gray or RGB JPEG, None where Pillow's `image` holds them; and what stands in the way of some decoder.
 
     libjpeg calls much damage a mere warning, and Pillow does not pass these on; this decoder, of the same libjpeg-turbo, does. It does
-    not know every sampling of chroma, and gives CMYK as CMYK; so Pillow decodes these. BadImage for damage, unless `mend`.
+    not know every sampling of chroma, and gives CMYK as CMYK; so Pillow decodes these. Raise BadImage for damage, unless `mend`.
     """
     header = jpeg_header(data)
     if header is None:
@@ -121,9 +121,9 @@ def decode_jpeg(image: Image.Image, data: bytes, *, mend: bool) -> tuple[npt.NDA
         colours = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}[image.mode]
         try:
             pixels = simplejpeg.decode_jpeg(header.mended, colours, strict=True)
-        except ValueError as fault:
+        except ValueError as error:
             if not mend:
-                raise damage(fault) from fault
+                raise damage(error) from error
             faults.append("damaged JPEG data")
     if pixels is None or image.mode == "CMYK":
         image.load()
@@ -176,7 +176,7 @@ def simple_jpeg(data: bytes, header: JpegHeader) -> npt.NDArray | None:
 
 
 def eighth(data: bytes, header: JpegHeader) -> npt.NDArray | None:
-    """The pixels (ceil(H / 8), ceil(W / 8), C) of a grey or three-colour JPEG, decoded at an eighth of its size; None where damaged.
+    """The pixels (ceil(H / 8), ceil(W / 8), C) of a gray or three-colour JPEG, decoded at an eighth of its size; None where damaged.
 
     All coefficients are read from the entropy code, where any damage shows, but only those of the lowest frequencies are transformed,
     which cannot fail: this proves as much as decoding all pixels, in 0.55 to 0.65 of the time.

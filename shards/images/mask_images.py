@@ -81,15 +81,15 @@ def read_mask(place: Place, name: str) -> bytes:
     """A mask's file; BadImage where it cannot be read."""
     try:
         return place.read(name)
-    except OSError as fault:
-        raise BadImage(f"its mask '{name}' cannot be read: {fault.strerror or fault}") from fault
+    except OSError as error:
+        raise BadImage(f"its mask '{name}' cannot be read: {error.strerror or error}") from error
 
 
 def prove_mask(mask: bytes | npt.NDArray, name: str, stored: Stored, policy: Policy) -> bytes:
-    """A mask of class indices for an image, as a grey PNG of 8 or 16 bits and of the stored image's size.
+    """A mask of class indices for an image, as a gray PNG of 8 or 16 bits and of the stored image's size.
 
     Palette images give their indices. A mask of the file's size is turned as the image was, unless it has an EXIF orientation of its
-    own; scaling takes the nearest pixel. Raises BadImage for colour masks, other sizes and what does not decode.
+    own; scaling takes the nearest pixel. Raise BadImage for colour masks, other sizes and what does not decode.
     """
     own_turn = 0
     if isinstance(mask, bytes):
@@ -102,17 +102,17 @@ def prove_mask(mask: bytes | npt.NDArray, name: str, stored: Stored, policy: Pol
                     check_png(mask)
                 image.load()
                 own_turn = tiff.orientation if tiff else orientation(image)
-            except BadImage as fault:
-                raise BadImage(f"its mask '{name}': {fault.reason}") from None
-            except Exception as fault:
-                raise BadImage(f"its mask '{name}' is {damage(fault).reason}") from fault
+            except BadImage as error:
+                raise BadImage(f"its mask '{name}': {error.reason}") from None
+            except Exception as error:
+                raise BadImage(f"its mask '{name}' is {damage(error).reason}") from error
             if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "F"):
                 raise BadImage(
                     f"its mask '{name}' has colours ({image.mode}); one grey channel of class indices is wanted"
                 )
             pixels = np.asarray(image)
             if image.mode == "L":
-                pixels = pixels // _grey_step(mask, image.format, tiff.bits if tiff else 8)
+                pixels = pixels // _gray_step(mask, image.format, tiff.bits if tiff else 8)
             mask = pixels if tiff else turned(pixels[:, :, None], own_turn)[:, :, 0]
     if mask.ndim == 3 and mask.shape[2] == 1:
         mask = mask[:, :, 0]
@@ -141,7 +141,7 @@ def prove_mask(mask: bytes | npt.NDArray, name: str, stored: Stored, policy: Pol
     return encode(Image.fromarray(np.ascontiguousarray(mask)), "PNG", 0)
 
 
-def _grey_step(data: bytes, kind: str | None, tiff_bits: int) -> int:
-    """What Pillow multiplies the values of 2- and 4-bit grey files with, to fill 0 to 255."""
+def _gray_step(data: bytes, kind: str | None, tiff_bits: int) -> int:
+    """What Pillow multiplies the values of 2- and 4-bit gray files with, to fill 0 to 255."""
     bits = png_depth(data) if kind == "PNG" and png_colour(data) == 0 else tiff_bits
     return 255 // ((1 << bits) - 1) if bits < 8 else 1

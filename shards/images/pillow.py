@@ -1,4 +1,4 @@
-"""Pillow, told what it must be told: its global switches, EXIF rotations, encoders, and its many kinds of error."""
+"""Pillow, configured: its global switches, EXIF rotations, encoders, and its many kinds of error."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def orientation(image: Image.Image) -> int:
 
 @contextlib.contextmanager
 def as_damage() -> Iterator[None]:
-    """Turns whatever a decoder or encoder raises, on damaged input almost anything, into BadImage."""
+    """Turn whatever a decoder or encoder raises, on damaged input almost anything, into BadImage."""
     try:
         yield
     except (BadImage, MemoryError):
         raise
-    except Exception as fault:
-        raise damage(fault) from fault
+    except Exception as error:
+        raise damage(error) from error
 
 
 @contextlib.contextmanager

@@ -25,10 +25,10 @@ class BadImage(Exception):
         self.reason = reason
 
 
-def damage(fault: Exception) -> BadImage:
+def damage(error: Exception) -> BadImage:
     """What a decoder said of a damaged file, without addresses of objects, which differ between runs."""
-    text = _ADDRESS.sub("file", str(fault)).strip()
-    return BadImage(f"damaged: {text or type(fault).__name__}")
+    text = _ADDRESS.sub("file", str(error)).strip()
+    return BadImage(f"damaged: {text or type(error).__name__}")
 
 
 def pixels_hash(pixels: npt.NDArray, whole_size: tuple[int, int] | None = None) -> str:
@@ -62,8 +62,8 @@ def read_npy(data: bytes | memoryview) -> npt.NDArray:
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
         shape, by_columns, dtype = read(file)
-    except Exception as fault:  # numpy raises several kinds
-        raise damage(fault) from fault
+    except Exception as error:  # numpy raises several kinds
+        raise damage(error) from error
     if dtype.hasobject:
         raise BadImage("an array of Python objects (pickled); numbers are wanted")
     # Before anything is allocated: a header may claim any shape.
@@ -120,7 +120,7 @@ def to_8_bit(pixels: npt.NDArray) -> npt.NDArray[np.uint8]:
 def read_deep(data: bytes, image: Image.Image | None, max_pixels: int) -> npt.NDArray:
     """All channels and bits of a TIFF or PNG that Pillow would cut down, (H, W, C), as the file lays them.
 
-    `image`: opened by Pillow, if it could. BadImage where rasterio is needed and missing.
+    `image`: opened by Pillow, if it could. Raise BadImage where rasterio is needed and missing.
     """
     if image is not None and image.mode.startswith(("I;16", "F")):  # one channel, which Pillow reads whole
         image.load()
@@ -144,8 +144,8 @@ def read_deep(data: bytes, image: Image.Image | None, max_pixels: int) -> npt.ND
                 pixels = raster.read()
         except BadImage:
             raise
-        except Exception as fault:  # rasterio raises several kinds
-            raise damage(fault) from fault
+        except Exception as error:  # rasterio raises several kinds
+            raise damage(error) from error
     return checked(np.moveaxis(pixels, 0, 2))
 
 

@@ -14,12 +14,12 @@ def png_depth(data: bytes) -> int:
 
 
 def png_colour(data: bytes) -> int:
-    """The colour type of a PNG: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGB with alpha."""
+    """The colour type of a PNG: 0 gray, 2 RGB, 3 palette, 4 gray with alpha, 6 RGB with alpha."""
     return data[25]
 
 
 def check_png(data: bytes) -> None:
-    """Raises BadImage unless every chunk is whole; Pillow checks neither pixel chunks' sums nor the end.
+    """Raise BadImage unless every chunk is whole; Pillow checks neither pixel chunks' sums nor the end.
 
     libpng does check them: one such file ends a DALI pipeline.
     """

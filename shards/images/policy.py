@@ -41,7 +41,7 @@ class Policy:
             value, known = getattr(self, name), get_args(kind)
             if known and value not in known:
                 hint = nearest(str(value), known) or f" Known: {', '.join(known)}."
-                raise UserError(f"there is no --{name} '{value}'.{hint}")
+                raise UserError(f"There is no --{name} '{value}'.{hint}")
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality is {self.quality}, but it must be between 1 and 100.")
         for name, least in (("short_side", 0), ("max_pixels", 1), ("min_side", 1)):
@@ -68,7 +68,7 @@ class Policy:
         if self.cmyk == "refuse":
             lines.append("CMYK images are refused.")
         if self.damaged == "mend":
-            lines.append("Damaged JPEGs are mended: parts of such pictures are grey or shifted.")
+            lines.append("Damaged JPEGs are mended: parts of such pictures are gray or shifted.")
         return lines
 
     def _about_store(self) -> str:

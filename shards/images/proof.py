@@ -77,7 +77,7 @@ class Stored:
 
 
 def prove(data: bytes | npt.NDArray, name: str, policy: Policy = _DEFAULT, depth: Depth = "pixels") -> Stored:
-    """Decodes the image as far as anything can be wrong with it, and returns what to store; what `policy` keeps is kept byte for byte.
+    """Decode the image as far as anything can be wrong with it, and return what to store; what `policy` keeps is kept byte for byte.
 
     Args:
         data: of a file; of pixels, see `prove_pixels`.
@@ -208,7 +208,7 @@ def _as_image(pixels: npt.NDArray) -> Image.Image:
 def prove_pixels(pixels: npt.NDArray, policy: Policy = _DEFAULT) -> Stored:
     """What to store of pixels (H, W, C), uint8, uint16 or float32: 8 bit of 1 or 3 channels as an image file, all else as npy.
 
-    Raises BadImage as `prove` does.
+    Raise BadImage as `prove` does.
     """
     return _finish(pixels, policy, [], (pixels.shape[1], pixels.shape[0]), 0)
 
@@ -290,7 +290,7 @@ def _encoded(
     image: Image.Image, kind: str, how: str, policy: Policy, file_size: tuple[int, int], turn: int
 ) -> Stored:
     if kind == "WEBP":
-        image = image.convert("RGB")  # it knows no grey
+        image = image.convert("RGB")  # it knows no gray
     pixels = np.asarray(image)
     return _stored(encode(image, kind, policy.quality), _EXT[kind], pixels, how, file_size, turn)
 
@@ -308,7 +308,7 @@ def _reasons(image: Image.Image, kind: str, data: bytes, turn: int) -> list[str]
     elif image.mode == "P":
         reasons.append("palette to RGB")
     elif image.mode == "1":
-        reasons.append("1-bit to grey")
+        reasons.append("1-bit to grey")  # the spelling is part of the format: this stands in sample tables
     elif image.mode not in ("L", "RGB"):
         reasons.append(f"{image.mode} to RGB")
     elif kind == "PNG" and png_depth(data) < 8:
@@ -343,7 +343,7 @@ def _with_channels(pixels: npt.NDArray) -> npt.NDArray:
 
 
 def check_size(width: int, height: int, policy: Policy) -> None:
-    """Raises BadImage for sizes that the policy refuses."""
+    """Raise BadImage for sizes that the policy refuses."""
     if width < 1 or height < 1:
         raise BadImage(f"no pixels ({width} x {height})")
     if width * height > policy.max_pixels:
@@ -360,12 +360,12 @@ def _scaled(size: tuple[int, int], short_side: int) -> tuple[int, int]:
 
 def _upright_8_bit(image: Image.Image, turn: int, alpha: str) -> Image.Image:
     if _has_alpha(image):
-        grey = image.mode in ("1", "L", "LA", "La")
+        gray = image.mode in ("1", "L", "LA", "La")
         image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
         if alpha != "drop":
             image = Image.alpha_composite(Image.new("RGBA", image.size, alpha), image)
         image = image.convert("RGB")
-        image = image.getchannel(0) if grey else image
+        image = image.getchannel(0) if gray else image
     elif image.mode == "1":
         image = image.convert("L")
     elif image.mode not in ("L", "RGB"):

@@ -10,14 +10,8 @@ from PIL import TiffImagePlugin
 from shards.images.pixels import BadImage
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
-_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES = (
-    256,
-    257,
-    258,
-    262,
-    274,
-    277,
-)  # TIFF 6.0, section 8
+# TIFF 6.0, section 8
+_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES = (256, 257, 258, 262, 274, 277)
 _SUBFILE, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 254, 338, 339
 _COLOURS = {2: 3, 5: 4, 6: 3, 8: 3}  # samples that a photometric interpretation needs; 1 for the others
 _NO_PAGE = 1 | 4  # NewSubfileType: a smaller copy (an overview), a transparency mask

@@ -20,7 +20,7 @@ from shards.storage.place import Place
 COLUMNS = 8
 THUMB = 320  # pixels, the longer side at most
 STRETCH = (2, 98)  # percentiles that become black and white
-_PAPER = 243  # grey around images that are not square
+_PAPER = 243  # gray around images that are not square
 _BLUE, _PALE, _INK, _FAINT = "#3b6ea5", "#a9c4e0", "#1c2430", "#6b7480"
 _MAX_NAMED = 10  # classes that a chart names; more are drawn without names
 # Of mask values from 1 on, again from the first after the last; 0 is left as it is.
@@ -79,7 +79,7 @@ def with_mask(picture: npt.NDArray[np.uint8], mask: bytes) -> npt.NDArray[np.uin
 
 
 def draw_overview(place: Place, overview: Overview, num_samples: int, seed: int, out: BinaryIO) -> None:
-    """Writes the PNG: up to `num_samples` samples drawn with `seed`, above histograms."""
+    """Write the PNG: up to `num_samples` samples drawn with `seed`, above histograms."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from shards.format import layout
 from shards.format.layout import Manifest
-from shards.storage.place import Place
+from shards.storage.opening import Where, open_place
 
 PERCENTILES = (0, 1, 25, 50, 75, 99, 100)
 _COLUMNS = ["width", "height", "size", "channels", "dtype", "ext", "stored", "label", "mask_size", "group"]
@@ -37,6 +37,15 @@ class Overview:
     num_groups: int
     num_duplicates: int
     extra: list[tuple[str, str, int, str]]
+
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        kinds = ", ".join(
+            f"{count:,} {ext} of {channels} x {dtype}"
+            for (ext, channels, dtype), count in self.formats.most_common(3)
+        )
+        classes = f"{len(manifest.classes):,} classes"
+        return f"<Overview: {manifest.num_samples:,} samples ({kinds}) in {len(manifest.shards):,} shards, {classes}>"
 
     @property
     def aspects(self) -> npt.NDArray[np.float64]:
@@ -64,8 +73,9 @@ class Overview:
         return {name: np.percentile(values, PERCENTILES) for name, values in of.items()}
 
 
-def read_overview(place: Place) -> Overview:
-    """Reads the manifest and the table's small columns; UserError where the folder is no finished one."""
+def inspect(folder: Where) -> Overview:
+    """Describe a finished shard folder from its manifest and table. Raise UserError where it is unfinished."""
+    place = open_place(folder)
     manifest = Manifest.load(place)
     with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
         names = parquet.schema_arrow.names

@@ -15,10 +15,10 @@ from shards.errors import UserError, nearest
 from shards.format import layout
 from shards.images.mask_images import read_mask
 from shards.images.pixels import BadImage
-from shards.sources.file_set import IMAGE_SUFFIXES, split_url
-from shards.sources.source import ENTRIES, Picture, Source, entry_batch, read_file
+from shards.sources.file_set import IMAGE_SUFFIXES, names_file, split_url
+from shards.sources.source import ENTRIES, Picture, Source, SourceKind, entry_batch, read_file
 from shards.sources.source_options import NO_COLUMN, ListOptions
-from shards.sources.table_reader import ListFile, open_list
+from shards.sources.table_reader import TABLE_SUFFIXES, ListFile, open_list
 from shards.storage.local import LocalPlace
 from shards.storage.opening import open_place
 from shards.storage.place import Place
@@ -144,7 +144,7 @@ class ListSource(Source):
             raise UserError(f"'{self._where}' lists no images: it has a header and no rows.")
         if num_missing and num_missing == num_local == num_rows:
             raise UserError(
-                f"not one of the {num_rows:,} files that '{self._where}' names is there, such as {missing}; looked in "
+                f"Not one of the {num_rows:,} files that '{self._where}' names is there, such as {missing}; looked in "
                 f"'{self._root.url}'. Give --root FOLDER, which the paths start from, or another --path-column."
             )
         if num_missing:
@@ -153,14 +153,14 @@ class ListSource(Source):
             )
 
     def _check_protocols(self, paths: list[str], lines: Sequence[int]) -> None:
-        """Raises UserError where one is unknown or its package missing: better now than in the middle."""
+        """Raise UserError where one is unknown or its package missing: better now than in the middle."""
         for path, line in zip(paths, lines, strict=True):
             protocol, mark, _ = path.partition("://")
             if mark and protocol not in self._protocols:
                 try:
                     _place(split_url(path)[0])
-                except UserError as fault:
-                    raise UserError(f"'{self._where}', {self._row_word} {line}: {fault}") from fault
+                except UserError as error:
+                    raise UserError(f"'{self._where}', {self._row_word} {line}: {error}") from error
                 self._protocols.add(protocol)
 
     def _size(self, path: str) -> int | None:
@@ -201,7 +201,10 @@ class ListSource(Source):
 
 
 def find_file(path: str, root: Place) -> tuple[Place, str]:
-    """The place of a file that a table names, and its name there; `root`: where relative ones start. BadImage for a null character."""
+    """The place of a file that a table names, and its name there; `root`: where relative ones start.
+
+    Raise BadImage for a null character.
+    """
     if "\0" in path:
         raise BadImage(f"its path {path!r} has a null character in it")
     if "://" in path:
@@ -268,7 +271,7 @@ def choose(listed: ListFile, role: str, wanted: str) -> str | None:
     if role == "path":
         if any(name.lower().endswith(IMAGE_SUFFIXES) for name in known):
             raise UserError(
-                f"the first line of '{listed.where}' seems to be an image already ({', '.join(known)}): put a line with the names of "
+                f"The first line of '{listed.where}' seems to be an image already ({', '.join(known)}): put a line with the names of "
                 "the columns above it."
             )
         raise UserError(
@@ -276,3 +279,14 @@ def choose(listed: ListFile, role: str, wanted: str) -> str | None:
             f"It has: {', '.join(known)}."
         )
     return None
+
+
+NO_MASKS = "goes with a folder; in a list, --mask-column names the column of the masks"
+KIND = SourceKind(
+    "list",
+    f"a list ({', '.join(TABLE_SUFFIXES)}) of paths",
+    lambda where, options: names_file(where, TABLE_SUFFIXES),
+    lambda where, options: ListSource(where, options.list),
+    ("list",),
+    NO_MASKS,
+)

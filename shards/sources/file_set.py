@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 from shards.errors import UserError
 from shards.storage.opening import open_place
-from shards.storage.place import Place
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 SPLITS = {"train", "val", "valid", "validation", "test"}
@@ -24,7 +23,7 @@ class FileSet:
     """
 
     def __init__(self, where: str, suffix: str):
-        if not os.path.isdir(where) and (where.lower().endswith(suffix) or is_pattern(where)):
+        if names_file(where, suffix) or names_files(where):
             folder, self.pattern = _split_pattern(where)
             self.name = self.pattern
             self.place = open_place(folder)
@@ -57,7 +56,7 @@ class FileSet:
     def _size(self, name: str) -> int:
         size = self.place.size(name)
         if size is None:
-            raise UserError(f"there is no file '{self.place / name}'; check the path of SOURCE.")
+            raise UserError(f"There is no file '{self.place / name}'; check the path of SOURCE.")
         return size
 
 
@@ -84,6 +83,21 @@ def _matches(name: str, pattern: str) -> bool:
     """Whether a name fits a pattern part by part: `*` stands for no slash."""
     parts, wanted = name.split("/"), pattern.split("/")
     return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+
+def is_folder(where: str) -> bool:
+    """Whether a SOURCE is a folder of this machine."""
+    return "://" not in where and os.path.isdir(where)
+
+
+def names_file(where: str, suffixes: str | tuple[str, ...]) -> bool:
+    """Whether a SOURCE names one file, or files by a pattern, with one of these endings."""
+    return not is_folder(where) and where.partition("?")[0].lower().endswith(suffixes)
+
+
+def names_files(where: str) -> bool:
+    """Whether a SOURCE is a pattern."""
+    return not is_folder(where) and is_pattern(where)
 
 
 def is_pattern(where: str) -> bool:
@@ -118,8 +132,18 @@ def looks_like_split_files(names: list[str]) -> list[str]:
     return found if len(found) > 1 else []
 
 
-def holds_only(place: Place, suffix: str) -> bool:
-    """Whether a folder holds files with this ending and neither images nor folders, hidden ones aside."""
+def may_be_folder(where: str) -> bool:
+    """Whether a SOURCE can be a folder: it is no file of this machine, and is not named as a list or an archive."""
+    if "://" not in where and os.path.exists(where):
+        return os.path.isdir(where)
+    return not names_files(where) and not names_file(where, (".csv", ".tsv", ".parquet", ".tar"))
+
+
+def holds_only(where: str, suffix: str) -> bool:
+    """Whether a SOURCE is a folder of files with this ending and neither images nor folders, hidden ones aside."""
+    if not may_be_folder(where):
+        return False
+    place = open_place(where)
     names = [name for name in place.names() if not name.startswith(".")]
     found = [name for name in names if name.lower().endswith(suffix)]
     if not found or any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):

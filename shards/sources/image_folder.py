@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from shards.errors import UserError
+from shards.images.mask_images import MaskFolder
 from shards.sources import source
-from shards.sources.file_set import IMAGE_SUFFIXES, nothing_found
-from shards.sources.source import Picture, Source, entry_batch, read_file
+from shards.sources.file_set import IMAGE_SUFFIXES, names_file, names_files, nothing_found
+from shards.sources.source import Picture, Source, SourceKind, entry_batch, read_file
+from shards.sources.source_options import SourceOptions
+from shards.storage.opening import open_place
 from shards.storage.place import Place
-
-if TYPE_CHECKING:
-    from shards.images.mask_images import MaskFolder
 
 
 class FolderSource(Source):
@@ -29,7 +29,7 @@ class FolderSource(Source):
     kind = "folder"
 
     def __init__(self, place: Place, masks: MaskFolder | None = None):
-        self.place = place
+        self.place = self.searched = place
         self.masks = masks
         self.name = place.name
         self._others: Counter[str] = Counter()
@@ -67,7 +67,7 @@ class FolderSource(Source):
             raise UserError(nothing_found(self.place.url, self._others, example=self._example))
 
     def _batch(self, names: list[str], sizes: list[int]) -> pa.RecordBatch:
-        labels = [name.partition("/")[0] if "/" in name else None for name in names]
+        labels = [folder_label(name) for name in names]
         masks = [self.masks.find(name) for name in names] if self.masks else None
         return entry_batch(
             {"source": names, "bytes": np.array(sizes, np.int64), "label": labels, "mask": masks}
@@ -87,3 +87,28 @@ class FolderSource(Source):
     def warnings(self) -> list[str]:
         """Masks without image and images without mask."""
         return self.masks.warnings() if self.masks else []
+
+
+def folder_label(name: str) -> str | None:
+    """The label of an image: the first folder of its path, or None."""
+    return name.partition("/")[0] if "/" in name else None
+
+
+def mask_folder(options: SourceOptions) -> MaskFolder | None:
+    """The folder of masks that the options name, if any."""
+    return MaskFolder(open_place(options.masks), options.mask_suffix) if options.masks else None
+
+
+def _open(where: str, options: SourceOptions) -> FolderSource:
+    if names_files(where) and names_file(where, IMAGE_SUFFIXES):
+        raise UserError(
+            f"'{where}': a pattern names tars or Parquet files; of images give the folder, and all in it and below count."
+        )
+    if os.path.isfile(where):
+        raise UserError(
+            f"'{where}' is one file: SOURCE is a folder, a list (.csv, .tsv, .parquet) or a .tar; one raster needs --tile N."
+        )
+    return FolderSource(open_place(where), mask_folder(options))
+
+
+KIND = SourceKind("folder", "a folder of images", lambda where, options: True, _open)

@@ -17,12 +17,20 @@ from shards.format.parquet_pages import Column, Page
 from shards.hashing import fold
 from shards.images.pixels import BadImage
 from shards.sources import source
-from shards.sources.file_list import choose, extra_columns, find_file, is_binary
-from shards.sources.file_set import FileSet, looks_like_split_files
-from shards.sources.parquet_columns import choose_image, class_names, has_path, is_image
-from shards.sources.source import Picture, Source, entry_batch, read_file
-from shards.sources.source_options import NO_COLUMN, ListOptions
+from shards.sources.file_list import NO_MASKS, choose, extra_columns, find_file, is_binary
+from shards.sources.file_set import (
+    FileSet,
+    holds_only,
+    looks_like_split_files,
+    names_file,
+    names_files,
+    split_url,
+)
+from shards.sources.parquet_columns import choose_image, class_names, has_path, holds_images, is_image
+from shards.sources.source import Picture, Source, SourceKind, entry_batch, read_file
+from shards.sources.source_options import NO_COLUMN, ListOptions, SourceOptions
 from shards.sources.table_reader import UNREADABLE, ParquetFile, as_text
+from shards.storage.opening import open_place
 from shards.storage.place import Place
 from shards.units import human_size, plural
 
@@ -47,6 +55,7 @@ class ImageTableSource(Source):
             )
         self.files = FileSet(where, ".parquet")
         self.place, self.name = self.files.place, self.files.name
+        self.searched = self.place if self.files.searches else None
         first = min(name for name, _ in self.files.sizes())
         self._table = ParquetFile(self.place, first, self.place / first)
         kinds = self._table.columns
@@ -187,10 +196,10 @@ class ImageTableSource(Source):
                     batch.validate(full=True)  # text that is no UTF-8
                     yield first, batch
                     first += batch.num_rows
-        except UNREADABLE as fault:
+        except UNREADABLE as error:
             raise UserError(
-                f"'{self.place / name}' cannot be read from row {first:,} on ({fault})."
-            ) from fault
+                f"'{self.place / name}' cannot be read from row {first:,} on ({error})."
+            ) from error
 
     def _labels(self, name: str, values: pa.Array) -> pa.Array:
         if not self.classes:
@@ -256,11 +265,30 @@ def _page(
     refers_to = read_file(place, name, dictionary_size, dictionary) if dictionary_size else b""
     try:
         values = column.values(read_file(place, name, size, offset), num_rows, refers_to, codec)
-    except UNREADABLE as fault:
-        raise BadImage(f"its page in the table is damaged ({str(fault).splitlines()[0]})") from fault
+    except UNREADABLE as error:
+        raise BadImage(f"its page in the table is damaged ({str(error).splitlines()[0]})") from error
     if len(values) != num_rows:
         raise BadImage(
             f"its page in the table holds {len(values)} rows, not {num_rows} as when the plan was made"
         )
     _held[key] = values
     return values
+
+
+def _matches(where: str, options: SourceOptions) -> bool:
+    if not names_file(where, ".parquet"):
+        return holds_only(where, ".parquet")
+    if names_files(where):
+        return True
+    folder, name = split_url(where)
+    return holds_images(open_place(folder), name, options.list)
+
+
+KIND = SourceKind(
+    "parquet",
+    "a .parquet with the images inside, a pattern of such files or a folder of nothing else",
+    _matches,
+    lambda where, options: ImageTableSource(where, options.list),
+    ("list",),
+    NO_MASKS,
+)

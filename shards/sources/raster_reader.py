@@ -9,17 +9,36 @@ import logging
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from shards.errors import UserError
 from shards.images.pixels import BadImage
+from shards.sources.file_set import names_file, nothing_found, split_url
+from shards.storage.opening import open_place
 from shards.storage.place import Place
 
+RASTER_SUFFIXES = (
+    ".tif",
+    ".tiff",
+    ".gtiff",
+    ".jp2",
+    ".vrt",
+    ".img",
+    ".bil",
+    ".asc",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".bmp",
+)
 NO_INDEX = 255  # in the padding of a mask without nodata value: what losses ignore by convention
 _OPEN = 32  # rasters held open by a process: tiles come in random order
 # The folder is not listed at each opening; 128 MB of decoded blocks are held, not 5 % of the memory by each process.
@@ -44,12 +63,126 @@ class Header:
         return len(self.dtypes)
 
 
+@dataclass(frozen=True)
+class RasterScene:
+    """One raster, or several that are its bands.
+
+    files: names in the place of the source, "" for one that is missing; path: the name that its mask's is made of.
+    """
+
+    name: str
+    path: str
+    files: tuple[str, ...]
+    num_bytes: int
+
+
+class Scenes(Protocol):
+    """Which files of a folder make a scene, and how its pixels are read. Picklable."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def extra_schema(self) -> pa.Schema: ...
+    @property
+    def place(self) -> Place: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def searched(self) -> Place | None: ...
+
+    def settings(self) -> list[Any]:
+        """The bands that are taken."""
+        ...
+
+    def scenes(self) -> Iterator[RasterScene]:
+        """All scenes in any order. Raise UserError where the folder is missing."""
+        ...
+
+    def nothing(self) -> str:
+        """After `scenes`: why there is no scene."""
+        ...
+
+    def columns(self, scene: RasterScene, count: int) -> dict[str, Any]:
+        """`count` rows of `extra_schema`."""
+        ...
+
+    def files(self, row: dict[str, Any]) -> tuple[str, ...]:
+        """The files of an entry's scene."""
+        ...
+
+    def header(self, files: tuple[str, ...]) -> Header:
+        """What the scene's header says, with the types of the bands taken. Raise BadImage where it cannot be used."""
+        ...
+
+    def read(self, files: tuple[str, ...], window: list[int]) -> tuple[npt.NDArray, npt.NDArray[np.bool_]]:
+        """As `raster_reader.read_tile`."""
+        ...
+
+
+class RasterFiles:
+    """Scenes of one file each, with all their bands in it: those in a folder and below, or one. `bands`: from 1; empty for all."""
+
+    kind = "rasters"
+    extra_schema = pa.schema([])
+
+    def __init__(self, where: str, bands: list[int]):
+        self._bands = bands
+        folder, name = split_url(where)
+        self._one = name if names_file(where, RASTER_SUFFIXES) else ""
+        self.place = open_place(folder if self._one else where)
+        self.name = self._one or self.place.name
+        self.searched = None if self._one else self.place
+        self._others: Counter[str] = Counter()
+
+    def settings(self) -> list[Any]:
+        return self._bands
+
+    def scenes(self) -> Iterator[RasterScene]:
+        self._others.clear()
+        for name, size in self._files():
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in RASTER_SUFFIXES:
+                yield RasterScene(name, name, (name,), size)
+            else:
+                self._others[suffix or "without extension"] += 1
+
+    def _files(self) -> Iterator[tuple[str, int]]:
+        if not self._one:
+            self.place.check_folder("SOURCE")
+            yield from self.place.walk()
+            return
+        size = self.place.size(self._one)
+        if size is None:
+            raise UserError(f"There is no file '{self.place / self._one}'; check the path of SOURCE.")
+        yield self._one, size
+
+    def nothing(self) -> str:
+        return nothing_found(self.place.url, self._others, "rasters", RASTER_SUFFIXES)
+
+    def columns(self, scene: RasterScene, count: int) -> dict[str, Any]:
+        return {}
+
+    def files(self, row: dict[str, Any]) -> tuple[str, ...]:
+        return (row["path"] or row["source"],)
+
+    def header(self, files: tuple[str, ...]) -> Header:
+        header = read_header(self.place, files[0])
+        lacking = [band for band in self._bands if band > header.num_bands]
+        if lacking:
+            raise BadImage(f"has no band {lacking[0]}, only {header.num_bands}")
+        taken = self._bands or range(1, header.num_bands + 1)
+        return replace(header, dtypes=tuple(header.dtypes[band - 1] for band in taken))
+
+    def read(self, files: tuple[str, ...], window: list[int]) -> tuple[npt.NDArray, npt.NDArray[np.bool_]]:
+        return read_tile(self.place, files[0], self._bands, window)
+
+
 def check_rasterio() -> None:
-    """Raises UserError where rasterio is missing."""
+    """Raise UserError where rasterio is missing."""
     try:
         import rasterio  # noqa: F401
     except ImportError:
-        raise UserError("rasters need rasterio: pip install 'fastssl-pretrain[geo]'.") from None
+        raise UserError("Rasters need rasterio: pip install 'fastssl-pretrain[geo]'.") from None
 
 
 def read_header(place: Place, name: str) -> Header:
@@ -96,8 +229,8 @@ def read_mask_tile(place: Place, name: str, window: list[int]) -> npt.NDArray:
         with _reading(place, name):
             raster = _raster(place, name)
             pixels, _ = _read(raster, [1], window)
-    except BadImage as fault:
-        raise BadImage(f"its mask '{name}': {fault.reason}") from fault
+    except BadImage as error:
+        raise BadImage(f"its mask '{name}': {error.reason}") from error
     fill = NO_INDEX if raster.nodata is None else raster.nodata
     return _padded(pixels, window, fill)[:, :, 0]
 
@@ -135,28 +268,28 @@ def _reading(place: Place, name: str) -> Iterator[None]:
             yield
     except BadImage:
         raise
-    except Exception as fault:  # rasterio raises several kinds
+    except Exception as error:  # rasterio raises several kinds
         if not place.is_there():
             raise UserError(
-                f"the folder '{place.url}' has gone away; bring it back and run the same command again."
-            ) from fault
-        raise BadImage(f"cannot be read as a raster: {_words(fault, place, name)}") from fault
+                f"The folder '{place.url}' has gone away; bring it back and run the same command again."
+            ) from error
+        raise BadImage(f"cannot be read as a raster: {_words(error, place, name)}") from error
     finally:
         log.disabled = disabled
 
 
-def _words(fault: BaseException, place: Place, name: str) -> str:
+def _words(error: BaseException, place: Place, name: str) -> str:
     """What GDAL said last, without the folder, which differs between machines."""
-    while fault.__cause__ is not None:
-        fault = fault.__cause__
-    if isinstance(fault, OSError) and fault.strerror:
-        return fault.strerror
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     text = (
-        str(fault)
+        str(error)
         .replace(f"{place / name}", name)
         .replace(str(place.local / name) if place.local else name, name)
     )
-    return re.sub(r"/vsi\w+/\S*/", "", text).strip() or type(fault).__name__
+    return re.sub(r"/vsi\w+/\S*/", "", text).strip() or type(error).__name__
 
 
 def _raster(place: Place, name: str) -> Any:

@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from shards.errors import UserError
+from shards.images.mask_images import MaskFolder
 from shards.images.pixels import BadImage, checked
 from shards.sources import source
-from shards.sources.file_set import nothing_found, split_url
-from shards.sources.raster_reader import Header, check_rasterio, read_header, read_mask_tile, read_tile
-from shards.sources.source import Picture, Source, entry_batch
-from shards.sources.source_options import RasterOptions
-from shards.storage.opening import open_place
+from shards.sources.file_set import names_file
+from shards.sources.image_folder import folder_label, mask_folder
+from shards.sources.raster_reader import (
+    Header,
+    RasterFiles,
+    RasterScene,
+    Scenes,
+    check_rasterio,
+    read_header,
+    read_mask_tile,
+)
+from shards.sources.source import Picture, Source, SourceKind, entry_batch
+from shards.sources.source_options import RasterOptions, SourceOptions
+from shards.sources.table_reader import TABLE_SUFFIXES
 from shards.units import plural
 
-if TYPE_CHECKING:
-    from shards.images.mask_images import MaskFolder
-
-RASTER_SUFFIXES = (
-    ".tif",
-    ".tiff",
-    ".gtiff",
-    ".jp2",
-    ".vrt",
-    ".img",
-    ".bil",
-    ".asc",
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-)
 _EDGES = {
     "drop": "tiles over the edge dropped",
     "pad": "tiles over the edge padded",
     "shift": "the last tiles shifted inside",
 }
+_GEOREFERENCE = pa.schema(
+    [("crs", pa.string()), ("transform", pa.list_(pa.float64())), ("bounds", pa.list_(pa.float64()))]
+)
 _SHOWN = 3
 
 
@@ -51,25 +45,25 @@ class RasterSource(Source):
     """All tiles of the rasters in a folder and below, or of one raster. A tile is called `scene.tif@COLUMN,ROW` of its first pixel.
 
     Each tile's group is its scene; `crs`, `transform` (6 numbers, as rasterio orders them) and `bounds` (left, bottom, right, top)
-    are its own. `masks`: rasters of class indices on the same grids. A scene that cannot be used is quarantined as a whole.
+    are its own. `masks`: rasters of class indices on the same grids. A scene that cannot be used is quarantined as a whole. `scenes`:
+    what makes a scene; None for one raster file each. Without `options.tile` a scene is one image, called as itself.
     """
 
-    kind = "rasters"
-    extra_schema = pa.schema(
-        [("crs", pa.string()), ("transform", pa.list_(pa.float64())), ("bounds", pa.list_(pa.float64()))]
-    )
-
-    def __init__(self, where: str, options: RasterOptions, masks: MaskFolder | None = None):
+    def __init__(
+        self,
+        where: str,
+        options: RasterOptions,
+        masks: MaskFolder | None = None,
+        scenes: Scenes | None = None,
+    ):
         check_rasterio()
-        assert options.tile, "without --tile the source is another one"
+        assert options.tile or scenes, "without --tile the source is another one"
         self._options = options
-        self._bands = options.band_numbers()
         self._masks = masks
-        folder, name = split_url(where)
-        # The name of the only raster; empty for all in a folder.
-        self.one = name if where.lower().endswith(RASTER_SUFFIXES) and not os.path.isdir(where) else ""
-        self.place = open_place(folder if self.one else where)
-        self.name = self.one or self.place.name
+        self._scenes = scenes or RasterFiles(where, options.band_numbers())
+        self.kind, self.place, self.name = self._scenes.kind, self._scenes.place, self._scenes.name
+        self.searched = self._scenes.searched
+        self.extra_schema = pa.schema([*_GEOREFERENCE, *self._scenes.extra_schema])
         self._clear()
 
     def _clear(self) -> None:
@@ -89,105 +83,93 @@ class RasterSource(Source):
             "stride": self._stride,
             "edge": self._options.edge,
             "nodata_max": self._options.nodata_max,
-            "bands": self._bands,
+            "bands": self._scenes.settings(),
         }
         return made | ({"masks": self._masks.settings()} if self._masks else {})
 
     def entries(self) -> Iterator[pa.RecordBatch]:
-        """See `Source.entries`. Reads the header of every raster."""
+        """See `Source.entries`. Reads the header of every scene."""
         self._clear()
         held: list[pa.RecordBatch] = []
-        others: Counter[str] = Counter()
-        for name, size in self._files():
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix not in RASTER_SUFFIXES:
-                others[suffix or "without extension"] += 1
-                continue
-            held += self._scene(name, size)
+        for scene in self._scenes.scenes():
+            held += self._scene(scene)
             if sum(batch.num_rows for batch in held) >= source.BATCH_ROWS // 4:
                 yield from _joined(held)
                 held = []
         yield from _joined(held)
         if not self._num_tiles:
-            raise UserError(self._nothing(others))
+            raise UserError(self._nothing())
         if self._masks:
             self._masks.check()
 
-    def _nothing(self, others: Counter[str]) -> str:
+    def _nothing(self) -> str:
         where, size = self.place.url, self._options.tile
         if self._small:
             return (
-                f"every raster in '{where}' is smaller than a tile of {size} x {size}, such as {self._small[0]}; give a "
+                f"Every raster in '{where}' is smaller than a tile of {size} x {size}, such as {self._small[0]}; give a "
                 "smaller --tile, or --edge pad."
             )
         if self._refused:
-            return f"no raster in '{where}' can be used, such as {self._refused[0]}."
-        return nothing_found(where, others, "rasters", RASTER_SUFFIXES)
+            return f"No raster in '{where}' can be used, such as {self._refused[0]}."
+        return self._scenes.nothing()
 
-    def _files(self) -> Iterator[tuple[str, int]]:
-        if not self.one:
-            self.place.check_folder("SOURCE")
-            yield from self.place.walk()
-            return
-        size = self.place.size(self.one)
-        if size is None:
-            raise UserError(f"there is no file '{self.place / self.one}'; check the path of SOURCE.")
-        yield self.one, size
-
-    def _scene(self, name: str, size: int) -> list[pa.RecordBatch]:
+    def _scene(self, scene: RasterScene) -> list[pa.RecordBatch]:
         """A scene's tiles; one row without window, which `read` refuses, where it cannot be used."""
-        mask = self._masks.find(name) if self._masks else None
+        mask = self._masks.find(scene.path) if self._masks else None
         try:
-            header = self._checked(name, mask)
-        except BadImage as fault:
-            self._refused.append(f"'{name}' ({fault.reason})")
-            return [entry_batch({"source": [name], "bytes": [size], "mask": [mask]}, self.extra_schema)]
+            header = self._checked(scene.files, mask)
+        except BadImage as error:
+            self._refused.append(f"'{scene.name}' ({error.reason})")
+            about = {"source": [scene.name], "bytes": [scene.num_bytes], "mask": [mask]}
+            return [entry_batch(about | self._scenes.columns(scene, 1), self.extra_schema)]
+        tile = self._options.tile
         columns, rows = (
-            starts(side, self._options.tile, self._stride, self._options.edge)
+            starts(side, tile, self._stride, self._options.edge) if tile else np.zeros(1, np.int64)
             for side in (header.width, header.height)
         )
         num_tiles = len(columns) * len(rows)
         if not num_tiles:
-            self._small.append(f"'{name}' ({header.width} x {header.height})")
+            self._small.append(f"'{scene.name}' ({header.width} x {header.height})")
             return []
         self._num_tiles += num_tiles
-        taken = self._bands or range(1, header.num_bands + 1)
-        self._kinds[len(taken), str(np.result_type(*(header.dtypes[band - 1] for band in taken)))] += 1
+        self._kinds[header.num_bands, str(np.result_type(*header.dtypes))] += 1
         grid = np.stack(np.meshgrid(columns, rows), axis=2).reshape(-1, 2)
         step = source.BATCH_ROWS
         return [
-            self._tiles(name, mask, header, grid[start : start + step], size // num_tiles)
+            self._tiles(scene, mask, header, grid[start : start + step], scene.num_bytes // num_tiles)
             for start in range(0, num_tiles, step)
         ]
 
-    def _checked(self, name: str, mask: str | None) -> Header:
-        header = read_header(self.place, name)
-        lacking = [band for band in self._bands if band > header.num_bands]
-        if lacking:
-            raise BadImage(f"has no band {lacking[0]}, only {header.num_bands}")
+    def _checked(self, files: tuple[str, ...], mask: str | None) -> Header:
+        header = self._scenes.header(files)
         if mask and self._masks:
-            _check_grid(header, read_header(self._masks.place, mask), mask)
+            _check_mask(header, read_header(self._masks.place, mask), mask)
         return header
 
     def _tiles(
-        self, name: str, mask: str | None, header: Header, grid: npt.NDArray, num_bytes: int
+        self, scene: RasterScene, mask: str | None, header: Header, grid: npt.NDArray, num_bytes: int
     ) -> pa.RecordBatch:
         count, tile = len(grid), self._options.tile
-        windows = _lists(np.concatenate([grid, np.full_like(grid, tile)], axis=1))
+        size = (tile, tile) if tile else (header.width, header.height)
+        windows = _lists(np.concatenate([grid, np.broadcast_to(np.array(size), grid.shape)], axis=1))
+        names = [f"{scene.name}@{column},{row}" for column, row in grid.tolist()] if tile else [scene.name]
         columns: dict[str, Any] = {
-            "source": [f"{name}@{column},{row}" for column, row in grid.tolist()],
-            "path": [name] * count,
+            "source": names,
+            "path": [scene.name] * count,
             "window": windows,
             "bytes": np.full(count, num_bytes),
-            "group": [name] * count,
+            "group": [scene.name] * count,
+            **self._scenes.columns(scene, count),
         }
+        if not tile:
+            columns["label"] = [folder_label(scene.name)]
         if mask:
             columns |= {"mask": [mask] * count, "mask_window": windows}
         if header.crs:
             columns["crs"] = [header.crs] * count
         if header.transform:
             columns["transform"], columns["bounds"] = map(
-                _lists, _georeferences(header.transform, grid, tile)
+                _lists, _georeferences(header.transform, grid, size)
             )
         return entry_batch(columns, self.extra_schema)
 
@@ -197,6 +179,8 @@ class RasterSource(Source):
             f"{count:,} of {bands} x {dtype}" for (bands, dtype), count in sorted(self._kinds.items())
         )
         size, share = self._options.tile, f"{self._options.nodata_max:.0%}"
+        if not size:
+            return [f"Scenes, whole: {kinds}; more than {share} without data: quarantined."]
         return [
             f"Rasters: {kinds}. {plural(self._num_tiles, 'tile')} of {size} x {size}, one every {self._stride} pixels, "
             f"{_EDGES[self._options.edge]}; more than {share} without data: quarantined."
@@ -221,15 +205,16 @@ class RasterSource(Source):
 
     def read(self, row: dict[str, Any]) -> Picture:
         """A tile's pixels and mask; BadImage for too little data in it, and for a scene that cannot be used."""
-        name = row["path"] or row["source"]
+        files = self._scenes.files(row)
         if row["window"] is None:
-            self._checked(name, row["mask"])
+            self._checked(files, row["mask"])
             raise BadImage("could not be read when it was listed, and can be now; give a new DEST to have it")
-        pixels, known = read_tile(self.place, name, self._bands, row["window"])
+        pixels, known = self._scenes.read(files, row["window"])
         share = 1 - float(known.mean())
         if share > self._options.nodata_max:
+            whole = "tile" if self._options.tile else "scene"
             raise BadImage(
-                f"more than {self._options.nodata_max:.0%} of the tile is without data ({share:.1%})"
+                f"more than {self._options.nodata_max:.0%} of the {whole} is without data ({share:.1%})"
             )
         mask = (
             read_mask_tile(self._masks.place, row["mask"], row["mask_window"])
@@ -253,11 +238,12 @@ def starts(size: int, tile: int, stride: int, edge: str) -> npt.NDArray[np.int64
 
 
 def _georeferences(
-    transform: tuple[float, ...], grid: npt.NDArray, tile: int
+    transform: tuple[float, ...], grid: npt.NDArray, size: tuple[int, int]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Each tile's own transform (N, 6), and its bounds (N, 4): left, bottom, right, top, of the box around it if it is turned."""
     a, b, c, d, e, f = transform
-    corners = np.array([(0, 0), (tile, 0), (0, tile), (tile, tile)])
+    width, height = size
+    corners = np.array([(0, 0), (width, 0), (0, height), (width, height)])
     columns, rows = (grid[:, None, axis] + corners[None, :, axis] for axis in (0, 1))
     x, y = a * columns + b * rows + c, d * columns + e * rows + f
     constant = np.ones(len(grid))
@@ -265,22 +251,27 @@ def _georeferences(
     return own, np.stack([x.min(1), y.min(1), x.max(1), y.max(1)], axis=1)
 
 
-def _check_grid(scene: Header, mask: Header, name: str) -> None:
+def _check_mask(scene: Header, mask: Header, name: str) -> None:
     if (mask.width, mask.height) != (scene.width, scene.height):
         raise BadImage(
             f"its mask '{name}' has {mask.width} x {mask.height} pixels, the raster {scene.width} x {scene.height}"
         )
     if mask.num_bands != 1:
         raise BadImage(f"its mask '{name}' has {mask.num_bands} bands; one of class indices is wanted")
-    if scene.crs and mask.crs and scene.crs != mask.crs:
-        raise BadImage(f"its mask '{name}' is in another reference system")
-    if scene.transform and mask.transform:
+    check_grid(scene, mask, f"its mask '{name}'")
+
+
+def check_grid(scene: Header, other: Header, what: str) -> None:
+    """Raise BadImage where a raster of a scene's size lies elsewhere on Earth; `what` names it."""
+    if scene.crs and other.crs and scene.crs != other.crs:
+        raise BadImage(f"{what} is in another reference system")
+    if scene.transform and other.transform:
         # Far corners less than a tenth of a pixel apart.
         corner = np.array([scene.width, scene.height, 1.0])
-        ours, theirs = (np.reshape(t, (2, 3)) for t in (scene.transform, mask.transform))
+        ours, theirs = (np.reshape(t, (2, 3)) for t in (scene.transform, other.transform))
         pixel = float(np.hypot(ours[0, 0], ours[1, 0]))
         if max(np.abs((ours - theirs) @ corner).max(), np.abs((ours - theirs)[:, 2]).max()) > 0.1 * pixel:
-            raise BadImage(f"its mask '{name}' lies elsewhere: the transforms differ")
+            raise BadImage(f"{what} lies elsewhere: the transforms differ")
 
 
 def _lists(values: npt.NDArray) -> pa.ListArray:
@@ -298,3 +289,16 @@ def _joined(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _matches(where: str, options: SourceOptions) -> bool:
+    return bool(options.raster.tile) and not names_file(where, TABLE_SUFFIXES)
+
+
+KIND = SourceKind(
+    "rasters",
+    "with --tile a folder of rasters, or one",
+    _matches,
+    lambda where, options: RasterSource(where, options.raster, mask_folder(options)),
+    ("raster",),
+)

@@ -19,7 +19,10 @@ from shards.format.columns import read_columns
 from shards.format.layout import Manifest
 from shards.format.tar_reader import BLOCK
 from shards.sources import source
-from shards.sources.source import Picture, Source, entry_batch, read_file
+from shards.sources.file_set import may_be_folder
+from shards.sources.source import Picture, Source, SourceKind, entry_batch, read_file
+from shards.sources.source_options import SourceOptions
+from shards.sources.tar import INSIDE
 from shards.storage.opening import open_place
 from shards.storage.place import Place
 
@@ -37,7 +40,7 @@ class ShardFolderSource(Source):
     kind = "shards"
 
     def __init__(self, where: str, only: npt.NDArray[np.int64] | None = None):
-        self.place = open_place(where)
+        self.place = self.searched = open_place(where)
         self.name = self.place.name
         manifest = Manifest.load(self.place)
         for shard in manifest.shards:
@@ -162,7 +165,7 @@ def read_only(where: str, only: str) -> npt.NDArray[np.int64]:
 
         if only.endswith((".txt", ".csv", ".parquet")):
             raise UserError(
-                f"there is no file '{only}'; --only is a file of sample ids, or the name of a split."
+                f"There is no file '{only}'; --only is a file of sample ids, or the name of a split."
             )
         return open_split(where, only).ids
     try:
@@ -170,8 +173,8 @@ def read_only(where: str, only: str) -> npt.NDArray[np.int64]:
             return read_columns(only, ["sample_id"])["sample_id"].to_numpy().astype(np.int64)
         with open(only, encoding="utf-8-sig") as file:
             lines = [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as fault:
-        raise UserError(f"'{only}' (--only) cannot be read ({fault}).") from fault
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"'{only}' (--only) cannot be read ({error}).") from error
     for number, line in lines:
         if not line.isdecimal():
             raise UserError(
@@ -183,3 +186,14 @@ def read_only(where: str, only: str) -> npt.NDArray[np.int64]:
 def is_shard_folder(place: Place) -> bool:
     """Whether a folder is one of ours, finished or not; a `manifest.json` alone may be anybody's."""
     return place.exists(layout.PLAN) or (place.exists(layout.MANIFEST) and place.exists(layout.TABLE))
+
+
+def _matches(where: str, options: SourceOptions) -> bool:
+    return may_be_folder(where) and is_shard_folder(open_place(where))
+
+
+def _open(where: str, options: SourceOptions) -> ShardFolderSource:
+    return ShardFolderSource(where, read_only(where, options.only) if options.only else None)
+
+
+KIND = SourceKind("shards", "a finished shard folder", _matches, _open, ("only",), INSIDE)

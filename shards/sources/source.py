@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from shards.errors import UserError
 from shards.images.pixels import BadImage
 
 if TYPE_CHECKING:
+    from shards.sources.source_options import SourceOptions
     from shards.storage.place import Place
 
 MAX_FILE_BYTES = 2 * 2**30
@@ -21,15 +22,11 @@ BATCH_ROWS = 1 << 16
 
 ENTRIES = pa.schema(
     [
-        (
-            "source",
-            pa.string(),
-        ),  # unique, and what messages call the image: `cats/1.jpg`, `scene.tif@384,768`
+        # unique, and what messages call the image: `cats/1.jpg`, `scene.tif@384,768`
+        ("source", pa.string()),
         ("path", pa.string()),  # file to read where that is not `source`
-        (
-            "window",
-            pa.list_(pa.int64()),
-        ),  # the part of the file, or null for all of it; its meaning is the kind's
+        # the part of the file, or null for all of it; its meaning is the kind's
+        ("window", pa.list_(pa.int64())),
         ("bytes", pa.int64()),  # planned; 0 where unknown
         ("label", pa.string()),
         ("mask", pa.string()),
@@ -51,12 +48,14 @@ class Picture:
 class Source:
     """Images to convert. Workers get it pickled, so it holds names and options, no open files.
 
-    `name` is its own name wherever it lies; `extra_schema` holds the columns beyond ENTRIES, typed, which are kept in the table and
-    in each sample's JSON; `classes` are those that count even where no entry has them.
+    kind: its key in `source_kinds.SOURCES`; name: its own name wherever it lies; extra_schema: the columns beyond ENTRIES, typed,
+    which are kept in the table and in each sample's JSON; classes: those that count even where no entry has them; searched: the folder
+    all of whose files may be entries, so that the shards must not lie in it, or None.
     """
 
-    kind: ClassVar[str]
+    kind: str
     name: str
+    searched: Place | None = None
     extra_schema: pa.Schema = pa.schema([])
     classes: Sequence[str] = ()
 
@@ -67,7 +66,7 @@ class Source:
     def entries(self) -> Iterator[pa.RecordBatch]:
         """The listing: batches of at most BATCH_ROWS rows of ENTRIES and `extra_schema`, in any order.
 
-        Raises UserError where the source is missing, cannot be read or holds no images.
+        Raise UserError where the source is missing, cannot be read or holds no images.
         """
         raise NotImplementedError
 
@@ -77,7 +76,7 @@ class Source:
         return None
 
     def read(self, row: dict[str, Any]) -> Picture:
-        """One entry. Raises BadImage for what is wrong with it alone, UserError where the whole source has gone away."""
+        """One entry. Raise BadImage for what is wrong with it alone, UserError where the whole source has gone away."""
         raise NotImplementedError
 
     def describe(self) -> list[str]:
@@ -91,6 +90,23 @@ class Source:
     def locate(self, source: str) -> str:
         """Where an entry stands in the source, such as its lines in a list; for messages."""
         return ""
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """A row of `source_kinds.SOURCES`: how a kind of source is recognised and opened.
+
+    name: as `Source.kind`; what: what a path must be to mean it, for messages and documentation; matches: whether a path or URL means
+    it, with these options; the first row that matches is taken; options: the fields of SourceOptions that it reads; no_masks: why
+    --masks does not go with it, "" where it does.
+    """
+
+    name: str
+    what: str
+    matches: Callable[[str, SourceOptions], bool]
+    open: Callable[[str, SourceOptions], Source]
+    options: tuple[str, ...] = ()
+    no_masks: str = ""
 
 
 def entry_batch(columns: dict[str, Any], extra: pa.Schema | None = None) -> pa.RecordBatch:
@@ -112,7 +128,7 @@ def entry_batch(columns: dict[str, Any], extra: pa.Schema | None = None) -> pa.R
 def read_file(place: Place, name: str, planned_bytes: int, offset: int | None = None) -> bytes:
     """A whole file of a source, or `planned_bytes` from `offset` on.
 
-    Raises BadImage where it cannot be read, UserError where the source has gone away.
+    Raise BadImage where it cannot be read, UserError where the source has gone away.
     """
     if planned_bytes > MAX_FILE_BYTES:
         raise BadImage(f"{planned_bytes} bytes, more than the limit of {MAX_FILE_BYTES}")
@@ -120,10 +136,10 @@ def read_file(place: Place, name: str, planned_bytes: int, offset: int | None = 
         if offset is not None:
             return place.read_range(name, offset, planned_bytes)
         return place.read(name, planned_bytes)
-    except OSError as fault:
+    except OSError as error:
         # One bad file is set aside; a disk that went away must not set aside all the rest.
         if not place.is_there():
             raise UserError(
-                f"the folder '{place.url}' has gone away; bring it back and run the same command again."
-            ) from fault
-        raise BadImage(f"cannot be read: {fault.strerror or fault}") from fault
+                f"The folder '{place.url}' has gone away; bring it back and run the same command again."
+            ) from error
+        raise BadImage(f"cannot be read: {error.strerror or error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args, get_type_hints
 
 import tyro
@@ -13,6 +13,7 @@ from shards.errors import UserError, nearest
 MAX_TILE = 16_384  # pixels a side
 MAX_BANDS = 65_535
 LABELS_FROM = ("auto", "sample", "folder", "folder:1", "tar", "none")
+_BAND_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 NO_COLUMN = "none"  # switches off the search for a column
 
 
@@ -43,7 +44,7 @@ class TarOptions:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|sample|folder(:[1-9]\d?)?|tar|none", self.label_from):
             hint = nearest(self.label_from, LABELS_FROM)
-            raise UserError(f"there is no --label-from '{self.label_from}'.{hint}")
+            raise UserError(f"There is no --label-from '{self.label_from}'.{hint}")
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ class RasterOptions:
     """At the right and lower edge: tiles that stick out are dropped, padded with nodata, or shifted back inside."""
     nodata_max: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.5
     """Tiles with a larger share of pixels without data are quarantined: 0 to 1."""
-    bands: Annotated[str, tyro.conf.arg(metavar="N,N,..")] = ""
-    """Bands to take, counted from 1, in this order: 4,3,2. Left out: all."""
+    bands: Annotated[str, tyro.conf.arg(metavar="N,N,..|NAME,..")] = ""
+    """Bands to take, in this order: numbers from 1 on, as 4,3,2 (left out: all), or the names that end the files of a folder with one
+    file for each band, as B04,B03,B02; these need no --tile."""
 
     def __post_init__(self) -> None:
         for name in ("tile", "stride"):
@@ -67,18 +69,43 @@ class RasterOptions:
             if not 0 <= value <= MAX_TILE:
                 raise UserError(f"--{name} is {value}, but it must be between 1 and {MAX_TILE}.")
         if self.edge not in get_args(get_type_hints(type(self))["edge"]):
-            raise UserError(f"there is no --edge '{self.edge}'. Known: drop, pad, shift.")
+            raise UserError(f"There is no --edge '{self.edge}'. Known: drop, pad, shift.")
         if not 0 <= self.nodata_max <= 1:
             raise UserError(f"--nodata-max is {self.nodata_max}, but it must be between 0 and 1.")
-        self.band_numbers()
+        self.band_names()
 
     def band_numbers(self) -> list[int]:
-        """The bands to take, from 1; empty for all. UserError for anything but numbers from 1 on."""
-        if not self.bands:
+        """The bands to take, from 1; empty for all, and where they are names."""
+        return [] if self.band_names() else [int(part) for part in self._bands()]
+
+    def band_names(self) -> list[str]:
+        """The names of the bands to take; empty where they are numbers. Raise UserError for anything else."""
+        parts = self._bands()
+        if all(part.isdecimal() and 1 <= int(part) <= MAX_BANDS for part in parts):
             return []
-        numbers = [part.strip() for part in self.bands.split(",")]
-        if not all(part.isdecimal() and 1 <= int(part) <= MAX_BANDS for part in numbers):
+        if not all(_BAND_NAME.fullmatch(part) and not part.isdecimal() for part in parts):
             raise UserError(
-                f"--bands is '{self.bands}', but it must be numbers from 1 on with commas, such as 4,3,2."
+                f"--bands is '{self.bands}', but it must be numbers from 1 on with commas, such as 4,3,2, or the names of bands, such "
+                "as B04,B03,B02."
             )
-        return [int(part) for part in numbers]
+        if len({part.lower() for part in parts}) < len(parts):
+            raise UserError(f"--bands is '{self.bands}', but a name can stand in it once only.")
+        return parts
+
+    def _bands(self) -> list[str]:
+        return [part.strip() for part in self.bands.split(",")] if self.bands else []
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source is read: the options of `fastssl shard` that say what SOURCE means. A kind of source refuses those of another."""
+
+    list: ListOptions = field(default_factory=ListOptions)
+    tar: TarOptions = field(default_factory=TarOptions)
+    raster: RasterOptions = field(default_factory=RasterOptions)
+    masks: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
+    """Folder of masks (class indices) with the images' relative names; for segmentation."""
+    mask_suffix: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
+    """What follows an image's name in its mask's name, such as _mask."""
+    only: Annotated[str, tyro.conf.arg(metavar="IDS|SPLIT")] = ""
+    """Of a finished shard folder as SOURCE: the samples to take, as a file (one sample_id a line, or Parquet) or a split's name."""

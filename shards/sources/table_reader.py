@@ -57,9 +57,9 @@ class ListFile:
 
 
 def open_list(place: Place, name: str, where: str) -> ListFile:
-    """The list `name`, called `where` in messages; raises UserError where it is missing, empty, damaged or names a column twice."""
+    """The list `name`, called `where` in messages; raise UserError where it is missing, empty, damaged or names a column twice."""
     if not place.exists(name):
-        raise UserError(f"there is no file '{where}'; check the path of SOURCE.")
+        raise UserError(f"There is no file '{where}'; check the path of SOURCE.")
     listed = (
         ParquetFile(place, name, where) if name.lower().endswith(".parquet") else TextFile(place, name, where)
     )
@@ -122,10 +122,10 @@ class TextFile(ListFile):
                     if record:
                         yield line, record
                     line = reader.line_num + 1
-        except csv.Error as fault:
+        except csv.Error as error:
             raise UserError(
-                f"'{self.where}', line {line}: {fault}; mend its quotes, each \" in a quoted cell is written twice."
-            ) from fault
+                f"'{self.where}', line {line}: {error}; mend its quotes, each \" in a quoted cell is written twice."
+            ) from error
         finally:
             csv.field_size_limit(before)
 
@@ -203,8 +203,8 @@ class ParquetFile(ListFile):
         try:
             with place.open(name) as file:
                 schema = pq.read_schema(file)
-        except UNREADABLE as fault:
-            raise UserError(f"'{self.where}' cannot be read as Parquet ({fault}).") from fault
+        except UNREADABLE as error:
+            raise UserError(f"'{self.where}' cannot be read as Parquet ({error}).") from error
         names = [column for column in schema.names if not column.startswith("__index_level_")]
         twice = sorted({column for column in names if names.count(column) > 1})
         if twice:
@@ -230,8 +230,8 @@ class ParquetFile(ListFile):
                     kept |= {name: batch[name].cast(kind) for name, kind in typed.items()}
                     yield Rows(range(done + 1, done + 1 + batch.num_rows), kept)
                     done += batch.num_rows
-        except UNREADABLE as fault:
-            raise UserError(f"'{self.where}' cannot be read from row {done + 1:,} on ({fault}).") from fault
+        except UNREADABLE as error:
+            raise UserError(f"'{self.where}' cannot be read from row {done + 1:,} on ({error}).") from error
 
 
 def as_text(values: pa.Array, where: str, name: str) -> pa.Array:

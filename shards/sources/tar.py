@@ -15,9 +15,9 @@ from shards.errors import UserError
 from shards.format.tar_reader import Archive, Cut, TarMember, split_name
 from shards.images.pixels import BadImage
 from shards.sources import source
-from shards.sources.file_set import IMAGE_SUFFIXES, FileSet
-from shards.sources.source import Picture, Source, entry_batch, read_file
-from shards.sources.source_options import TarOptions
+from shards.sources.file_set import IMAGE_SUFFIXES, FileSet, holds_only, names_file, names_files
+from shards.sources.source import Picture, Source, SourceKind, entry_batch, read_file
+from shards.sources.source_options import SourceOptions, TarOptions
 from shards.sources.tar_labels import LabelRule, describe
 from shards.units import plural
 
@@ -70,6 +70,7 @@ class TarSource(Source):
         self._rule = LabelRule.of(options or TarOptions())
         self.files = FileSet(where, ".tar")
         self.place, self.name = self.files.place, self.files.name
+        self.searched = self.place if self.files.searches else None
         self._clear()
 
     def _clear(self) -> None:
@@ -112,8 +113,8 @@ class TarSource(Source):
         try:
             with self.place.open(tar) as file:
                 yield from self._archive(Archive([tar], file, 0, size))
-        except OSError as fault:
-            raise UserError(f"'{self.place / tar}' cannot be read ({fault.strerror or fault}).") from fault
+        except OSError as error:
+            raise UserError(f"'{self.place / tar}' cannot be read ({error.strerror or error}).") from error
 
     def _archive(self, tar: Archive) -> Iterator[dict[str, Any]]:
         sample = _Sample("")
@@ -275,3 +276,20 @@ def _facts(data: bytes) -> dict[str, Any]:
 
 def _more(names: list[str]) -> str:
     return f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+
+
+def _matches(where: str, options: SourceOptions) -> bool:
+    if names_file(where, ".tar") or names_files(where):
+        return not names_file(where, IMAGE_SUFFIXES)
+    return holds_only(where, ".tar")
+
+
+INSIDE = "goes with a folder of images or rasters; '{where}' has its masks inside"
+KIND = SourceKind(
+    "tars",
+    "a .tar, a pattern of tars or a folder of nothing but tars",
+    _matches,
+    lambda where, options: TarSource(where, options.tar),
+    ("tar",),
+    INSIDE,
+)

@@ -1,4 +1,4 @@
-"""Who goes to which side of a split: functions of hashed names, so that a seed and the names decide it, and nothing else.
+"""Assign samples to the sides of a split: functions of hashed names, so that a seed and the names decide it, and nothing else.
 
 Samples that must not be torn apart (tiles of one scene, images with the same pixels) are one group, and only groups are placed. Each
 group has a key: the hash of the seed and of the least name hash among its members. In the order of these keys val takes groups from
@@ -54,9 +54,8 @@ def strata_of_groups(groups: Ids, strata: Ids, num_groups: int) -> Ids:
     """The most frequent stratum among each group's samples (the least of several), (G,); `groups` and `strata` are (N,)."""
     width = int(strata.max(initial=0)) + 1
     pairs, counts = np.unique(groups * width + strata, return_counts=True)
-    best = np.lexsort((pairs, -counts))[
-        ::-1
-    ]  # of each group the last one written is the one with the highest count
+    # of each group the last one written is the one with the highest count
+    best = np.lexsort((pairs, -counts))[::-1]
     found = np.zeros(num_groups, np.int64)
     found[pairs[best] // width] = pairs[best] % width
     return found

@@ -23,7 +23,7 @@ Batches = Callable[[], Iterator[pa.RecordBatch]]
 def read_lists(files: Sequence[str]) -> dict[str, list[str]]:
     """The names in each file, by the split it stands for: `val=lists/v1.txt`, or the file's own name without its ending.
 
-    Empty lines and a leading `./` do not count. Raises UserError for a file that cannot be read, and for a name that stands twice.
+    Empty lines and a leading `./` do not count. Raise UserError for a file that cannot be read, and for a name that stands twice.
     """
     lists: dict[str, list[str]] = {}
     where: dict[str, str] = {}
@@ -39,8 +39,8 @@ def read_lists(files: Sequence[str]) -> dict[str, list[str]]:
             raise UserError(f"--by-list names the split '{name}' twice: name one NAME=FILE.")
         try:
             lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as fault:
-            reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"--by-list '{path}' cannot be read ({reason}).") from None
         names = [line.strip().removeprefix("./") for line in lines if line.strip()]
         if not names:
@@ -63,7 +63,7 @@ def sides_of_lists(
     """The list that each sample stands in, (num_samples,) int8, -1 where in none; and what the user should know.
 
     A name is an image's whole name, or, where no image is called so, its last part, if only one image has that. `batches` gives the
-    samples' names in the column `source`. Raises UserError for names that are not found or mean several images.
+    samples' names in the column `source`. Raise UserError for names that are not found or mean several images.
     """
     wanted = pa.array([name for names in lists.values() for name in names])
     side_of = np.repeat(np.arange(len(lists), dtype=np.int8), [len(names) for names in lists.values()])
@@ -99,7 +99,7 @@ def _match(
     sides: npt.NDArray[np.int8],
     found: npt.NDArray[np.int64],
 ) -> None:
-    """Enters the sides of the samples whose names are wanted, and counts how often each wanted name was found."""
+    """Enter the sides of the samples whose names are wanted, and count how often each wanted name was found."""
     start = 0
     for batch in names:
         at = pc.index_in(batch, wanted)  # pyright: ignore[reportAttributeAccessIssue] (made at run time)

@@ -62,7 +62,7 @@ class SplitRule:
                 "--by-list says where each image goes: leave out --val, --test, --group-by and --stratify."
             )
         if not (self.lists or self.val or self.test or self.labelled):
-            raise UserError("nothing to split: give --val, --test, --labelled or --by-list.")
+            raise UserError("Nothing to split: give --val, --test, --labelled or --by-list.")
         if self.stratify and not self.exact:
             raise UserError("--stratify needs --method exact: with 'stable' each name alone decides.")
 
@@ -82,7 +82,7 @@ class Division:
 
 
 def apply(place: Place, rule: SplitRule) -> Division:
-    """The split that a rule makes of a finished shard folder. Raises UserError for what the user can mend."""
+    """The split that a rule makes of a finished shard folder. Raise UserError for what the user can mend."""
     names, groups, pixels, labels = [], [], [], []
     group_of = _grouping(place, rule)
     columns = ["source", "label", "pixels_hash", *([group_of.column] if group_of.column else [])]
@@ -267,9 +267,9 @@ def _grouping(place: Place, rule: SplitRule) -> _Grouping:
         _check_column(place, rule.group_by, "--group-by")
     try:
         pattern = re.compile(rule.group_by)
-    except re.error as fault:
+    except re.error as error:
         raise UserError(
-            f"--group-by '{rule.group_by}' is no column and no regular expression ({fault})."
+            f"--group-by '{rule.group_by}' is no column and no regular expression ({error})."
         ) from None
     if not pattern.groups:
         raise UserError(

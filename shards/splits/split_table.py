@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import re
 from typing import Any
 
@@ -26,7 +25,7 @@ from shards.format.layout import Manifest
 from shards.format.sealed_parquet import check_seal, sealed
 from shards.splits.split_rules import Division, SplitRule, apply, fraction_name
 from shards.storage.cache_settings import CacheSettings
-from shards.storage.opening import open_place
+from shards.storage.opening import Where, open_place
 from shards.storage.place import Place
 
 DEFAULT = "default"
@@ -36,12 +35,13 @@ _ABOUT = b"splits"
 WAY_OUT = "Delete it and run `fastssl split` again: the same flags make the same split."
 
 
-def make_split(place: Place, rule: SplitRule, name: str = DEFAULT, *, overwrite: bool = False) -> Division:
-    """Divides a finished shard folder and notes it under `name`; other names in the file stay as they are.
+def split(folder: Where, rule: SplitRule, name: str = DEFAULT, *, overwrite: bool = False) -> Division:
+    """Divide a finished shard folder and note the division in `splits.parquet` under `name`; other names stay as they are.
 
-    The same rule on the same folder writes the same bytes. Raises UserError where the name stands for another division, unless
-    `overwrite`.
+    The same rule on the same folder writes the same bytes. `open_split(folder, "train")` then reads a part. Raise UserError where the
+    name stands for another division, unless `overwrite`.
     """
+    place = open_place(folder)
     if not _NAME.fullmatch(name) or name.endswith(_LABELLED) or name == "sample_id":
         raise UserError(
             f"--name '{name}' cannot name a split: use letters, digits, - _ and ., but not sample_id or an ending {_LABELLED}."
@@ -113,13 +113,16 @@ def _columns(place: Place) -> dict[str, pa.Array]:
 
 
 def _about(place: Place, manifest: Manifest) -> dict[str, Any] | None:
-    """What the file says of its splits, by name; None where there is no file. UserError where it is damaged or of other shards."""
+    """What the file says of its splits, by name; None where there is no file.
+
+    Raise UserError where it is damaged or of other shards.
+    """
     try:
         return _told(place, manifest)
     except FileNotFoundError:
         return None
-    except UserError as fault:
-        raise UserError(f"'{place / layout.SPLITS}' {fault}. {WAY_OUT}") from fault
+    except UserError as error:
+        raise UserError(f"'{place / layout.SPLITS}' {error}. {WAY_OUT}") from error
 
 
 def _told(place: Place, manifest: Manifest | None) -> dict[str, Any]:
@@ -144,8 +147,8 @@ def splits_fault(place: Place, manifest: Manifest | None) -> str:
         _told(place, manifest)
     except FileNotFoundError:
         pass
-    except UserError as fault:
-        return str(fault)
+    except UserError as error:
+        return str(error)
     return ""
 
 
@@ -160,10 +163,10 @@ def subsets(place: Place, manifest: Manifest) -> dict[str, tuple[str, str | floa
     return known
 
 
-def open_split(folder: str | os.PathLike, split: str = "", cache: CacheSettings | None = None) -> ShardSet:
-    """Opens a shard folder, all of it or the samples of one split: `val`, `labelled-0.01`, or `NAME/val` for a split of another name.
+def open_split(folder: Where, split: str = "", cache: CacheSettings | None = None) -> ShardSet:
+    """Open a shard folder, all of it or the samples of one split: `val`, `labelled-0.01`, or `NAME/val` for a split of another name.
 
-    Sample ids stay those of the folder. Raises UserError as `ShardSet.open` does, where there is no such split, and where it is empty.
+    Sample ids stay those of the folder. Raise UserError as `ShardSet.open` does, where there is no such split, and where it is empty.
     """
     shards = ShardSet.open(folder, cache)
     if not split:
@@ -186,5 +189,5 @@ def open_split(folder: str | os.PathLike, split: str = "", cache: CacheSettings 
         inside = values.fill_null(np.inf).to_numpy() <= which
     ids = np.flatnonzero(inside)
     if not len(ids):
-        raise UserError(f"the split '{split}' of '{place.url}' is empty.")
+        raise UserError(f"The split '{split}' of '{place.url}' is empty.")
     return shards.subset(ids, split)

@@ -51,10 +51,10 @@ class RangeFile(io.RawIOBase):
 
 
 def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], T]) -> T | None:
-    """Writes a file so that a crash at any moment leaves the old file or the whole new one.
+    """Write a file so that a crash at any moment leaves the old file or the whole new one.
 
     `content` is the bytes, or a function that writes them to the open file; its result is returned. Written
-    beside the target, flushed to the disk, renamed over it, and the folder flushed too. Raises UserError when
+    beside the target, flushed to the disk, renamed over it, and the folder flushed too. Raise UserError when
     the disk is full, read-only or failing, or the file too large for it; the unfinished file is then removed.
     """
     path = Path(path)
@@ -71,33 +71,33 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], 
             os.fsync(file.fileno())
         os.replace(tmp, path)
         _flush_folder(path.parent)
-    except BaseException as fault:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             tmp.unlink()
-        if isinstance(fault, OSError) and fault.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in _FULL:
             free = shutil.disk_usage(path.parent).free
             raise UserError(
-                f"the disk is full: '{path}' could not be written, {free:,} bytes are free. Make room there; "
+                f"The disk is full: '{path}' could not be written, {free:,} bytes are free. Make room there; "
                 "what is finished is kept, and the same command goes on from it."
-            ) from fault
-        if isinstance(fault, OSError) and fault.errno == errno.EFBIG:
+            ) from error
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
             raise UserError(
                 f"'{path}' became larger than its file system or this shell (ulimit -f) allows; choose another place, or fewer "
                 "--samples-per-shard."
-            ) from fault
+            ) from error
         # Whatever `content` reads has a name of its own.
-        if isinstance(fault, OSError) and fault.errno in _REFUSED and fault.filename in (None, str(tmp)):
+        if isinstance(error, OSError) and error.errno in _REFUSED and error.filename in (None, str(tmp)):
             raise UserError(
-                f"'{path}' could not be written ({fault.strerror}): mend that, or choose another place. What is finished is kept."
-            ) from fault
+                f"'{path}' could not be written ({error.strerror}): mend that, or choose another place. What is finished is kept."
+            ) from error
         raise
     return result
 
 
 def check_output(path: str | os.PathLike, flag: str) -> None:
-    """Makes sure that `atomic_write` will be able to write `path`: called before the work, not after it.
+    """Make sure that `atomic_write` will be able to write `path`: called before the work, not after it.
 
-    Raises UserError, naming the `flag` that gave the path, where it is a folder, or where its own folder is missing or
+    Raise UserError, naming the `flag` that gave the path, where it is a folder, or where its own folder is missing or
     not writable. What stands at `path` is left as it is.
     """
     path = Path(path)
@@ -109,14 +109,14 @@ def check_output(path: str | os.PathLike, flag: str) -> None:
         # A trial, because the mode bits say nothing of read-only and remote file systems. It leaves no file.
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as fault:
+    except OSError as error:
         raise UserError(
-            f"{flag} '{path}' cannot be written ({fault.strerror}): choose another folder."
-        ) from fault
+            f"{flag} '{path}' cannot be written ({error.strerror}): choose another folder."
+        ) from error
 
 
 def remove_unfinished(folder: Path, names: Collection[str] | None = None) -> None:
-    """Removes what killed processes left of `atomic_write` in `folder`: of the files `names`, or of all.
+    """Remove what killed processes left of `atomic_write` in `folder`: of the files `names`, or of all.
 
     No writer of them may be at work there.
     """

@@ -36,9 +36,9 @@ class Store(Protocol):
 
 @contextlib.contextmanager
 def hold(place: Store, name: str, *, shared: bool = False) -> Iterator[None]:
-    """Holds the lock `name`, or, `shared`, makes sure that nobody holds it.
+    """Hold the lock `name`, or, `shared`, makes sure that nobody holds it.
 
-    An exclusive lock also waits for none of the locks that begin with its name and a hyphen. Raises UserError where a living process
+    An exclusive lock also waits for none of the locks that begin with its name and a hyphen. Raise UserError where a living process
     holds one; that of a killed one is taken over, which takes `DEAD_S` where it ran on another machine.
     """
     if shared:
@@ -78,7 +78,7 @@ def _beat(place: Store, name: str, me: dict, done: threading.Event) -> None:
 
 
 def _refuse_living(place: Store, name: str) -> None:
-    """Returns when nobody holds the lock any more, or its holder is dead; raises UserError when it is seen to live."""
+    """Return when nobody holds the lock any more, or its holder is dead; raise UserError when it is seen to live."""
     first = _read(place, name)
     end_s = time.monotonic() + DEAD_S
     while first is not None:
@@ -89,7 +89,7 @@ def _refuse_living(place: Store, name: str) -> None:
         now = _read(place, name)
         if alive or (now is not None and now != first):
             raise UserError(
-                f"another conversion is at work in '{place.url}' (process {pid} on {host}); wait for it, or give another DEST."
+                f"Another conversion is at work in '{place.url}' (process {pid} on {host}); wait for it, or give another DEST."
             )
         if now is None or time.monotonic() > end_s:
             return

@@ -38,7 +38,7 @@ class LocalPlace(Place):
 
     def check_folder(self, what: str) -> None:
         if not self.local.exists():
-            raise UserError(f"there is no folder '{self.url}'; check the path of {what}.")
+            raise UserError(f"There is no folder '{self.url}'; check the path of {what}.")
         if not self.local.is_dir():
             raise UserError(f"'{self.url}' is a file; {what} is the folder that holds the images.")
 
@@ -58,8 +58,9 @@ class LocalPlace(Place):
     def walk(self) -> Iterator[tuple[str, int]]:
         """See `Place.walk`. Follows links to folders, not in circles; leaves out pipes and devices, which would block a reader.
 
-        A dangling link counts as a file of 0 bytes: it will be reported. UserError for a folder that cannot be read and a name that is
-        not valid UTF-8.
+        A dangling link counts as a file of 0 bytes: it will be reported.
+
+        Raise UserError for a folder that cannot be read and a name that is not valid UTF-8.
         """
         yield from _walk(str(self.local), "", frozenset())
 
@@ -74,8 +75,8 @@ class LocalPlace(Place):
                 with open(descriptor, "rb", buffering=0, closefd=False) as file:
                     data += file.readall()
             return data
-        except OSError as fault:
-            fault.filename = path
+        except OSError as error:
+            error.filename = path
             raise
         finally:
             os.close(descriptor)
@@ -113,12 +114,12 @@ class LocalPlace(Place):
             lock = lock_file(self.local / name, shared=shared)
         except BlockingIOError:
             raise UserError(
-                f"another conversion is at work in '{self.url}'; wait for it, or give another DEST."
+                f"Another conversion is at work in '{self.url}'; wait for it, or give another DEST."
             ) from None
-        except OSError as fault:
+        except OSError as error:
             raise UserError(
-                f"'{self.url}' cannot be written ({fault.strerror}); choose another DEST."
-            ) from fault
+                f"'{self.url}' cannot be written ({error.strerror}); choose another DEST."
+            ) from error
         with lock:
             yield
 
@@ -128,10 +129,10 @@ def _walk(path: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator
         here = os.stat(path)
         with os.scandir(path) as listing:
             entries = list(listing)
-    except OSError as fault:
+    except OSError as error:
         raise UserError(
-            f"the folder '{path}' cannot be read ({fault.strerror}); mend its permissions."
-        ) from fault
+            f"The folder '{path}' cannot be read ({error.strerror}); mend its permissions."
+        ) from error
     identity = (here.st_dev, here.st_ino)
     if identity in above:  # a link to a folder that it lies in
         return
@@ -155,4 +156,4 @@ def _check_name(entry: os.DirEntry[str]) -> None:
         entry.name.encode()
     except UnicodeEncodeError:
         shown = os.fsencode(entry.path).decode(errors="backslashreplace")
-        raise UserError(f"the name of '{shown}' is not valid UTF-8; rename it.") from None
+        raise UserError(f"The name of '{shown}' is not valid UTF-8; rename it.") from None

@@ -7,11 +7,13 @@ import os
 from shards.storage.local import LocalPlace
 from shards.storage.place import Place
 
+Where = str | os.PathLike | Place  # what a function that works on a folder of shards accepts
 
-def open_place(where: str | os.PathLike | Place) -> Place:
+
+def open_place(where: Where) -> Place:
     """The place of a path, or of a URL such as `s3://bucket/shards`; a Place is returned as it is.
 
-    Raises UserError where the package for a URL's protocol is missing (extra `remote`) or the protocol is unknown.
+    Raise UserError where the package for a URL's protocol is missing (extra `remote`) or the protocol is unknown.
     """
     if isinstance(where, Place):
         return where

@@ -33,7 +33,7 @@ class Place:
         raise NotImplementedError
 
     def check_folder(self, what: str) -> None:
-        """Raises UserError where there is no such folder; `what` says what it is for, such as SOURCE."""
+        """Raise UserError where there is no such folder; `what` says what it is for, such as SOURCE."""
         raise NotImplementedError
 
     def exists(self, name: str) -> bool:
@@ -65,32 +65,32 @@ class Place:
         raise NotImplementedError
 
     def write(self, name: str, content: bytes | Callable[[Any], T]) -> T | None:
-        """Writes a file whole or not at all; `content` is its bytes, or a function that writes them and whose result is returned."""
+        """Write a file whole or not at all; `content` is its bytes, or a function that writes them and whose result is returned."""
         raise NotImplementedError
 
     def remove(self, name: str) -> None:
-        """Removes a file; one that is missing is no error."""
+        """Remove a file; one that is missing is no error."""
         raise NotImplementedError
 
     def remove_tree(self, folder: str) -> None:
-        """Removes a folder and all in it; one that is missing is no error."""
+        """Remove a folder and all in it; one that is missing is no error."""
         raise NotImplementedError
 
     def remove_unfinished(self, folder: str = "", names: Collection[str] | None = None) -> None:
-        """Removes what killed writers left in a folder, of the files `names` or of all files."""
+        """Remove what killed writers left in a folder, of the files `names` or of all files."""
 
     def make(self) -> None:
-        """Creates the folder, where there is such a thing."""
+        """Create the folder, where there is such a thing."""
 
     def check_writable(self, way_out: str) -> None:
-        """Raises UserError, ending with `way_out`, where nothing can ever be written: on a web server."""
+        """Raise UserError, ending with `way_out`, where nothing can ever be written: on a web server."""
 
     def sizes(self) -> dict[str, int] | None:
         """The bytes of each file directly in the folder, in one question; None where the place lists no sizes."""
         return None
 
     def lock(self, name: str, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
-        """Holds a lock, exclusive or shared; UserError where another process holds it."""
+        """Hold a lock, exclusive or shared; UserError where another process holds it."""
         raise NotImplementedError
 
 

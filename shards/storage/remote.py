@@ -1,4 +1,4 @@
-"""A place in a store that fsspec reaches (S3, Google Cloud Storage, HTTP, ...), made to bear what networks do."""
+"""A place in a store that fsspec reaches (S3, Google Cloud Storage, HTTP, ...), with retries of what networks drop."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class RemotePlace(Place):
             os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         try:
             self._store, self._root = fsspec.core.url_to_fs(self.url, **_options(self.protocol))
-        except ImportError as fault:
+        except ImportError as error:
             raise UserError(
-                f"'{self.url}' needs a package for {self.protocol}:// ({fault}); pip install 'fastssl-pretrain[remote]'."
-            ) from fault
-        except ValueError as fault:
-            raise UserError(f"'{self.url}' is of no known protocol ({fault}).") from fault
+                f"'{self.url}' needs a package for {self.protocol}:// ({error}); pip install 'fastssl-pretrain[remote]'."
+            ) from error
+        except ValueError as error:
+            raise UserError(f"'{self.url}' is of no known protocol ({error}).") from error
         # s3fs tries five times by itself, gcsfs six; ours would multiply them.
         if hasattr(self._store, "retries"):
             self._store.retries = 1
@@ -78,25 +78,24 @@ class RemotePlace(Place):
             try:
                 return work()
             except Exception as raised:  # each store raises its own
-                fault = _meant(raised, self.protocol)
-            if isinstance(fault, FileNotFoundError):
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), what) from fault
-            if isinstance(fault, UserError):
-                raise fault
-            if isinstance(fault, PermissionError) or _status(fault) in (401, 403):
+                error = _meant(raised, self.protocol)
+            if isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), what) from error
+            if isinstance(error, UserError):
+                raise error
+            if isinstance(error, PermissionError) or _status(error) in (401, 403):
                 raise UserError(
-                    f"'{what}' may not be used ({_say(fault)}); check the credentials."
-                ) from fault
-            if type(fault).__name__ in ("NoCredentialsError", "NoAuthTokenError"):
-                raise UserError(f"'{what}' needs credentials ({_say(fault)}).") from fault
-            if isinstance(fault, _HOPELESS) and not isinstance(
-                fault, json.JSONDecodeError
-            ):  # that: half an answer
-                raise UserError(f"'{what}' cannot be used ({_say(fault)}).") from fault
+                    f"'{what}' may not be used ({_say(error)}); check the credentials."
+                ) from error
+            if type(error).__name__ in ("NoCredentialsError", "NoAuthTokenError"):
+                raise UserError(f"'{what}' needs credentials ({_say(error)}).") from error
+            # that: half an answer
+            if isinstance(error, _HOPELESS) and not isinstance(error, json.JSONDecodeError):
+                raise UserError(f"'{what}' cannot be used ({_say(error)}).") from error
             if attempt == TRIES:
                 raise Unreachable(
-                    f"'{what}' failed {TRIES} times, last: {_say(fault)}. Run the same command again when the store answers."
-                ) from fault
+                    f"'{what}' failed {TRIES} times, last: {_say(error)}. Run the same command again when the store answers."
+                ) from error
             self._store.invalidate_cache()
             # Not all at the same moment, where many were refused together.
             time.sleep(pause_s * random.uniform(0.75, 1.0))
@@ -114,7 +113,7 @@ class RemotePlace(Place):
         try:
             self._try(lambda: self._store.ls(self._root, detail=False), self.url)
         except FileNotFoundError:
-            raise UserError(f"there is nothing at '{self.url}'; check the URL of {what}.") from None
+            raise UserError(f"There is nothing at '{self.url}'; check the URL of {what}.") from None
 
     def size(self, name: str) -> int | None:
         try:
@@ -227,7 +226,7 @@ class RemotePlace(Place):
         return result
 
     def create(self, name: str, content: bytes) -> bool:
-        """Writes a small file only where there is none; False where there is one.
+        """Write a small file only where there is none; False where there is one.
 
         Exact on S3 and whatever else knows conditional writes; elsewhere two writers of the same moment may both get True.
         """
@@ -287,21 +286,21 @@ def _options(protocol: str) -> dict[str, Any]:
     return options
 
 
-def _meant(fault: Exception, protocol: str) -> Exception:
+def _meant(error: Exception, protocol: str) -> Exception:
     """What really happened: fsspec's HTTP store says "not found" of a server that failed or did not answer."""
-    cause = fault.__cause__
-    if protocol in _HTTP and isinstance(fault, FileNotFoundError) and isinstance(cause, Exception):
-        return fault if getattr(cause, "status", 0) in (404, 410) else cause
-    return FileNotFoundError() if _status(fault) == 410 else fault
+    cause = error.__cause__
+    if protocol in _HTTP and isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
+        return error if getattr(cause, "status", 0) in (404, 410) else cause
+    return FileNotFoundError() if _status(error) == 410 else error
 
 
-def _status(fault: Exception) -> int:
-    """The HTTP status that a fault tells of, 0 where none."""
-    if str(fault).startswith("Forbidden: "):  # gcsfs
+def _status(error: Exception) -> int:
+    """The HTTP status that an error tells of, 0 where none."""
+    if str(error).startswith("Forbidden: "):  # gcsfs
         return 403
-    code = getattr(fault, "status", 0) or getattr(fault, "code", 0)
+    code = getattr(error, "status", 0) or getattr(error, "code", 0)
     return code if isinstance(code, int) else 0
 
 
-def _say(fault: Exception) -> str:
-    return " ".join(str(fault).split()).rstrip(".") or type(fault).__name__
+def _say(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -54,29 +54,29 @@ class ShardCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._exclusive().close()
-        except OSError as fault:
+        except OSError as error:
             raise UserError(
-                f"the cache '{folder}' cannot be written ({fault.strerror}); choose another with --data.cache-dir."
-            ) from fault
+                f"The cache '{folder}' cannot be written ({error.strerror}); choose another with --data.cache-dir."
+            ) from error
 
     def open(self, file: CachedFile) -> IO[bytes]:
-        """The file, open to read and whole; downloads it where it is not here, or waits for the process that does.
+        """The file, open to read and whole; download it where it is not here, or waits for the process that does.
 
-        Raises FileNotFoundError where the store does not have it any more, UserError where it cannot be had or is another.
+        Raise FileNotFoundError where the store does not have it any more, UserError where it cannot be had or is another.
         """
-        after_s, fault = self._failed.get(file.name, (0.0, None))
-        if fault is not None and time.monotonic() < after_s:
-            raise fault
+        after_s, error = self._failed.get(file.name, (0.0, None))
+        if error is not None and time.monotonic() < after_s:
+            raise error
         try:
             found = self._fetch(file, wait=True)
-        except (OSError, UserError) as fault:
-            self._failed[file.name] = (time.monotonic() + FAILED_S, fault)
+        except (OSError, UserError) as error:
+            self._failed[file.name] = (time.monotonic() + FAILED_S, error)
             raise
         assert found is not None
         return found
 
     def prefetch(self, files: Sequence[CachedFile]) -> None:
-        """Begins to download those that are not here, in this order, as many as the limit allows at once.
+        """Begin to download those that are not here, in this order, as many as the limit allows at once.
 
         Returns at once, and forgets what was asked for before. All files are marked as used, so that none makes room for another.
         """
@@ -95,7 +95,7 @@ class ShardCache:
             threading.Thread(target=self._work, name="download", daemon=True).start()
 
     def touch(self, file: CachedFile) -> bool:
-        """Marks a file as used now; False where it is not here."""
+        """Mark a file as used now; False where it is not here."""
         path = self._path(file)
         try:
             changed_ns = path.stat().st_mtime_ns
@@ -109,7 +109,7 @@ class ShardCache:
         return self._path(file).exists()
 
     def check(self, file: CachedFile) -> bool | None:
-        """Reads all of a file that is here and compares its SHA-256; None where it is not here. A wrong one is removed."""
+        """Read all of a file that is here and compares its SHA-256; None where it is not here. A wrong one is removed."""
         path = self._path(file)
         try:
             with open(path, "rb") as found:
@@ -135,7 +135,7 @@ class ShardCache:
                     self._num_threads -= 1
                     return
                 file = self._queue.popleft()
-            # Whoever reads it meets the fault again and tells of it.
+            # Whoever reads it meets the error again and tells of it.
             with contextlib.suppress(OSError, UserError):
                 if found := self._fetch(file, wait=False):
                     found.close()
@@ -201,13 +201,13 @@ class ShardCache:
                     digest.update(piece)
                 part.flush()
                 os.fsync(part.fileno())
-            except OSError as fault:
-                if isinstance(fault, FileNotFoundError):
+            except OSError as error:
+                if isinstance(error, FileNotFoundError):
                     raise
                 raise UserError(
-                    f"the cache '{self.folder}' cannot hold '{file.name}' ({fault.strerror or fault}); choose another with "
+                    f"The cache '{self.folder}' cannot hold '{file.name}' ({error.strerror or error}); choose another with "
                     "--data.cache-dir, or set a limit with --data.cache-bytes."
-                ) from fault
+                ) from error
             if not file.sha256 or digest.hexdigest() == file.sha256:
                 return
             if attempt == 2:
@@ -217,7 +217,7 @@ class ShardCache:
                 )
 
     def _make_room(self, file: CachedFile, part: IO[bytes]) -> None:
-        """Removes files used longest ago until this one fits, and takes its place by giving the part its full length."""
+        """Remove files used longest ago until this one fits, and takes its place by giving the part its full length."""
         if file.bytes > self.limit_bytes:
             raise UserError(
                 f"'{file.name}' has {file.bytes:,} bytes and the cache '{self.folder}' may hold {self.limit_bytes:,}: raise "

@@ -224,7 +224,7 @@ def test_a_batch_that_does_not_divide_among_ranks(told, config, monkeypatch: pyt
     monkeypatch.setattr(loop.distributed, "setup", lambda device, **options: four)
     sentence = told("pretrain", config({"train": {"batch": 10}}))
     assert (
-        sentence == "the global batch size 10 does not divide among 4 ranks; use a multiple, such as 8 or 12."
+        sentence == "The global batch size 10 does not divide among 4 ranks; use a multiple, such as 8 or 12."
     )
 
 

@@ -148,7 +148,7 @@ def _fail_from(monkeypatch: pytest.MonkeyPatch, step: int, error: OSError) -> No
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            r"the disk is full: '.*step-000000006.pt' could not be written.*--resume",
+            r"The disk is full: '.*step-000000006.pt' could not be written.*--resume",
         ),
         (
             OSError(errno.EIO, "Input/output error"),

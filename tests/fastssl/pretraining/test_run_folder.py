@@ -190,7 +190,7 @@ def test_a_full_disk(told, config, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(atomic_files.os, "replace", refuse)
     sentence = told("pretrain", config())
-    assert sentence.startswith("the disk is full: '")
+    assert sentence.startswith("The disk is full: '")
     assert "bytes are free. Make room there" in sentence
     assert newest(tmp_path / "run")["step"] == SAVE_STEPS
 

@@ -13,7 +13,7 @@ from fastssl.pretraining.loop import pretrain
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.splits.split_rules import SplitRule
-from shards.splits.split_table import make_split, open_split
+from shards.splits.split_table import open_split, split
 from shards.storage.opening import open_place
 from tests.fastssl.runs import resolve, rows
 
@@ -22,7 +22,7 @@ from tests.fastssl.runs import resolve, rows
 def folder(shards: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "shards"
     shutil.copytree(shards, copy)
-    make_split(open_place(copy), SplitRule(val=0.2, labelled=(0.25,)))
+    split(open_place(copy), SplitRule(val=0.2, labelled=(0.25,)))
     return copy
 
 
@@ -57,7 +57,7 @@ def test_pretraining_on_a_split_and_resuming_on_that_alone(folder: Path, tmp_pat
     assert state["shards"]["num_samples"] == 48
     assert state["step"] == 4 * resolve(folder, run, *flags).config.train.epochs
     assert [row for row in rows(run) if "knn_accuracy" in row]
-    make_split(open_place(folder), SplitRule(val=0.2, labelled=(0.25,), seed=1), overwrite=True)
+    split(open_place(folder), SplitRule(val=0.2, labelled=(0.25,), seed=1), overwrite=True)
     assert len(open_split(folder, "train")) == 48
     with pytest.raises(UserError, match="of another conversion or split"):
         pretrain(resolve(folder, run, *flags), resume=True)

@@ -15,7 +15,7 @@ from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.splits.split_rules import SplitRule
-from shards.splits.split_table import make_split
+from shards.splits.split_table import split
 from shards.storage.opening import open_place
 
 SMALL = Recipe(size=16)
@@ -23,7 +23,7 @@ SMALL = Recipe(size=16)
 
 @pytest.fixture(scope="module")
 def train(shard_set: ShardSet) -> ShardSet:
-    make_split(open_place(shard_set.folder), SplitRule(val=0.4, seed=1), "parts", overwrite=True)
+    split(open_place(shard_set.folder), SplitRule(val=0.4, seed=1), "parts", overwrite=True)
     return DataConfig(shards=str(shard_set.folder), split="parts/train").open()
 
 

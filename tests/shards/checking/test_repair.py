@@ -15,7 +15,7 @@ from shards.errors import UserError
 from shards.format import layout
 from shards.sources.source import Source
 from shards.sources.source_kinds import open_source
-from shards.sources.source_options import ListOptions, RasterOptions
+from shards.sources.source_options import ListOptions, RasterOptions, SourceOptions
 from shards.storage.opening import open_place
 from tests.pictures import encoded, fingerprints, picture
 
@@ -46,7 +46,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 def mend(folder: Path, source: Source | Path | None, workers: int = 0) -> Repair:
     place = open_place(folder)
     if isinstance(source, Path):
-        source = open_source(str(source), place)
+        source = open_source(str(source))
     return repair(place, verify(place, workers=0), source, workers=workers)
 
 
@@ -173,7 +173,7 @@ def test_a_source_that_has_gone_is_an_error_and_nothing_changes(folder: Path, tm
 
 def test_another_kind_of_source_or_other_options_are_refused(folder: Path, photos: Path):
     cut(folder / layout.shard_name(2))
-    source = open_source(str(photos), open_place(folder), rasters=RasterOptions(tile=8))
+    source = open_source(str(photos), SourceOptions(raster=RasterOptions(tile=8)))
     with pytest.raises(UserError, match=r"was made with kind 'folder', now it is 'rasters'"):
         mend(folder, source)
 
@@ -183,11 +183,11 @@ def test_a_list_is_made_again_too(photos: Path, tmp_path: Path):
     lines = [f"{name},{i % 3},{i / 7}" for i, name in enumerate(names)]
     (photos / "list.csv").write_text("\n".join(["path,group,weight", *lines]) + "\n")
     dest = open_place(tmp_path / "listed")
-    convert(open_source(str(photos / "list.csv"), dest), dest, samples_per_shard=6)
+    convert(open_source(str(photos / "list.csv")), dest, samples_per_shard=6)
     wanted = fingerprints(tmp_path / "listed")
     cut(tmp_path / "listed" / layout.shard_name(1))
     hurt(tmp_path / "listed" / layout.TABLE)
-    source = open_source(str(photos / "list.csv"), dest, lists=ListOptions())
+    source = open_source(str(photos / "list.csv"), SourceOptions(list=ListOptions()))
     assert mend(tmp_path / "listed", source).failed == []
     assert fingerprints(tmp_path / "listed") == wanted
 
@@ -199,7 +199,7 @@ def test_the_command_mends(folder: Path, photos: Path, capsys: pytest.CaptureFix
     assert "shard-000002.tar: is made again from the images: give --source" in capsys.readouterr().out
     assert main(["verify", str(folder), "--source", str(photos)]) == 2
     assert main(["verify", str(folder), "--repair", "--sorce", str(photos)]) == 2
-    assert "there is no option '--sorce'. Did you mean '--source'?" in capsys.readouterr().err
+    assert "There is no option '--sorce'. Did you mean '--source'?" in capsys.readouterr().err
     assert main(["verify", str(folder), "--repair", "--source", str(photos)]) == 0
     assert "is whole again" in capsys.readouterr().out
     assert fingerprints(folder) == wanted

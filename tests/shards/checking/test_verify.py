@@ -20,6 +20,7 @@ from shards.errors import UserError
 from shards.format import layout
 from shards.format.layout import Manifest
 from shards.sources.source_kinds import open_source
+from shards.sources.source_options import SourceOptions
 from shards.storage.opening import open_place
 from tests.pictures import encoded, picture
 
@@ -41,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(2):
         (root / "photos" / f"bad{i}.jpg").write_bytes(b"text")
     dest = open_place(root / "out")
-    source = open_source(str(root / "photos"), dest, masks=str(root / "masks"))
+    source = open_source(str(root / "photos"), SourceOptions(masks=str(root / "masks")))
     manifest = convert(source, dest, samples_per_shard=5, dedupe="drop")
     assert (manifest.num_samples, manifest.num_quarantined, manifest.num_masks) == (17, 2, 5)
     return root / "out"

@@ -114,7 +114,7 @@ def test_every_other_file_of_a_store_is_mended_too(
     wanted = fingerprints(tmp_path / "out")
     place = open_place(shards)
     harm(place)
-    done = repair(place, verify(place, workers=0), open_source(f"{bucket}/photos", place), workers=0)
+    done = repair(place, verify(place, workers=0), open_source(f"{bucket}/photos"), workers=0)
     assert done.failed == []
     assert downloaded(shards, tmp_path) == wanted
 
@@ -144,4 +144,4 @@ def test_on_a_web_server_damage_is_found_and_the_way_out_told(web: FaultProxy, t
     web.faults = lambda *_: "500"  # nothing is asked
     assert main(["verify", url, "--repair", "--source", str(tmp_path / "photos")]) == 2
     with pytest.raises(UserError, match=r"web server and can only be read; .* download it, repair the copy"):
-        repair(open_place(url), verdict, open_source(str(tmp_path / "photos"), open_place(url)), workers=0)
+        repair(open_place(url), verdict, open_source(str(tmp_path / "photos")), workers=0)

@@ -36,7 +36,7 @@ def test_a_pattern_of_images(told):
     names = sorted(map(str, Path("photos/ant").iterdir()))
     code, text = told("shard", *names, "out")
     assert code == 2
-    assert "there are 4 paths, not SOURCE and DEST only. Put a pattern in quotes" in text
+    assert "There are 4 paths, not SOURCE and DEST only. Put a pattern in quotes" in text
     assert "give the folder, 'photos/ant'." in text
 
 
@@ -74,7 +74,7 @@ def test_a_list_without_a_line_of_names(told):
     code, text = told("shard", "list.csv", "out")
     assert code == 2
     assert (
-        "the first line of 'list.csv' seems to be an image already (photos/ant/0000.jpg, ant): put a line"
+        "The first line of 'list.csv' seems to be an image already (photos/ant/0000.jpg, ant): put a line"
         in text
     )
 
@@ -121,7 +121,7 @@ def test_damage_is_told_with_the_command_that_mends_it(told):
 def test_ids_in_a_file_that_is_not_there(told):
     told("shard", "photos", "out")
     for name in ("ids.txt", "ids.csv", "ids.parquet"):
-        assert f"there is no file '{name}'" in told("shard", "out", "some", "--only", name)[1]
+        assert f"There is no file '{name}'" in told("shard", "out", "some", "--only", name)[1]
 
 
 def test_a_part_of_a_folder_keeps_its_classes(told, tmp_path: Path):

@@ -11,7 +11,7 @@ from fastssl.cli import main
 from shards.conversion.convert import convert
 from shards.images.pixels import write_npy
 from shards.overview.contact_sheet import THUMB, thumbnail, with_mask
-from shards.overview.summary import read_overview
+from shards.overview.summary import inspect
 from shards.sources.source_kinds import open_source
 from shards.storage.opening import open_place
 from tests.pictures import encoded, picture
@@ -31,12 +31,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "bad.jpg").write_bytes(b"text")
     (root / "list.csv").write_text("\n".join([*rows, "bad.jpg,ant,0,1,Ulm"]) + "\n")
     dest = open_place(root / "out")
-    convert(open_source(str(root / "list.csv"), dest), dest)
+    convert(open_source(str(root / "list.csv")), dest)
     return root / "out"
 
 
 def test_the_numbers_are_those_of_the_samples(folder: Path):
-    overview = read_overview(open_place(folder))
+    overview = inspect(open_place(folder))
     assert overview.class_counts().tolist() == [8, 2]
     assert int((overview.labels < 0).sum()) == 1
     assert overview.formats == {("jpg", 3, "uint8"): 8, ("png", 3, "uint8"): 3}

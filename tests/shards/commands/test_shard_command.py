@@ -88,7 +88,7 @@ def test_every_kind_of_source(make_folder, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_mistakes_are_user_errors(make_folder, tmp_path: Path):
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="There is no folder"):
         run([str(tmp_path / "nowhere"), str(tmp_path / "out")])
     source = make_folder(3)
     with pytest.raises(UserError, match="lies inside SOURCE"):

@@ -139,7 +139,7 @@ def test_nothing_usable_says_why(tmp_path: Path):
     for i in range(5):
         (source / f"{i}.jpg").write_bytes(b"text")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"none of the 5 images.*(\d\.jpg: not readable[^;]*;? ?){3}"):
+        with pytest.raises(UserError, match=r"None of the 5 images.*(\d\.jpg: not readable[^;]*;? ?){3}"):
             convert(source, tmp_path / "out")
         assert not (tmp_path / "out" / layout.MANIFEST).exists()
 
@@ -237,7 +237,7 @@ def test_two_conversions_into_one_folder_are_refused(make_folder, tmp_path: Path
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / layout.LOCK, "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another conversion is at work"):
+        with pytest.raises(UserError, match="Another conversion is at work"):
             convert(source, tmp_path / "out")
     assert convert(source, tmp_path / "out").num_samples == 3
 

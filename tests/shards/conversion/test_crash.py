@@ -130,7 +130,7 @@ def test_a_full_disk_keeps_what_is_whole(
         fault = attempt()
         if fault is None:
             break
-        assert "the disk is full" in fault
+        assert "The disk is full" in fault
         after = fingerprints(dest)
         assert not [name for name in after if name.endswith(".tmp")]
         assert {name: after.get(name) for name in before} == before

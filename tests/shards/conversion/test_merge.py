@@ -70,7 +70,7 @@ def test_where_no_image_is_good_the_reasons_are_kept(tmp_path: Path):
     for i in range(5):
         (tmp_path / "photos" / f"{i}.jpg").write_bytes(b"text")
     with pytest.raises(
-        UserError, match=r"none of the 5 images can be used\. The first: \d\.jpg: .* All stand in '.*jsonl'"
+        UserError, match=r"None of the 5 images can be used\. The first: \d\.jpg: .* All stand in '.*jsonl'"
     ):
         convert(tmp_path / "photos", tmp_path / "out", samples_per_shard=2, workers=0)
     lines = (tmp_path / "out" / layout.QUARANTINE).read_text().splitlines()

@@ -161,7 +161,7 @@ except UserError as fault:
     print(fault)
 """
         out = run_script(text, tmp_path)
-    assert out.startswith(f"no Ray cluster at --ray-address {address} (")
+    assert out.startswith(f"No Ray cluster at --ray-address {address} (")
     assert "Start one with `ray start --head`" in out
     assert not (tmp_path / "out").exists()
 

@@ -122,7 +122,7 @@ def test_folders_that_are_no_shard_folders(folder: Path, tmp_path: Path):
         ShardSet.open(folder)
     with pytest.raises(UserError, match=r"holds no manifest\.json"):
         ShardSet.open(tmp_path)
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="There is no folder"):
         ShardSet.open(tmp_path / "nowhere")
 
 

@@ -18,8 +18,8 @@ CHOICES = [(name, value) for name, kind in get_type_hints(Policy).items() for va
         ({"max_pixels": 0}, r"--max-pixels is 0"),
         ({"min_side": 0}, r"--min-side is 0"),
         ({"min_side": 100, "max_pixels": 9999}, r"--min-side is 100, but --max-pixels 9999 allows no such"),
-        ({"store": "jpg"}, r"there is no --store 'jpg'.*jpeg"),
-        ({"alpha": "green"}, r"there is no --alpha 'green'"),
+        ({"store": "jpg"}, r"There is no --store 'jpg'.*jpeg"),
+        ({"alpha": "green"}, r"There is no --alpha 'green'"),
     ],
 )
 def test_values_that_cannot_be_are_refused(settings: dict, words: str):

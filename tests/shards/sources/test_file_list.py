@@ -19,8 +19,8 @@ from shards.format import layout
 from shards.images.pixels import BadImage
 from shards.sources import source as sources
 from shards.sources.file_list import ListSource
-from shards.sources.source_kinds import open_source
-from shards.sources.source_options import ListOptions
+from shards.sources.source_kinds import check_apart, open_source
+from shards.sources.source_options import ListOptions, SourceOptions
 from shards.storage.opening import open_place
 from tests.pictures import encoded, fingerprints, picture
 
@@ -162,7 +162,7 @@ def test_dialects(folder: Path, name: str, text: str):
         (b"PK\x03\x04rest", r"no text but an archive, a workbook"),
         (
             "path\nnone.jpg\nno.jpg\n",
-            r"not one of the 2 files .* is there, such as 'none\.jpg' \(line 2\).*--root",
+            r"Not one of the 2 files .* is there, such as 'none\.jpg' \(line 2\).*--root",
         ),
         ("path\n0.jpg\nftpx://a/b.jpg\n", r"line 3: 'ftpx://a' is of no known protocol"),
     ],
@@ -176,7 +176,7 @@ def test_a_column_that_is_missing_names_those_that_exist(folder: Path):
     path = write(folder, "image,class\n0.jpg,a\n")
     with pytest.raises(UserError, match=r"no column 'klass' \(--label-column\). It has: image, class\."):
         ListSource(path, ListOptions(label_column="klass"))
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="There is no file"):
         ListSource(path + "x.csv")
 
 
@@ -301,10 +301,11 @@ def test_workers_moves_and_interruptions_do_not_change_a_byte(folder: Path, tmp_
 
 
 def test_options_that_do_not_go_with_the_source(folder: Path, tmp_path: Path):
-    dest = open_place(tmp_path / "out")
     with pytest.raises(UserError, match=r"--label-column x goes with a list .* and '.*set' is none"):
-        open_source(str(folder), dest, lists=ListOptions(label_column="x"))
+        open_source(str(folder), SourceOptions(list=ListOptions(label_column="x")))
     path = write(folder, "path\n0.jpg\n")
     with pytest.raises(UserError, match="--masks goes with a folder; in a list, --mask-column"):
-        open_source(path, dest, masks=str(folder / "m"))
-    assert open_source(path, open_place(folder / "out")).kind == "list"
+        open_source(path, SourceOptions(masks=str(folder / "m")))
+    listed = open_source(path)
+    assert listed.kind == "list"
+    check_apart(listed, open_place(folder / "out"))

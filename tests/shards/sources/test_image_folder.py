@@ -76,7 +76,7 @@ def test_large_folders_come_in_batches(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_missing_folder(tmp_path: Path):
-    with pytest.raises(UserError, match=r"there is no folder '.*nowhere'"):
+    with pytest.raises(UserError, match=r"There is no folder '.*nowhere'"):
         scan_folder(tmp_path / "nowhere")
 
 

@@ -27,8 +27,8 @@ from shards.format.parquet_pages import Column
 from shards.images.pixels import BadImage
 from shards.sources import parquet_images
 from shards.sources.parquet_images import ImageTableSource
-from shards.sources.source_kinds import open_source
-from shards.sources.source_options import ListOptions
+from shards.sources.source_kinds import check_apart, open_source
+from shards.sources.source_options import ListOptions, SourceOptions
 from shards.storage.opening import open_place
 from tests.pictures import encoded, fingerprints, picture
 from tests.shards.conversion.test_crash import ROOT, wait_for_shards
@@ -120,7 +120,7 @@ def rows_of(folder: Path) -> dict[str, dict]:
 
 def test_a_hugging_face_table_with_its_classes_and_columns(tmp_path: Path):
     path = hugging(tmp_path / "data" / "train-0.parquet", range(20), row_group_size=7)
-    source = open_source(str(path), open_place(tmp_path / "out"))
+    source = open_source(str(path))
     manifest = convert(source, tmp_path / "out", samples_per_shard=6, workers=0)
     assert manifest is not None
     assert (manifest.kind, manifest.source, manifest.num_samples) == ("parquet", "train-0.parquet", 20)
@@ -150,7 +150,7 @@ def test_several_files_and_a_plain_column_of_bytes_with_masks(tmp_path: Path):
         path = tmp_path / "in" / f"part-{k}.parquet"
         path.parent.mkdir(exist_ok=True)
         pq.write_table(pa.table(table), path)
-    source = open_source(str(tmp_path / "in"), open_place(tmp_path / "out"))
+    source = open_source(str(tmp_path / "in"))
     manifest = convert(source, tmp_path / "out", workers=0)
     assert manifest is not None
     assert (manifest.num_samples, manifest.num_masks, manifest.classes) == (8, 4, ["a", "b"])
@@ -160,11 +160,10 @@ def test_several_files_and_a_plain_column_of_bytes_with_masks(tmp_path: Path):
         i = 4 * int(name[5]) + int(name[-1])
         assert bytes(opened.read(row["sample_id"])) == jpeg(i)
         assert (opened.read_mask(row["sample_id"]) is not None) == (i % 2 == 0)
-    one = open_source(f"{tmp_path}/in/*-1.parquet", open_place(tmp_path / "in" / "out"))
+    one = open_source(f"{tmp_path}/in/*-1.parquet")
+    check_apart(one, open_place(tmp_path / "in" / "out"))
     assert {row["path"] for batch in one.entries() for row in batch.to_pylist()} == {"part-1.parquet"}
-    only = open_source(
-        str(tmp_path / "in"), open_place(tmp_path / "o"), lists=ListOptions(path_column="other")
-    )
+    only = open_source(str(tmp_path / "in"), SourceOptions(list=ListOptions(path_column="other")))
     assert [only.read(row).data for batch in only.entries() for row in batch.to_pylist()] == [b"x"] * 8
 
 
@@ -278,7 +277,7 @@ def test_a_damaged_page_and_files_that_differ(tmp_path: Path):
     ("flags", "words"),
     [
         (["--path-column", "nope"], "has no column 'nope' (--path-column). It has: image, label, note"),
-        (["--path-column", "note"], "not one of the 9 files"),
+        (["--path-column", "note"], "Not one of the 9 files"),
         (["--label-column", "nope"], "has no column 'nope' (--label-column)"),
         (["--masks", "m"], "--masks goes with a folder"),
         (["--root", "."], "--root . goes with a list of paths"),
@@ -289,7 +288,7 @@ def test_mistakes_are_told(tmp_path: Path, flags: list[str], words: str, capsys:
     path = hugging(tmp_path / "x.parquet", range(1, 5))
     if "note" in flags:
         path = hugging(path, range(11, 15)) and hugging(path, range(1, 5))
-        words = "not one of the 4 files"
+        words = "Not one of the 4 files"
     assert main(["shard", str(path), str(tmp_path / "out"), *flags]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out" / layout.PLAN).exists()
@@ -299,17 +298,17 @@ def test_splits_put_together_are_told_of(tmp_path: Path):
     for name in ("train-0", "train-1", "test-0"):
         hugging(tmp_path / "in" / f"{name}.parquet", range(2))
     pq.write_table(pa.table({"path": ["a.jpg"]}), tmp_path / "list.parquet")
-    source = open_source(str(tmp_path / "in"), open_place(tmp_path / "out"))
+    source = open_source(str(tmp_path / "in"))
     list(source.entries())
     row = next(source.entries()).to_pylist()[1]
     assert pickle.loads(pickle.dumps(source)).read(row).data == jpeg(1)
     [warning] = source.warnings()
     assert warning.startswith("files of test, train are put together. To keep them apart, convert each")
-    assert open_source(str(tmp_path / "list.parquet"), open_place(tmp_path / "out")).kind == "list"
+    assert open_source(str(tmp_path / "list.parquet")).kind == "list"
     with pytest.raises(
         UserError, match=r"has no column of images.*It has: path. A list of paths is read from one file"
     ):
-        open_source(f"{tmp_path}/li*.parquet", open_place(tmp_path / "out"))
+        open_source(f"{tmp_path}/li*.parquet")
 
 
 KILLED = """

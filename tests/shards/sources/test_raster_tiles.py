@@ -22,8 +22,8 @@ from shards.images.mask_images import MaskFolder
 from shards.images.pixels import BadImage, read_npy
 from shards.sources.raster_reader import NO_INDEX
 from shards.sources.raster_tiles import RasterSource, starts
-from shards.sources.source_kinds import open_source
-from shards.sources.source_options import ListOptions, RasterOptions
+from shards.sources.source_kinds import check_apart, open_source
+from shards.sources.source_options import ListOptions, RasterOptions, SourceOptions
 from shards.storage.opening import open_place
 from tests.pictures import fingerprints
 
@@ -265,7 +265,7 @@ def test_scenes_that_cannot_be_used_are_quarantined(tmp_path: Path):
         ({"tile": 8, "bands": "1;2"}, "--bands is '1;2'"),
         ({"tile": 8, "bands": "0"}, "--bands is '0'"),
         ({"tile": 99}, r"smaller than a tile of 99 x 99, such as 'a\.tif' \(8 x 8\)"),
-        ({"tile": 8, "bands": "3"}, r"no raster .* can be used, such as 'a\.tif' \(has no band 3, only 2\)"),
+        ({"tile": 8, "bands": "3"}, r"No raster .* can be used, such as 'a\.tif' \(has no band 3, only 2\)"),
     ],
 )
 def test_mistakes(tmp_path: Path, options: dict, words: str):
@@ -276,9 +276,9 @@ def test_mistakes(tmp_path: Path, options: dict, words: str):
 
 def test_a_source_that_is_none_or_went_away(tmp_path: Path):
     options = RasterOptions(tile=8)
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="There is no folder"):
         listed(RasterSource(str(tmp_path / "none"), options))
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="There is no file"):
         listed(RasterSource(str(tmp_path / "none.tif"), options))
     (tmp_path / "scenes").mkdir()
     (tmp_path / "scenes" / "a.txt").write_text("x")
@@ -296,17 +296,19 @@ def test_a_source_that_is_none_or_went_away(tmp_path: Path):
 
 def test_options_that_do_not_go_together(tmp_path: Path):
     write(tmp_path / "scenes" / "a.tif", noise(0, 2, 8, 8))
-    dest = open_place(tmp_path / "out")
     scenes = str(tmp_path / "scenes")
     with pytest.raises(UserError, match="--stride 4 goes with --tile N"):
-        open_source(scenes, dest, rasters=RasterOptions(stride=4))
+        open_source(scenes, SourceOptions(raster=RasterOptions(stride=4)))
     (tmp_path / "list.csv").write_text("path\n")
     with pytest.raises(UserError, match=r"--tile 4 goes with rasters, and '.*list\.csv' is none"):
-        open_source(str(tmp_path / "list.csv"), dest, rasters=RasterOptions(tile=4))
+        open_source(str(tmp_path / "list.csv"), SourceOptions(raster=RasterOptions(tile=4)))
     with pytest.raises(UserError, match="--label-column x goes with a list"):
-        open_source(scenes, dest, rasters=RasterOptions(tile=4), lists=ListOptions(label_column="x"))
+        open_source(scenes, SourceOptions(raster=RasterOptions(tile=4), list=ListOptions(label_column="x")))
     with pytest.raises(UserError, match="lies inside SOURCE"):
-        open_source(scenes, open_place(tmp_path / "scenes" / "out"), rasters=RasterOptions(tile=4))
+        check_apart(
+            open_source(scenes, SourceOptions(raster=RasterOptions(tile=4))),
+            open_place(tmp_path / "scenes" / "out"),
+        )
 
 
 def test_moves_and_interruptions_do_not_change_a_byte(tmp_path: Path):

@@ -65,7 +65,7 @@ SAME = (
 
 
 def test_all_that_is_known_comes_along(first: Path, tmp_path: Path):
-    source = open_source(str(first), open_place(tmp_path / "out"))
+    source = open_source(str(first))
     assert source.kind == "shards"
     manifest = convert(source, tmp_path / "out", samples_per_shard=3, seed=7)
     assert manifest is not None
@@ -119,15 +119,15 @@ def test_some_samples_only(first: Path, tmp_path: Path):
     (tmp_path / "ids.txt").write_text("7\nx2\n")
     with pytest.raises(UserError, match=r"ids\.txt', line 2: 'x2' is no sample id"):
         read_only(str(first), str(tmp_path / "ids.txt"))
-    with pytest.raises(UserError, match=r"there is no file 'a/b\.txt'"):
+    with pytest.raises(UserError, match=r"There is no file 'a/b\.txt'"):
         read_only(str(first), "a/b.txt")
 
 
 def test_a_split_only(first: Path, tmp_path: Path):
     from shards.splits.split_rules import SplitRule
-    from shards.splits.split_table import make_split, open_split
+    from shards.splits.split_table import open_split, split
 
-    make_split(open_place(first), SplitRule(val=0.3))
+    split(open_place(first), SplitRule(val=0.3))
     ids = read_only(str(first), "val")
     assert ids.tolist() == open_split(first, "val").ids.tolist()
     assert 0 < len(ids) < 10
@@ -147,13 +147,13 @@ def test_a_folder_that_is_not_whole(first: Path, tmp_path: Path):
         ShardFolderSource(str(first))
     (first / layout.MANIFEST).unlink()
     with pytest.raises(UserError, match="is unfinished"):
-        open_source(str(first), open_place(tmp_path / "out"))
+        open_source(str(first))
 
 
 def test_a_manifest_of_something_else_makes_no_shard_folder(tmp_path: Path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "manifest.json").write_text("{}")
-    assert open_source(str(tmp_path / "photos"), open_place(tmp_path / "out")).kind == "folder"
+    assert open_source(str(tmp_path / "photos")).kind == "folder"
 
 
 def test_moves_and_interruptions_do_not_change_a_byte(first: Path, tmp_path: Path):

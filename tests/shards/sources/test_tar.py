@@ -22,8 +22,8 @@ from shards.errors import UserError
 from shards.format import layout
 from shards.format.tar_reader import Cut, TarMember, members, split_name
 from shards.sources.file_set import expand_braces
-from shards.sources.source_kinds import open_source
-from shards.sources.source_options import ListOptions
+from shards.sources.source_kinds import check_apart, open_source
+from shards.sources.source_options import ListOptions, SourceOptions
 from shards.sources.tar import TarSource
 from shards.storage.opening import open_place
 from tests.pictures import encoded, fingerprints, picture
@@ -265,7 +265,7 @@ def test_which_tars_are_meant(tmp_path: Path):
     assert set(listed(tars + "/t-{009..010}.tar")) == {"t-009.tar/a.jpg", "t-010.tar/a.jpg"}
     assert set(listed(f"{tmp_path}/*/deep/*.tar")) == {"tars/deep/t-011.tar/a.jpg"}
     assert set(listed(f"{tars}/other.tar")) == {"other.tar/a.jpg"}
-    with pytest.raises(UserError, match=r"there is no file '.*t-011\.tar'"):
+    with pytest.raises(UserError, match=r"There is no file '.*t-011\.tar'"):
         listed(tars + "/t-{009..011}.tar")
     with pytest.raises(UserError, match=r"holds no file 'x\*\.tar'"):
         listed(f"{tars}/x*.tar")
@@ -282,21 +282,22 @@ def test_braces_and_names():
 def test_a_folder_means_tars_where_it_holds_nothing_else(tmp_path: Path):
     write(tmp_path / "tars" / "a.tar", [("a.jpg", jpeg(0))])
     (tmp_path / "tars" / "readme.md").write_text("x")
-    dest = open_place(tmp_path / "out")
     tars = str(tmp_path / "tars")
-    assert open_source(tars, dest).kind == "tars"
+    assert open_source(tars).kind == "tars"
     for words, options in {
         "--masks goes with a folder of images": {"masks": tars},
-        "--label-column x goes with a list": {"lists": ListOptions(label_column="x")},
+        "--label-column x goes with a list": {"list": ListOptions(label_column="x")},
         "--only x goes with a finished shard folder": {"only": "x"},
     }.items():
         with pytest.raises(UserError, match=words):
-            open_source(tars, dest, **options)
+            open_source(tars, SourceOptions(**options))
     with pytest.raises(UserError, match="lies inside SOURCE"):
-        open_source(tars, open_place(tmp_path / "tars" / "out"))
-    assert open_source(f"{tars}/*.tar", open_place(tmp_path / "tars" / "out")).kind == "tars"
+        check_apart(open_source(tars), open_place(tmp_path / "tars" / "out"))
+    named = open_source(f"{tars}/*.tar")
+    assert named.kind == "tars"
+    check_apart(named, open_place(tmp_path / "tars" / "out"))
     (tmp_path / "tars" / "b.jpg").write_bytes(jpeg(0))
-    assert open_source(tars, dest).kind == "folder"
+    assert open_source(tars).kind == "folder"
 
 
 KILLED = """

@@ -8,9 +8,8 @@ from fastssl.cli import main
 from shards.conversion.convert import convert
 from shards.errors import UserError
 from shards.sources.source_kinds import open_source
-from shards.sources.source_options import TarOptions
+from shards.sources.source_options import SourceOptions, TarOptions
 from shards.sources.tar import TarSource
-from shards.storage.opening import open_place
 from tests.shards.sources.test_tar import FORMATS, jpeg, write
 
 PLAIN = [
@@ -105,10 +104,10 @@ def test_tars_in_a_tar_as_imagenet_has_them(tmp_path: Path, format: str):
 
 
 def test_label_from_is_checked_and_kept(tmp_path: Path):
-    with pytest.raises(UserError, match=r"there is no --label-from 'folders'\. Did you mean 'folder'"):
+    with pytest.raises(UserError, match=r"There is no --label-from 'folders'\. Did you mean 'folder'"):
         TarOptions("folders")
     with pytest.raises(UserError, match=r"--label-from tar goes with tars, and '.*' is none"):
-        open_source(str(tmp_path), open_place(tmp_path / "out"), tars=TarOptions("tar"))
+        open_source(str(tmp_path), SourceOptions(tar=TarOptions("tar")))
     path = write(tmp_path / "a.tar", PLAIN)
     flags = ["shard", str(path), str(tmp_path / "out"), "--workers", "0"]
     assert main([*flags, "--label-from", "folder:1"]) == 0

@@ -17,7 +17,7 @@ from shards.errors import UserError
 from shards.format import layout
 from shards.format.sealed_parquet import check_seal
 from shards.splits.split_rules import SplitRule
-from shards.splits.split_table import make_split, open_split
+from shards.splits.split_table import open_split, split
 from shards.storage.opening import open_place
 from tests.pictures import encoded, picture
 
@@ -71,12 +71,10 @@ def test_equal_pixels_stay_together_even_across_scenes(folder: Path) -> None:
     by_name = {shards.name(i).partition("/")[2]: i for i in range(60)}
     twins = {by_name["scene00_t0.png"], by_name["scene14_t3.png"]}
     for seed in range(12):
-        make_split(open_place(folder), SplitRule(val=0.4, seed=seed), "twins", overwrite=True)
+        split(open_place(folder), SplitRule(val=0.4, seed=seed), "twins", overwrite=True)
         [val] = parts(folder, "twins/val")
         assert len(val & twins) in (0, 2)
-        make_split(
-            open_place(folder), SplitRule(val=0.3, seed=seed, group_by=r"(scene\d+)"), "s", overwrite=True
-        )
+        split(open_place(folder), SplitRule(val=0.3, seed=seed, group_by=r"(scene\d+)"), "s", overwrite=True)
         train, val = parts(folder, "s/train", "s/val")
         assert not scenes(folder, train) & scenes(folder, val)
         assert ("scene00" in scenes(folder, val)) == ("scene14" in scenes(folder, val))
@@ -96,14 +94,12 @@ def test_the_column_group_counts_unless_told_otherwise(folder: Path, tmp_path: P
         "patient", pa.array([i // 20 for i in range(60)])
     )
     pq.write_table(table, grouped / layout.TABLE)
-    division = make_split(open_place(grouped), SplitRule(val=0.2))
+    division = split(open_place(grouped), SplitRule(val=0.2))
     assert division.notes == ["Groups are those of the column 'group' (--group-by none turns that off)."]
     [train, val] = parts(grouped, "train", "val")
     assert not {strips[i].as_py() for i in train} & {strips[i].as_py() for i in val} - {None}
-    assert (
-        len(np.unique(make_split(open_place(grouped), SplitRule(val=0.2, group_by="none"), "b").groups)) == 59
-    )
-    [train, val] = make_split(open_place(grouped), SplitRule(val=0.3, group_by="patient"), "c") and parts(
+    assert len(np.unique(split(open_place(grouped), SplitRule(val=0.2, group_by="none"), "b").groups)) == 59
+    [train, val] = split(open_place(grouped), SplitRule(val=0.3, group_by="patient"), "c") and parts(
         grouped, "c/train", "c/val"
     )
     assert len({i // 20 for i in train} & {i // 20 for i in val}) == 0
@@ -114,15 +110,15 @@ def test_the_column_group_counts_unless_told_otherwise(folder: Path, tmp_path: P
 
 def test_the_same_split_again_writes_the_same_bytes_and_another_is_refused(folder: Path) -> None:
     place = open_place(folder)
-    make_split(place, SplitRule(val=0.1, labelled=(0.5,)))
+    split(place, SplitRule(val=0.1, labelled=(0.5,)))
     before = (folder / layout.SPLITS).read_bytes()
-    make_split(place, SplitRule(val=0.1, labelled=(0.5,)))
+    split(place, SplitRule(val=0.1, labelled=(0.5,)))
     assert (folder / layout.SPLITS).read_bytes() == before
     with pytest.raises(UserError, match=r"'default' already, made differently \(seed was 0, now 1\)"):
-        make_split(place, SplitRule(val=0.1, labelled=(0.5,), seed=1))
+        split(place, SplitRule(val=0.1, labelled=(0.5,), seed=1))
     assert (folder / layout.SPLITS).read_bytes() == before
-    make_split(place, SplitRule(test=0.3), "other")
-    make_split(place, SplitRule(val=0.1, seed=1), overwrite=True)
+    split(place, SplitRule(test=0.3), "other")
+    split(place, SplitRule(val=0.1, seed=1), overwrite=True)
     assert pq.read_schema(folder / layout.SPLITS).names == ["sample_id", "default", "other"]
 
 
@@ -169,7 +165,7 @@ def test_lists_that_tear_twins_are_told_of(
     [
         (["--val", "0.6", "--test", "0.5"], "sum to 1.1"),
         (["--val", "1"], "--val is 1"),
-        ([], "nothing to split"),
+        ([], "Nothing to split"),
         (["--val", "0.1", "--group-by", "scene"], "no such column"),
         (["--val", "0.1", "--stratify", "lable"], "Did you mean 'label'"),
         (["--val", "0.1", "--group-by", r"scene\d+"], "has no group"),
@@ -193,7 +189,7 @@ def test_mistakes_are_told(folder: Path, flags: list[str], words: str) -> None:
 
 
 def test_names_without_the_group_may_stand_alone(folder: Path) -> None:
-    division = make_split(open_place(folder), SplitRule(val=0.2, group_by=r"(scene\d+)_t[12]|$"))
+    division = split(open_place(folder), SplitRule(val=0.2, group_by=r"(scene\d+)_t[12]|$"))
     # 15 scenes of their two middle tiles, 30 tiles alone, two of which have the same pixels.
     assert len(np.unique(division.groups)) == 15 + 29
 
@@ -201,9 +197,7 @@ def test_names_without_the_group_may_stand_alone(folder: Path) -> None:
 def test_classes_without_labels_in_train_are_named(folder: Path, tmp_path: Path) -> None:
     sources = [s for s in pq.read_table(folder / layout.TABLE)["source"].to_pylist() if s.startswith("ant/")]
     (tmp_path / "train.txt").write_text("\n".join(sources))
-    division = make_split(
-        open_place(folder), SplitRule(lists=(str(tmp_path / "train.txt"),), labelled=(0.01,))
-    )
+    division = split(open_place(folder), SplitRule(lists=(str(tmp_path / "train.txt"),), labelled=(0.01,)))
     assert (
         "2 of 3 classes have no labelled image in train, so no label fraction has one: bee, cat."
         in division.notes
@@ -216,7 +210,7 @@ def test_classes_without_labels_in_train_are_named(folder: Path, tmp_path: Path)
 def test_subsets_that_are_not_there(folder: Path) -> None:
     with pytest.raises(UserError, match=r"has no splits: `fastssl split .* --val 0.1` makes some"):
         open_split(folder, "train")
-    make_split(open_place(folder), SplitRule(val=0.1, labelled=(0.1,)))
+    split(open_place(folder), SplitRule(val=0.1, labelled=(0.1,)))
     for wrong, words in (("vall", "Did you mean 'val'"), ("labelled-0.2", "Did you mean 'labelled-0.1'")):
         with pytest.raises(UserError, match=words):
             open_split(folder, wrong)
@@ -227,17 +221,17 @@ def test_subsets_that_are_not_there(folder: Path) -> None:
 
 
 def test_a_file_of_another_conversion_is_refused(folder: Path, make_folder, tmp_path: Path) -> None:
-    make_split(open_place(folder), SplitRule(val=0.1))
+    split(open_place(folder), SplitRule(val=0.1))
     convert(make_folder(12), tmp_path / "out", workers=0)
     (tmp_path / "out" / layout.SPLITS).write_bytes((folder / layout.SPLITS).read_bytes())
     with pytest.raises(UserError, match="divides 60 samples of another conversion"):
         open_split(tmp_path / "out", "val")
     with pytest.raises(UserError, match="divides 60 samples of another conversion"):
-        make_split(open_place(tmp_path / "out"), SplitRule(val=0.1))
+        split(open_place(tmp_path / "out"), SplitRule(val=0.1))
 
 
 def test_a_subset_keeps_the_ids_of_the_folder(folder: Path) -> None:
-    make_split(open_place(folder), SplitRule(val=0.1))
+    split(open_place(folder), SplitRule(val=0.1))
     whole, val = ShardSet.open(folder), open_split(folder, "val")
     assert (len(whole), len(val), val.num_samples) == (60, 6, 60)
     assert whole.ids.tolist() == list(range(60))

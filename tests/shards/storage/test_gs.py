@@ -87,7 +87,7 @@ def test_what_places_do(google: FaultProxy, monkeypatch: pytest.MonkeyPatch):
     assert [place.create("lock", b"1"), place.create("lock", b"2"), place.read("lock")] == [True, False, b"1"]
     with (
         place.lock(layout.LOCK),
-        pytest.raises(UserError, match="another conversion is at work"),
+        pytest.raises(UserError, match="Another conversion is at work"),
         place.lock(layout.LOCK),
     ):
         pass

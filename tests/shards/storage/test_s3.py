@@ -117,10 +117,10 @@ def test_killed_and_run_again_the_bytes_are_the_same(
     process = start(SLOW, source, url, tmp_path)
     wait_for(process, lambda: proxy.requests("PUT", ".rows") >= 2)
     with pytest.raises(
-        UserError, match=rf"another conversion is at work in '{url}' \(process {process.pid} on "
+        UserError, match=rf"Another conversion is at work in '{url}' \(process {process.pid} on "
     ):
         convert(source, url, samples_per_shard=PER_SHARD, workers=0)
-    with pytest.raises(UserError, match="another conversion is at work"):
+    with pytest.raises(UserError, match="Another conversion is at work"):
         convert(source, url, samples_per_shard=PER_SHARD, workers=0, part=Part(0, 2))
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -169,9 +169,9 @@ def test_a_lock_of_another_machine_is_watched(place: Place, monkeypatch: pytest.
     with place.lock("lock"):
         held = place.read("lock")
         elsewhere(monkeypatch)
-        with pytest.raises(UserError, match="another conversion is at work"), place.lock("lock"):
+        with pytest.raises(UserError, match="Another conversion is at work"), place.lock("lock"):
             pass
-        with pytest.raises(UserError, match="another conversion is at work"), place.lock("lock", shared=True):
+        with pytest.raises(UserError, match="Another conversion is at work"), place.lock("lock", shared=True):
             pass
     assert not place.exists("lock")
     place.write("lock", held)  # and no beat
@@ -186,7 +186,7 @@ def test_the_whole_is_refused_while_a_part_is_made(place: Place):
     with place.lock("lock", shared=True), place.lock("lock-1-of-2"):
         with place.lock("lock", shared=True), place.lock("lock-0-of-2"):
             pass
-        with pytest.raises(UserError, match="another conversion is at work"), place.lock("lock"):
+        with pytest.raises(UserError, match="Another conversion is at work"), place.lock("lock"):
             pass
     with place.lock("lock"):
         pass
@@ -244,7 +244,7 @@ def test_destinations_and_credentials_that_cannot_work(
 ):
     with pytest.raises(UserError, match="can only be read; give a DEST"):
         convert(f"{web.url}/photos", f"{web.url}/shards")
-    with pytest.raises(UserError, match=r"there is nothing at 's3://bucket/.*/no'; check the URL of SOURCE"):
+    with pytest.raises(UserError, match=r"There is nothing at 's3://bucket/.*/no'; check the URL of SOURCE"):
         convert(f"{bucket}/no", f"{bucket}/shards")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)

@@ -73,7 +73,7 @@ def test_the_report(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_mistakes_are_told(shards: Path, flags: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         bench_command.run(["start", str(shards), *flags])
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="There is no folder"):
         bench_command.run(["start", str(shards / "none")])
     with pytest.raises(UserError, match="is not on this machine"):
         bench_command.run(["start", "s3://bucket/shards"])
