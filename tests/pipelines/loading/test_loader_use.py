@@ -24,7 +24,7 @@ from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.format.layout import Manifest
 from shards.splits.split_rules import SplitRule
-from shards.splits.split_table import make_split
+from shards.splits.split_table import split
 from shards.storage.opening import open_place
 from tests import needs
 
@@ -303,7 +303,7 @@ def test_a_path_a_preset_and_a_split_are_accepted(shard_set, tmp_path):
     with pytest.raises(UserError, match="no splits"):
         open_loader(shard_set, SMALL, batch=8, split="train")
     copied = shutil.copytree(shard_set.folder, tmp_path / "shards")
-    make_split(open_place(copied), SplitRule(val=0.25, group_by="none"))
+    split(open_place(copied), SplitRule(val=0.25, group_by="none"))
     for shards in (copied, ShardSet.open(copied)):
         loader = open_loader(shards, SMALL, batch=8, split="train")
         assert len(loader.shards) == 31
