@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from fastssl.bench.report import Row, reason
+from fastssl.bench.report import Row, error_line
 from shards.errors import UserError
 
 T = TypeVar("T")
@@ -61,8 +61,8 @@ class Guard:
         if isinstance(error, UserError):
             return str(error)
         if out_of_memory(error):
-            return f"{self._no_memory} ({reason(error)})"
-        return reason(error)
+            return f"{self._no_memory} ({error_line(error)})"
+        return error_line(error)
 
     def _free(self) -> str:
         """Free what a failure has left on the GPU; returns why the GPU no longer works, or an empty text."""
@@ -76,7 +76,7 @@ class Guard:
             torch.cuda.empty_cache()
             torch.ones(1, device=self._device).item()
         except RuntimeError as error:
-            return reason(error)
+            return error_line(error)
         return ""
 
 

@@ -231,10 +231,13 @@ def _cpu_model() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def reason(fault: Exception) -> str:
-    """A message in one line: both ends of a long one, as DALI says the cause first and DataLoader's workers say it last."""
-    kind = "not installed" if isinstance(fault, ImportError) else type(fault).__name__
-    text = " ".join(str(fault).split())
+def error_line(error: Exception) -> str:
+    """Return kind and message of an error in one line.
+
+    A long message keeps both ends: DALI gives the cause first, DataLoader's workers give it last.
+    """
+    kind = "not installed" if isinstance(error, ImportError) else type(error).__name__
+    text = " ".join(str(error).split())
     if len(text) > 320:
         text = f"{text[:160]} ... {text[-160:]}"
     return f"{kind}: {text}" if text else kind
@@ -291,7 +294,7 @@ def _write(path: str, values: Any) -> None:
 
     try:
         atomic_write(path, (json.dumps(values, indent=2) + "\n").encode())
-    except OSError as fault:
+    except OSError as error:
         raise UserError(
-            f"The report '{path}' cannot be written ({fault.strerror}): choose another --json."
-        ) from fault
+            f"The report '{path}' cannot be written ({error.strerror}): choose another --json."
+        ) from error

@@ -47,7 +47,7 @@ class BenchShard:
 
 
 @dataclass(frozen=True)
-class Way:
+class MeasuredWriter:
     """One row of the report. `base`: the row whose work is the least that this one must do; `deed`: one of writers.DEEDS."""
 
     name: str
@@ -58,27 +58,33 @@ class Way:
     is_peer: bool = False
 
 
-WAYS = [
-    Way("decode", only, "proof", "", "simplejpeg (libjpeg-turbo) on every file, nothing written"),
-    Way(
+WRITERS = [
+    MeasuredWriter("decode", only, "proof", "", "simplejpeg (libjpeg-turbo) on every file, nothing written"),
+    MeasuredWriter(
         "fastssl keep",
         ours,
         "proof",
         "decode",
         "`fastssl shard`: every coefficient read (docs/shard_format.md), bytes kept; with checksums, statistics, duplicates",
     ),
-    Way(
+    MeasuredWriter(
         "webdataset", webdataset, "read", "decode", "ShardWriter: no proof, no checksums, no statistics", True
     ),
-    Way("webdataset + proof", webdataset, "proof", "decode", "the same, each file decoded first", True),
-    Way("litdata", litdata, "read", "decode", "optimize: no proof, no checksums", True),
-    Way("litdata + proof", litdata, "proof", "decode", "the same, each file decoded first", True),
-    Way(
+    MeasuredWriter(
+        "webdataset + proof", webdataset, "proof", "decode", "the same, each file decoded first", True
+    ),
+    MeasuredWriter("litdata", litdata, "read", "decode", "optimize: no proof, no checksums", True),
+    MeasuredWriter("litdata + proof", litdata, "proof", "decode", "the same, each file decoded first", True),
+    MeasuredWriter(
         "decode + encode", only, "smaller", "", "decoded, scaled to a short side of 256, encoded (quality 95)"
     ),
-    Way("fastssl re-encode", ours, "smaller", "decode + encode", "`fastssl shard --short-side 256`"),
-    Way("webdataset re-encode", webdataset, "smaller", "decode + encode", "ShardWriter of the same", True),
-    Way("litdata re-encode", litdata, "smaller", "decode + encode", "optimize of the same", True),
+    MeasuredWriter(
+        "fastssl re-encode", ours, "smaller", "decode + encode", "`fastssl shard --short-side 256`"
+    ),
+    MeasuredWriter(
+        "webdataset re-encode", webdataset, "smaller", "decode + encode", "ShardWriter of the same", True
+    ),
+    MeasuredWriter("litdata re-encode", litdata, "smaller", "decode + encode", "optimize of the same", True),
 ]
 
 
@@ -94,8 +100,8 @@ def run(argv: list[str]) -> int:
 
     from shards.cpus import available_cpus
 
-    ways = [way for way in WAYS if args.peers or not way.is_peer]
-    rows = [Row(way.name, note=way.note) for way in ways]
+    writers = [writer for writer in WRITERS if args.peers or not writer.is_peer]
+    rows = [Row(writer.name, note=writer.note) for writer in writers]
     workers, where, console = args.workers or available_cpus(), machine(), Console(highlight=False)
     with tempfile.TemporaryDirectory(dir=args.out or None, prefix="fastssl-bench-") as scratch:
         folder, files, num_bytes = _gather(Path(args.source), Path(scratch) / "images", args.images)
@@ -105,16 +111,16 @@ def run(argv: list[str]) -> int:
             with console.status("") as status:
                 # In turns, so that other work on the machine falls on all of them alike.
                 for turn in range(args.repeats + 1):
-                    for way, row in zip(ways, rows, strict=True):
+                    for writer, row in zip(writers, rows, strict=True):
                         when = f"{turn} of {args.repeats}" if turn else "warming up"
-                        status.update(f"{way.name}, {when}")
+                        status.update(f"{writer.name}, {when}")
                         if not row.error:
-                            measure(way, task, Path(scratch), row, keep=turn > 0)
+                            measure(writer, task, Path(scratch), row, keep=turn > 0)
     by_name = {row.name: row for row in rows}
-    for way, row in zip(ways, rows, strict=True):
-        row.compare(by_name.get(way.base))
-        if way.base:  # the clock of CPU time ticks 100 times a second: 0 after little work
-            base = by_name[way.base].core_ms
+    for writer, row in zip(writers, rows, strict=True):
+        row.compare(by_name.get(writer.base))
+        if writer.base:  # the clock of CPU time ticks 100 times a second: 0 after little work
+            base = by_name[writer.base].core_ms
             row.more["cpu_ratio"] = base / row.core_ms if base and row.core_ms else None
     _show(console, rows, where, args, workers, num_bytes / len(files))
     if args.json:
@@ -130,20 +136,20 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def measure(way: Way, task: Task, scratch: Path, row: Row, *, keep: bool) -> None:
-    """One turn of a way, noted in its row where `keep`; what it wrote is removed. A peer's fault is noted, one of ours raised."""
+def measure(writer: MeasuredWriter, task: Task, scratch: Path, row: Row, *, keep: bool) -> None:
+    """One turn of a writer, noted in its row where `keep`; what it wrote is removed. A peer's fault is noted, one of ours raised."""
     out = scratch / "out"
     out.mkdir()
     try:
         watch = Stopwatch()
-        turn = way.run(task, out, way.deed)
+        turn = writer.run(task, out, writer.deed)
         if turn is None:
             wall_s = watch.wall_s()
             turn = Turn(wall_s, watch.cores() * watch.wall_s())
         if keep:
             row.add(len(task.files) / turn.wall_s, turn.cpu_s / turn.wall_s)
     except Exception as fault:  # others' code fails in its own ways, and a loss must stay in the table
-        if not way.is_peer:
+        if not writer.is_peer:
             raise
         row.fail(f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}")
     finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastssl.bench.gpu.preflight import check_packages, source_tree
-from fastssl.bench.gpu.stages import LATER, MEANINGS, STAGES, TINY, WITH_SHARDS, Plan, Sizes, turns
+from fastssl.bench.gpu.stages import LATER, MEANINGS, STAGES, TINY, WITH_SHARDS, CheckSetup, Sizes, turns
 from shards.errors import UserError, check_least, nearest
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Check:
         self._say(f"all results: {self._out / 'results.tgz'}")
         return int(bool(self._failed)) or code
 
-    def _turn(self, plan: Plan, turn: tuple[str, ...]) -> None:
+    def _turn(self, plan: CheckSetup, turn: tuple[str, ...]) -> None:
         """Run stages side by side, and put their results into their files."""
         from fastssl.bench.gpu.results import collect
 
@@ -177,7 +177,7 @@ class Check:
         for line in lines:
             print(f"    {line[:SHOWN_CHARS]}", flush=True)
 
-    def _save(self, plan: Plan) -> None:
+    def _save(self, plan: CheckSetup) -> None:
         """Write down how the jobs ended and the verdict so far, and make the archive anew."""
         from fastssl.bench.gpu import goals
         from fastssl.bench.gpu.results import keep
@@ -207,7 +207,7 @@ class Check:
             return None
         return found if isinstance(found, str) else None
 
-    def _plan(self, device: str, *, on_gpu: bool) -> Plan:
+    def _plan(self, device: str, *, on_gpu: bool) -> CheckSetup:
         args = self._args
         sizes = Sizes(images=args.images, scale=args.scale, short=args.first, extra=tuple(args.extra.split()))
         if args.first:
@@ -218,7 +218,7 @@ class Check:
         own = self._work / f"shards-{sizes.images}"
         stamp = f"{datetime.date.today():%Y-%m-%d}-{device}"
         shards = args.shards.resolve() if args.shards else own
-        return Plan(self._root, self._work, shards, self._out, stamp, on_gpu, sizes)
+        return CheckSetup(self._root, self._work, shards, self._out, stamp, on_gpu, sizes)
 
     def _say(self, text: str) -> None:
         print(f"[{time.monotonic() - self._began:5.0f} s] {text}", flush=True)

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastssl.bench.report import machine, reason, today, versions
+from fastssl.bench.report import error_line, machine, today, versions
 from shards.storage.atomic_files import atomic_write
 
 COPIED_BYTES = 1 << 28
 VIEWS = 8  # images of a first batch: enough for every kernel to be compiled
 
 
-class Facts:
+class FactsFile:
     """Facts by name, written to a file as they come; one that cannot be had is {"error": reason}."""
 
     def __init__(self, out: Path):
@@ -34,7 +34,7 @@ class Facts:
             fact = find()
         except Exception as error:  # the other facts are worth having all the same
             traceback.print_exc()
-            fact, self.failed = {"error": reason(error)}, True
+            fact, self.failed = {"error": error_line(error)}, True
         self.found[name] = fact
         self.found.setdefault("seconds", {})[name] = round(time.perf_counter() - began, 2)
         atomic_write(self._out, (json.dumps(self.found, indent=2) + "\n").encode())
@@ -136,7 +136,7 @@ def first_views(device: Any) -> dict[str, float]:
 
 def main(argv: list[str]) -> int:
     """Find all facts; 1 where one of them could not be had."""
-    facts = Facts(Path(argv[0]))
+    facts = FactsFile(Path(argv[0]))
     facts.add("date", today)
     facts.add("versions", versions)
     facts.add("driver", driver)

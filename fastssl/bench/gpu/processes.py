@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastssl.bench.gpu.stages import Job
+from fastssl.bench.gpu.stages import CheckJob
 
 TOO_LONG, NO_TIME = 124, 125
 LEAST_S = 15.0  # that a job is begun with
@@ -24,7 +24,7 @@ TERM_S, KILL_S = 3.0, 5.0  # for a group to end in, asked and forced
 class Ended:
     """How a job has ended."""
 
-    job: Job
+    job: CheckJob
     code: int
     """Exit code; -N by signal N; TOO_LONG; NO_TIME where it was not begun."""
     seconds: float
@@ -61,13 +61,13 @@ class Processes:
         return self._until - time.monotonic()
 
     def run(
-        self, lanes: Sequence[Sequence[Job]], limit_s: float, told: Callable[[Ended], None]
+        self, lanes: Sequence[Sequence[CheckJob]], limit_s: float, told: Callable[[Ended], None]
     ) -> list[Ended]:
         """Run lanes side by side, the jobs of each one after the other, for `limit_s` at most; `told` is called as each ends."""
         end = min(time.monotonic() + limit_s, self._until)
         waiting, running, ended = [list(lane) for lane in lanes], {}, []
 
-        def over(job: Job, code: int, began: float) -> None:
+        def over(job: CheckJob, code: int, began: float) -> None:
             ended.append(Ended(job, code, time.monotonic() - began))
             told(ended[-1])
 
@@ -94,7 +94,7 @@ class Processes:
                 end_group(process)
         return ended
 
-    def _start(self, job: Job) -> subprocess.Popen:
+    def _start(self, job: CheckJob) -> subprocess.Popen:
         with open(self._logs / f"{job.name}.log", "wb") as log:
             log.write(f"$ {job.words}\n".encode())
             log.flush()

@@ -10,13 +10,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 from fastssl.bench.gpu.processes import Ended
-from fastssl.bench.gpu.stages import MODELS, Plan
+from fastssl.bench.gpu.stages import MODELS, CheckSetup
 from fastssl.bench.ladder.verdict import FULL, RUNGS
 
 ARCHIVE = "results.tgz"
 
 
-def collect(stage: str, plan: Plan, ended: list[Ended]) -> None:
+def collect(stage: str, plan: CheckSetup, ended: list[Ended]) -> None:
     """Put the results of a stage's jobs into its one file, and take their own away.
 
     Raises:

@@ -102,7 +102,7 @@ TINY = (
 
 
 @dataclass(frozen=True)
-class Job:
+class CheckJob:
     """One process."""
 
     name: str
@@ -124,18 +124,18 @@ class Stage:
     """Jobs that belong together."""
 
     name: str
-    lanes: tuple[tuple[Job, ...], ...]
+    lanes: tuple[tuple[CheckJob, ...], ...]
     """Lanes run side by side, the jobs of a lane one after the other."""
     limit_s: float
 
     @property
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[CheckJob]:
         """All of them."""
         return [job for lane in self.lanes for job in lane]
 
 
 @dataclass(frozen=True)
-class Plan:
+class CheckSetup:
     """What all stages share."""
 
     root: Path
@@ -164,22 +164,22 @@ class Plan:
         limits = SHORT_S if self.sizes.short else LIMIT_S
         return Stage(name, STAGES[name](self), limits.get(name, limits["other"]))
 
-    def bench(self, name: str, path: str, *flags: str) -> Job:
+    def bench(self, name: str, path: str, *flags: str) -> CheckJob:
         """A ladder."""
         out = self.path(name)
         argv = ("bench", str(self.root / path), *flags, *self.sizes.extra, "--json", str(out))
-        return Job(name, argv, out)
+        return CheckJob(name, argv, out)
 
 
-Lanes = tuple[tuple[Job, ...], ...]
+Lanes = tuple[tuple[CheckJob, ...], ...]
 
 
-def _facts(plan: Plan) -> Lanes:
+def _facts(plan: CheckSetup) -> Lanes:
     out = plan.work / "facts.json"
-    return ((Job("facts", (str(out),), out, "fastssl.bench.gpu.gpu_facts"),),)
+    return ((CheckJob("facts", (str(out),), out, "fastssl.bench.gpu.gpu_facts"),),)
 
 
-def _tests(plan: Plan) -> Lanes:
+def _tests(plan: CheckSetup) -> Lanes:
     """A process a file: a CUDA fault spoils its own process only, and a hang its own file."""
     from fastssl.bench.gpu.preflight import is_there
 
@@ -190,17 +190,17 @@ def _tests(plan: Plan) -> Lanes:
         out = plan.path(name).with_suffix(".xml")
         # What other versions warn of is no failure there.
         argv = ("-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-v", "--durations", "5", *limit)
-        lanes.append((Job(name, (*argv, f"--junit-xml={out}", file), out, "pytest"),))
+        lanes.append((CheckJob(name, (*argv, f"--junit-xml={out}", file), out, "pytest"),))
     return tuple(lanes)
 
 
-def _images(plan: Plan) -> Lanes:
+def _images(plan: CheckSetup) -> Lanes:
     photos, count = plan.work / f"photographs-{plan.sizes.images}", str(plan.sizes.images)
     argv = (str(photos), str(plan.shards), count)
-    return ((Job("images", argv, module="fastssl.bench.gpu.images"),),)
+    return ((CheckJob("images", argv, module="fastssl.bench.gpu.images"),),)
 
 
-def _warm(plan: Plan) -> Lanes:
+def _warm(plan: CheckSetup) -> Lanes:
     """Each model compiled once into the caches that its measurement reads; one at a time, as memory holds one and the tests."""
     if not plan.on_gpu:
         return ()
@@ -213,7 +213,7 @@ def _warm(plan: Plan) -> Lanes:
     return (tuple(jobs),)
 
 
-def _model(name: str, rows: str, end: str, plan: Plan) -> Lanes:
+def _model(name: str, rows: str, end: str, plan: CheckSetup) -> Lanes:
     path, batch = MODELS[name]
     sizes = plan.sizes
     if end and not sizes.short:
@@ -223,29 +223,29 @@ def _model(name: str, rows: str, end: str, plan: Plan) -> Lanes:
     return ((plan.bench(f"ladder-{name}{end}", path, *flags, *measured),),)
 
 
-def _views(command: str, name: str, plan: Plan, *flags: str) -> Lanes:
+def _views(command: str, name: str, plan: CheckSetup, *flags: str) -> Lanes:
     sizes, out = plan.sizes, plan.path(name)
     argv = ("bench", command, str(plan.shards), *flags, "--batch", plan.batch(256))
     measured = ("--seconds", f"{sizes.seconds:g}", "--repeats", str(sizes.repeats))
     size = ("--size", "16") if sizes.extra[: len(TINY)] == TINY else ()
-    return ((Job(name, (*argv, *measured, *size, "--json", str(out)), out),),)
+    return ((CheckJob(name, (*argv, *measured, *size, "--json", str(out)), out),),)
 
 
-def _augment(plan: Plan) -> Lanes:
+def _augment(plan: CheckSetup) -> Lanes:
     here = "triton,torch,kornia,kornia-modules" if plan.on_gpu else "torch,fused"
     return _views("augment", "augment", plan, "--engines", here if plan.sizes.short else "all")
 
 
-def _loader(plan: Plan) -> Lanes:
+def _loader(plan: CheckSetup) -> Lanes:
     engines = "fused" if plan.sizes.short else "fused,dali,kornia"
     return _views("loader", "loader", plan, "--engines", engines, "--peers", "none")
 
 
-def _loader_peers(plan: Plan) -> Lanes:
+def _loader_peers(plan: CheckSetup) -> Lanes:
     return _views("loader", "loader_peers", plan, "--engines", "fused", "--peers", "all")
 
 
-def _memory(plan: Plan) -> Lanes:
+def _memory(plan: CheckSetup) -> Lanes:
     """On a CPU there is no peak of a device's memory."""
     if not plan.on_gpu:
         return ()
@@ -258,7 +258,7 @@ def _memory(plan: Plan) -> Lanes:
     return (tuple(jobs),)
 
 
-def _switches(model: str, plan: Plan) -> Lanes:
+def _switches(model: str, plan: CheckSetup) -> Lanes:
     path, batch = MODELS[model]
     size = ("--train.batch", plan.batch(batch // 2))
     few = ("--rows", "full", "--steps", str(min(10, plan.sizes.steps)), "--repeats", "1")
@@ -285,7 +285,7 @@ def gpu_tests(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in marked)
 
 
-STAGES: dict[str, Callable[[Plan], Lanes]] = {
+STAGES: dict[str, Callable[[CheckSetup], Lanes]] = {
     "facts": _facts,
     "tests": _tests,
     "images": _images,

@@ -102,7 +102,7 @@ def report(resolved: Resolved, options: Options) -> int:
     from fastssl.bench.ladder.verdict import judge
     from fastssl.bench.report import machine, write_report
     from fastssl.core.distributed import choose_device
-    from fastssl.core.memory import reason as told
+    from fastssl.core.memory import bracketed_cause
     from fastssl.pretraining.build import follow_shards
 
     if resolved.config.data.shards:
@@ -121,7 +121,8 @@ def report(resolved: Resolved, options: Options) -> int:
         if not out_of_memory(error):
             raise
         raise UserError(
-            f"{resolved.config.model.backbone} does not fit in the memory of {where['gpu'] or 'this machine'}{told(error)}: {advice}."
+            f"{resolved.config.model.backbone} does not fit in the memory of {where['gpu'] or 'this machine'}"
+            f"{bracketed_cause(error)}: {advice}."
         ) from error
     top = peak(device, trainee.dtype)
     facts = {

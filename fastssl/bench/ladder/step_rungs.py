@@ -21,7 +21,7 @@ from fastssl.methods import MoCoV3
 from fastssl.pretraining.build import build_method, compute_dtype, prepare_backend, view_form
 from fastssl.pretraining.micro_batch import choose_micro_batch
 from fastssl.pretraining.run_config import Resolved
-from fastssl.pretraining.step import DDPWrapper, Step, chunks
+from fastssl.pretraining.step import DDPWrapper, Step, StepOptions, chunks
 from pipelines.streaming.lazy_views import LazyViews
 
 FORWARDS = 8  # per image: student 2 views x (forward + backward = 3), teacher 2 x 1
@@ -71,8 +71,8 @@ def build(resolved: Resolved, device: torch.device) -> Trainee:
     shards = resolved.config.data.open() if resolved.config.data.shards else None
     alone = Dist(0, 1, 0, device)
     chunk = choose_micro_batch(train.micro_batch, method, resolved, alone, dtype, shape, shards)
-    options = {"micro_batch": chunk, "exact_heads": train.exact_heads, "clip_grad": train.clip_grad}
-    step = Step(method, DDPWrapper(method), optimizer, device, dtype, **options)
+    options = StepOptions(chunk, train.exact_heads, train.clip_grad)
+    step = Step(method, DDPWrapper(method), optimizer, device, dtype, options)
     if method.queue is not None:
         method.queue.count = method.queue.size  # as in all but a run's first steps
     with _forgetful(method):
@@ -153,9 +153,8 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, C
     """Return what measures student, teacher and update by themselves, each on as many images as are on the device at a time."""
     method, step, chunk = trainee.method, trainee.step, trainee.chunk
     synthetic = _as_loaded(resolved, views(resolved, trainee.device, chunk))
-    whole = Step(
-        method, DDPWrapper(method), trainee.optimizer, trainee.device, trainee.dtype
-    )  # a chunk is all it gets
+    # Without a micro batch: a chunk is all it is given.
+    whole = Step(method, DDPWrapper(method), trainee.optimizer, trainee.device, trainee.dtype)
 
     def teacher() -> Any:
         with _autocast(trainee):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastssl.bench.guard import Guard, exit_code
-from fastssl.bench.loaders.work import Source, Work
+from fastssl.bench.loaders.work import MeasuredLoader, Work
 from fastssl.bench.report import (
     PeakMemory,
     Row,
@@ -98,21 +98,21 @@ def run(argv: list[str]) -> int:
     for sample_id in sample_ids:
         bytes(shards.read(int(sample_id)))
     ours = [
-        Source("read", "", _read, "encoded bytes copied from the shards, no more"),
-        Source("decode", "", _decode, "our decoder in threads, no views"),
+        MeasuredLoader("read", "", _read, "encoded bytes copied from the shards, no more"),
+        MeasuredLoader("decode", "", _decode, "our decoder in threads, no views"),
     ]
     device = GPU if has_gpu() else "cpu"
     guard = Guard(device, f"batches of {args.batch} do not fit in the memory: lower --batch, or --threads")
-    with_engines, failed = engine_sources(engines, work, guard)
-    for source in with_engines:
-        if args.scaling and source.name in engines:
-            ours += [source.in_threads(1 << power) for power in range((work.threads - 1).bit_length())]
-        ours.append(source)
+    with_engines, failed = engine_loaders(engines, work, guard)
+    for loader in with_engines:
+        if args.scaling and loader.name in engines:
+            ours += [loader.in_threads(1 << power) for power in range((work.threads - 1).bit_length())]
+        ours.append(loader)
     where = machine(device)
     console = Console(highlight=False)
-    sources = [*ours, *peers]
+    loaders = [*ours, *peers]
     rows = [
-        failed.get(source.name) or Row(source.name, source.fidelity, note=source.note) for source in sources
+        failed.get(loader.name) or Row(loader.name, loader.fidelity, note=loader.note) for loader in loaders
     ]
     base = next((row for row in rows if row.name == MOCO_V3), None)
     settings = dataclasses.asdict(args) | {
@@ -124,11 +124,11 @@ def run(argv: list[str]) -> int:
     with console.status("") as status:
         # In turns, so that other work on the machine falls on all of them alike.
         for repeat in range(args.repeats):
-            for source, row in zip(sources, rows, strict=True):
-                status.update(f"measuring {source.name}, {repeat + 1} of {args.repeats}")
+            for loader, row in zip(loaders, rows, strict=True):
+                status.update(f"measuring {loader.name}, {repeat + 1} of {args.repeats}")
                 if row.error:
                     continue
-                measure(source, work, args.seconds, row, guard, is_peer=source in peers)
+                measure(loader, work, args.seconds, row, guard, is_peer=loader in peers)
                 for each in rows:
                     if each.fidelity:
                         each.compare(base)
@@ -158,12 +158,14 @@ def choose(names: str, known: dict[str, Any], kind: str) -> list[Any]:
     return [known[name] for name in chosen]
 
 
-def measure(source: Source, work: Work, seconds: float, row: Row, guard: Guard, *, is_peer: bool) -> None:
+def measure(
+    loader: MeasuredLoader, work: Work, seconds: float, row: Row, guard: Guard, *, is_peer: bool
+) -> None:
     """Add to `row` one rate of a loader, taken over at least `seconds` after it has warmed up.
 
     What cannot run here, and what fails, leaves its reason in the row.
     """
-    in_a_round = work.threads if source.workers else 1
+    in_a_round = work.threads if loader.workers else 1
 
     def spend(batches: Generator[int], least_s: float) -> tuple[float, float]:
         watch, images = Stopwatch(), 0
@@ -174,8 +176,8 @@ def measure(source: Source, work: Work, seconds: float, row: Row, guard: Guard, 
 
     def turn() -> None:
         if is_peer:
-            work.refuse_local_views_and_erasing(source.name)
-        with PeakMemory() as memory, contextlib.closing(source.open(work)) as batches:
+            work.refuse_local_views_and_erasing(loader.name)
+        with PeakMemory() as memory, contextlib.closing(loader.open(work)) as batches:
             for _ in range(2):
                 spend(batches, min(WARM_UP_S, seconds))
             row.add(*spend(batches, seconds))
@@ -236,7 +238,7 @@ def has_gpu() -> bool:
 
 
 @dataclass(frozen=True)
-class Way:
+class EngineSetup:
     """How views are made: an engine and where it works."""
 
     engine: str
@@ -275,40 +277,44 @@ class Way:
                 yield batch.views
 
     def counts(self, work: Work) -> Generator[int]:
-        """The number of images of each batch, for a `Source`."""
+        """The number of images of each batch, for a `MeasuredLoader`."""
         with contextlib.closing(self.batches(work)) as made:
             for views in made:
                 yield len(views[0])
 
 
-def engine_sources(engines: list[str], work: Work, guard: Guard) -> tuple[list[Source], dict[str, Row]]:
+def engine_loaders(
+    engines: list[str], work: Work, guard: Guard
+) -> tuple[list[MeasuredLoader], dict[str, Row]]:
     """Return our engines, each with the fidelity that is measured on some of the images; where there is a GPU, also with its help.
 
     Those whose views could not be compared have a row by their name, which says why.
     """
-    sources, failed = [], {}
+    loaders, failed = [], {}
     for name in engines:
-        ways = {name: (Way(name), _NOTES[name])}
+        setups = {name: (EngineSetup(name), _NOTES[name])}
         if has_gpu():
-            ways[f"{name} to GPU"] = Way(name, GPU), "the same, and copied to the GPU"
+            setups[f"{name} to GPU"] = EngineSetup(name, GPU), "the same, and copied to the GPU"
             if name != "reference":
-                ways[f"{name} on GPU"] = Way(name, GPU, "gpu"), "views made on the GPU"
+                setups[f"{name} on GPU"] = EngineSetup(name, GPU, "gpu"), "views made on the GPU"
             if name == "fused":
-                ways["fused all on GPU"] = (
-                    Way(name, GPU, "gpu", "gpu"),
+                setups["fused all on GPU"] = (
+                    EngineSetup(name, GPU, "gpu", "gpu"),
                     "decoded there, too: --data.decode gpu",
                 )
-        for row, (way, note) in ways.items():
+        for row, (setup, note) in setups.items():
             told = Row(row, note=note)
-            found = guard.run([told], lambda way=way: measured_fidelity(way, work))
+            found = guard.run([told], lambda setup=setup: measured_fidelity(setup, work))
             if found is None:
                 failed[row] = told
             fidelity, levels = found or ("", "")
-            sources.append(Source(row, fidelity, way.counts, f"{note}; {levels}" if levels else note))
-    return sources, failed
+            loaders.append(
+                MeasuredLoader(row, fidelity, setup.counts, f"{note}; {levels}" if levels else note)
+            )
+    return loaders, failed
 
 
-def measured_fidelity(way: Way, work: Work) -> tuple[str, str]:
+def measured_fidelity(setup: EngineSetup, work: Work) -> tuple[str, str]:
     """The class of an engine's views of some of the images, and the figure in words; empty where it cannot make them."""
     from pipelines.previews.engine_fidelity import classify
 
@@ -317,7 +323,7 @@ def measured_fidelity(way: Way, work: Work) -> tuple[str, str]:
     few = dataclasses.replace(work, recipe=plain, sample_ids=ids, batch=len(ids))
     made = []
     try:
-        for each in (Way("reference"), way):
+        for each in (EngineSetup("reference"), setup):
             with contextlib.closing(each.batches(few)) as batches:
                 made.append([view.cpu().clone() for view in next(batches)])
     except UserError:  # measuring its speed will say why

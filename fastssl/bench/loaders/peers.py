@@ -24,7 +24,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from fastssl.bench.loaders.dali import decoded_batches, view_batches
-from fastssl.bench.loaders.work import Source, Work
+from fastssl.bench.loaders.work import MeasuredLoader, Work
 from pipelines.augment.recipe import Recipe
 from pipelines.kernels.decode import decode_rgb
 from shards.dataset.shard_set import ShardSet
@@ -301,17 +301,17 @@ def _kornia_views(work: Work) -> Generator[int]:
 
 
 MOCO_V3 = "moco-v3"
-PEERS: dict[str, Source] = {
-    source.name: source
-    for source in (
-        Source(
+PEERS: dict[str, MeasuredLoader] = {
+    loader.name: loader
+    for loader in (
+        MeasuredLoader(
             MOCO_V3,
             "exact",
             _data_loader(PILViews),
             "torchvision's transforms on PIL images in DataLoader workers of one thread each, as in MoCo v3's published code",
             workers=True,
         ),
-        Source(
+        MeasuredLoader(
             "torchvision-v2",
             "approximate",
             _data_loader(TensorViews),
@@ -319,21 +319,21 @@ PEERS: dict[str, Source] = {
             "a floating-point hue, on average 1 to 2 grey levels from PIL's",
             workers=True,
         ),
-        Source(
+        MeasuredLoader(
             "lightly",
             "exact",
             _data_loader(LightlyViews),
             "Lightly's MoCoV2Transform in DataLoader workers of one thread each; no solarise, one chance of blur",
             workers=True,
         ),
-        Source(
+        MeasuredLoader(
             "webdataset",
             "exact",
             _web_loader,
             "WebDataset's WebLoader over the same shards with MoCo v3's transforms on PIL images, worker processes of one thread each",
             workers=True,
         ),
-        Source(
+        MeasuredLoader(
             "dali-graph",
             "approximate",
             view_batches,
@@ -341,14 +341,14 @@ PEERS: dict[str, Source] = {
             "color_twist is one matrix: jitter in a fixed order, contrast about a constant, a linear hue, some "
             "10 grey levels from PIL's",
         ),
-        Source("dali-decode", "", decoded_batches, "DALI's CPU decoder alone, no views"),
-        Source(
+        MeasuredLoader("dali-decode", "", decoded_batches, "DALI's CPU decoder alone, no views"),
+        MeasuredLoader(
             "kornia-modules",
             "approximate",
             _kornia_views,
             "Kornia's modules on images decoded and squeezed to one size in threads: crops without antialiasing, one order of jitter "
             "a batch, a true Gaussian blur",
         ),
-        Source("ffcv", "", _ffcv, "FFCV, which reads .beton files"),
+        MeasuredLoader("ffcv", "", _ffcv, "FFCV, which reads .beton files"),
     )
 }

@@ -59,7 +59,7 @@ class Work(Order):
 
 
 @dataclass(frozen=True)
-class Source:
+class MeasuredLoader:
     """One row of the loader's report."""
 
     name: str
@@ -72,7 +72,7 @@ class Source:
     workers: bool = False
     """Batches come from worker processes in turn: rates are taken over whole rounds of one batch each."""
 
-    def in_threads(self, threads: int) -> Source:
+    def in_threads(self, threads: int) -> MeasuredLoader:
         """The same in another number of threads than its work says."""
 
         def opened(work: Work) -> Generator[int]:

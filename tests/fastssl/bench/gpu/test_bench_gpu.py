@@ -10,7 +10,7 @@ import pytest
 
 from fastssl.bench.gpu import goals, gpu_command, images, preflight, processes, stages
 from fastssl.bench.gpu.processes import Ended, Processes
-from fastssl.bench.gpu.stages import CARDS, STAGES, SWITCHES, TURNS, Plan, Sizes
+from fastssl.bench.gpu.stages import CARDS, STAGES, SWITCHES, TURNS, CheckSetup, Sizes
 from fastssl.bench.ladder.ladder_rows import ENDINGS, GROUPS
 from fastssl.bench.ladder.verdict import END_TO_END, FULL, MOCO_V3
 from fastssl.pretraining import run_config
@@ -19,8 +19,8 @@ from shards.errors import UserError
 ROOT = Path(__file__).parents[4]
 
 
-def plan(on_gpu: bool = True, out: Path = Path("o"), **sizes) -> Plan:
-    return Plan(ROOT, Path("w"), Path("s"), out, "2026-11-24-h100", on_gpu, Sizes(**sizes))
+def plan(on_gpu: bool = True, out: Path = Path("o"), **sizes) -> CheckSetup:
+    return CheckSetup(ROOT, Path("w"), Path("s"), out, "2026-11-24-h100", on_gpu, Sizes(**sizes))
 
 
 # ------------------------------------------------------------------------------------------------------- stages
