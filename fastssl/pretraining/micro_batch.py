@@ -60,7 +60,7 @@ def choose_micro_batch(
         if asked != "auto"
         else find_micro_batch(
             method,
-            Trial(
+            TrialStep(
                 cfg.optim,
                 ranks.device,
                 dtype,
@@ -145,7 +145,7 @@ class GPUViews:
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialStep:
     """The step that `find_micro_batch` tries on one process, as the run will take it."""
 
     optim: OptimConfig
@@ -181,7 +181,7 @@ class Trial:
         del buckets, ahead
 
 
-def find_micro_batch(method: Method, trial: Trial) -> int:
+def find_micro_batch(method: Method, trial: TrialStep) -> int:
     """Return the largest chunk with which two whole steps fit in the device's memory on every rank.
 
     Call it before the method is spread over ranks and compiled. The steps are real ones, so they take the optimizer's memory, a full

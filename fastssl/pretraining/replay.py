@@ -204,7 +204,7 @@ def _spoiled(views: Sequence[torch.Tensor], chunk: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a value was first not finite."""
+    """The module at which a value was first not finite."""
 
     name: str
     """Name of the module whose output, or whose output's gradient, it was."""

@@ -125,7 +125,8 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
     named = dict(leaves(tree))
     tokens = list(overrides or [])
     sections = {field.name for field in dataclasses.fields(RunConfig)}
-    named = {k: v for k, v in named.items() if v != "" or k not in sections}  # `train:` with nothing below it
+    # A section may be empty: `train:` with nothing below it.
+    named = {k: v for k, v in named.items() if v != "" or k not in sections}
     written = {key: named.pop(key, None) for key in (METHOD_NAME, PRESET)}
     named = _renamed(named)
     chosen = {key: _take_flag(tokens, key) or name for key, name in written.items()}

@@ -96,7 +96,7 @@ def test_bench_says_what_to_do_and_lets_other_failures_through(
     monkeypatch.setattr(step_rungs, "build", raising(LACKS[7]))
     with pytest.raises(
         UserError,
-        match=r"moco_vit_small does not fit in the memory of .* \(cuDNN error: .*\): lower --train.batch",
+        match=r"resnet50 does not fit in the memory of .* \(cuDNN error: .*\): lower --train.batch",
     ):
         ladder.report(resolved, ladder.Options(1, 1))
     monkeypatch.setattr(step_rungs, "build", raising(OTHERS[2]))

@@ -9,7 +9,7 @@ import torch
 from fastssl.core.optimizers import build_optimizer
 from fastssl.methods import MoCoV3
 from fastssl.pretraining.build import build_method
-from fastssl.pretraining.micro_batch import Trial, find_micro_batch
+from fastssl.pretraining.micro_batch import TrialStep, find_micro_batch
 from fastssl.pretraining.run_config import load
 from fastssl.pretraining.step import DDPWrapper, Step, StepOptions
 from pipelines.augment.recipe import Recipe
@@ -117,7 +117,7 @@ def test_auto_finds_less_than_the_batch_where_memory_is_short():
         resolved = load(None, [*FLAGS, "--model.backbone", "resnet18"])
         method, _ = build_method(resolved, torch.device("cuda"))
         shape = (3, SIZE, SIZE)
-        trial = Trial(resolved.config.optim, torch.device("cuda"), torch.bfloat16, shape, BATCH)
+        trial = TrialStep(resolved.config.optim, torch.device("cuda"), torch.bfloat16, shape, BATCH)
         return find_micro_batch(method, trial)
 
     torch.cuda.empty_cache()

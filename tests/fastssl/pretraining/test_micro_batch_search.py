@@ -12,7 +12,7 @@ from fastssl.methods import MoCoV3
 from fastssl.methods.moco_v3 import Config
 from fastssl.pretraining.micro_batch import (
     GPUViews,
-    Trial,
+    TrialStep,
     choose_micro_batch,
     find_micro_batch,
     gpu_views,
@@ -90,7 +90,7 @@ def test_trying_leaves_everything_as_it_was(exact_heads: bool, monkeypatch: pyte
 
     monkeypatch.setattr(MoCoV3, "student_features", limited)
     options = StepOptions(exact_heads=exact_heads, clip_grad=1.0)
-    trial = Trial(OptimConfig(), CPU, torch.float32, view_shape=(3, 4, 4), batch=16, options=options)
+    trial = TrialStep(OptimConfig(), CPU, torch.float32, view_shape=(3, 4, 4), batch=16, options=options)
     found = find_micro_batch(method, trial)
     assert found == 4
     assert sizes[:2] == [16, 8]
@@ -161,7 +161,7 @@ def test_a_trial_makes_its_views_as_the_run_will(
 
     monkeypatch.setattr(BlankViews, "rows", noted)
     monkeypatch.setattr(torch, "empty", taken)
-    trial = Trial(
+    trial = TrialStep(
         OptimConfig(),
         CPU,
         torch.bfloat16,
@@ -196,7 +196,7 @@ def test_a_batch_in_one_piece_has_the_next_one_s_views_beside_it(monkeypatch: py
         features = MoCoV3.student_features
         with monkeypatch.context() as patch:
             patch.setattr(MoCoV3, "student_features", limited)
-            trial = Trial(OptimConfig(), CPU, torch.float32, view_shape=(3, 4, 4), batch=batch)
+            trial = TrialStep(OptimConfig(), CPU, torch.float32, view_shape=(3, 4, 4), batch=batch)
             return find_micro_batch(make_method(Normed()), trial)
 
     assert find(8, 8) == 8

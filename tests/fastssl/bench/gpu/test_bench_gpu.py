@@ -171,7 +171,7 @@ def test_every_dependency_of_the_project_is_known_to_the_preflight():
     ("argv", "words"),
     [
         (["--only", "augmnt"], "no stage called 'augmnt'. Did you mean 'augment'"),
-        (["--seconds", "20"], "--seconds is 20, but it must be above 20"),
+        (["--seconds", "20"], "--seconds is 20, but it must be greater than 20"),
         (["--scale", "2"], "--scale is 2"),
         (["--images", "0"], "--images is 0"),
         (["--shards", "no/such"], "no folder 'no/such' for --shards"),
@@ -313,7 +313,7 @@ def test_nothing_is_measured_where_the_machine_cannot_be_known(tmp_path, monkeyp
 
     monkeypatch.setattr(Processes, "run", run)
     with pytest.raises(
-        UserError, match="This machine's facts could not be had, so nothing is measured: the log is in"
+        UserError, match="The facts of this machine could not be read, so nothing is measured: see the log in"
     ):
         gpu_command.run(["--first", "--out", str(tmp_path), "--work", str(tmp_path / "work")])
     assert ran == ["facts"]

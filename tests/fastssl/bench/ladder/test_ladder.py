@@ -131,7 +131,7 @@ def test_parts_that_were_not_measured_are_not_blamed():
     assert found.sentence.startswith("The step is the bottleneck: try --train.compile True; the loader makes")
     found = judge(rates | {verdict.LOADER: 1000.0, verdict.END_TO_END: 990.0}, GPU, 1.0)
     assert found.sentence.startswith(
-        "The loader is the bottleneck: measure its parts, too (--rows end,data);"
+        "The loader is the bottleneck: measure its parts as well (--rows end,data);"
     )
     alone = judge({verdict.FULL: 3000.0}, Switches(on_gpu=True, has_shards=True))
     assert alone.sentence.endswith(

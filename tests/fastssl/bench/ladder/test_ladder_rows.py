@@ -80,7 +80,9 @@ def test_a_row_that_fails_is_told_and_the_others_go_on(config_file, monkeypatch,
     assert len(kept) == 6
     assert "in fail" in capsys.readouterr().err
     rates = {name: row.images_per_s for name, row in made.rows.items()}
-    assert judge(rates, GPU).sentence.startswith("Without a figure of 'full step, synthetic'")
+    assert judge(rates, GPU).sentence == (
+        "The bottleneck is not known, because 'full step, synthetic' was not measured."
+    )
 
 
 def test_a_lost_gpu_is_told_in_all_further_rows_and_none_is_tried(monkeypatch):

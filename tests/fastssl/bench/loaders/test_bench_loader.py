@@ -88,7 +88,7 @@ def test_loader_alone_needs_no_peer(shard_folder, tmp_path, capsys):
         assert row["settings"]["page_cache"] == "warm"
         assert row["settings"]["recipe"]["size"] == 16
         assert row["peak_memory_bytes"] > 10**7
-    assert "0.00 grey levels from the reference" in rows["reference"]["note"]
+    assert "0.00 gray levels from the reference" in rows["reference"]["note"]
     shown = capsys.readouterr().out
     assert "fused" in shown
     assert "9 images" in shown
@@ -102,7 +102,7 @@ def test_every_engine_is_measured(shard_folder, tmp_path):
     for name in ("dali", "kornia"):
         check_row(rows[name])
         assert rows[name]["fidelity"] in ("exact", "close", "approximate")
-        assert "grey levels from the reference" in rows[name]["note"]
+        assert "gray levels from the reference" in rows[name]["note"]
 
 
 @pytest.mark.slow
