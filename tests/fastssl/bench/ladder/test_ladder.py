@@ -315,7 +315,7 @@ def test_chunks_exact_heads_and_a_queue_run_too(config_file, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--steps", "2"], "no 'fastssl bench --steps'"),
+        (["--steps", "2"], "no benchmark 'fastssl bench --steps'"),
         (["none.yaml"], "no configuration file 'none.yaml'"),
         (["step", "--steps", "0"], "Give the configuration file first"),
         (["CONFIG", "--steps", "0"], "--steps is 0"),

@@ -189,7 +189,7 @@ def test_shards_of_other_images_are_refused(tmp_path):
     for i in range(3):
         np.save(tmp_path / "deep" / f"{i}.npy", np.full((9, 8, 4), 1000 * i, dtype=np.uint16))
     convert(tmp_path / "deep", tmp_path / "shards", workers=0)
-    with pytest.raises(UserError, match="has uint16 images of 4 channels: name other shards"):
+    with pytest.raises(UserError, match="has uint16 images of 4 channels: give other shards"):
         bench_command.run(["augment", str(tmp_path / "shards"), *TINY])
 
 
