@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fastssl.core import checkpoint, distributed
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from fastssl.pretraining.run_config import load
 from pipelines.augment.draws import draw
 from pipelines.augment.recipe import RECIPES
@@ -210,7 +210,7 @@ def test_an_old_checkpoint_is_resumed_to_the_same_end(tmp_path, monkeypatch):
     shutil.copytree(GOLDEN / "run", run)
     try:
         resolved = start_run(run, tmp_path)
-        pretrain(resolved, resume=True)
+        train(resolved, resume=True)
     finally:
         distributed.cleanup()
     wanted, found = np.load(GOLDEN / "weights.npz"), summary(weights(run))
@@ -234,7 +234,7 @@ def _write() -> None:
     np.savez_compressed(GOLDEN / "views-tiles.npz", **tile_views())
     run = GOLDEN / "run"
     with tempfile.TemporaryDirectory() as folder:
-        pretrain(start_run(run.relative_to(ROOT), Path(folder)))
+        train(start_run(run.relative_to(ROOT), Path(folder)))
     lines = (run / "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
     np.savez_compressed(GOLDEN / "weights.npz", **summary(weights(run)))

@@ -1,4 +1,4 @@
-"""`fastssl bench`: finds what is to be measured and only then imports what it needs."""
+"""`fastssl bench`: choose the benchmark, and only then import what it needs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ SUBCOMMANDS = {
     "start": "fastssl.bench.loaders.bench_start",
     "gpu": "fastssl.bench.gpu.gpu_command",
 }
-USAGE = """usage: fastssl bench CONFIG [options]            where a run's time goes, rung by rung, and the switch to try
+USAGE = """usage: fastssl bench CONFIG [options]            what limits a run, rung by rung, and the switch to try
        fastssl bench loader SHARDS [options]     images per second from shards to views, beside other loaders
        fastssl bench augment [SHARDS] [options]  time from decoded images to views on a GPU or a CPU, beside other libraries
-       fastssl bench fidelity SHARDS [options]   how far each engine's views are from the reference, in grey levels
+       fastssl bench fidelity SHARDS [options]   difference of each engine's views to the reference, in gray levels
        fastssl bench shard FOLDER [options]      images per second from JPEG files to shards, beside other writers
        fastssl bench plan [options]              time and memory of planning for 10 million images
        fastssl bench start SHARDS [options]      time and memory to the first batch of a million samples
-       fastssl bench gpu [--first] [options]     all that a GPU is measured for, in one command that ends in time
+       fastssl bench gpu [--first] [options]     all GPU tests and measurements, within a time limit
 
-`fastssl bench CONFIG --help`, `fastssl bench loader --help` and so on explain the options."""
+`fastssl bench CONFIG --help`, `fastssl bench loader --help` and so on list the options."""
 
 
 def run(argv: list[str]) -> int:
-    """Run what `argv` begins with: a sub-command, or a configuration for the ladder."""
+    """Run the benchmark that `argv` begins with: a sub-command, or a configuration for the ladder."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -38,9 +38,9 @@ def run(argv: list[str]) -> int:
     if name in SUBCOMMANDS:
         return import_module(SUBCOMMANDS[name]).run(rest) or 0
     if name.endswith((".yaml", ".yml")):
-        # `bench CONFIG --help` asks about the ladder, not about the settings.
+        # `bench CONFIG --help` explains the ladder, not the settings.
         wants_help = any(token in ("-h", "--help") for token in rest)
         return import_module(LADDER).run(["--help"] if wants_help else argv) or 0
     raise UserError(
-        f"There is no 'fastssl bench {name}', and it is no .yaml file.{nearest(name, [*SUBCOMMANDS, 'CONFIG.yaml'])}"
+        f"There is no benchmark 'fastssl bench {name}', and '{name}' is no .yaml file.{nearest(name, [*SUBCOMMANDS, 'CONFIG.yaml'])}"
     )

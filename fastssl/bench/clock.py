@@ -1,4 +1,4 @@
-"""The clock that times every rung of the ladder, and what else is measured of a device."""
+"""Timing work on a device: the clock of the ladder and of `bench augment`, the best of some runs, and the memory in use."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from fastssl.bench.report import Row, Stopwatch
 
 
 class Clock:
-    """Times a function that does one step, always in the same way."""
+    """Time a function that does one step: warm-up, then `repeats` measurements of `steps` steps each."""
 
     def __init__(self, device: torch.device, batch: int, steps: int, repeats: int, console: Console):
         self.device, self.batch, self.console = device, batch, console
         self.steps, self.repeats = steps, repeats
 
     def row(self, name: str, step: Callable[[], Any], *, batch: int = 0, warm_up: int = 3) -> Row:
-        """Rates per repeat over wall time, and the times of single steps; between CUDA events, so that the host does not wait.
+        """Return a row with the rate of each repeat, in images/s of wall time, and the times of single steps in ms.
+
+        Steps are timed between CUDA events on a GPU, so that the host does not wait.
 
         Args:
-            batch: images that `step` does, where it is not the clock's batch.
-            warm_up: calls before: compiling, cuDNN's choice of algorithms, the allocator's first blocks.
+            batch: images of one `step`, where that is not the clock's batch.
+            warm_up: calls before the measurement: compiling, cuDNN's choice of algorithms, the allocator's first blocks.
         """
         row, times_ms = Row(name), []
         if self.device.type == "cuda":
@@ -57,12 +59,11 @@ class Clock:
         return row
 
     def wait(self) -> None:
-        """Until the device has done all it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """Wait until the device has finished all work."""
+        synchronize(self.device)
 
     def mark(self) -> Any:
-        """A point in time, of the device's work where there is one."""
+        """Return a point in time: a CUDA event on a GPU, seconds on a CPU."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -70,17 +71,35 @@ class Clock:
         return event
 
     def between_ms(self, a: Any, b: Any) -> float:
-        """Milliseconds from one mark to another; after `wait`."""
+        """Return the milliseconds from one mark to another; call `wait` before."""
         return a.elapsed_time(b) if self.device.type == "cuda" else 1000 * (b - a)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished all work; return at once on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def best_s(run: Callable[[], Any], device: torch.device, times: int) -> float:
+    """Return the seconds of the fastest of some runs, each including the device's work."""
+    best = float("inf")
+    for _ in range(times):
+        synchronize(device)
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
 def percentile(values: list[float], share: int) -> float:
-    """The least of the values that `share` per cent of them do not exceed."""
+    """Return the smallest value that at least `share` per cent of the values do not exceed."""
     return sorted(values)[max(0, -(-share * len(values) // 100) - 1)]
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The GPU memory that was in use at most since the last reset; on a CPU what this process holds now."""
+    """Return the peak of GPU memory since the last reset, in bytes; on a CPU the memory that this process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

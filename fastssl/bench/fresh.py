@@ -1,4 +1,4 @@
-"""Measuring in a process of its own, which nothing else has warmed up or filled with memory."""
+"""Measure in a fresh process, which nothing else has warmed up or filled with memory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """What `function` returns in a process that starts anew, imports the function's module, and ends.
+    """Call `function` in a fresh process, which imports the function's module, and return its result.
 
     Raises:
-        ChildProcessError: it ended without a result; the message is a clause that says how.
+        ChildProcessError: it ended without a result; the message is a clause, such as "ended with exit code 3".
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -34,12 +34,13 @@ def _send(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...])
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held at once."""
+    """Return the peak memory of this process in bytes."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         [peak] = [line for line in lines if line.startswith("VmHWM:")]
         return int(peak.split()[1]) * 1024
-    except (OSError, ValueError):  # a system without /proc
+    except (OSError, ValueError):
+        # A system without /proc.
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

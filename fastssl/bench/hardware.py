@@ -1,8 +1,7 @@
-"""What a device can do at most: data sheets where it is known, a measured matrix product and copy elsewhere."""
+"""The peak rates of a device: from its data sheet where it is known, else of a measured matrix product and copy."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +9,25 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastssl.bench.clock import best_s
+
+# Measurements of a product or a copy, of which the fastest counts.
+TIMES = 6
+
 
 @dataclass(frozen=True)
 class Peak:
-    """The most a device does in a second."""
+    """The peak rates of a device."""
 
     tflops: float
-    """10^12 dense multiplications and additions, in the precision of the run."""
+    """10^12 dense multiplications and additions a second, in the precision of the run."""
     tb_per_s: float
-    """10^12 bytes read or written in its memory."""
+    """10^12 bytes a second read from or written to its memory."""
     source: str
-    """data sheet, or measured."""
+    """"data sheet" or "measured"."""
 
 
-# Dense bf16 and fp16, without sparsity; NVIDIA's data sheets. Keyed by the beginning of CUDA's device name, longest first.
+# TFLOP/s of dense bf16 and fp16 and TB/s, from NVIDIA's data sheets, by the beginning of CUDA's device name.
 SHEETS = {
     "NVIDIA B200": (2250, 8.0),
     "NVIDIA H200": (989, 4.8),
@@ -46,7 +50,7 @@ SHEETS = {
 
 
 def sheet(gpu: str) -> Peak | None:
-    """The data sheet of a GPU by CUDA's name for it; None where there is none here."""
+    """Return the data sheet of a GPU by its CUDA name; None where it is not listed."""
     found = [
         name for name in sorted(SHEETS, key=len, reverse=True) if gpu == name or gpu.startswith(f"{name} ")
     ]
@@ -54,43 +58,26 @@ def sheet(gpu: str) -> Peak | None:
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The device's peak for products in `dtype`: its data sheet's for 16 bits on a known GPU, else what a product and a copy reach."""
+    """Return the device's peak for products in `dtype`: the data sheet's for 16 bits on a known GPU, else the measured one."""
     known = sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return known if known and dtype != torch.float32 else measured(device, dtype)
 
 
 def measured(device: torch.device, dtype: torch.dtype, side: int = 0) -> Peak:
-    """The best of some products of square matrices and of some copies of large tensors."""
+    """Return the peak that the fastest of some products of square matrices and of some copies of large tensors reach."""
     on_gpu = device.type == "cuda"
     side = side or (8192 if on_gpu else 1024)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    block = torch.empty(
-        side * side * (4 if on_gpu else 8), device=device
-    )  # on a CPU 32 MB: beyond most caches
+    # On a CPU 32 MB: more than most caches hold.
+    block = torch.empty(side * side * (4 if on_gpu else 8), device=device)
     target = torch.empty_like(block)
-    product_s = _best_s(lambda: a @ b, device)
-    copy_s = _best_s(lambda: target.copy_(block), device)
+    product_s = best_s(lambda: a @ b, device, TIMES)
+    copy_s = best_s(lambda: target.copy_(block), device, TIMES)
     return Peak(2 * side**3 / product_s / 1e12, 2 * block.nbytes / copy_s / 1e12, "measured")
 
 
-def _best_s(run: Any, device: torch.device, times: int = 6) -> float:
-    best = float("inf")
-    for _ in range(times):
-        _wait(device)
-        began = time.perf_counter()
-        run()
-        _wait(device)
-        best = min(best, time.perf_counter() - began)
-    return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class Traffic(TorchDispatchMode):
-    """Within, adds up the bytes that operations read and write, each by itself: what memory has to move where nothing is fused."""
+    """Count the bytes that operations read and write inside the context, each operation by itself: the traffic without fusion."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,14 +98,15 @@ class Traffic(TorchDispatchMode):
             if formal.alias_info is not None and formal.alias_info.is_write
         ]
         moved = [*tree_leaves(args), *tree_leaves(kwargs), *tree_leaves(written)]
-        if not written:  # what is written in place is returned, too
+        # An operation in place also returns what it has written.
+        if not written:
             moved += tree_leaves(out)
         self.bytes += sum(x.nbytes for x in moved if isinstance(x, torch.Tensor))
         return out
 
 
 def bytes_of(run: Any) -> int:
-    """What `Traffic` counts for `run()`."""
+    """Return the bytes that `Traffic` counts for `run()`."""
     with Traffic() as traffic:
         run()
     return traffic.bytes

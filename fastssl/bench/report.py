@@ -1,4 +1,4 @@
-"""What the reports of `fastssl bench` share: rows, the clock, the machine, and the JSON file."""
+"""Parts of every report of `fastssl bench`: rows, stopwatch, peak memory, the machine, and the JSON file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# Distribution names: which DALI is installed depends on the CUDA version it was built for.
+# Names of distributions. DALI has one per CUDA version.
 _VERSIONS = {
     "fastssl": ("fastssl-pretrain",),
     "torch": ("torch",),
@@ -38,19 +38,19 @@ _VERSIONS = {
 
 @dataclass
 class Row:
-    """One line of a report: a rate, how sure it is, and what it is compared with; or why there is none."""
+    """One line of a report: its rates and what they are compared with, or the reason why there are none."""
 
     name: str
     fidelity: str = ""
     """exact, approximate, or empty where the row does only part of the work."""
     rates: list[float] = field(default_factory=list)
-    """Images per second of each repeat; a source image counts once, however many views are made of it."""
+    """Images/s of each repeat; a source image counts once, however many views are made of it."""
     cores: list[float] = field(default_factory=list)
-    """Seconds of CPU time of this process and its children per second, in each repeat."""
+    """CPU seconds a second of this process and its children, in each repeat."""
     error: str = ""
-    """Why nothing was measured."""
+    """Reason why nothing was measured."""
     failure: bool = False
-    """Whether that is a fault or a lack of memory; False for what cannot run here, such as a package that is not installed."""
+    """Whether it failed or lacked memory; False for what cannot run here, such as a package that is not installed."""
     ratio: float | None = None
     """images_per_s over that of the row `ratio_to`."""
     ratio_to: str = ""
@@ -69,33 +69,33 @@ class Row:
 
     @property
     def core_ms(self) -> float | None:
-        """CPU time for one image, median of the repeats: other work on the machine changes it less than the rate."""
+        """CPU milliseconds of an image, median of the repeats; other work on the machine affects it less than the rate."""
         pairs = zip(self.cores, self.rates, strict=True)
         return statistics.median(1000 * cores / rate for cores, rate in pairs) if self.cores else None
 
     def add(self, rate: float, cores: float) -> None:
-        """Note one repeat."""
+        """Add one repeat."""
         self.rates.append(rate)
         self.cores.append(cores)
 
     def fail(self, reason: str, *, failure: bool = False) -> None:
-        """Give up, with the reason; what was measured before does not count."""
+        """Drop the repeats and store the reason."""
         self.rates.clear()
         self.cores.clear()
         self.error, self.failure = reason, failure
 
     def compare(self, other: Row | None) -> None:
-        """Set the ratio to `other`, where both were measured."""
+        """Set the ratio to `other`, if both were measured."""
         if other is not None and self.rates and other.rates:
             self.ratio = statistics.median(self.rates) / statistics.median(other.rates)
             self.ratio_to = other.name
 
     def spread(self) -> str:
-        """Least and greatest repeat, for a table."""
+        """Return the least and the greatest repeat, for a table."""
         return f"{brief(min(self.rates))}-{brief(max(self.rates))}" if self.rates else ""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; `spread` is [least, greatest] of the repeats."""
+        """Return plain values; `spread` is [least, greatest] of the repeats."""
         return {
             "name": self.name,
             "images_per_s": self.images_per_s,
@@ -113,31 +113,31 @@ class Row:
 
 
 def brief(rate: float) -> str:
-    """A rate in at most six characters: 3.14, 31.4, 3,142, 31k."""
+    """Return a rate in at most six characters: 3.14, 31.4, 3,142, 31k."""
     if rate >= 10_000:
         return f"{rate / 1000:,.0f}k"
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 class Stopwatch:
-    """Wall clock and CPU time (this process, its threads, and all processes below it, running or ended) since its making."""
+    """Wall clock and CPU time since it was made, of this process and all its child processes, running or ended."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), _cpu_s()
 
     def wall_s(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return time.perf_counter() - self._wall
 
     def cores(self) -> float:
-        """CPU seconds per second since the start."""
+        """Return the CPU seconds per second since the start."""
         return max(0.0, _cpu_s() - self._cpu) / self.wall_s()
 
 
 class PeakMemory:
-    """The greatest memory (resident set) of this process and its children together, looked at every `EVERY_S` while it is entered.
+    """The peak memory (resident set) of this process and its children together, sampled every `EVERY_S` inside the context.
 
-    Pages that processes share count in each of them.
+    Shared pages count in each process.
     """
 
     EVERY_S = 0.1
@@ -162,7 +162,8 @@ class PeakMemory:
         while True:
             total = 0
             for process in (own, *own.children(recursive=True)):
-                with contextlib.suppress(psutil.Error):  # ended just now
+                # The process may have just ended.
+                with contextlib.suppress(psutil.Error):
                     total += process.memory_info().rss
             self.most_bytes = max(self.most_bytes, total)
             if self._over.wait(self.EVERY_S):
@@ -170,7 +171,7 @@ class PeakMemory:
 
 
 def today() -> str:
-    """Date and time of a report, UTC."""
+    """Return the date and time of a report, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -179,18 +180,17 @@ def _cpu_s() -> float:
 
     own, total = psutil.Process(), 0.0
     for process in (own, *own.children(recursive=True)):
-        with contextlib.suppress(
-            psutil.Error
-        ):  # ended just now: counted by its parent, once that has noticed
+        # A process that has just ended is counted by its parent, once that has noticed.
+        with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
-            # Those of its children that have ended; macOS does not tell.
             total += times.user + times.system
+            # Of its children that have ended; macOS does not tell.
             total += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
     return total
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that matter for speed; None for those not installed."""
+    """Return the versions of Python and of the packages that matter for speed; None for those not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name, distributions in _VERSIONS.items():
         found[name] = next(filter(None, map(_version, distributions)), None)
@@ -205,7 +205,7 @@ def _version(distribution: str) -> str | None:
 
 
 def machine(device: torch.device | str | None = None) -> dict[str, Any]:
-    """The processor, the cores this process may use, how busy they were in the last minute, and the GPU in use."""
+    """Return the processor, the cores this process may use, their load in the last minute, and the GPU in use."""
     from pipelines.loading.loader import default_threads
 
     info: dict[str, Any] = {
@@ -231,24 +231,20 @@ def _cpu_model() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def reason(fault: Exception) -> str:
-    """A message in one line: both ends of a long one, as DALI says the cause first and DataLoader's workers say it last."""
-    kind = "not installed" if isinstance(fault, ImportError) else type(fault).__name__
-    text = " ".join(str(fault).split())
+def error_line(error: Exception) -> str:
+    """Return kind and message of an error in one line.
+
+    A long message keeps both ends: DALI gives the cause first, DataLoader's workers give it last.
+    """
+    kind = "not installed" if isinstance(error, ImportError) else type(error).__name__
+    text = " ".join(str(error).split())
     if len(text) > 320:
         text = f"{text[:160]} ... {text[-160:]}"
     return f"{kind}: {text}" if text else kind
 
 
-def tell_failures(console: Any, rows: Iterable[Row]) -> None:
-    """Say of each row without a figure why it has none."""
-    for row in rows:
-        if row.error:
-            console.print(f"{row.name} could not be measured: {row.error}", style="yellow", markup=False)
-
-
 def busy(where: dict[str, Any]) -> str:
-    """The load that a report's machine was under before, for its closing line; empty where the system does not tell."""
+    """Return the machine's load before the report, for its closing line; empty where the system does not tell."""
     load = where["load_average"]
     return "" if load is None else f", load average {load:.1f} before"
 
@@ -261,7 +257,7 @@ def write_report(
     rows: Sequence[Row],
     **more: Any,
 ) -> None:
-    """Write a report as JSON, whole or not at all; UserError where the folder is missing or cannot be written."""
+    """Write a report as JSON, atomically; raise UserError if the folder is missing or cannot be written."""
     report = {
         "kind": kind,
         "date": today(),
@@ -275,12 +271,12 @@ def write_report(
 
 
 def write_rows(path: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a list of rows as JSON, whole or not at all; UserError where the folder is missing or cannot be written."""
+    """Write a list of rows as JSON, atomically; raise UserError if the folder is missing or cannot be written."""
     _write(path, list(rows))
 
 
 def write_measured(path: str, machine: dict[str, Any], settings: dict[str, Any], rows: Sequence[Row]) -> None:
-    """As `write_rows`, each row with the date, versions, machine and settings that it was measured with."""
+    """Write rows as `write_rows` does, each with the date, versions, machine and settings of its measurement."""
     shared = {"date": today(), "versions": versions(), "machine": machine, "settings": settings}
     write_rows(path, [row.as_json() | shared for row in rows])
 
@@ -291,7 +287,7 @@ def _write(path: str, values: Any) -> None:
 
     try:
         atomic_write(path, (json.dumps(values, indent=2) + "\n").encode())
-    except OSError as fault:
+    except OSError as error:
         raise UserError(
-            f"The report '{path}' cannot be written ({fault.strerror}): choose another --json."
-        ) from fault
+            f"The report '{path}' cannot be written ({error.strerror}): choose another --json."
+        ) from error

@@ -92,7 +92,8 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"There is no checkpoint '{path}'.") from None
     except UserError:
         raise
-    except Exception as error:  # torch and zipfile raise many kinds for a damaged file
+    # torch and zipfile raise many kinds of errors for a damaged file.
+    except Exception as error:
         raise (DamagedError if _NAME.fullmatch(path.name) else UserError)(_unreadable(path)) from error
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"'{path}' is no checkpoint of fastssl: it lacks the entry 'format'.")

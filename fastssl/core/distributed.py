@@ -27,7 +27,7 @@ class Dist:
     local_rank: int
     """Rank on this machine, which is also the number of the GPU to use."""
     device: torch.device
-    """Where this process computes."""
+    """Device that this process computes on."""
 
     @property
     def is_main(self) -> bool:
@@ -84,7 +84,7 @@ def setup(device: str = "auto", *, timeout_s: float = 600.0) -> Dist:
 
 
 def _environment() -> tuple[int, int, int]:
-    """(rank, world, local rank) as torchrun sets them; (0, 1, 0) where it set none."""
+    """Return (rank, world, local rank) as torchrun sets them; (0, 1, 0) if it set none."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     found = {name: os.environ[name] for name in names if name in os.environ}
     if not found:
@@ -141,9 +141,9 @@ def gather_keys(keys: Tensor) -> Tensor:
 
 
 def mean_over_ranks(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Mean over ranks of scalar tensors, in one collective and in float32; every rank gets the same values.
+    """Return the means over ranks of scalar tensors, in one collective and in float32; every rank gets the same values.
 
-    All ranks must pass the same names in the same order. At world 1 the values themselves.
+    All ranks must pass the same names in the same order. At world 1 the values themselves are returned.
     """
     if not _joined() or not metrics:
         return dict(metrics)
@@ -153,7 +153,7 @@ def mean_over_ranks(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def any_over_ranks(flag: Tensor) -> Tensor:
-    """Whether a boolean scalar is true on any rank, on the device, without waiting for it; at world 1 the flag itself."""
+    """Return whether a boolean scalar is true on any rank, as a tensor on the device, without waiting; at world 1 the flag."""
     if not _joined():
         return flag
     seen = flag.float()

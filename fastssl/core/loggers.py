@@ -16,7 +16,7 @@ from shards.storage.atomic_files import atomic_write
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where to log metrics besides metrics.jsonl, which is always written (needs the extra `log`). A resumed run continues there."""
+    """Loggers besides metrics.jsonl, which is always written; they need the extra `log`. A resumed run continues its rows."""
 
     tensorboard: bool = False
     """Write TensorBoard events to the folder `tensorboard` of the run."""
@@ -79,7 +79,8 @@ class Loggers:
             made = act()
             if made is not None:
                 self._sinks[kind] = made
-        except (Exception, SystemExit) as error:  # whatever a logger does, training goes on
+        # Training continues whatever a logger does.
+        except (Exception, SystemExit) as error:
             self._sinks.pop(kind, None)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             missing = isinstance(error, ImportError)

@@ -26,7 +26,7 @@ SIGNS = (
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Return whether `error` is what a lack of memory on a GPU looks like, from whichever library it comes.
 
-    cuDNN's and cuBLAS's words may have another cause as well: show them (`reason`) with whatever is advised.
+    cuDNN's and cuBLAS's words may have another cause as well: show them (`bracketed_cause`) with whatever is advised.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
@@ -34,7 +34,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and any(sign.lower() in str(error).lower() for sign in SIGNS)
 
 
-def reason(error: BaseException) -> str:
-    """Return the first line of an error in brackets, with a space before; empty for PyTorch's own, whose meaning is plain."""
+def bracketed_cause(error: BaseException) -> str:
+    """Return the first line of an error in brackets, with a space before, to be added to a sentence.
+
+    It is empty for PyTorch's own error, which says no more than that memory is short.
+    """
     text = str(error).strip()
     return "" if isinstance(error, torch.OutOfMemoryError) or not text else f" ({text.splitlines()[0]})"

@@ -68,7 +68,8 @@ class Meters:
         """
         self._sums, self._replaced = self._over_ranks()
         if rank():
-            self._replaced = 0  # the first rank has them all
+            # The first rank has counted all of them.
+            self._replaced = 0
         return {
             "sums": {k: v.cpu() for k, v in self._sums.items()},
             "count": int(self._count),
@@ -76,7 +77,7 @@ class Meters:
         }
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
-        """Continue from the result of `state`. Times start anew."""
+        """Continue from the result of `state`. Times start again at 0."""
         self._sums = {k: v.to(device) for k, v in state["sums"].items()}
         self._count, self._replaced = state["count"], 0 if rank() else state.get("replaced", 0)
         self._started_s, self._wait_s = time.perf_counter(), 0.0
@@ -88,7 +89,8 @@ class Meters:
         data in [0, 1], and the number of samples that others replaced.
         """
         sums, replaced = self._over_ranks()
-        values = {k: float(v / self._count) for k, v in sums.items()}  # the one wait for the device
+        # The only wait for the device.
+        values = {k: float(v / self._count) for k, v in sums.items()}
         values = {k: v for k, v in values.items() if math.isfinite(v)}
         seconds = max(1e-9, time.perf_counter() - self._started_s)
         values["images_per_s"] = images_per_step * steps_timed / seconds
@@ -102,7 +104,8 @@ class Meters:
         """Return the means over ranks of the sums, and the number of replaced samples on all of them."""
         if world() == 1:
             return dict(self._sums), self._replaced
-        if not self._sums:  # the same on every rank: no step since the last reading
+        # No step since the last reading, on any rank.
+        if not self._sums:
             return {}, self._replaced
         like = next(iter(self._sums.values()))
         means = mean_over_ranks({**self._sums, "": torch.full_like(like, self._replaced)})
@@ -178,19 +181,22 @@ SHOWN = {
     "images_per_s": "{:,.0f} img/s",
     "data_wait": "wait {:.0%}",
 }
-WIDE = 120  # columns from which all values fit beside the bar
+# Columns from which on all values fit beside the bar.
+WIDE = 120
 
 
 class ProgressDisplay:
-    """A progress bar in a terminal, a line now and then elsewhere; nothing where `show` is false, as on all ranks but 0."""
+    """A progress bar in a terminal, a line every `QUIET_S` elsewhere; nothing if `show` is false, as on all ranks but 0."""
 
-    QUIET_S = 20.0  # without a terminal: seconds between lines
+    # Seconds between lines, without a terminal.
+    QUIET_S = 20.0
 
     def __init__(self, total_steps: int, done_steps: int, show: bool):
         self.console = Console(quiet=not show, highlight=False)
         self._live = show and self.console.is_terminal
         self._total = total_steps
-        self._spoke_s = -self.QUIET_S  # the first line comes at once
+        # The first line comes at once.
+        self._spoke_s = -self.QUIET_S
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24 if self.console.width >= WIDE else 8),

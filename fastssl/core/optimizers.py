@@ -41,7 +41,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "trust_coefficient"):
-            if not getattr(self, name) > 0:  # `not`, so that nan is refused too
+            # `not`, so that nan is refused too.
+            if not getattr(self, name) > 0:
                 raise UserError(f"optim.{name} is {getattr(self, name):g} but must be greater than 0.")
         for name in ("weight_decay", "warmup_epochs"):
             if not getattr(self, name) >= 0:

@@ -1,4 +1,4 @@
-"""Building what is trained: the method on its device, in its memory format, compiled, under DDP."""
+"""Build the method that is trained: on its device, in its memory format, compiled, under DDP."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def prepare_backend(device: torch.device) -> None:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return what autocast computes in: as asked or, for auto, what the hardware multiplies fast.
+    """Return the dtype of autocast: as asked or, for auto, the one that the hardware multiplies fast.
 
-    auto takes bf16 where the hardware has it, fp16 on GPUs that have only that (before Ampere), and float32 on other CPUs.
+    auto takes bf16 where the hardware has it, fp16 on GPUs that have only fp16 (before Ampere), and float32 on other CPUs.
     """
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
@@ -54,7 +54,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 def view_form(train: TrainConfig, device: torch.device) -> Form:
-    """Return precision and memory layout of views that are made on a GPU: those of the step, so that it need not cast them."""
+    """Return dtype and memory layout of views that are made on a GPU: the step's own, so that it need not cast them."""
     return Form(compute_dtype(train.precision, device), train.channels_last)
 
 
@@ -113,7 +113,7 @@ def has_compiler(device: torch.device) -> bool:
 
 
 def compile_blocks(method: Method, device: torch.device) -> bool:
-    """Compile student and teacher backbones in place: block by block where there are blocks, so that equal ones share one graph.
+    """Compile student and teacher backbones in place: block by block where there are blocks, so that equal blocks share a graph.
 
     State dicts keep their keys. Return False, with a warning, where there is no compiler.
     """
@@ -132,7 +132,7 @@ def compile_blocks(method: Method, device: torch.device) -> bool:
 
 
 def spread(method: Method, ranks: distributed.Dist) -> nn.Module:
-    """Return the method's `DDPWrapper`, under DDP with several processes; on GPUs BatchNorm spans them, as the paper's does."""
+    """Return the method's `DDPWrapper`, under DDP with several processes; on GPUs BatchNorm spans them, as in the paper."""
     if ranks.world == 1:
         return DDPWrapper(method)
     on_gpu = ranks.device.type == "cuda"
@@ -153,8 +153,8 @@ def spread(method: Method, ranks: distributed.Dist) -> nn.Module:
 def freeze_unused(method: Method, view_shape: tuple[int, ...], ranks: distributed.Dist) -> list[str]:
     """Freeze parameters that receive no gradient (DDP would hang), warn, and return their names.
 
-    It runs a step on two random images (C, H, W). Call it on every rank, before `spread` and after the optimizer is built, so that
-    the optimizer's state has the same layout with any number of ranks. At world 1 it does nothing.
+    It runs a step on two random images (C, H, W). Call it on every rank, after the optimizer is built, so that its state has the same
+    layout with any number of ranks, and before `spread`. At world 1 it does nothing.
     """
     if ranks.world == 1:
         return []

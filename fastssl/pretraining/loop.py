@@ -1,4 +1,4 @@
-"""The pretraining loop: set up, then step, log, test, save; readable from top to bottom."""
+"""The pretraining loop: set up, then step, log, save, evaluate; readable from top to bottom."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from fastssl.core import checkpoint, distributed
 from fastssl.core.meters import ProgressDisplay
+from fastssl.core.schedules import due
 from fastssl.core.signals import StopRequest
 from fastssl.evaluation.online_evaluation import OnlineEvaluation
 from fastssl.pretraining.build import follow_shards, view_form
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished or interrupted run came to."""
+    """The result of a finished or interrupted run."""
 
     steps: int
     seconds: float
@@ -38,8 +39,8 @@ class Summary:
     """Number of the signal that stopped the run, 0 where it ran to its end."""
 
 
-def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
-    """Run, or continue, the pretraining that a configuration describes.
+def train(resolved: Resolved, *, resume: bool = False) -> Summary:
+    """Run, or continue, the pretraining that a configuration describes; `fastssl.pretrain` is the way in.
 
     Order, draws, schedules and initial weights are functions of the configuration, and a checkpoint holds everything else, so a
     resumed run on a CPU ends with the same bits as one that was never stopped.
@@ -48,8 +49,8 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
         UserError: shards missing or too few, a batch that does not divide by the ranks, a run folder in use without `resume` or by
             another trainer, a checkpoint of another architecture or data set, a non-finite loss, a full disk.
     """
-    cfg, train = resolved.config, resolved.config.train
-    ranks = distributed.setup(train.device, timeout_s=1800)
+    cfg, settings = resolved.config, resolved.config.train
+    ranks = distributed.setup(settings.device, timeout_s=1800)
     if not cfg.data.shards:
         raise UserError(
             "No shards to train on: give --data.shards DIR, the folder that `fastssl shard` made."
@@ -63,13 +64,14 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
         rank=ranks.rank,
         world=ranks.world,
         device=ranks.device,
-        form=view_form(train, ranks.device),
+        form=view_form(settings, ranks.device),
         reuse_memory=True,
     )
-    loader = open_loader(shards, cfg.recipe, batch=train.batch, seed=train.seed, options=options)
+    loader = open_loader(shards, cfg.recipe, batch=settings.batch, seed=settings.seed, options=options)
     with RunFolder(resolved, ranks, loader.steps_per_epoch) as folder:
         training = Training(resolved, shards, ranks, loader.steps_per_epoch, folder.newest(resume))
-        if training.num_chunks > 1:  # the device never holds more than a chunk of it
+        if training.num_chunks > 1:
+            # The device never holds more than a chunk of the views.
             loader = loader.in_chunks()
         online = _online_evaluation(training)
         folder.begin(training.done)
@@ -78,76 +80,91 @@ def pretrain(resolved: Resolved, *, resume: bool = False) -> Summary:
 
 def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineEvaluation | None) -> Summary:
     train, knn, ranks = training.resolved.config.train, training.resolved.config.knn, training.ranks
-    start, steps, total = training.done, training.steps_per_epoch, training.total
+    start, total, steps_per_epoch = training.done, training.total, training.steps_per_epoch
     meters = training.meters
     screen = ProgressDisplay(total, start, show=ranks.is_main)
     _greet(screen, training, loader)
+    began = time.perf_counter()
+    saved = start
+    stop, stop_of_any = StopRequest(), distributed.LargestOverRanks()
+    # One stream for the whole run: the next epoch's first batches are made while this one's last are trained on.
+    batches = loader.steps(start, total)
+
+    def log(steps_timed: int) -> None:
+        training.check(folder)
+        values = training.row(steps_timed)
+        screen.log(training.done, (training.done - 1) // steps_per_epoch, train.epochs, values)
+        folder.write({"step": training.done, "epoch": round(training.done / steps_per_epoch, 4), **values})
+
+    def log_rank(epoch: int) -> None:
+        with meters.paused():
+            folder.write({"step": training.done, "epoch": epoch, "rank_me": training.rank_me()})
 
     def save() -> None:
         with meters.paused():
             training.check(folder, to_save=True)
             folder.save(training.state())
 
+    def evaluate(epoch: int) -> None:
+        if not online or not (due(epoch, knn.every) or epoch == train.epochs):
+            return
+        with meters.paused():
+            found = online.evaluate(training.method.backbone)
+            folder.save_best(training.weights(), found["knn_accuracy"])
+        screen.say(f"epoch {epoch}/{train.epochs}  {online.describe(found)}")
+        folder.write({"step": training.done, "epoch": epoch, **found})
+
     def finish(signal: int = 0) -> Summary:
-        distributed.barrier()  # no rank leaves while another may still wait for it
+        # No rank leaves while another may still wait for it.
+        distributed.barrier()
         seconds = time.perf_counter() - began
         rate = (training.done - start) * train.batch / max(seconds, 1e-9)
-        return Summary(
-            training.done, seconds, rate, checkpoint.checkpoint_path(folder.path, training.done), signal
-        )
+        path = checkpoint.checkpoint_path(folder.path, training.done)
+        return Summary(training.done, seconds, rate, path, signal)
 
-    began = time.perf_counter()
-    saved, timed = start, 0
-    first_epoch = start // steps
-    if online and folder.log and start and start % steps == 0 and "knn_accuracy" not in folder.log.last:
-        first_epoch -= 1  # it was saved and then stopped before its test: nothing is left of it but that
-    stop, stop_of_any = StopRequest(), distributed.LargestOverRanks()
-    # One stream for the whole run: the next epoch's first batches are made while this one's last are trained on.
-    batches = loader.steps(start, total)
     with screen, stop, closing(batches):
-        for epoch in range(first_epoch, train.epochs):
-            while training.done < (epoch + 1) * steps:
-                waiting = time.perf_counter()
-                batch = next(batches)
-                training.step(batch, time.perf_counter() - waiting)
-                step, timed = training.done, timed + 1
-                screen.step(step)
-                if step % train.log_every == 0 or step == total:
-                    training.check(folder)
-                    values, timed = training.row(timed), 0
-                    screen.log(step, epoch, train.epochs, values)
-                    folder.write({"step": step, "epoch": round(step / steps, 4), **values})
-                if step % steps == 0:
-                    with meters.paused():
-                        folder.write({"step": step, "epoch": epoch + 1, "rank_me": training.rank_me()})
-                stopping = stop_of_any.poll(step, stop.signal)
-                if stopping or (train.save_every_steps and step % train.save_every_steps == 0):
-                    save()
-                    saved = step
-                if stopping:
-                    return finish(stopping)
-            last, step = epoch + 1 == train.epochs, training.done
-            if online and (last or (epoch + 1) % knn.every == 0):
-                with meters.paused():
-                    found = online.evaluate(training.method.backbone)
-                    folder.save_best(training.weights(), found["knn_accuracy"])
-                screen.say(f"epoch {epoch + 1}/{train.epochs}  {online.describe(found)}")
-                folder.write({"step": step, "epoch": epoch + 1, **found})
-            due = any(every and (epoch + 1) % every == 0 for every in (train.save_every, train.keep_every))
-            if saved != step and (last or due):
+        # A run that was stopped right after the save at an epoch's end has not evaluated that epoch yet.
+        if folder.log and start and due(start, steps_per_epoch) and "knn_accuracy" not in folder.log.last:
+            evaluate(start // steps_per_epoch)
+        logged = start
+        for step in range(start + 1, total + 1):
+            epoch, ends_epoch = -(-step // steps_per_epoch), due(step, steps_per_epoch)
+
+            waiting = time.perf_counter()
+            batch = next(batches)
+            training.step(batch, time.perf_counter() - waiting)
+            screen.step(step)
+
+            if due(step, train.log_every) or step == total:
+                log(step - logged)
+                logged = step
+            if ends_epoch:
+                log_rank(epoch)
+
+            signal = stop_of_any.poll(step, stop.signal)
+            if signal or due(step, train.save_every_steps):
                 save()
                 saved = step
+            if signal:
+                return finish(signal)
+
+            if ends_epoch:
+                evaluate(epoch)
+                if saved != step and (
+                    due(epoch, train.save_every) or due(epoch, train.keep_every) or step == total
+                ):
+                    save()
     return finish()
 
 
 def _online_evaluation(training: Training) -> OnlineEvaluation | None:
-    """What tests the student while it is trained, on the first rank, if asked for."""
+    """Return the evaluation of the student during training, where it is asked for; on the first rank only."""
     cfg, ranks = training.resolved.config, training.ranks
     if not cfg.knn.every or not ranks.is_main:
         return None
     if ranks.world > 1 and not cfg.knn.max_samples:
         warnings.warn(
-            "knn.max_samples is 0 (all): every process waits while the first one tests.", stacklevel=2
+            "knn.max_samples is 0 (all): every process waits while the first one evaluates.", stacklevel=2
         )
     return OnlineEvaluation(
         cfg.knn,

@@ -1,4 +1,4 @@
-"""The largest chunk of a batch that fits in a GPU's memory, found by trying whole steps before the training begins."""
+"""Find the largest chunk of a batch that fits in a GPU's memory, by trying whole steps before the training begins."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import contextlib
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fastssl.core.distributed import Dist, alone, smallest_over_ranks
-from fastssl.core.memory import is_out_of_memory, reason
-from fastssl.core.optimizers import OptimConfig, build_optimizer
+from fastssl.core.memory import bracketed_cause, is_out_of_memory
+from fastssl.core.optimizers import OptimConfig, build_optimizer, set_lr
 from fastssl.methods.method import Method
 from fastssl.pretraining.build import view_form
-from fastssl.pretraining.step import DDPWrapper, Step, chunks
+from fastssl.pretraining.step import WHOLE_BATCH, DDPWrapper, Step, StepOptions, chunks
 from pipelines.loading.chunk_slot import BlankViews
 from pipelines.streaming.stream import SLOTS
 from shards.dataset.order import epoch_order
@@ -37,11 +38,11 @@ def choose_micro_batch(
     view_shape: tuple[int, ...],
     shards: ShardSet | None = None,
 ) -> int:
-    """The chunk size for this run, the same on every rank: as asked, or for "auto" what fits; 0 where one chunk holds all.
+    """Return the chunk size of this run, the same on every rank: as asked, or for "auto" what fits; 0 where one chunk holds all.
 
     Args:
         view_shape: (C, H, W).
-        shards: the images of the run, for what views that the GPU makes take of its memory; without them views come from the host.
+        shards: the run's images, to count the memory of views that the GPU makes; None: views come from the host.
 
     Raises:
         UserError: not even 2 images fit.
@@ -50,7 +51,7 @@ def choose_micro_batch(
     if asked == "auto" and ranks.device.type == "cpu":
         if ranks.is_main:
             warnings.warn(
-                "train.micro_batch auto looks for what fits in a GPU; on a CPU it takes the whole batch at once.",
+                "train.micro_batch auto finds what fits in a GPU; on a CPU it takes the whole batch at once.",
                 stacklevel=3,
             )
         return 0
@@ -59,15 +60,16 @@ def choose_micro_batch(
         if asked != "auto"
         else find_micro_batch(
             method,
-            cfg.optim,
-            ranks.device,
-            dtype,
-            view_shape=view_shape,
-            batch=share,
-            world=ranks.world,
-            exact_heads=cfg.train.exact_heads,
-            clip_grad=cfg.train.clip_grad,
-            source=gpu_source(resolved, shards, ranks, share),
+            TrialStep(
+                cfg.optim,
+                ranks.device,
+                dtype,
+                view_shape,
+                share,
+                ranks.world,
+                StepOptions(exact_heads=cfg.train.exact_heads, clip_grad=cfg.train.clip_grad),
+                gpu_views(resolved, shards, ranks, share),
+            ),
         )
     )
     if not 0 < found < share:
@@ -83,7 +85,7 @@ def choose_micro_batch(
 
 
 def largest_that_fits(count: int, run: Callable[[int], None]) -> int:
-    """The first of `count`, a half, a quarter ... of it, rounded up, with which `run` does not run out of memory.
+    """Return the first of `count`, a half, a quarter ... of it (rounded up) with which `run` does not run out of memory.
 
     Raises:
         UserError: not even 2 fit.
@@ -101,76 +103,24 @@ def largest_that_fits(count: int, run: Callable[[int], None]) -> int:
 
 
 def _lack(run: Callable[[int], None], size: int) -> str | None:
-    """None where `size` fits, else what was said of the lack of memory, as by `memory.reason`."""
+    """Return None where `size` fits, else the cause of the lack of memory, as `bracketed_cause` writes it."""
     try:
         run(size)
         return None
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return reason(error)
+        return bracketed_cause(error)
     finally:
-        gc.collect()  # what the failed step held, which its traceback kept alive until here
+        # Frees what the failed step held: its traceback kept it alive until here.
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def find_micro_batch(
-    method: Method,
-    optim: OptimConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    view_shape: tuple[int, ...],
-    batch: int,
-    world: int,
-    exact_heads: bool,
-    clip_grad: float,
-    source: Source | None = None,
-) -> int:
-    """The largest chunk, of `batch` images of this process, with which two whole steps fit in the memory of `device` on every rank.
-
-    Call it before the method is spread over ranks and compiled. The steps are real ones on empty images (C, H, W) with a rate of
-    0, so they take an optimiser's memory, a full queue's and DDP's buckets into account, and what the batches take that are on their
-    way; weights, statistics and queue are afterwards as before. `source`: where views come from, without it the host.
-
-    Raises:
-        UserError: not even 2 images fit.
-    """
-
-    def run(size: int) -> None:
-        optimizer = build_optimizer(method.parameters(), optim)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-        buckets = torch.empty(trained if world > 1 else 0, device=device)
-        step = Step(
-            method,
-            DDPWrapper(method),
-            optimizer,
-            device,
-            dtype,
-            micro_batch=size,
-            exact_heads=exact_heads,
-            clip_grad=clip_grad,
-        )
-        # One empty image that poses as many: copied to the device chunk by chunk, or whole where the batch is one chunk.
-        views = [torch.zeros(1, *view_shape).expand(batch, *view_shape) for _ in range(2)]
-        waiting = source.waiting_bytes(size < batch) if source else 0 if size < batch else nbytes(views)
-        ahead = torch.empty(waiting, dtype=torch.uint8, device=device)
-        for _ in range(2):
-            step.gradients(source.views if source else views)
-            step.update(1.0)
-        del buckets, ahead
-
-    with alone(), _restored(method):
-        found = largest_that_fits(batch, run)
-    return smallest_over_ranks(found, device)
-
-
 @dataclass(frozen=True)
-class Source:
-    """Views that the GPU makes, and what else it holds for them."""
+class GPUViews:
+    """Views that the GPU makes, and the memory that it holds for them beside the step."""
 
     views: BlankViews
     view_bytes: int
@@ -178,13 +128,13 @@ class Source:
     decoded_there: bool
     """The GPU decodes."""
     cached_there: bool
-    """The images lie in a cache on the GPU, which has its memory already."""
+    """The images lie in a cache on the GPU, whose memory is taken already."""
 
     def waiting_bytes(self, in_chunks: bool) -> int:
-        """Return the bytes on the device beside the images and views of the step itself, of the batches that are on their way.
+        """Return the bytes on the device of the batches that wait, beside the images and views of the step itself.
 
         In chunks the images wait on the host, unless the device has decoded them. A batch in one piece has the next one's views beside
-        it, and a buffer for the images of every slot, which has grown by a quarter.
+        it, and for every slot a buffer of images, which has grown by a quarter.
         """
         images = self.views.image_bytes
         decoded = SLOTS * images if self.decoded_there else 0
@@ -194,8 +144,59 @@ class Source:
         return decoded + buffers + self.view_bytes
 
 
-def gpu_source(resolved: Resolved, shards: ShardSet | None, ranks: Dist, share: int) -> Source | None:
-    """The views of the first batch, where the run's GPU makes them chunk by chunk."""
+@dataclass(frozen=True)
+class TrialStep:
+    """The step that `find_micro_batch` tries on one process, as the run will take it."""
+
+    optim: OptimConfig
+    device: torch.device
+    dtype: torch.dtype
+    view_shape: tuple[int, ...]
+    """(C, H, W)."""
+    batch: int
+    """Images of this process."""
+    world: int = 1
+    options: StepOptions = WHOLE_BATCH
+    """`micro_batch` is what is searched."""
+    gpu_views: GPUViews | None = None
+    """Views that the GPU makes; None: views come from the host."""
+
+    def run(self, method: Method, size: int) -> None:
+        """Take two whole steps on empty images in chunks of `size`, at a learning rate of 0."""
+        optimizer = build_optimizer(method.parameters(), self.optim)
+        set_lr(optimizer, 0.0)
+        trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+        buckets = torch.empty(trained if self.world > 1 else 0, device=self.device)
+        options = replace(self.options, micro_batch=size)
+        step = Step(method, DDPWrapper(method), optimizer, self.device, self.dtype, options)
+        # One empty image that poses as many: copied to the device chunk by chunk, or whole where the batch is one chunk.
+        views = [torch.zeros(1, *self.view_shape).expand(self.batch, *self.view_shape) for _ in range(2)]
+        in_chunks = size < self.batch
+        from_host = 0 if in_chunks else nbytes(views)
+        waiting = self.gpu_views.waiting_bytes(in_chunks) if self.gpu_views else from_host
+        ahead = torch.empty(waiting, dtype=torch.uint8, device=self.device)
+        for _ in range(2):
+            step.gradients(self.gpu_views.views if self.gpu_views else views)
+            step.update(1.0)
+        del buckets, ahead
+
+
+def find_micro_batch(method: Method, trial: TrialStep) -> int:
+    """Return the largest chunk with which two whole steps fit in the device's memory on every rank.
+
+    Call it before the method is spread over ranks and compiled. The steps are real ones, so they take the optimizer's memory, a full
+    queue, DDP's buckets and the batches that wait into account. Weights, statistics and queue are restored afterwards.
+
+    Raises:
+        UserError: not even 2 images fit.
+    """
+    with alone(), _restored(method):
+        found = largest_that_fits(trial.batch, partial(trial.run, method))
+    return smallest_over_ranks(found, trial.device)
+
+
+def gpu_views(resolved: Resolved, shards: ShardSet | None, ranks: Dist, share: int) -> GPUViews | None:
+    """Return the views of the first batch where the run's GPU makes them, chunk by chunk; None elsewhere."""
     cfg = resolved.config
     data = cfg.data
     if shards is None or data.augment_on != "gpu" or data.engine != "fused":
@@ -205,7 +206,7 @@ def gpu_source(resolved: Resolved, shards: ShardSet | None, ranks: Dist, share: 
     recipe = cfg.recipe
     views = BlankViews(shards, recipe, ids, ranks.device, form=form, cached=cached)
     pixels = sum(recipe.side(view) ** 2 for view in range(recipe.total_views)) * len(recipe.mean)
-    return Source(views, share * pixels * form.dtype.itemsize, data.decode == "gpu", cached)
+    return GPUViews(views, share * pixels * form.dtype.itemsize, data.decode == "gpu", cached)
 
 
 def nbytes(views: Sequence[Tensor]) -> int:
@@ -215,7 +216,7 @@ def nbytes(views: Sequence[Tensor]) -> int:
 
 @contextlib.contextmanager
 def _restored(method: nn.Module) -> Iterator[None]:
-    """Afterwards buffers and gradients are as before; a queue counts as full within."""
+    """Restore buffers and gradients at the end; inside, a queue counts as full."""
     before: dict[str, Tensor] = {name: buffer.cpu().clone() for name, buffer in method.named_buffers()}
     queue = getattr(method, "queue", None)
     count = queue.count if queue is not None else 0

@@ -1,4 +1,4 @@
-"""`fastssl replay FILE`: do a step again that was not finite, and say where the first value arises that is not."""
+"""`fastssl replay FILE`: repeat a step that was not finite, and name the module with the first value that is not."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ if TYPE_CHECKING:
     from fastssl.core.nonfinite import BadStep
     from shards.dataset.shard_set import ShardSet
 
-MAX_FILES = 3  # of a run: each holds its weights
+# Of one run: each file holds the run's weights.
+MAX_FILES = 3
 PATTERN = "nonfinite-step-*.pt"
 
 
 @dataclass(frozen=True)
 class Replay:
-    """Do a step again whose loss or gradient was not finite, and say where the first such value arises.
+    """Repeat a step whose loss or gradient was not finite, and name the module with the first such value.
 
     A run writes FILE, with its weights and the batch's sample ids and draws, when such a step stops it or is skipped.
     """
 
     file: Annotated[str, tyro.conf.Positional]
-    """nonfinite-step-*.pt in the folder of a run."""
+    """A nonfinite-step-*.pt in a run's folder."""
     shards: str = ""
-    """The run's shards, where they have moved since."""
+    """Folder of the run's shards, if they have moved since."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
     precision: Literal["", "bf16", "fp16", "fp32"] = ""
-    """What to compute in; empty: as the run did on this kind of device. A step that is finite in fp32 tells of an overflow."""
+    """Precision to compute in; empty: the run's, on this kind of device. A step that is finite in fp32 overflowed in 16 bits."""
     micro_batch: int = 0
-    """Images at a time, where the batch does not fit; 0: as the run did."""
+    """Images at a time, if the batch does not fit; 0: as in the run."""
 
 
 def run(argv: list[str]) -> int:
@@ -53,7 +54,7 @@ def run(argv: list[str]) -> int:
 
 
 def capture(path: Path, bad: BadStep, weights: dict[str, Any], shards: ShardSet) -> None:
-    """Write what `replay` needs, `weights` being those of a checkpoint; says so, and goes on, where that is not possible."""
+    """Write the file that `replay` reads; where it cannot be written, warn and return. `weights`: as `Training.weights` gives them."""
     import torch
 
     from fastssl.core import checkpoint
@@ -69,12 +70,13 @@ def capture(path: Path, bad: BadStep, weights: dict[str, Any], shards: ShardSet)
     }
     try:
         checkpoint.save(path, {**weights, **batch})
-    except UserError as error:  # what has happened is to be told in any case
-        warnings.warn(f"The batch could not be kept for a replay: {error}", stacklevel=2)
+    except UserError as error:
+        # Only a warning: the caller goes on to report the step itself.
+        warnings.warn(f"The batch could not be saved for a replay: {error}", stacklevel=2)
 
 
 def _draws(config: dict[str, Any], step: int, ids: np.ndarray, shards: ShardSet) -> torch.Tensor:
-    """The bytes of the batch's DRAW records (V, N), uint8; for a sample in place of a bad one, those of its regular place."""
+    """Return the bytes of the batch's DRAW records (V, N), uint8; a sample that replaced a bad one has those of its own place."""
     import torch
 
     from fastssl.pretraining.run_config import from_tree
@@ -104,10 +106,10 @@ def same_draws(stored: np.ndarray, ours: np.ndarray) -> bool:
 
 
 def replay(args: Replay) -> list[str]:
-    """The report, line by line.
+    """Repeat the step and return the report, line by line.
 
     Raises:
-        UserError: no such file, or other shards than the run's.
+        UserError: there is no such file, or the shards are not the run's.
     """
     import torch
 
@@ -116,19 +118,19 @@ def replay(args: Replay) -> list[str]:
     from fastssl.pretraining.build import build_method, compute_dtype
     from fastssl.pretraining.resume import data_set_of
     from fastssl.pretraining.run_config import from_tree
-    from fastssl.pretraining.step import DDPWrapper, Step
+    from fastssl.pretraining.step import DDPWrapper, Step, StepOptions
     from fastssl.pretraining.stochastic_depth import depth_draws
     from pipelines.loading.loader import open_loader
 
     state = checkpoint.load(Path(args.file))
     if "bad_step" not in state:
         raise UserError(
-            f"'{args.file}' is a checkpoint, not a step that was not finite: give a {PATTERN} of a run."
+            f"'{args.file}' is a checkpoint, not a step that was not finite: give a {PATTERN} of a run's folder."
         )
     resolved = from_tree(state["config"])
     cfg = resolved.config
     data = replace(cfg.data, shards=args.shards or cfg.data.shards)
-    # Recomputed activations would be met twice.
+    # Without recomputing: the hooks would see those activations twice.
     train = replace(cfg.train, checkpointing="none", precision=args.precision or cfg.train.precision)
     resolved = replace(resolved, config=replace(cfg, data=data, train=train))
     shards = data.open()
@@ -144,7 +146,7 @@ def replay(args: Replay) -> list[str]:
     on_cpu = {"augment_on": "cpu", "decode": "cpu", "cache": "none"}
     options = data.options(**({} if place.type == "cuda" else on_cpu), device=place, reuse_memory=True)
     loader = open_loader(shards, cfg.recipe, batch=train.batch, seed=train.seed, options=options)
-    # Views that are taken in chunks last as long as the stream is open.
+    # Views that are taken in chunks are valid only while the stream is open.
     batches = (loader.in_chunks() if chunk else loader).steps(step - 1, step)
     with closing(batches):
         batch = next(batches)
@@ -154,13 +156,13 @@ def replay(args: Replay) -> list[str]:
             f"step {step}: the {what}; {len(ids)} images, weights of step {min(state['step'], step - 1)}"
         ]
         if not np.array_equal(batch.sample_ids, ids):
-            lines.append("note: other samples stand in for bad ones than did then")
+            lines.append("note: other samples replace bad ones than in the run")
         if not same_draws(state["draws"].numpy(), _draws(state["config"], step, ids, shards).numpy()):
-            lines.append("note: this version of fastssl draws other augmentations than did the run")
+            lines.append("note: this version of fastssl draws other augmentations than the run did")
         if train.nonfinite == "skip" and state["step"] > step:
             lines[0] = lines[0].replace(f"step {step - 1}", f"step {state['step']}, which came later")
 
-        # BatchNorm's running statistics have taken the step in, and no step looks at them.
+        # Not the buffers: BatchNorm's running statistics include the bad step already, and training does not use them.
         broken = [name for name, value in method.named_parameters() if _count(value)]
         lines.append(f"weights    {'finite' if not broken else f'not finite in {_some(broken)}'}")
         spoiled = _spoiled(batch.views, chunk)
@@ -173,8 +175,7 @@ def replay(args: Replay) -> list[str]:
             optimizer,
             place,
             dtype,
-            micro_batch=chunk,
-            exact_heads=train.exact_heads,
+            StepOptions(micro_batch=chunk, exact_heads=train.exact_heads),
         )
         trace = Trace(method)
         draws = depth_draws(train.seed, step - 1, 0) if cfg.model.drop_path else None
@@ -197,15 +198,17 @@ def replay(args: Replay) -> list[str]:
         lines.append(f"gradient   {first}")
         if not (broken or spoiled or trace.forward or wrong or not np.isfinite(float(stepper.loss))):
             lines.append(
-                "The step is finite when done again: what made it fail is in another precision, device or later weights."
+                "The step is finite when repeated: the run had another precision or device, or earlier weights."
             )
         elif dtype != torch.float32 and not broken:
-            lines.append(f"See whether float32 bears it: fastssl replay {args.file} --precision fp32")
+            lines.append(
+                f"Check whether it also fails in float32: fastssl replay {args.file} --precision fp32"
+            )
         return lines
 
 
 def _spoiled(views: Sequence[torch.Tensor], chunk: int) -> list[str]:
-    """The numbers of the views with a value that is not finite; no more than a chunk is made or looked at at a time."""
+    """Return the numbers of the views with a value that is not finite, one chunk at a time."""
     from fastssl.pretraining.step import chunks
     from pipelines.streaming.lazy_views import count_samples, rows_of
 
@@ -217,21 +220,21 @@ def _spoiled(views: Sequence[torch.Tensor], chunk: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a value was first not finite."""
+    """The module at which a value was first not finite."""
 
     name: str
-    """Of the module whose output, or the gradient of whose output, it was."""
+    """Name of the module whose output, or whose output's gradient, it was."""
     kind: str
     shape: tuple[int, ...]
     count: int
     """Values that are not finite."""
     before: str
-    """What came before it."""
+    """Whether the module's input was finite."""
     rows: np.ndarray
     """Places in the first dimension, int64."""
 
     def tell(self) -> str:
-        """A line for people."""
+        """Return a line for the report."""
         return (
             f"first not finite in {self.name} ({self.kind}): {self.count:,} of {int(np.prod(self.shape)):,} values of "
             f"{self.shape}; {self.before}"
@@ -239,7 +242,7 @@ class Spot:
 
 
 class Trace:
-    """Watches the modules without parts of a method, in the order in which they run, and the gradients of their outputs."""
+    """Hooks on a method's innermost modules: record the first output and the first output gradient that is not finite."""
 
     def __init__(self, method: torch.nn.Module) -> None:
         self.forward: Spot | None = None
@@ -252,8 +255,10 @@ class Trace:
     def _after(self, name: str, module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         for value in _tensors(output):
             if self.forward is None and (count := _count(value)):
-                rotten = any(_count(x) for x in _tensors(inputs))
-                before = f"its input is not: between {self._last} and it" if rotten else "its input is finite"
+                bad_input = any(_count(x) for x in _tensors(inputs))
+                before = (
+                    f"its input is not: between {self._last} and it" if bad_input else "its input is finite"
+                )
                 self.forward = Spot(
                     name, type(module).__name__, tuple(value.shape), count, before, _rows(value)
                 )
@@ -279,7 +284,7 @@ def _count(value: torch.Tensor) -> int:
 
 
 def _rows(value: torch.Tensor) -> np.ndarray:
-    """The places in the first dimension that hold a value which is not finite; none where nearly all do, which names no culprit."""
+    """Return the rows (first dimension) with a value that is not finite; none where more than half have one."""
     found = (~value.detach().isfinite()).reshape(len(value), -1).any(dim=1).nonzero().flatten().cpu().numpy()
     return found if len(found) <= len(value) // 2 else found[:0]
 

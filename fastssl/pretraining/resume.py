@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def data_set_of(shards: ShardSet) -> dict[str, Any]:
-    """Return what a data set must agree on for a run to continue on it."""
+    """Return the properties of a data set that must stay the same for a run to continue."""
     whole = {"num_samples": len(shards), "options_sha256": shards.manifest.options_sha256}
-    # A split made anew under its old name is another one.
+    # A split that was made again under its old name is a different one.
     part = {"ids_sha256": hashlib.sha256(shards.ids.tobytes()).hexdigest()} if shards.split else {}
     return whole | part
 
@@ -28,8 +28,8 @@ def check_same_run(
 ) -> None:
     """Raise UserError for the checkpoint of a different run; warn about settings that changed.
 
-    The number of processes is no setting: order and draws are functions of the global step, so any number that divides the batch
-    continues with the same samples. So does another train.micro_batch.
+    The number of processes is not a setting: order and draws are functions of the global step, so a run may continue on any number
+    that divides the batch, with the same samples. So it may with another train.micro_batch.
     """
     check_architecture(shape, state["architecture"], where)
     if state["shards"] != data_set_of(shards):
@@ -37,10 +37,10 @@ def check_same_run(
             f"'{where}' was trained on {state['shards']['num_samples']} samples of another conversion or split, '{shards.folder}' "
             f"has {len(shards)}: give the same shards, or start a new run with another --train.out."
         )
-    # Parsed again, so that settings of an older version get their present names, and defaults where they did not exist.
+    # Parsed again, so that settings of an older version get their present names, and new settings their defaults.
     before, now = from_tree(state["config"]).tree(), resolved.tree()
     fixed = {("train", "batch"), ("train", "seed"), ("train", "epochs")}
-    # What the optimiser holds, and for which weights.
+    # They decide which state the optimizer holds, and for which weights.
     fixed |= {("optim", "name"), ("model", "stop_grad_conv1")}
     free = {
         ("train", k)
@@ -64,7 +64,7 @@ def check_same_run(
                 continue
             if section in ("recipe", "method") or (section, key) in fixed:
                 raise UserError(
-                    f"'{where}' was made with {section}.{key} = {old} and this run has {value}: use the same to resume, or start anew "
-                    "with another --train.out."
+                    f"'{where}' was made with {section}.{key} = {old} and this run has {value}: use the same to resume, or start a "
+                    "new run with another --train.out."
                 )
-            warnings.warn(f"{section}.{key} was {old} until here and is {value} from now on.", stacklevel=3)
+            warnings.warn(f"{section}.{key} was {old} so far and is {value} from now on.", stacklevel=3)

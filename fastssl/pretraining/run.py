@@ -1,4 +1,4 @@
-"""`fastssl.pretrain`: a pretraining run from a configuration, for Python and for the command."""
+"""`fastssl.pretrain`: run pretraining from a configuration, in Python and for the command; `loop.train` does the work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.core import distributed
-from fastssl.core.memory import is_out_of_memory, reason
+from fastssl.core.memory import bracketed_cause, is_out_of_memory
 from fastssl.pretraining import loop
 from fastssl.pretraining.loop import Summary
 from fastssl.pretraining.run_config import Resolved, load_config
@@ -25,28 +25,28 @@ def pretrain(
         pretrain("configs/moco_v3_vit_small.yaml", {"data.shards": "photo-shards", "train.batch": 256})
         pretrain(overrides={"data": {"shards": "photo-shards"}, "model": {"backbone": "resnet18"}}, resume=True)
 
-    It is what `fastssl pretrain` runs. Under torchrun every process calls it. Ctrl-C, SIGTERM and SIGUSR1 end the run after the step
-    at hand, with a checkpoint: `Summary.interrupted` is then the number of the signal.
+    `fastssl pretrain` runs this. Under torchrun every process calls it. Ctrl-C, SIGTERM and SIGUSR1 end the run after the
+    current step, with a checkpoint: `Summary.interrupted` is then the number of the signal.
 
     Args:
         config: a YAML file, what `load_config` returned, or None for the defaults.
-        overrides: settings that take the place of the file's, see `load_config`.
+        overrides: settings that replace the file's, see `load_config`.
         resume: continue the run in train.out from its newest checkpoint, or start it where there is none.
 
     Raises:
-        UserError: settings that cannot be, missing shards, a run folder in use, a loss that is not finite, a batch that does not fit
-            in the GPU's memory, a full disk. Its message names the way out.
+        UserError: settings that contradict each other, missing shards, a run folder in use, a loss that is not finite, a batch
+            that does not fit in the GPU's memory, a full disk. The message names the way out.
     """
     resolved = load_config(config, overrides)
     try:
-        return loop.pretrain(resolved, resume=resume)
+        return loop.train(resolved, resume=resume)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"A batch of {resolved.config.train.batch} over all processes does not fit in the GPU's memory{reason(error)}: set "
-            "--train.micro-batch auto, which trains on it in chunks, or --train.checkpointing blocks, or start more processes with "
-            "torchrun."
+            f"A batch of {resolved.config.train.batch} over all processes does not fit in the GPU's memory"
+            f"{bracketed_cause(error)}: set --train.micro-batch auto, which trains on it in chunks, or --train.checkpointing "
+            "blocks, or start more processes with torchrun."
         ) from error
     finally:
         distributed.cleanup()

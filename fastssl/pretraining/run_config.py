@@ -1,4 +1,7 @@
-"""A run's configuration: frozen sections put together, read from YAML and flags by one parser.
+"""A run's configuration: frozen sections, read from YAML and flags by one parser.
+
+`load_config` is for Python: it takes a file, a configuration or nothing, overrides in a mapping, and raises UserError. `load` is for
+commands: it takes a file and flags, and prints `--help` and what tyro says of a wrong value, then exits.
 
 YAML is just flags: the file is flattened to `--section.key value` and parsed by tyro, then the user's own flags are parsed with that
 result as their default. So a value means the same in both places, and there is one kind of error.
@@ -29,9 +32,9 @@ from pipelines.augment.recipe import RECIPES, Recipe, get_recipe
 from pipelines.loading.data_config import DataConfig
 from shards.errors import UserError, nearest
 
-# Chosen by name before the rest is read, because they decide which other keys exist and what their defaults are.
+# Read before the rest, because they decide which other keys exist and what their defaults are.
 METHOD_NAME, PRESET = "method.name", "recipe.preset"
-# Settings by their former names, which older files and checkpoints hold: the name of now, and the values.
+# Former names of settings, in older files and checkpoints: the present name, and present values by former ones.
 RENAMED = {
     "model.grad_checkpointing": ("train.checkpointing", {"true": "blocks", "false": "none"}),
     "train.keep": ("train.keep_last", {}),
@@ -60,28 +63,28 @@ class Resolved:
     method_name: str
 
     def tree(self) -> dict[str, Any]:
-        """The whole configuration as plain nested values, loadable again by `load`."""
+        """Return the whole configuration as plain nested values; `from_tree` reads it, and `load` its YAML."""
         tree = _plain(dataclasses.asdict(self.config))
         tree["method"] = {"name": self.method_name, **tree["method"]}
         return tree
 
     def to_yaml(self) -> str:
-        """As `tree`, in YAML."""
+        """Return `tree` as YAML."""
         return yaml.safe_dump(self.tree(), sort_keys=False, width=110)
 
 
 def load_config(
     config: str | Path | Resolved | None = None, overrides: Mapping[str, Any] | Sequence[str] = ()
 ) -> Resolved:
-    """Return the configuration of a YAML file, with some settings overridden.
+    """Return the configuration of a YAML file, with some settings overridden: the way for Python code.
 
         load_config("configs/moco_v3_vit_small.yaml", {"data.shards": "photo-shards", "train.batch": 256})
         load_config(overrides={"recipe": {"preset": "satellite", "size": 128}})
 
     Args:
         config: a YAML file; None for the defaults; or a configuration, to which `overrides` are then applied.
-        overrides: settings by their full name or by section, `recipe.preset` and `method.name` included; or flags as on the command
-            line, such as ["--train.batch", "256"].
+        overrides: settings by full name or by section, `recipe.preset` and `method.name` included; or flags as on the command line,
+            such as ["--train.batch", "256"].
 
     Raises:
         UserError: the file is missing or no YAML, or a setting, method or recipe is unknown (the nearest known name is given), or a
@@ -100,31 +103,32 @@ def load_config(
 
 
 def _override(resolved: Resolved, tokens: list[str]) -> Resolved:
-    """Apply flags to a configuration. Its method stays, and so does what a recipe's preset has set."""
+    """Return a configuration with flags applied. Its method and the values from a recipe's preset stay."""
     for key in (METHOD_NAME, PRESET):
         if _take_flag(list(tokens), key) is not None:
             raise UserError(
-                f"{key} decides which other settings there are: give it where the configuration is made."
+                f"The setting {key} decides which other settings there are: give it where the configuration is made."
             )
     _check_names(tokens, dict(leaves(_plain(dataclasses.asdict(resolved.config)))))
     return dataclasses.replace(resolved, config=_parse(resolved.config, tokens, prog="overrides"))
 
 
 def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolved:
-    """Read a YAML file (None: all defaults) and flags that override it.
+    """Read a YAML file (None: all defaults) and flags that override it, as commands do; from Python, call `load_config`.
 
     Raises:
         UserError: the file is missing or no YAML, or a key, method or recipe is unknown; the nearest known name is given.
-        SystemExit: `--help`, or a value of the wrong type (tyro prints which).
+        SystemExit: `--help` was given, or a value has the wrong type; tyro has printed the help or the reason.
     """
     tree = _read_yaml(Path(path)) if path is not None else {}
     where = f"'{path}'" if path is not None else "the defaults"
     named = dict(leaves(tree))
     tokens = list(overrides or [])
     sections = {field.name for field in dataclasses.fields(RunConfig)}
-    named = {k: v for k, v in named.items() if v != "" or k not in sections}  # `train:` with nothing below it
+    # A section may be empty: `train:` with nothing below it.
+    named = {k: v for k, v in named.items() if v != "" or k not in sections}
     written = {key: named.pop(key, None) for key in (METHOD_NAME, PRESET)}
-    named = _of_now(named)
+    named = _renamed(named)
     chosen = {key: _take_flag(tokens, key) or name for key, name in written.items()}
     method_name = chosen[METHOD_NAME] or next(iter(METHODS))
     recipe = get_recipe(chosen[PRESET]) if chosen[PRESET] else Recipe()
@@ -149,15 +153,15 @@ def _check_names(tokens: list[str], known: Collection[str]) -> None:
 
 
 def from_tree(tree: dict[str, Any]) -> Resolved:
-    """The configuration stored in a checkpoint (`Resolved.tree`)."""
+    """Return the configuration stored in a checkpoint (`Resolved.tree`)."""
     tree = {section: dict(values) for section, values in tree.items()}
     method_name = tree["method"].pop("name")
     start = RunConfig(method=get_method(method_name).Config())
-    return Resolved(_parse(start, list(_flags(_of_now(dict(leaves(tree))))), prog="checkpoint"), method_name)
+    return Resolved(_parse(start, list(_flags(_renamed(dict(leaves(tree))))), prog="checkpoint"), method_name)
 
 
-def _of_now(named: dict[str, Any]) -> dict[str, Any]:
-    """Settings under their names of now; one that is there under both keeps the value of the new name."""
+def _renamed(named: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings under their present names; where both names are given, the present one wins."""
     moved = {}
     for old, (new, values) in RENAMED.items():
         if old in named:
@@ -185,7 +189,7 @@ def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        # BaseLoader leaves every scalar a string: `lr: 3e-4` and `name: no` mean what they say.
+        # BaseLoader keeps every scalar a string, so that `lr: 3e-4` stays a number and `name: no` a name.
         tree = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
     except FileNotFoundError:
         here = [p.name for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
@@ -204,7 +208,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """{'train': {'lr': 1}} -> ('train.lr', 1)."""
+    """Yield full names and values: {'train': {'lr': 1}} -> ('train.lr', 1)."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -219,7 +223,7 @@ def _flags(named: dict[str, Any]) -> Iterator[str]:
 
 
 def _spell_booleans(tokens: list[str], default: RunConfig) -> list[str]:
-    """`true` and `false` as tyro spells them, where a switch is set; a folder called `true` keeps its name."""
+    """Spell `true` and `false` as tyro does, where they set a switch; a folder called `true` keeps its name."""
     switches = {f"--{key}" for key, value in leaves(dataclasses.asdict(default)) if isinstance(value, bool)}
     spelled, before = [], ""
     for token in tokens:
@@ -250,17 +254,17 @@ def _take_flag(tokens: list[str], name: str) -> str | None:
 
 
 def _suggest(key: str, known: Any) -> str:
-    """The nearest full key, or the one whose last part is meant where the section was forgotten."""
+    """Return a hint: the nearest full key, or the only key with this last part, where the section was forgotten."""
     last = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     if len(last) == 1:
         return f" Did you mean '{last[0]}'?"
     hint = nearest(key, known)
-    # Sixty names are no help in a sentence.
+    # A sentence with sixty names would not help.
     return hint if "Did you mean" in hint else " `fastssl pretrain CONFIG --settings` lists them all."
 
 
 def _plain(value: Any) -> Any:
-    """Tuples become lists, so that YAML and JSON hold plain values."""
+    """Return the value with lists in place of tuples, for YAML and JSON."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -22,7 +22,7 @@ BEST = "best.pt"
 
 
 class RunFolder:
-    """A context that locks a run's folder for one trainer. Every rank has one, but only the first writes to the disk.
+    """A context that locks a run's folder for one trainer. Every rank enters it, but only the first writes to the disk.
 
     config.yaml is the configuration, metrics.jsonl the log, checkpoints/step-*.pt are what `resume` continues from, and
     checkpoints/best.pt holds the weights with the best kNN accuracy. A second trainer in the same folder is refused.
@@ -49,7 +49,7 @@ class RunFolder:
             self._lock.close()
 
     def newest(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest checkpoint that can be read and its content; None for a new run.
+        """Return the newest readable checkpoint and its content; None for a new run.
 
         A damaged one is renamed to `*.damaged`, with a warning.
 
@@ -78,7 +78,8 @@ class RunFolder:
         train = self._resolved.config.train
         if self._ranks.is_main:
             assert self.log is not None
-            self.log.flush()  # a checkpoint that survives a power loss finds the rows before it
+            # A checkpoint that survives a power loss must find the rows before it.
+            self.log.flush()
             lasting = train.keep_every * self._steps
             checkpoint.save(
                 checkpoint.checkpoint_path(self.path, state["step"]), state, train.keep_last, lasting
@@ -96,7 +97,7 @@ class RunFolder:
             self._lock = lock_file(self.path / ".lock")
         except BlockingIOError:
             raise UserError(
-                f"Another trainer is at work in '{self.path}': wait for it or stop it, or choose another --train.out."
+                f"Another trainer uses '{self.path}': wait for it or stop it, or choose another --train.out."
             ) from None
         except OSError as error:
             raise self._unwritable(error) from error
@@ -119,7 +120,7 @@ class RunFolder:
             for bad in damaged:
                 bad.rename(bad.with_name(f"{bad.name}.damaged"))
                 warnings.warn(
-                    f"The checkpoint '{bad}' is damaged: it is now called '{bad.name}.damaged', and the run continues from "
+                    f"The checkpoint '{bad}' is damaged: it was renamed to '{bad.name}.damaged', and the run continues from "
                     f"'{path.name}', the one before it.",
                     stacklevel=2,
                 )

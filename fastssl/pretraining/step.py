@@ -1,4 +1,4 @@
-"""One optimiser step over a batch: gradients of the whole of it, in chunks where it does not fit, then the update."""
+"""One optimizer step over a batch: gradients of the whole batch, in chunks where it does not fit, then the update."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from pipelines.streaming.stream import hand_over
 
 
 class DDPWrapper(nn.Module):
-    """Lets any part of a method run through DistributedDataParallel, which sees `forward` alone."""
+    """Run any part of a method through DistributedDataParallel, which wraps `forward` only."""
 
     def __init__(self, method: Method) -> None:
         super().__init__()
@@ -32,25 +33,39 @@ class DDPWrapper(nn.Module):
         return run(*args)
 
 
+@dataclass(frozen=True)
+class StepOptions:
+    """How `Step` divides a batch and what it does with the gradients; the settings of `TrainConfig` of the same names."""
+
+    micro_batch: int = 0
+    """Images of a chunk at most; 0: the whole batch at once."""
+    exact_heads: bool = False
+    clip_grad: float = 0.0
+    nonfinite: Literal["stop", "skip"] = "stop"
+
+
+WHOLE_BATCH = StepOptions()
+
+
 class Step:
-    """Computes the gradients of a batch and applies them; `model` is the method's `DDPWrapper`, under DDP with several ranks.
+    """Compute the gradients of a batch and apply them; `model` is the method's `DDPWrapper`, under DDP with several ranks.
 
-    With `micro_batch` m > 0 the batch of this process runs through the backbones in chunks of at most m images, as equal as can be.
-    The teacher comes first: its backbone in chunks, its heads once over the whole batch, its keys gathered once. Then
+    With `micro_batch` m > 0 the batch of this process runs through the backbones in chunks of at most m images, of nearly equal size.
+    The teacher comes first: its backbone in chunks, its heads once over the whole batch, its keys gathered once. Then one of these:
 
-    - the student in chunks, each against the targets of the whole batch, a backward pass a chunk: the gradient of the undivided batch
-      at no extra forward (8 forwards an image), but for the student's BatchNorm and the teacher's backbone's, which see a chunk at a
-      time; or
-    - with `exact_heads`, the student's backbone in chunks without gradient, heads and loss once over the whole batch, then the
-      backbone in chunks again with the gradient of its features (gradient cache, Gao et al. 2021, arXiv 2101.06983; 10 forwards an
-      image): the gradient of the undivided batch but for BatchNorm in the backbones. Running statistics follow the first forward only.
+    - The student runs in chunks, each against the targets of the whole batch, with a backward pass per chunk. The gradient is that of
+      the undivided batch, at no extra forward (8 forwards an image). Only BatchNorm is inexact (the student's, and that of the
+      teacher's backbone): it sees one chunk.
+    - With `exact_heads`, the student's backbone runs in chunks without gradient, heads and loss run once over the whole batch, and the
+      backbone runs in chunks again with the gradient of its features (gradient cache, Gao et al. 2021, arXiv 2101.06983; 10 forwards
+      an image). Only BatchNorm in the backbones is inexact. Running statistics follow the first forward only.
 
-    Under DDP only the last chunk's backward pass sums gradients over ranks. Nothing here waits for a GPU, fp16's scaler included.
+    Under DDP only the last chunk's backward pass sums gradients over ranks. No step waits for a GPU, not even fp16's scaler.
 
-    A step whose loss or gradient is not finite changes no weight and no state of the optimiser. With `nonfinite` "stop" no later
-    one does either, so that the weights of that moment can be looked at; with "skip" the teacher and the statistics of BatchNorm
-    stay as well, and the next step is taken. After each update `loss`, `features`, `grad_norm` (before clipping) and `applied`
-    (bool: the optimiser has stepped) tell of it, as tensors on the device.
+    A step whose loss or gradient is not finite changes neither weights nor optimizer state. With `nonfinite` "stop" no later step does
+    either, so that the weights of that moment can be inspected; with "skip" the teacher and the statistics of BatchNorm stay unchanged
+    too, and training continues. After each update `loss`, `features`, `grad_norm` (before clipping) and `applied` (bool: the optimizer
+    has stepped) describe it, as tensors on the device.
     """
 
     def __init__(
@@ -60,21 +75,18 @@ class Step:
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        *,
-        micro_batch: int = 0,
-        exact_heads: bool = False,
-        clip_grad: float = 0.0,
-        nonfinite: Literal["stop", "skip"] = "stop",
+        options: StepOptions = WHOLE_BATCH,
     ) -> None:
         self.method, self.model, self.optimizer = method, model, optimizer
         self.device, self.dtype = device, dtype
-        self.micro_batch, self.exact_heads, self.clip_grad = micro_batch, exact_heads, clip_grad
+        self.micro_batch, self.exact_heads = options.micro_batch, options.exact_heads
+        self.clip_grad = options.clip_grad
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.loss = self.grad_norm = torch.zeros((), device=device)
         self.applied = torch.ones((), dtype=torch.bool, device=device)
         self.features = torch.zeros((0, 0), device=device)
-        self._skip = nonfinite == "skip"
+        self._skip = options.nonfinite == "skip"
         self._stopped = torch.zeros((), dtype=torch.bool, device=device)
         self._statistics = (
             [b for m in method.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
@@ -86,12 +98,12 @@ class Step:
     def gradients(
         self, views: Sequence[Tensor], seed: Callable[[int], None] | None = None
     ) -> dict[str, Tensor]:
-        """Leave the gradients of the batch in the parameters and return its metrics (see `StepOutput.metrics`).
+        """Compute the gradients of the batch into the parameters and return its metrics (see `StepOutput.metrics`).
 
         Args:
             views: (N, C, H, W) each, on the device; or float32 on the host, to be copied chunk by chunk; or `LazyViews`, to be made
-                chunk by chunk, for each pass over them anew.
-            seed: called with the number of a chunk before its student's forward, to fix what that draws.
+                chunk by chunk, anew for each pass over them.
+            seed: called with the number of a chunk before the student's forward on it, to fix its random draws.
         """
         parts = chunks(count_samples(views), self.micro_batch)
         self._before = [buffer.clone() for buffer in self._statistics]
@@ -103,7 +115,7 @@ class Step:
             self.loss, self.features = outputs[0].loss, outputs[0].features
             return outputs[0].metrics
         shares = [(rows.stop - rows.start) / parts[-1].stop for rows in parts]
-        # Whether it is finite matters, and its value where it is not.
+        # The sum tells whether every chunk's loss is finite, and which value it has if not.
         self.loss = torch.stack([output.loss for output in outputs]).sum()
         metrics = {
             name: torch.stack([o.metrics[name] * s for o, s in zip(outputs, shares, strict=True)]).sum()
@@ -113,18 +125,19 @@ class Step:
         return metrics | batch_statistics(self.features)
 
     def update(self, momentum: float) -> Tensor:
-        """Clip, step and clear the gradients, then move the teacher; returns whether the step was unusable.
+        """Clip, step and clear the gradients, then move the teacher; return whether the step was unusable.
 
-        That is a boolean scalar on the device, the same on every rank: the loss or the gradient was not finite, and weights and
-        optimiser are as before. Under fp16's scaler, where gradients overflow as a rule from
-        time to time, that is the scaler's matter, and only the loss makes a step unusable.
+        The result is a boolean scalar on the device, the same on every rank. True: the loss or the gradient was not finite, and
+        weights and optimizer are as before. Under fp16's scaler gradients overflow now and then, which the scaler handles; there only
+        the loss makes a step unusable.
         """
         parameters = [p for p in self.method.parameters() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         bad = ~self.loss.isfinite()
         if self.scaler.is_enabled():
-            bad = any_over_ranks(bad)  # the gradients are summed over ranks, each loss is a rank's own
+            # Gradients are summed over ranks, but each rank has its own loss.
+            bad = any_over_ranks(bad)
         else:
             bad |= ~norm.isfinite()
         if not self._skip:
@@ -138,11 +151,13 @@ class Step:
         return bad
 
     def _move_teacher(self, momentum: float, bad: Tensor) -> None:
-        if self.device.type == "cpu":  # there is nothing to wait for
+        if self.device.type == "cpu":
+            # On a CPU there is nothing to wait for.
             self.method.update_teacher(1.0 if bad else momentum)
         elif self._skip:
             self.method.update_teacher(torch.where(bad, 1.0, momentum))
-        else:  # the fast way: a run that is about to stop may move its teacher once more
+        else:
+            # The fast way: a run that is about to stop may move its teacher once more.
             self.method.update_teacher(momentum)
         for now, before in zip(self._statistics, self._before, strict=True):
             now.copy_(torch.where(bad, before, now))
@@ -152,8 +167,8 @@ class Step:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         elif self.device.type == "cuda" and getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            # As GradScaler tells them: the fused optimisers and LARS decide on the device. The others have to wait for it, and on a
-            # CPU there is nothing to wait for.
+            # As GradScaler does it: the fused optimizers and LARS decide on the device whether to step. The others wait for the
+            # device; on a CPU there is nothing to wait for.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # pyright: ignore[reportAttributeAccessIssue]
             self.optimizer.step()
         elif not bad:
@@ -194,7 +209,8 @@ class Step:
             self.scaler.scale(output.loss).backward()
         pulls = [feature.grad for feature in features]
         for number, (rows, chunk) in enumerate(zip(parts, self._on_device(views, parts), strict=True)):
-            seed(number)  # the same blocks are skipped again
+            # Stochastic depth skips the same blocks again.
+            seed(number)
             last = rows is parts[-1]
             with self._gradients_of_ranks(last):
                 with frozen_statistics(self.method.backbone):
@@ -204,7 +220,7 @@ class Step:
         return [output._replace(loss=output.loss.detach())]
 
     def _features_again(self, views: list[Tensor], last: bool) -> list[Tensor]:
-        """The student's features and, for DDP's last pass, a zero made from the heads: it waits for every parameter to take part."""
+        """Return the student's features and, for DDP's last pass, a zero made from the heads: DDP waits for every parameter."""
         features = self.method.student_features(views)
         if last and isinstance(self.model, DistributedDataParallel):
             trained = [p for head in self.method.heads() for p in head.parameters() if p.requires_grad]
@@ -216,20 +232,20 @@ class Step:
             return self.model(part, *args)
 
     def _autocast(self) -> torch.autocast:
-        # One context a forward: a weight cast within no_grad would be taken from the context's cache by a forward with gradient.
+        # One context per forward: a forward with gradient must not use weights that were cast and cached under no_grad.
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def _gradients_of_ranks(self, wanted: bool) -> contextlib.AbstractContextManager:
-        """Within, a backward pass sums gradients over ranks only if `wanted`."""
+        """Return a context in which a backward pass sums gradients over ranks only if `wanted`."""
         if wanted or not isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.model.no_sync()
 
     def _on_device(self, views: Sequence[Tensor], parts: list[slice]) -> Iterator[list[Tensor]]:
-        """The views of each part. What lies on the host, or is still to be made, is copied or made a part ahead, on a stream of its
-        own, while the device computes.
+        """Yield the views of each part. Views on the host or still to be made are copied or made one part ahead, on a stream of
+        their own, while the device computes.
 
-        A part is emptied when the next one is asked for, so that no more than two are held at a time.
+        A part is freed when the next one is requested, so that at most two are held.
         """
         if self._copies is None or (not isinstance(views, LazyViews) and views[0].is_cuda):
             for rows in parts:
@@ -256,14 +272,14 @@ class Step:
 
 
 def chunks(count: int, micro_batch: int) -> list[slice]:
-    """0 .. count - 1 in the fewest parts of at most `micro_batch` (0: one part), whose sizes differ by one at most."""
+    """Divide 0 .. count - 1 into the fewest parts of at most `micro_batch` (0: one part), whose sizes differ by at most one."""
     num = -(-count // micro_batch) if micro_batch else 1
     edges = [part * count // num for part in range(num + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def steady_statistics(method: Method, num_chunks: int, exact_heads: bool) -> None:
-    """Let running statistics that are updated once a chunk follow as fast as if once a step: momentum 1 - (1 - m)^(1 / chunks)."""
+    """Lower BatchNorm's momentum so that updates once a chunk equal one update a step: momentum 1 - (1 - m)^(1 / chunks)."""
     for module in [*method.backbones(), *([] if exact_heads else method.heads())]:
         for norm in module.modules():
             if isinstance(norm, _BatchNorm) and norm.momentum:
@@ -271,7 +287,7 @@ def steady_statistics(method: Method, num_chunks: int, exact_heads: bool) -> Non
 
 
 def tell_chunks(method: Method, count: int, num_chunks: int, exact_heads: bool) -> str:
-    """A line for people: how the `count` images of a process are divided, and what is not as in the undivided batch."""
+    """Return a line for the screen: how the `count` images of a process are divided, and which gradients are inexact."""
     inexact = []
     if any(map(depends_on_batch, method.backbones())):
         inexact.append("the backbones")
@@ -281,9 +297,9 @@ def tell_chunks(method: Method, count: int, num_chunks: int, exact_heads: bool) 
     if not inexact:
         return f"{line}: the gradient of the undivided batch"
     way_out = "" if exact_heads else ", --train.exact-heads True gives the heads the whole batch"
-    return f"{line}; BatchNorm in {' and '.join(inexact)} sees a chunk at a time{way_out}"
+    return f"{line}; BatchNorm in {' and '.join(inexact)} sees one chunk at a time{way_out}"
 
 
 def _joined(parts: list[list[Tensor]]) -> list[Tensor]:
-    """Chunks of each view put together again."""
+    """Concatenate the chunks of each view."""
     return parts[0] if len(parts) == 1 else [torch.cat(view) for view in zip(*parts, strict=True)]

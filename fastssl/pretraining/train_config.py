@@ -10,53 +10,53 @@ from shards.errors import UserError, check_least
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how large, where, and with which of the speed switches."""
+    """Length, batch, device, precision, speed switches, logging and checkpoints of a run."""
 
     out: str = "runs/pretrain"
-    """Folder of this run: configuration, metrics.jsonl, checkpoints."""
+    """Folder of the run: configuration, metrics.jsonl, checkpoints."""
     epochs: int = 100
     """Passes over the shards."""
     batch: int = 256
-    """Images per step over all processes."""
+    """Images a step, over all processes."""
     micro_batch: int | Literal["auto"] = 0
-    """Images that a process has on its device at a time, each against the keys of the whole batch; 0 takes all of its share of the
-    batch at once, auto the largest part that fits in the GPU's memory. The host holds 3 batches: of float32 views, or, with
-    data.augment_on gpu, of decoded images and room for a quarter more, and the GPU makes each chunk's views when the step asks."""
+    """Images that a process has on its device at a time, each against the keys of the whole batch. 0: its whole share of the batch;
+    auto: the largest part that fits in the GPU's memory. The host holds 3 batches of float32 views or, with data.augment_on gpu, of
+    decoded images with room for a quarter more; the GPU then makes each chunk's views when the step needs them."""
     exact_heads: bool = False
-    """With micro_batch: let the student's heads see the whole batch as well, at the cost of another forward of its backbone. Exact
-    for backbones without BatchNorm."""
+    """With micro_batch: run the student's heads on the whole batch too, at the cost of another forward of its backbone. Exact for
+    backbones without BatchNorm."""
     seed: int = 0
-    """Decides weights, order and augmentation."""
+    """Seed of the initial weights, the order and the augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
+    """auto: a GPU where there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """bf16 and fp16 compute under autocast (weights and loss stay float32), fp16 with a scaled loss. auto takes bf16 where the
-    hardware has it, fp16 on older GPUs, fp32 on other CPUs."""
+    """bf16 and fp16 compute under autocast (weights and loss stay float32), fp16 with a scaled loss. auto: bf16 where the hardware
+    has it, fp16 on older GPUs, fp32 on other CPUs."""
     channels_last: bool = True
-    """Keep convolutions' tensors in the layout that tensor cores and oneDNN want; no effect on ViTs."""
+    """Keep the tensors of convolutions in the layout that tensor cores and oneDNN prefer; no effect on ViTs."""
     compile: bool = False
-    """torch.compile the backbones, block by block; falls back, with a warning, where there is no compiler."""
+    """Compile the backbones with torch.compile, block by block; without a compiler, warn and run uncompiled."""
     checkpointing: Literal["none", "blocks", "selective"] = "none"
-    """What the student computes again in the backward pass instead of keeping it. blocks: all but the blocks' inputs, a third more
-    work for the least memory. selective: all but the results of matrix products, convolutions and attention, little more work."""
+    """Activation checkpointing of the student: recompute activations in the backward pass to save memory. blocks: keep the inputs of
+    blocks only, for the least memory and a third more work. selective: keep the results of matrix products, convolutions and
+    attention, for little more work."""
     clip_grad: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Clip the gradient to this norm; 0: no clipping."""
     log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
+    """Log metrics to metrics.jsonl every N steps."""
     save_every: int = 1
-    """Epochs between two checkpoints; the last step is always saved."""
+    """Save a checkpoint every N epochs; the last step is always saved."""
     save_every_steps: int = 0
-    """Steps between two checkpoints within an epoch; 0 saves at ends of epochs only."""
+    """Save a checkpoint every N steps too; 0: at ends of epochs only."""
     keep_last: int = 2
-    """Newest checkpoints that are kept; 0 keeps all. With knn.every the best weights so far are in checkpoints/best.pt besides."""
+    """Number of newest checkpoints to keep; 0: all. With knn.every the best weights so far are also in checkpoints/best.pt."""
     keep_every: int = 0
-    """Epochs between two checkpoints that are saved and kept for good; 0 keeps none for good."""
-
+    """Save every N-th epoch's checkpoint and keep it permanently; 0: none."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is not finite does: stop ends the run; skip leaves weights, optimiser and teacher as they were
-    before that step and goes on. Either writes the batch to a file for `fastssl replay`."""
+    """What to do at a loss or gradient that is not finite. stop: end the run; skip: leave weights, optimizer and teacher as they were
+    before the step, and continue. Both write the batch to a file for `fastssl replay`."""
     max_skipped: int = 20
-    """Steps of the run that may be skipped; one more stops it."""
+    """Number of steps that may be skipped in a run; one more stops it."""
 
     def __post_init__(self) -> None:
         check_least(self, "train.", epochs=1, batch=2, seed=0, log_every=1, save_every=1, clip_grad=0)
@@ -66,7 +66,7 @@ class TrainConfig:
             )
         if self.exact_heads and self.micro_batch == 0:
             raise UserError(
-                "train.exact_heads is for batches in chunks, and train.micro_batch is 0: set --train.micro-batch, or leave it False."
+                "train.exact_heads is for batches in chunks, but train.micro_batch is 0: set --train.micro-batch, or leave it False."
             )
         for name in ("save_every_steps", "keep_last", "keep_every", "max_skipped"):
             if getattr(self, name) < 0:

@@ -1,4 +1,4 @@
-"""What a run changes step by step: the method, its optimiser and its meters, built from a configuration and put into a checkpoint."""
+"""The state that a run changes step by step: method, optimizer and meters, built from a configuration, saved in a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastssl.pretraining.micro_batch import choose_micro_batch
 from fastssl.pretraining.replay import capture
 from fastssl.pretraining.resume import check_same_run, data_set_of
 from fastssl.pretraining.run_folder import RunFolder
-from fastssl.pretraining.step import Step, chunks, steady_statistics
+from fastssl.pretraining.step import Step, StepOptions, chunks, steady_statistics
 from fastssl.pretraining.stochastic_depth import depth_draws
 from pipelines.loading.loader import Batch
 from shards.dataset.shard_set import ShardSet
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Training:
-    """The trained thing of a run on one rank. Schedules and draws are functions of `done`, so `state` is all there is to save."""
+    """Trainer state on one rank. Schedules and draws are functions of `done`, so a checkpoint needs `state` only."""
 
     def __init__(
         self,
@@ -47,10 +47,13 @@ class Training:
         steps_per_epoch: int,
         found: tuple[Path, dict[str, Any]] | None = None,
     ) -> None:
-        """Build it anew, or as it was in the checkpoint (its path, what it holds).
+        """Build the state anew, or restore it from a checkpoint.
+
+        Args:
+            found: path and content of the checkpoint.
 
         Raises:
-            UserError: a configuration that cannot be built, a checkpoint of another run, a GPU on which nothing fits.
+            UserError: the configuration cannot be built, the checkpoint is of a different run, or not even 2 images fit in the GPU.
         """
         cfg, train = resolved.config, resolved.config.train
         self.resolved, self.shards, self.ranks, self.steps_per_epoch = (
@@ -60,7 +63,7 @@ class Training:
             steps_per_epoch,
         )
         self.done = 0
-        """Optimiser steps that lie behind."""
+        """Optimizer steps completed."""
         self.total = steps_per_epoch * train.epochs
         prepare_backend(ranks.device)
         self.method, self.shape = build_method(resolved, ranks.device)
@@ -85,24 +88,22 @@ class Training:
             self.optimizer,
             ranks.device,
             self.dtype,
-            micro_batch=micro_batch,
-            exact_heads=train.exact_heads,
-            clip_grad=train.clip_grad,
-            nonfinite=train.nonfinite,
+            StepOptions(micro_batch, train.exact_heads, train.clip_grad, train.nonfinite),
         )
         self.meters, self.watch = Meters(), NonFiniteMonitor(ranks.device)
         self._peak_lr = scaled_lr(cfg.optim, train.batch)
         self._warmup = min(cfg.optim.warmup_epochs, train.epochs)
         if self._warmup != cfg.optim.warmup_epochs and ranks.is_main:
             warnings.warn(
-                f"The warm-up of {cfg.optim.warmup_epochs:g} epochs is longer than the run: all of it warms up.",
+                f"The warm-up of {cfg.optim.warmup_epochs:g} epochs is longer than the run of {train.epochs}: the learning rate rises "
+                "until the end.",
                 stacklevel=2,
             )
         if found is not None:
             self._restore(found[1])
 
     def step(self, batch: Batch, wait_s: float) -> None:
-        """One optimiser step on this rank's batch, for which the run has waited `wait_s`."""
+        """Take one optimizer step on this rank's batch, for which the run has waited `wait_s` seconds."""
         train = self.resolved.config.train
         rate = lr_at(
             self.done,
@@ -127,7 +128,7 @@ class Training:
         self.meters.add(metrics, wait_s, stepper.applied, batch.replaced)
 
     def row(self, steps_timed: int) -> dict[str, float]:
-        """The values of a line of metrics since the last one; every rank calls it, and it waits for the device."""
+        """Return the metrics since the last call. Every rank calls it, and it waits for the device."""
         values = {"lr": self.optimizer.param_groups[0]["lr"]}
         values |= self.meters.read(self.resolved.config.train.batch, steps_timed)
         distance = self.method.teacher_distance()
@@ -138,17 +139,16 @@ class Training:
         return values
 
     def rank_me(self) -> float:
-        """RankMe of the newest batch's features, of all ranks; every rank calls it, and it waits for the device."""
+        """Return RankMe of the last batch's features over all ranks. Every rank calls it, and it waits for the device."""
         return rank_me(gather_keys(self.stepper.features))
 
     def check(self, folder: RunFolder, to_save: bool = False) -> None:
-        """Look for steps since the last look that were not finite, and write the first one's batch for `fastssl replay`.
+        """Check for steps since the last call that were not finite, and write the first one's batch for `fastssl replay`.
 
-        Every rank looks, and `to_save` also at the weights: all of them leave, or none. A checkpoint is worth having only if it can
-        go on.
+        Every rank checks, and all raise or none. With `to_save` the weights are checked too: a checkpoint must be able to continue.
 
         Raises:
-            UserError: a step was not finite where that stops the run, or too many were, or a weight is not finite.
+            UserError: a step was not finite and train.nonfinite is stop, too many steps were skipped, or a weight is not finite.
         """
         train = self.resolved.config.train
         bad = self.watch.poll()
@@ -163,14 +163,14 @@ class Training:
                 )
             if self.ranks.is_main:
                 warnings.warn(
-                    f"{bad}: skipped. Replay it: fastssl replay {path} ({bad.skipped} skipped in this run so far)",
+                    f"{bad}: skipped. Replay it with `fastssl replay {path}` ({bad.skipped} skipped in this run so far).",
                     stacklevel=2,
                 )
         if to_save and not all(bool(p.isfinite().all()) for p in self.method.parameters()):
             raise self._diverged(f"The weights are no longer finite at step {self.done}")
 
     def weights(self) -> dict[str, Any]:
-        """What evaluation and export need of a checkpoint."""
+        """Return what evaluation and export need of a checkpoint."""
         return {
             "step": self.done,
             "config": self.resolved.tree(),
@@ -180,7 +180,7 @@ class Training:
         }
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds; every rank calls it."""
+        """Return the content of a checkpoint. Every rank calls it."""
         return {
             **self.weights(),
             "optimizer": self.optimizer.state_dict(),
@@ -191,7 +191,7 @@ class Training:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        # Settings such as weight_decay are this run's; those in the checkpoint would silently undo a change of them.
+        # Keep this run's settings, such as weight_decay: those in the checkpoint would silently undo a change.
         own_groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own_groups})
         match_layout(self.optimizer)
@@ -206,5 +206,5 @@ class Training:
         cfg = self.resolved.config
         return UserError(
             f"{what}: lower --optim.lr (now {cfg.optim.lr:g}) or set --train.clip_grad. "
-            f"'{cfg.train.out}' keeps the checkpoints from before."
+            f"'{cfg.train.out}' keeps the earlier checkpoints."
         )

@@ -8,7 +8,7 @@ from PIL import Image
 
 from fastssl.cli import main
 from fastssl.core import distributed
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from shards.conversion.convert import convert
 from tests.fastssl.runs import NUM_IMAGES, resolve, tiny, write_yaml
 from tests.pictures import picture
@@ -56,7 +56,7 @@ def unlabelled_shards(photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was never stopped. Tests must not write to it."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    pretrain(resolve(shards, run))
+    train(resolve(shards, run))
     return run
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from shards.conversion.convert import convert
 from tests.fastssl.runs import resolve
 from tests.pictures import picture
@@ -21,4 +21,4 @@ with tempfile.TemporaryDirectory() as made, contextlib.redirect_stdout(io.String
         (folder / "photos" / str(i % 2)).mkdir(parents=True, exist_ok=True)
         picture(i, (24, 20)).save(folder / "photos" / str(i % 2) / f"{i}.png")
     convert(folder / "photos", folder / "shards", workers=0)
-    pretrain(resolve(folder / "shards", folder / "run", {"train": {"epochs": 1}}))
+    train(resolve(folder / "shards", folder / "run", {"train": {"epochs": 1}}))

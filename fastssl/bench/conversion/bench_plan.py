@@ -13,6 +13,7 @@ import tyro
 
 from fastssl.bench.fresh import in_fresh_process, peak_bytes
 from fastssl.bench.report import busy, machine, write_report
+from fastssl.bench.screen import say, say_written
 from shards.errors import UserError, check_least
 from shards.sources.source import BATCH_ROWS, Source, entry_batch
 from shards.storage.atomic_files import check_output
@@ -21,26 +22,27 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 NUM_CLASSES = 1000
-ABOUT_BYTES = 110_000  # of an image, for the sums
+# Size of an image, for the totals.
+ABOUT_BYTES = 110_000
 
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """Plan a conversion of many images that exist in name only: list them, sort them into their shuffled order, write the plan.
+    """Measure planning a conversion of many images that exist by name only: list them, sort them in shuffled order, write the plan.
 
-    It runs in a process of its own, whose peak memory is measured.
+    The plan is made in a process of its own, whose peak memory is measured.
     """
 
     entries: int = 10_000_000
     """Images to plan for."""
     out: str = ""
-    """Folder for the plan, which is removed again; empty: the system's for temporary files."""
+    """Folder for the plan, which is removed afterwards; empty: the system's temporary folder."""
     json: str = ""
-    """File for the results."""
+    """JSON file for the results."""
 
 
 class Names(Source):
-    """So many names of images in 1,000 classes; nothing can be read from it."""
+    """A source of image names in 1,000 classes, without content."""
 
     kind = "names"
     name = "names"
@@ -65,7 +67,7 @@ def run(argv: list[str]) -> int:
         check_output(args.json, "--json")
     check_least(args, entries=1)
     if args.out and not Path(args.out).is_dir():
-        raise UserError(f"there is no folder '{args.out}' for --out: make it first.")
+        raise UserError(f"There is no folder '{args.out}' for --out: make it first.")
     from rich.console import Console
     from rich.table import Table
 
@@ -83,24 +85,24 @@ def run(argv: list[str]) -> int:
     table.add_row("plan.parquet", f"{found['plan_bytes'] / 1e6:,.0f} MB")
     table.add_row("shards", f"{found['num_shards']:,}")
     console.print(table)
-    console.print(f"{where['cpu']}, {where['cores']} cores{busy(where)}.", style="dim", markup=False)
+    say(console, f"{where['cpu']}, {where['cores']} cores{busy(where)}.")
     if args.json:
         settings = {"entries": args.entries, "classes": NUM_CLASSES}
         write_report(args.json, "plan", where, settings, [], plan=found)
-        console.print(f"[dim]Written to {args.json}[/]")
+    say_written(console, args.json)
     return 0
 
 
 def measure(num_entries: int, out: str = "", in_memory: int | None = None) -> dict[str, Any]:
-    """Plans in a fresh process: seconds, bytes of memory at the peak and before, size of the plan, number of shards.
+    """Plan in a fresh process; return seconds, bytes of memory at the peak and before, size of the plan, number of shards.
 
-    `in_memory`: entries above which they are sorted on disk, in place of `shards.conversion.listing.IN_MEMORY`.
+    `in_memory`: number of entries above which sorting uses the disk, in place of `shards.conversion.listing.IN_MEMORY`.
     """
     with tempfile.TemporaryDirectory(dir=out or None, prefix="fastssl-bench-") as folder:
         try:
             return in_fresh_process(_plan, num_entries, folder, in_memory)
-        except ChildProcessError as fault:
-            raise UserError(f"planning {fault}; if memory or disk ran out, take fewer --entries.") from None
+        except ChildProcessError as error:
+            raise UserError(f"Planning {error}: if memory or disk ran out, lower --entries.") from None
 
 
 def _plan(num_entries: int, folder: str, in_memory: int | None) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from typing import Annotated, Any
 import tyro
 
 from fastssl.bench.conversion.writers import Task, Turn, litdata, only, ours, proof, smaller, webdataset
-from fastssl.bench.report import Row, Stopwatch, brief, busy, machine, tell_failures, write_report
+from fastssl.bench.report import Row, Stopwatch, brief, busy, error_line, machine, write_report
+from fastssl.bench.screen import make_table, say_written, show
+from fastssl.bench.turns import take_turns
 from shards.errors import UserError, check_least
 from shards.storage.atomic_files import check_output
 
@@ -24,31 +26,31 @@ SUFFIXES = (".jpg", ".jpeg")
 
 @dataclass(frozen=True)
 class BenchShard:
-    """Measure how fast JPEG files become shards: our converter, webdataset's ShardWriter and litdata's optimize, on the same files.
+    """Measure images/s from JPEG files to shards: our converter, webdataset's ShardWriter and litdata's optimize, on the same files.
 
-    Beside them stands the least that a proof needs, decoding each file, and decoding, scaling and encoding it. All are read once
-    beforehand: a warm page cache.
+    For comparison it also measures decoding each file, the least that a proof needs, and decoding, scaling and encoding it. All files
+    are read once before, so that the page cache is warm.
     """
 
     source: Annotated[str, tyro.conf.Positional]
-    """Folder of JPEG files; all of them must be clean."""
+    """Folder of JPEG files, all of them undamaged."""
     images: int = 10_000
-    """Images a turn; where the folder holds fewer, they are taken several times under other names."""
+    """Images a turn; if the folder holds fewer, they are used several times under other names."""
     workers: int = 0
-    """Processes of each; 0: one per core."""
+    """Processes of each writer; 0: one per core."""
     repeats: int = 3
-    """Turns of each that are measured, after one that is not."""
+    """Times each writer is measured, after one turn to warm up."""
     out: str = ""
-    """Folder for what is written, and removed again; empty: the system's for temporary files."""
+    """Folder for the output, which is removed afterwards; empty: the system's temporary folder."""
     peers: bool = True
-    """Measure the others too."""
+    """Measure webdataset and litdata too."""
     json: str = ""
-    """File for the results."""
+    """JSON file for the results."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """One row of the report. `base`: the row whose work is the least that this one must do; `deed`: one of writers.DEEDS."""
+class MeasuredWriter:
+    """A row of the report. `base`: the row with the least work that this one must do; `deed`: one of writers.DEEDS."""
 
     name: str
     run: Callable[[Task, Path, str], Turn | None]
@@ -58,27 +60,33 @@ class Way:
     is_peer: bool = False
 
 
-WAYS = [
-    Way("decode", only, "proof", "", "simplejpeg (libjpeg-turbo) on every file, nothing written"),
-    Way(
+WRITERS = [
+    MeasuredWriter("decode", only, "proof", "", "simplejpeg (libjpeg-turbo) on every file, nothing written"),
+    MeasuredWriter(
         "fastssl keep",
         ours,
         "proof",
         "decode",
         "`fastssl shard`: every coefficient read (docs/shard_format.md), bytes kept; with checksums, statistics, duplicates",
     ),
-    Way(
+    MeasuredWriter(
         "webdataset", webdataset, "read", "decode", "ShardWriter: no proof, no checksums, no statistics", True
     ),
-    Way("webdataset + proof", webdataset, "proof", "decode", "the same, each file decoded first", True),
-    Way("litdata", litdata, "read", "decode", "optimize: no proof, no checksums", True),
-    Way("litdata + proof", litdata, "proof", "decode", "the same, each file decoded first", True),
-    Way(
+    MeasuredWriter(
+        "webdataset + proof", webdataset, "proof", "decode", "the same, each file decoded first", True
+    ),
+    MeasuredWriter("litdata", litdata, "read", "decode", "optimize: no proof, no checksums", True),
+    MeasuredWriter("litdata + proof", litdata, "proof", "decode", "the same, each file decoded first", True),
+    MeasuredWriter(
         "decode + encode", only, "smaller", "", "decoded, scaled to a short side of 256, encoded (quality 95)"
     ),
-    Way("fastssl re-encode", ours, "smaller", "decode + encode", "`fastssl shard --short-side 256`"),
-    Way("webdataset re-encode", webdataset, "smaller", "decode + encode", "ShardWriter of the same", True),
-    Way("litdata re-encode", litdata, "smaller", "decode + encode", "optimize of the same", True),
+    MeasuredWriter(
+        "fastssl re-encode", ours, "smaller", "decode + encode", "`fastssl shard --short-side 256`"
+    ),
+    MeasuredWriter(
+        "webdataset re-encode", webdataset, "smaller", "decode + encode", "ShardWriter of the same", True
+    ),
+    MeasuredWriter("litdata re-encode", litdata, "smaller", "decode + encode", "optimize of the same", True),
 ]
 
 
@@ -89,13 +97,13 @@ def run(argv: list[str]) -> int:
         check_output(args.json, "--json")
     check_least(args, images=1, workers=0, repeats=1)
     if args.out and not Path(args.out).is_dir():
-        raise UserError(f"there is no folder '{args.out}' for --out: make it first.")
+        raise UserError(f"There is no folder '{args.out}' for --out: make it first.")
     from rich.console import Console
 
     from shards.cpus import available_cpus
 
-    ways = [way for way in WAYS if args.peers or not way.is_peer]
-    rows = [Row(way.name, note=way.note) for way in ways]
+    writers = [writer for writer in WRITERS if args.peers or not writer.is_peer]
+    rows = [Row(writer.name, note=writer.note) for writer in writers]
     workers, where, console = args.workers or available_cpus(), machine(), Console(highlight=False)
     with tempfile.TemporaryDirectory(dir=args.out or None, prefix="fastssl-bench-") as scratch:
         folder, files, num_bytes = _gather(Path(args.source), Path(scratch) / "images", args.images)
@@ -103,18 +111,20 @@ def run(argv: list[str]) -> int:
         with context.Pool(workers, initializer=_prepare, initargs=([str(folder / files[0])],)) as pool:
             task = Task(folder, files, workers, pool)
             with console.status("") as status:
-                # In turns, so that other work on the machine falls on all of them alike.
-                for turn in range(args.repeats + 1):
-                    for way, row in zip(ways, rows, strict=True):
-                        when = f"{turn} of {args.repeats}" if turn else "warming up"
-                        status.update(f"{way.name}, {when}")
-                        if not row.error:
-                            measure(way, task, Path(scratch), row, keep=turn > 0)
+
+                def turn(number: int, writer: MeasuredWriter, row: Row) -> None:
+                    status.update(
+                        f"{writer.name}, {f'{number} of {args.repeats}' if number else 'warming up'}"
+                    )
+                    measure(writer, task, Path(scratch), row, keep=number > 0)
+
+                take_turns(range(args.repeats + 1), writers, rows, turn)
     by_name = {row.name: row for row in rows}
-    for way, row in zip(ways, rows, strict=True):
-        row.compare(by_name.get(way.base))
-        if way.base:  # the clock of CPU time ticks 100 times a second: 0 after little work
-            base = by_name[way.base].core_ms
+    for writer, row in zip(writers, rows, strict=True):
+        row.compare(by_name.get(writer.base))
+        # The clock of CPU time ticks 100 times a second: it may be 0 after little work.
+        if writer.base:
+            base = by_name[writer.base].core_ms
             row.more["cpu_ratio"] = base / row.core_ms if base and row.core_ms else None
     _show(console, rows, where, args, workers, num_bytes / len(files))
     if args.json:
@@ -126,35 +136,39 @@ def run(argv: list[str]) -> int:
         }
         del settings["json"], settings["out"]
         write_report(args.json, "shard", where, settings, rows)
-        console.print(f"[dim]Written to {args.json}[/]")
+    say_written(console, args.json)
     return 0
 
 
-def measure(way: Way, task: Task, scratch: Path, row: Row, *, keep: bool) -> None:
-    """One turn of a way, noted in its row where `keep`; what it wrote is removed. A peer's fault is noted, one of ours raised."""
+def measure(writer: MeasuredWriter, task: Task, scratch: Path, row: Row, *, keep: bool) -> None:
+    """Run a writer once, add its rate to the row if `keep`, and remove its output; a peer's error goes into the row."""
     out = scratch / "out"
     out.mkdir()
     try:
         watch = Stopwatch()
-        turn = way.run(task, out, way.deed)
+        turn = writer.run(task, out, writer.deed)
         if turn is None:
             wall_s = watch.wall_s()
             turn = Turn(wall_s, watch.cores() * watch.wall_s())
         if keep:
             row.add(len(task.files) / turn.wall_s, turn.cpu_s / turn.wall_s)
-    except Exception as fault:  # others' code fails in its own ways, and a loss must stay in the table
-        if not way.is_peer:
+    except Exception as error:
+        # Others' code fails in its own ways, and a failure must stay in the table.
+        if not writer.is_peer:
             raise
-        row.fail(f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}")
+        row.fail(error_line(error))
     finally:
         shutil.rmtree(out)
 
 
 def _gather(source: Path, folder: Path, num_images: int) -> tuple[Path, list[str], int]:
-    """A folder of links to the JPEGs of `source`, in turn until there are enough: (folder, names in it, bytes). Reads each once."""
+    """Fill a folder with links to the JPEGs of `source`, repeated until there are enough; return (folder, names in it, bytes).
+
+    Each file is read once.
+    """
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise UserError(f"'{source}' holds no JPEG files ({', '.join(SUFFIXES)}).")
+        raise UserError(f"'{source}' holds no JPEG files ({', '.join(SUFFIXES)}): give a folder that does.")
     sizes = [len(path.read_bytes()) for path in found]
     files = []
     for number in range(num_images):
@@ -169,7 +183,7 @@ def _gather(source: Path, folder: Path, num_images: int) -> tuple[Path, list[str
 
 
 def _prepare(paths: list[str]) -> None:
-    """In each process: import and use what the turns will use."""
+    """Import and use, in each process, what the turns will use."""
     import contextlib
 
     with contextlib.suppress(ImportError):
@@ -182,14 +196,8 @@ def _prepare(paths: list[str]) -> None:
 def _show(
     console: Any, rows: list[Row], where: dict[str, Any], args: BenchShard, workers: int, num_bytes: float
 ) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     title = f"{args.images:,} JPEG files of {num_bytes / 1000:,.0f} kB, {workers} processes"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for name in ("images/s", "spread", "of its\nbase", "core ms", "of its\nbase"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = make_table(title, "", ("images/s", "spread", "of its\nbase", "core ms", "of its\nbase"))
     for number, row in enumerate(rows, 1):
         name = f"{row.name} [dim]{number}[/]"
         if row.images_per_s is None:
@@ -198,14 +206,11 @@ def _show(
         ratio = "" if row.ratio is None else f"{row.ratio:.0%}"
         cpu_ratio = f"{row.more['cpu_ratio']:.0%}" if row.more.get("cpu_ratio") else ""
         table.add_row(name, brief(row.images_per_s), row.spread(), ratio, f"{row.core_ms:.2f}", cpu_ratio)
-    console.print(table)
-    tell_failures(console, rows)
-    console.print(
+    show(
+        console,
+        table,
+        rows,
         f"{where['cpu']}, {where['cores']} cores{busy(where)}; median and spread of {args.repeats} turns after one to warm up, page "
-        "cache warm. Base: decode, or decode + encode; its processes run already, ours start within the time, as copies of one that "
-        "has imported what they need (half a second, once). core ms: CPU time of all processes per image.",
-        style="dim",
-        markup=False,
+        "cache warm. Base: decode, or decode + encode, whose processes run already; ours start within the measured time, as copies of "
+        "one that has imported what they need (half a second, once). core ms: CPU time of all processes per image.",
     )
-    for number, row in enumerate(rows, 1):
-        console.print(f"{number} {row.note}.", style="dim", markup=False)

@@ -1,7 +1,7 @@
-"""Ways from a list of JPEG files to shards, or to nothing, that `fastssl bench shard` measures; each in `workers` processes.
+"""Writers from JPEG files to shards, or to nothing, that `fastssl bench shard` measures; each runs in `workers` processes.
 
-What is done with an image is one of DEEDS, the same functions for all but our own converter. webdataset and litdata are written as
-their documentation shows them, webdataset with one ShardWriter a process.
+The work on an image is one of DEEDS, the same functions for all but our own converter. webdataset and litdata are used as their
+documentation shows, webdataset with one ShardWriter per process.
 """
 
 from __future__ import annotations
@@ -19,23 +19,25 @@ from typing import Any
 from shards.errors import UserError
 
 SHORT_SIDE, QUALITY = 256, 95
-_CHUNK = 32  # images that a process takes at a time
+# Images that a process takes at a time.
+_CHUNK = 32
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one row measures: `files` are below `folder`; `out` is an empty folder on the same disk for each turn."""
+    """The files that each row converts, below `folder`, and the processes that do it."""
 
     folder: Path
     files: list[str]
     workers: int
     pool: Pool
-    """`workers` processes that have imported what they need: their start is not in the others' times, but in ours and litdata's.
+    """`workers` processes that have imported what they need, so that their start does not count; that of ours and litdata's does.
 
     Ours are copies of a process that has imported as well, in the turn to warm up.
     """
 
     def paths(self) -> list[str]:
+        """Return the paths of the files."""
         return [str(self.folder / file) for file in self.files]
 
 
@@ -51,12 +53,12 @@ class Turn:
 
 
 def read(path: str) -> bytes:
-    """The file."""
+    """Return the file's bytes."""
     return Path(path).read_bytes()
 
 
 def proof(path: str) -> bytes:
-    """The file, decoded on the way with the library that our converter proves JPEGs with."""
+    """Return the file's bytes after decoding it with the library with which our converter proves JPEGs."""
     import simplejpeg
 
     data = read(path)
@@ -65,7 +67,7 @@ def proof(path: str) -> bytes:
 
 
 def smaller(path: str) -> bytes:
-    """Decoded, its shorter side scaled down to SHORT_SIDE (Lanczos), encoded again: with the libraries of our converter."""
+    """Return the image scaled to a short side of SHORT_SIDE (Lanczos) and encoded again, by the libraries of our converter."""
     import simplejpeg
     from PIL import Image
 
@@ -80,23 +82,23 @@ def smaller(path: str) -> bytes:
 DEEDS: dict[str, Callable[[str], bytes]] = {"read": read, "proof": proof, "smaller": smaller}
 
 
-# ----------------------------------------------------------------------------------------------------------- the ways
+# ----------------------------------------------------------------------------------------------------------- the writers
 
 
 def _only_here(paths: list[str], deed: str) -> int:
-    """The bytes that a deed makes of some images in this process."""
+    """Do the work on some images in this process and return the number of bytes made."""
     return sum(len(DEEDS[deed](path)) for path in paths)
 
 
 def only(task: Task, out: Path, deed: str) -> None:
-    """Does the work on every image and writes nothing; no bytes travel between processes."""
+    """Do the work on every image and write nothing; no bytes travel between processes."""
     paths = task.paths()
     parts = [(paths[i : i + _CHUNK], deed) for i in range(0, len(paths), _CHUNK)]
     task.pool.starmap(_only_here, parts, chunksize=1)
 
 
 def ours(task: Task, out: Path, deed: str) -> None:
-    """`fastssl shard`: listing, plan, proof, shards, checksums, statistics, duplicates, manifest."""
+    """Convert as `fastssl shard` does: listing, plan, proof, shards, checksums, statistics, duplicates, manifest."""
     from shards.conversion.convert import convert
     from shards.images.policy import Policy
 
@@ -110,7 +112,7 @@ def ours(task: Task, out: Path, deed: str) -> None:
 
 
 def webdataset(task: Task, out: Path, deed: str) -> None:
-    """webdataset's ShardWriter, one in each process, each with an equal part of the files."""
+    """Write with webdataset's ShardWriter, one in each process, each with an equal part of the files."""
     paths = task.paths()
     parts = [(paths[k :: task.workers], str(out / f"part{k}-%06d.tar"), deed) for k in range(task.workers)]
     task.pool.starmap(_write_tars, parts, chunksize=1)
@@ -125,7 +127,7 @@ def _write_tars(paths: list[str], pattern: str, deed: str) -> None:
 
 
 def litdata(task: Task, out: Path, deed: str) -> Turn:
-    """litdata's `optimize`, in a process of its own since it changes global settings; without the time of importing it."""
+    """Write with litdata's `optimize`, in a process of its own, as it changes global settings; importing it does not count."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     args = (theirs, task.paths(), str(out / "litdata"), task.workers, deed)
@@ -166,13 +168,13 @@ def _optimize(pipe: Any, paths: list[str], out: str, workers: int, deed: str) ->
             )
             wall_s = watch.wall_s()
             pipe.send((wall_s, watch.cores() * watch.wall_s()))
-    except Exception as fault:
-        pipe.send(RuntimeError(f"{type(fault).__name__}: {fault}"))
+    except Exception as error:
+        pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 @dataclass(frozen=True)
 class Record:
-    """What litdata stores of an image; a class, since it is sent to its workers."""
+    """Make the record that litdata stores of an image; a class, so that it can be sent to workers."""
 
     deed: str
 

@@ -1,4 +1,4 @@
-"""The goals for a GPU, the figure of each in the files of `bench gpu`, and the verdict: met, missed, or why it is not known."""
+"""The goals for a GPU, their figures in the files of `bench gpu`, and the verdict: met, missed, or why it is not known."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ OURS = ("triton", "torch")
 
 
 class Unknown(Exception):
-    """A file is there, but has no figure; the message says why."""
+    """A file has no figure; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is to be reached."""
+    """A figure that a GPU has to reach."""
 
     text: str
     stage: str
     """The stage that measures it."""
     file: str
-    """End of the name of the file that it writes."""
+    """End of the name of the stage's file."""
     find: Callable[[Any], float]
-    """The figure, from that file's content. Raises Unknown, KeyError or LookupError where there is none."""
+    """Returns the figure in the file's content; raises Unknown, or LookupError, if there is none."""
     wanted: float
     unit: str
     least: bool = True
-    """Whether `wanted` is the least that is good enough; else it is the most."""
+    """Whether `wanted` is a minimum; else it is a maximum."""
 
     def row(self, files: dict[str, Path]) -> dict[str, Any]:
-        """The goal beside what was measured: `figure` and `met` are None where nothing was, and `why` says so."""
+        """Return the goal beside its figure; if there is none, `figure` and `met` are None and `why` gives the reason."""
         sign = ">=" if self.least else "<="
         row: dict[str, Any] = {
             "goal": self.text,
@@ -55,8 +55,8 @@ class Goal:
             figure = self.find(json.loads(path.read_text()))
         except Unknown as reason:
             return row | {"why": str(reason)}
-        except (LookupError, TypeError, ValueError) as fault:
-            return row | {"why": f"no figure in the file ({type(fault).__name__}: {fault})"}
+        except (LookupError, TypeError, ValueError) as error:
+            return row | {"why": f"no figure in the file ({type(error).__name__}: {error})"}
         met = figure >= self.wanted if self.least else figure <= self.wanted
         return row | {"figure": figure, "met": met, "why": None}
 
@@ -65,7 +65,7 @@ class Goal:
 
 
 def _row(report: Any, name: str) -> dict[str, Any]:
-    """The row of that name, of a report or a list of rows; Unknown where it was not measured."""
+    """Return the row of that name of a report or a list of rows; raise Unknown if it was not measured."""
     rows = report["rows"] if isinstance(report, dict) else report
     found = next((row for row in rows if row["name"] == name), None)
     if found is None:
@@ -87,7 +87,7 @@ def _over(peer: str) -> Callable[[Any], float]:
 
 
 def _fastest_loader(rows: Any) -> float:
-    """Of the engine `fused`, with its views left on the GPU, wherever they are made."""
+    """Return the best rate of the engine `fused` to the GPU, wherever the views are made."""
     rates = [
         row["images_per_s"]
         for row in rows
@@ -109,7 +109,8 @@ def _of_synthetic(report: Any) -> float:
 def _contention(report: Any) -> float:
     beside = _row(report, END_TO_END).get("contention")
     if beside is None:
-        _row(report, FULL)  # says why there is none
+        # Raises Unknown with the reason, if the full step has none.
+        _row(report, FULL)
         raise Unknown("the step was not measured beside the loader")
     return 100 * (beside - 1)
 
@@ -139,7 +140,7 @@ def _failed_tests(report: Any) -> float:
 
 
 def _as_asked(find: Callable[[Any], float], **asked: Any) -> Callable[[Any], float]:
-    """The figure, where it was measured on a GPU and at the sizes that the goal is about; Unknown elsewhere."""
+    """Let `find` raise Unknown unless the measurement ran on a GPU, at the sizes that the goal names."""
 
     def found(report: Any) -> float:
         first = report if isinstance(report, dict) else report[0]
@@ -238,7 +239,7 @@ GOALS: tuple[Goal, ...] = (
 
 
 def newest(out: Path, device: str) -> dict[str, Path]:
-    """The latest file of each kind that `bench gpu` has written to a folder for a device, by the end of its name."""
+    """Return the latest file of each kind that `bench gpu` has written to a folder for a device, by the end of its name."""
     found: dict[str, Path] = {}
     for path in sorted(out.glob(f"????-??-??-{device}-*.json")):
         found[path.stem[len("0000-00-00-") + len(device) + 1 :]] = path
@@ -246,13 +247,13 @@ def newest(out: Path, device: str) -> dict[str, Path]:
 
 
 def judge(out: Path, device: str) -> list[dict[str, Any]]:
-    """A row for each goal, from the latest files for a device."""
+    """Return a row for each goal, from the latest files of a device."""
     files = newest(out, device)
     return [goal.row(files) for goal in GOALS]
 
 
 def told(rows: list[dict[str, Any]]) -> str:
-    """The verdict as a table of text."""
+    """Return the verdict as a table of text."""
     lines = []
     for row in rows:
         figure = "-" if row["figure"] is None else f"{row['figure']:,.4g} {row['unit']}".strip()

@@ -1,4 +1,4 @@
-"""What a machine is, and its first imports and compiles, which take long once: python -m fastssl.bench.gpu.gpu_facts OUT.json."""
+"""Facts of a machine, with the time of first imports and compiles: python -m fastssl.bench.gpu.gpu_facts OUT.json."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastssl.bench.report import machine, reason, today, versions
+from fastssl.bench.report import error_line, machine, today, versions
 from shards.storage.atomic_files import atomic_write
 
 COPIED_BYTES = 1 << 28
-VIEWS = 8  # images of a first batch: enough for every kernel to be compiled
+# Images of a first batch: enough for every kernel to be compiled.
+VIEWS = 8
 
 
-class Facts:
-    """Facts by name, written to a file as they come; one that cannot be had is {"error": reason}."""
+class FactsFile:
+    """Facts by name, written to a file one by one; a fact that cannot be found is {"error": reason}."""
 
     def __init__(self, out: Path):
         self._out, self.found, self.failed = out, {}, False
 
     def add(self, name: str, find: Callable[[], Any]) -> None:
-        """Find a fact, write it down and print it."""
+        """Find a fact, write it to the file and print it."""
         began = time.perf_counter()
         try:
             fact = find()
-        except Exception as error:  # the other facts are worth having all the same
+        except Exception as error:
+            # The other facts are still useful.
             traceback.print_exc()
-            fact, self.failed = {"error": reason(error)}, True
+            fact, self.failed = {"error": error_line(error)}, True
         self.found[name] = fact
         self.found.setdefault("seconds", {})[name] = round(time.perf_counter() - began, 2)
         atomic_write(self._out, (json.dumps(self.found, indent=2) + "\n").encode())
@@ -42,7 +45,7 @@ class Facts:
 
 
 def imports_s() -> dict[str, float]:
-    """Seconds of the first import of each large package; it is slow on a machine that has just started."""
+    """Return the seconds of the first import of each large package, which is slow on a machine that has just started."""
     found = {}
     for name in ("torch", "torchvision", "timm", "numba", "pyarrow"):
         began = time.perf_counter()
@@ -52,7 +55,7 @@ def imports_s() -> dict[str, float]:
 
 
 def gpu() -> str:
-    """CUDA's name of the GPU, on which memory could be taken; empty where there is none."""
+    """Return the CUDA name of the GPU, after allocating memory on it; empty without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -62,14 +65,14 @@ def gpu() -> str:
 
 
 def driver() -> str | None:
-    """What nvidia-smi says of driver, memory, clocks and other work on the GPU; None without it."""
+    """Return the output of nvidia-smi on driver, memory, clocks and other work on the GPU; None without nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return None
     return subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30, check=False).stdout
 
 
 def rates(device: Any) -> dict[str, Any]:
-    """TFLOP/s of a matrix product and TB/s of a copy, as measured, and those of the data sheet."""
+    """Return TFLOP/s of a matrix product and TB/s of a copy, measured and from the data sheet."""
     import torch
 
     from fastssl.bench.hardware import measured, sheet
@@ -87,28 +90,24 @@ def rates(device: Any) -> dict[str, Any]:
 
 
 def copies_gb_per_s(device: Any) -> dict[str, float] | None:
-    """GB/s between pinned memory and the GPU, the best of three each way; None without one."""
+    """Return GB/s between pinned memory and the GPU, the best of three each way; None without a GPU."""
     import torch
 
     if device.type != "cuda":
         return None
+    from fastssl.bench.clock import best_s
+
     host = torch.empty(COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device=device)
     found = {}
     for name, to, source in (("to_gpu", there, host), ("from_gpu", host, there)):
-        best = float("inf")
-        for _ in range(3):
-            torch.cuda.synchronize(device)
-            began = time.perf_counter()
-            to.copy_(source, non_blocking=True)
-            torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - began)
+        best = best_s(partial(to.copy_, source, non_blocking=True), device, 3)
         found[name] = COPIED_BYTES / best / 1e9
     return found
 
 
 def kernels(device: Any) -> dict[str, Any]:
-    """Which kernels make views on the GPU, after Triton's self-test against torch's; and what it warned of."""
+    """Return the kernels that make views on the GPU, chosen after Triton's self-test against torch's, and its warnings."""
     from pipelines.kernels.batched_views import choose_kernels
 
     with warnings.catch_warnings(record=True) as told:
@@ -118,7 +117,7 @@ def kernels(device: Any) -> dict[str, Any]:
 
 
 def first_views(device: Any) -> dict[str, float]:
-    """Seconds to the first batch of 224 pixels: numba's compiles on the CPU, Triton's on a GPU."""
+    """Return the seconds to the first batch of 224 pixels, with numba's compiles on the CPU and Triton's on a GPU."""
     from fastssl.bench.loaders.augmenters import AUGMENTERS, Decoded
     from pipelines.augment.recipe import get_recipe
     from pipelines.loading.loader import default_threads
@@ -135,8 +134,8 @@ def first_views(device: Any) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
-    """Find all facts; 1 where one of them could not be had."""
-    facts = Facts(Path(argv[0]))
+    """Find all facts; return 1 if one of them could not be found."""
+    facts = FactsFile(Path(argv[0]))
     facts.add("date", today)
     facts.add("versions", versions)
     facts.add("driver", driver)

@@ -1,4 +1,4 @@
-"""Photographs to measure with, and their shards: python -m fastssl.bench.gpu.images PHOTOS SHARDS COUNT. Both are used again."""
+"""Make photographs and their shards for measurements, once: python -m fastssl.bench.gpu.images PHOTOS SHARDS COUNT."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from PIL import Image
 from pipelines.previews.pictures import SIZES, photographs
 from shards.conversion.convert import convert
 
-PER_ROLL = 25  # images made from one picture, each another roll and flip of it
+# Images made from one picture, each with another roll and flip.
+PER_ROLL = 25
 QUALITY = 90
 
 
 def make_photographs(folder: Path, count: int) -> None:
-    """Write `count` different JPEGs of ImageNet's sizes to `folder`; a folder that is there already is complete, and stays."""
+    """Write `count` different JPEGs of ImageNet's sizes to `folder`; an existing folder is complete and stays."""
     if folder.exists():
         return
     unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
@@ -45,7 +46,7 @@ def make_photographs(folder: Path, count: int) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Make what is missing."""
+    """Make the photographs and shards that are missing."""
     photos, shards, count = Path(argv[0]), Path(argv[1]), int(argv[2])
     make_photographs(photos, count)
     manifest = convert(photos, shards)

@@ -1,4 +1,4 @@
-"""What has to be installed before anything runs on a GPU machine, told all at once: a package a try would take the whole visit."""
+"""Check the packages that `bench gpu` needs, all at once, before anything runs on a GPU machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shards.errors import UserError
 
-# By what Python imports: what an installer calls it. With what these need themselves, as wheels are often brought without it.
+# Import name: distribution. Includes dependencies, because wheels are often copied without them.
 NEEDED = {
     "torch": "torch",
     "torchvision": "torchvision",
@@ -28,7 +28,7 @@ NEEDED = {
     "psutil": "psutil",
     "pytest": "pytest",
 }
-# What is measured with others: distribution, and what is missing without it.
+# Packages for comparisons. Import name: distribution, and what is missing without it.
 WANTED = {
     "kornia": ("kornia", "Kornia's views, the goal of 5 times them, and the engine kornia"),
     "kornia_rs": ("kornia-rs", "kornia, which imports it"),
@@ -41,24 +41,25 @@ WANTED = {
 
 
 def is_there(module: str) -> bool:
-    """Whether Python finds a module; nothing is imported but its parents."""
+    """Return whether Python finds a module, importing no more than its parents."""
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # no parent; or struck out in sys.modules
+    # No parent; or the module is None in sys.modules.
+    except (ImportError, ValueError):
         return False
 
 
 def check_packages() -> list[str]:
-    """Return a line for each package that a part of the measurements lacks.
+    """Return a line for each missing package that some of the measurements need.
 
     Raises:
-        UserError: packages are missing without which nothing can be measured; the message names all of them.
+        UserError: packages that every measurement needs are missing; the message names all of them.
     """
     missing = [package for module, package in NEEDED.items() if not is_there(module)]
     if missing:
         names = " ".join(missing)
         raise UserError(
-            f"There can be no measurement without these packages, which are not installed: {', '.join(missing)}. Install them: "
+            f"`fastssl bench gpu` needs these packages, which are not installed: {', '.join(missing)}. Install them: "
             f"{sys.executable} -m pip install {names}. For a machine without a network, fetch the wheels elsewhere with the same "
             f"Python and system (pip download --dest wheels {names}), and there: pip install --no-index --find-links wheels {names}."
         )
@@ -70,13 +71,13 @@ def check_packages() -> list[str]:
 
 
 def source_tree() -> Path:
-    """Return the folder that holds configs/ and tests/ beside this package. Raises UserError where there is none."""
+    """Return the folder that holds configs/ and tests/ beside this package; raise UserError if there is none."""
     root = Path(__file__).resolve().parents[3]
     wanted = [root / "configs" / "moco_v3_vit_small.yaml", root / "tests"]
     for path in wanted:
         if not path.exists():
             raise UserError(
-                f"'{path}' is not there: bench gpu uses the project's configurations and tests, so run it from a clone of the "
+                f"'{path}' is missing: `fastssl bench gpu` uses the project's configurations and tests, so run it from a clone of the "
                 "repository."
             )
     return root

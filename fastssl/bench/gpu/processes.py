@@ -1,4 +1,4 @@
-"""Jobs as groups of processes, side by side and one after the other, all of which have ended before a given moment."""
+"""Run jobs as groups of processes, side by side and one after the other, all of them ended before a deadline."""
 
 from __future__ import annotations
 
@@ -12,43 +12,46 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastssl.bench.gpu.stages import Job
+from fastssl.bench.gpu.stages import CheckJob
 
 TOO_LONG, NO_TIME = 124, 125
-LEAST_S = 15.0  # that a job is begun with
+# A job is not begun with less time left than this.
+LEAST_S = 15.0
 EVERY_S = 0.05
-TERM_S, KILL_S = 3.0, 5.0  # for a group to end in, asked and forced
+# Time for a group to end after SIGTERM and after SIGKILL.
+TERM_S, KILL_S = 3.0, 5.0
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job has ended."""
+    """The end of a job: exit code and seconds."""
 
-    job: Job
+    job: CheckJob
     code: int
-    """Exit code; -N by signal N; TOO_LONG; NO_TIME where it was not begun."""
+    """Exit code; -N after signal N; TOO_LONG; NO_TIME if it was not begun."""
     seconds: float
 
     @property
     def failed(self) -> str:
-        """How it failed, or an empty text."""
-        if self.code == 0 or (self.job.module == "pytest" and self.code == 5):  # 5: there was no test to run
+        """How the job failed; empty if it did not."""
+        # pytest exits with 5 if there was no test to run.
+        if self.code == 0 or (self.job.module == "pytest" and self.code == 5):
             return ""
         known = {TOO_LONG: "took too long", NO_TIME: "not begun: no time was left"}
         return known.get(self.code, f"signal {-self.code}" if self.code < 0 else f"exit code {self.code}")
 
 
 class Processes:
-    """Starts jobs, and ends each with all that it has started."""
+    """Start jobs, and end each with all processes that it has started."""
 
     def __init__(self, logs: Path, root: Path, until: float, more_env: Mapping[str, str]):
-        """Prepare.
+        """Prepare the environment of the jobs.
 
         Args:
-            logs: folder for what each job prints, NAME.log.
-            root: folder that they run in.
-            until: moment of `time.monotonic` at which the last has ended.
-            more_env: environment variables beside this process's own.
+            logs: folder for the output of each job, NAME.log.
+            root: working folder of the jobs.
+            until: deadline, in seconds of `time.monotonic`.
+            more_env: environment variables in addition to this process's own.
         """
         self._logs, self._root, self._until = logs, root, until
         path = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -57,17 +60,17 @@ class Processes:
         self._env = {**os.environ, **own, **more_env}
 
     def left_s(self) -> float:
-        """Seconds until everything has to have ended."""
+        """Return the seconds until the deadline."""
         return self._until - time.monotonic()
 
     def run(
-        self, lanes: Sequence[Sequence[Job]], limit_s: float, told: Callable[[Ended], None]
+        self, lanes: Sequence[Sequence[CheckJob]], limit_s: float, told: Callable[[Ended], None]
     ) -> list[Ended]:
-        """Run lanes side by side, the jobs of each one after the other, for `limit_s` at most; `told` is called as each ends."""
+        """Run lanes side by side, the jobs of a lane one after the other, for at most `limit_s`; call `told` as each ends."""
         end = min(time.monotonic() + limit_s, self._until)
         waiting, running, ended = [list(lane) for lane in lanes], {}, []
 
-        def over(job: Job, code: int, began: float) -> None:
+        def over(job: CheckJob, code: int, began: float) -> None:
             ended.append(Ended(job, code, time.monotonic() - began))
             told(ended[-1])
 
@@ -94,7 +97,7 @@ class Processes:
                 end_group(process)
         return ended
 
-    def _start(self, job: Job) -> subprocess.Popen:
+    def _start(self, job: CheckJob) -> subprocess.Popen:
         with open(self._logs / f"{job.name}.log", "wb") as log:
             log.write(f"$ {job.words}\n".encode())
             log.flush()
@@ -111,11 +114,12 @@ class Processes:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End a process that leads a group, and what is left of the group where it has ended already."""
+    """End a process that leads a group, with all processes of the group, even if the leader has ended already."""
     for kind, limit_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, KILL_S)):
         try:
             os.killpg(process.pid, kind)
-        except (ProcessLookupError, PermissionError):  # none is left
+        except (ProcessLookupError, PermissionError):
+            # No process is left.
             break
         began = time.monotonic()
         while time.monotonic() - began < limit_s and _lives(process):
@@ -126,7 +130,7 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def _lives(process: subprocess.Popen) -> bool:
-    """Whether one of the group still runs; one that has ended and is not collected by its parent counts as ended."""
+    """Return whether a process of the group still runs; a zombie counts as ended."""
     process.poll()
     try:
         os.killpg(process.pid, 0)
@@ -140,7 +144,7 @@ def _lives(process: subprocess.Popen) -> bool:
 
 
 def _group(stat: Path) -> int | None:
-    """The process group in a file /proc/PID/stat; None for zombies and those that have just gone."""
+    """Return the process group in a file /proc/PID/stat; None for zombies and processes that have just ended."""
     try:
         state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
     except (OSError, ValueError):
@@ -150,7 +154,7 @@ def _group(stat: Path) -> int | None:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Within, the signals that ask a process to end raise SystemExit, so that it ends its jobs first."""
+    """Let SIGTERM and SIGHUP raise SystemExit inside the context, so that the process ends its jobs first."""
 
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""What is left of a stage: one dated JSON file; and the archive of all results, renewed after each."""
+"""The results of a stage in one dated JSON file, and the archive of all results, rewritten after each stage."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 from fastssl.bench.gpu.processes import Ended
-from fastssl.bench.gpu.stages import MODELS, Plan
+from fastssl.bench.gpu.stages import MODELS, CheckSetup
 from fastssl.bench.ladder.verdict import FULL, RUNGS
 
 ARCHIVE = "results.tgz"
 
 
-def collect(stage: str, plan: Plan, ended: list[Ended]) -> None:
-    """Put the results of a stage's jobs into its one file, and take their own away.
+def collect(stage: str, plan: CheckSetup, ended: list[Ended]) -> None:
+    """Merge the results of a stage's jobs into its one file and remove the jobs' own files.
 
     Raises:
         OSError, ValueError, LookupError, ElementTree.ParseError: a job has left a damaged file.
@@ -42,9 +42,9 @@ def collect(stage: str, plan: Plan, ended: list[Ended]) -> None:
 
 
 def count_tests(ended: Iterable[Ended]) -> dict[str, Any]:
-    """How many tests passed and were skipped, why, and which failed: of the JUnit report of each file.
+    """Return how many tests passed and were skipped, the reasons, and which failed, from the JUnit report of each file.
 
-    A file whose process did not come to its end counts as a failure, with how it ended.
+    A file whose process did not finish counts as a failure, with how it ended.
     """
     passed, skipped, failed, reasons = 0, 0, [], {}
     for each in ended:
@@ -62,7 +62,7 @@ def count_tests(ended: Iterable[Ended]) -> dict[str, Any]:
 
 
 def merge_ladder(main: Path, ended: Iterable[Ended]) -> None:
-    """Put the rows of a model's further measurement into the file of its first one."""
+    """Add the rows of a model's second measurement to the file of its first."""
     for each in ended:
         out = each.job.out
         if out is None or not out.exists():
@@ -81,10 +81,10 @@ def merge_ladder(main: Path, ended: Iterable[Ended]) -> None:
 
 
 def summarise(stage: str, ended: dict[str, Ended]) -> dict[str, Any]:
-    """One file for a stage of many jobs: of each the full step's images/s, its ratio to the base, and the peak of memory.
+    """Return one report for a stage of many jobs: the full step's images/s, the ratio to the base, and the peak of memory.
 
     Args:
-        ended: the jobs by the switch's or the configuration's name; those without a figure are listed with the reason.
+        ended: the jobs by the name of the switch or configuration; jobs without a figure are listed with the reason.
     """
     rows, failed, some = {}, {}, {}
     for name, each in ended.items():
@@ -100,7 +100,7 @@ def summarise(stage: str, ended: dict[str, Ended]) -> dict[str, Any]:
             "mfu": full.get("mfu"),
             "peak_memory_bytes": full["memory_bytes"],
         }
-    # The optimisers are compared with the one that is the default on a GPU, all else with the base.
+    # Optimizers are compared with the default on a GPU, everything else with the base.
     for name, row in rows.items():
         base = rows.get("adamw_fused" if name.startswith("adamw") else "base") or rows.get("adamw_foreach")
         row["ratio_to_base"] = (
@@ -111,7 +111,7 @@ def summarise(stage: str, ended: dict[str, Ended]) -> dict[str, Any]:
 
 
 def rows_told(out: Path) -> list[str]:
-    """A line for each row of a benchmark's file: its rate, or why there is none; empty where the file has no rows."""
+    """Return a line for each row of a benchmark's file: the rate, or the reason why there is none; empty without rows."""
     try:
         report = json.loads(out.read_text())
         rows = report["rows"] if isinstance(report, dict) else report
@@ -131,13 +131,13 @@ def _row_told(row: dict[str, Any]) -> str:
 
 
 def forget_choices(work: Path) -> None:
-    """Remove the compiler's choices among kernels, which it made while other work was on the GPU; compiled kernels stay."""
+    """Remove the compiler's choices of kernels, made while other work ran on the GPU; compiled kernels stay."""
     for path in (work / "inductor").rglob("*.best_config"):
         path.unlink()
 
 
 def keep(out: Path, stamp: str, logs: Path) -> Path:
-    """Make the archive anew, whole or not at all: the results of this device and day, and what each job has printed."""
+    """Rewrite the archive atomically: the results of this device and day, and the output of each job."""
     archive, part = out / ARCHIVE, out / f".{ARCHIVE}"
     with tarfile.open(part, "w:gz") as tar:
         for path in sorted(out.glob(f"{stamp}-*")):

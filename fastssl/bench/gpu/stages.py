@@ -1,4 +1,4 @@
-"""What `bench gpu` runs: one table of stages, the processes of each, and their order, the most telling first."""
+"""The stages of `bench gpu`: their jobs, limits and order, the most informative first."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-# Configuration and images per step that an 80 GB card holds.
+# Configuration, and images per step that fit in 80 GB.
 MODELS = {
     "vit_small": ("configs/moco_v3_vit_small.yaml", 512),
     "resnet50": ("configs/moco_v3_resnet50.yaml", 256),
     "vit_base": ("configs/moco_v3_vit_base.yaml", 256),
 }
-# Rows of the ladder that the goals ask for, and those that explain them.
+# Rows of the ladder that the goals need, and rows that explain them.
 ASKED, EXPLAINING = "full,end,plain", "end_gpu,end_decode,parts"
 REST = "end_one_stream,augment,data,ema,compile,lightly"
-# What each switch is set to, from a base of bf16, eager, and the defaults.
+# The settings of each switch, on top of a base of bf16, eager, and the defaults.
 BASE = ["--train.compile", "False", "--train.precision", "bf16"]
 ADAMW = ["--optim.name", "adamw", "--optim.lr", "1e-4", "--optim.weight_decay", "0.1"]
 SWITCHES = {
@@ -45,7 +45,7 @@ ON_CPU = (
     "attention_explicit",
 )
 # Cards by their memory: configuration, images of a chunk, further settings (the table of docs/training.md). The batch is cut to two
-# chunks, which is what decides the peak.
+# chunks, which decide the peak.
 SELECTIVE = ("--train.checkpointing", "selective")
 CARDS = {
     "card_8gb_resnet50": ("moco_v3_resnet50", 64, SELECTIVE),
@@ -67,10 +67,10 @@ JUDGED_CARDS = ("card_8gb_resnet50", "card_2x8gb_resnet50", "card_16gb_vit_base"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """The amount of measurement."""
 
     images: int = 2000
-    """Photographs that are made."""
+    """Number of generated photographs."""
     scale: float = 1.0
     """Share of each batch size."""
     steps: int = 20
@@ -78,14 +78,14 @@ class Sizes:
     repeats: int = 3
     """Measurements of each row."""
     seconds: float = 2.0
-    """Least length of a measurement of views or loaders."""
+    """Shortest length of a measurement of views or loaders, in seconds."""
     short: bool = False
-    """Only what the goals ask for and what explains it: fewer rows, engines and cards, and short limits."""
+    """Measure only what the goals need and what explains it: fewer rows, engines and cards, and short limits."""
     extra: tuple[str, ...] = ()
     """Further settings for every job with a configuration."""
 
 
-# A trial of the command itself: the smallest model and views.
+# For a test of the command itself: the smallest model and views.
 TINY = (
     *(
         "--model.backbone",
@@ -102,20 +102,20 @@ TINY = (
 
 
 @dataclass(frozen=True)
-class Job:
-    """One process."""
+class CheckJob:
+    """One process of a stage."""
 
     name: str
-    """Of its log."""
+    """Name of the job and its log."""
     argv: tuple[str, ...]
     """Arguments of the module."""
     out: Path | None = None
-    """The JSON file that it writes; of pytest the XML file."""
+    """The JSON file that the job writes; for pytest the XML file."""
     module: str = "fastssl"
 
     @property
     def words(self) -> str:
-        """What one would type."""
+        """The command line, for people."""
         return f"{self.module} {' '.join(self.argv)}"
 
 
@@ -124,63 +124,63 @@ class Stage:
     """Jobs that belong together."""
 
     name: str
-    lanes: tuple[tuple[Job, ...], ...]
+    lanes: tuple[tuple[CheckJob, ...], ...]
     """Lanes run side by side, the jobs of a lane one after the other."""
     limit_s: float
 
     @property
-    def jobs(self) -> list[Job]:
-        """All of them."""
+    def jobs(self) -> list[CheckJob]:
+        """The jobs of all lanes."""
         return [job for lane in self.lanes for job in lane]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What all stages share."""
+class CheckSetup:
+    """Folders, device and sizes, which all stages share."""
 
     root: Path
     """The source tree: configurations and tests."""
     work: Path
-    """Folder for what is used again: photographs, shards, compiled kernels."""
+    """Folder for photographs, shards and compiled kernels, which later calls use again."""
     shards: Path
-    """The images; made from photographs where they are those of `work`."""
+    """Folder of the shards to measure with, given by the user or made from photographs in `work`."""
     out: Path
     """Folder for results."""
     stamp: str
-    """Begins the names of results: the date and the device."""
+    """Beginning of the names of results: the date and the device."""
     on_gpu: bool
     sizes: Sizes
 
     def path(self, name: str) -> Path:
-        """The file of a result."""
+        """Return the file of a result."""
         return self.out / f"{self.stamp}-{name}.json"
 
     def batch(self, images: int) -> str:
-        """A batch size, scaled."""
+        """Return a batch size, scaled."""
         return str(max(4, int(images * self.sizes.scale)))
 
     def stage(self, name: str) -> Stage:
-        """The stage of that name, with its jobs."""
+        """Return the stage of that name, with its jobs."""
         limits = SHORT_S if self.sizes.short else LIMIT_S
         return Stage(name, STAGES[name](self), limits.get(name, limits["other"]))
 
-    def bench(self, name: str, path: str, *flags: str) -> Job:
-        """A ladder."""
+    def bench(self, name: str, path: str, *flags: str) -> CheckJob:
+        """Return the job that measures a ladder."""
         out = self.path(name)
         argv = ("bench", str(self.root / path), *flags, *self.sizes.extra, "--json", str(out))
-        return Job(name, argv, out)
+        return CheckJob(name, argv, out)
 
 
-Lanes = tuple[tuple[Job, ...], ...]
+Lanes = tuple[tuple[CheckJob, ...], ...]
 
 
-def _facts(plan: Plan) -> Lanes:
+def _facts(plan: CheckSetup) -> Lanes:
     out = plan.work / "facts.json"
-    return ((Job("facts", (str(out),), out, "fastssl.bench.gpu.gpu_facts"),),)
+    return ((CheckJob("facts", (str(out),), out, "fastssl.bench.gpu.gpu_facts"),),)
 
 
-def _tests(plan: Plan) -> Lanes:
-    """A process a file: a CUDA fault spoils its own process only, and a hang its own file."""
+def _tests(plan: CheckSetup) -> Lanes:
+    """Return a job per test file, so that a CUDA error or a hang affects no other file."""
     from fastssl.bench.gpu.preflight import is_there
 
     limit = ("--timeout", "90") if is_there("pytest_timeout") else ()
@@ -188,20 +188,20 @@ def _tests(plan: Plan) -> Lanes:
     for file in gpu_tests(plan.root):
         name = f"tests-{'-'.join(Path(file).with_suffix('').parts[1:])}"
         out = plan.path(name).with_suffix(".xml")
-        # What other versions warn of is no failure there.
+        # With other versions of packages, warnings are no failures.
         argv = ("-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-v", "--durations", "5", *limit)
-        lanes.append((Job(name, (*argv, f"--junit-xml={out}", file), out, "pytest"),))
+        lanes.append((CheckJob(name, (*argv, f"--junit-xml={out}", file), out, "pytest"),))
     return tuple(lanes)
 
 
-def _images(plan: Plan) -> Lanes:
+def _images(plan: CheckSetup) -> Lanes:
     photos, count = plan.work / f"photographs-{plan.sizes.images}", str(plan.sizes.images)
     argv = (str(photos), str(plan.shards), count)
-    return ((Job("images", argv, module="fastssl.bench.gpu.images"),),)
+    return ((CheckJob("images", argv, module="fastssl.bench.gpu.images"),),)
 
 
-def _warm(plan: Plan) -> Lanes:
-    """Each model compiled once into the caches that its measurement reads; one at a time, as memory holds one and the tests."""
+def _warm(plan: CheckSetup) -> Lanes:
+    """Compile each model into the caches that its measurement reads; one at a time, as memory holds one and the tests."""
     if not plan.on_gpu:
         return ()
     flags = ("--rows", "full", "--steps", "1", "--repeats", "1")
@@ -213,7 +213,7 @@ def _warm(plan: Plan) -> Lanes:
     return (tuple(jobs),)
 
 
-def _model(name: str, rows: str, end: str, plan: Plan) -> Lanes:
+def _model(name: str, rows: str, end: str, plan: CheckSetup) -> Lanes:
     path, batch = MODELS[name]
     sizes = plan.sizes
     if end and not sizes.short:
@@ -223,30 +223,30 @@ def _model(name: str, rows: str, end: str, plan: Plan) -> Lanes:
     return ((plan.bench(f"ladder-{name}{end}", path, *flags, *measured),),)
 
 
-def _views(command: str, name: str, plan: Plan, *flags: str) -> Lanes:
+def _views(command: str, name: str, plan: CheckSetup, *flags: str) -> Lanes:
     sizes, out = plan.sizes, plan.path(name)
     argv = ("bench", command, str(plan.shards), *flags, "--batch", plan.batch(256))
     measured = ("--seconds", f"{sizes.seconds:g}", "--repeats", str(sizes.repeats))
     size = ("--size", "16") if sizes.extra[: len(TINY)] == TINY else ()
-    return ((Job(name, (*argv, *measured, *size, "--json", str(out)), out),),)
+    return ((CheckJob(name, (*argv, *measured, *size, "--json", str(out)), out),),)
 
 
-def _augment(plan: Plan) -> Lanes:
+def _augment(plan: CheckSetup) -> Lanes:
     here = "triton,torch,kornia,kornia-modules" if plan.on_gpu else "torch,fused"
     return _views("augment", "augment", plan, "--engines", here if plan.sizes.short else "all")
 
 
-def _loader(plan: Plan) -> Lanes:
+def _loader(plan: CheckSetup) -> Lanes:
     engines = "fused" if plan.sizes.short else "fused,dali,kornia"
     return _views("loader", "loader", plan, "--engines", engines, "--peers", "none")
 
 
-def _loader_peers(plan: Plan) -> Lanes:
+def _loader_peers(plan: CheckSetup) -> Lanes:
     return _views("loader", "loader_peers", plan, "--engines", "fused", "--peers", "all")
 
 
-def _memory(plan: Plan) -> Lanes:
-    """On a CPU there is no peak of a device's memory."""
+def _memory(plan: CheckSetup) -> Lanes:
+    """Return the jobs that measure peaks of device memory; none on a CPU."""
     if not plan.on_gpu:
         return ()
     few = ("--train.compile", "False", "--rows", "full", "--steps", "4", "--repeats", "1")
@@ -258,7 +258,7 @@ def _memory(plan: Plan) -> Lanes:
     return (tuple(jobs),)
 
 
-def _switches(model: str, plan: Plan) -> Lanes:
+def _switches(model: str, plan: CheckSetup) -> Lanes:
     path, batch = MODELS[model]
     size = ("--train.batch", plan.batch(batch // 2))
     few = ("--rows", "full", "--steps", str(min(10, plan.sizes.steps)), "--repeats", "1")
@@ -271,21 +271,21 @@ def _switches(model: str, plan: Plan) -> Lanes:
 
 
 def _concerns(switch: str, model: str) -> bool:
-    """Whether a switch has an effect on a model's step."""
+    """Return whether a switch has an effect on a model's step."""
     return not (
         (switch == "channels_first" and "vit" in model) or (switch in VIT_SWITCHES and "vit" not in model)
     )
 
 
 def gpu_tests(root: Path) -> list[str]:
-    """The files with tests that want a GPU: to collect all would ask for packages that only the others need."""
+    """Return the files with tests that need a GPU: to collect the others would need more packages."""
     marked = (
         path for path in (root / "tests").rglob("test_*.py") if "pytest.mark." + "gpu" in path.read_text()
     )
     return sorted(str(path.relative_to(root)) for path in marked)
 
 
-STAGES: dict[str, Callable[[Plan], Lanes]] = {
+STAGES: dict[str, Callable[[CheckSetup], Lanes]] = {
     "facts": _facts,
     "tests": _tests,
     "images": _images,
@@ -300,28 +300,28 @@ STAGES: dict[str, Callable[[Plan], Lanes]] = {
 }
 MEANINGS = {
     "facts": "versions, rates of copies and products, first imports and compiles",
-    "tests": "the tests that need a GPU, a process a file",
-    "images": "photographs and their shards, made once",
-    "warm": "each model compiled once, for the measurements to find",
-    **dict.fromkeys(MODELS, "a model's step, end to end, and MoCo v3's own kind of step"),
-    "augment": "views from decoded images, ours and others'",
+    "tests": "the tests that need a GPU, one process per file",
+    "images": "generate photographs and their shards, once",
+    "warm": "compile each model once, for its measurements",
+    **dict.fromkeys(MODELS, "a model's step, end to end, and a step as in MoCo v3's code"),
+    "augment": "views from decoded images, beside other libraries",
     **{f"{name}_more": "the model's views and decoding on the GPU, and the step's parts" for name in MODELS},
     "memory": "peaks of the configurations for small cards",
     "loader": "from JPEGs to views",
-    "switches_resnet50": "each switch of speed by itself",
-    "switches_vit_small": "each switch of speed by itself",
+    "switches_resnet50": "each speed switch by itself",
+    "switches_vit_small": "each speed switch by itself",
     "loader_peers": "from JPEGs to views, beside other loaders",
 }
-# The order; what stands together runs side by side.
+# The order; stages in one tuple run side by side.
 TURNS: tuple[tuple[str, ...], ...] = (
     ("facts",),
     ("tests", "images", "warm"),
     *((name,) for name in STAGES if name not in ("facts", "tests", "images", "warm")),
 )
-# Those that --first leaves out.
+# Stages that --first leaves out.
 LATER = ("switches_resnet50", "switches_vit_small", "loader_peers")
 WITH_SHARDS = frozenset({*MODELS, *(f"{name}_more" for name in MODELS), "augment", "loader", "loader_peers"})
-# Limits: of the short forms, and of the whole ones, which are less than the ten minutes that some leave a machine.
+# Limits in seconds of the short forms, and of the full ones: less than ten minutes, the limit of some machines.
 SHORT_S = {
     "facts": 90.0,
     **dict.fromkeys(("tests", "images", "warm"), 180.0),
@@ -334,6 +334,6 @@ LIMIT_S = {"facts": 90.0, "other": 570.0}
 
 
 def turns(chosen: set[str]) -> list[tuple[str, ...]]:
-    """The chosen stages in their order, those that run side by side together."""
+    """Return the chosen stages in their order; stages in one tuple run side by side."""
     kept = (tuple(name for name in turn if name in chosen) for turn in TURNS)
     return [turn for turn in kept if turn]

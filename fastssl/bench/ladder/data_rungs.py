@@ -1,4 +1,4 @@
-"""The data path's rungs of the ladder: what each stage makes by itself, on some images of the run's own shards."""
+"""The data path's rungs of the ladder: the rate of each stage by itself, on some images of the run's own shards."""
 
 from __future__ import annotations
 
@@ -34,13 +34,15 @@ if TYPE_CHECKING:
     from fastssl.bench.clock import Clock
     from fastssl.pretraining.run_config import Resolved
 
-MANY_STEPS = 10**6  # more than a measurement takes; of a stream, only what is asked for is made
+# More than a measurement takes; a stream makes only the batches that are requested.
+MANY_STEPS = 10**6
 NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
-RESIDENT_BATCHES, RESIDENT_IMAGES = 4, 2048  # decoded, an image of 500 x 375 takes half a megabyte
+# An image of 500 x 375 takes half a megabyte decoded.
+RESIDENT_BATCHES, RESIDENT_IMAGES = 4, 2048
 
 
 class Resident(Samples):
-    """Some images decoded beforehand, so that making their views needs neither disk nor decoder."""
+    """Some images, decoded in advance, so that making their views needs neither disk nor decoder."""
 
     def __init__(
         self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int, ids: np.ndarray
@@ -49,12 +51,12 @@ class Resident(Samples):
         self._pixels = {int(i): super(Resident, self).pixels(int(i)) for i in ids}
 
     def pixels(self, sample_id: int) -> np.ndarray:
-        """As `Samples.pixels`."""
+        """See `Samples.pixels`."""
         return self._pixels[sample_id]
 
 
 def open_work(resolved: Resolved) -> Work:
-    """Some batches of the run's images, the same for every rung."""
+    """Return some batches of the run's images, the same for every rung; raise UserError for fewer images than a batch."""
     cfg = resolved.config
     shards = cfg.data.open()
     if len(shards) < cfg.train.batch:
@@ -68,7 +70,7 @@ def open_work(resolved: Resolved) -> Work:
 
 
 def data_rows(resolved: Resolved, work: Work, clock: Clock) -> dict[str, Callable[[], Row]]:
-    """Return what measures read, decode, to device and augment."""
+    """Return functions that measure read, decode, to device and augment."""
     data = resolved.config.data
 
     def timed(name: str, made: Generator[Any]) -> Row:
@@ -77,7 +79,7 @@ def data_rows(resolved: Resolved, work: Work, clock: Clock) -> dict[str, Callabl
 
     def decode() -> Row:
         if data.decode == "gpu":
-            return Row(DECODE, error="the GPU decodes, within the loader's rate: data.decode is gpu")
+            return Row(DECODE, error="the GPU decodes as part of the loader: data.decode is gpu")
         name = "fused" if whole_batches(data.engine) else data.engine
         engine: Any = make_engine(name, work.recipe)
         return timed(DECODE, _in_threads(work, lambda sample_id: engine.decode(work.shards.read(sample_id))))
@@ -94,9 +96,9 @@ def _copy_row(resolved: Resolved, clock: Clock) -> Row:
     from fastssl.bench.ladder.step_rungs import views
 
     if clock.device.type == "cpu":
-        return Row(TO_DEVICE, error="nothing is copied: the views are made where they are used")
+        return Row(TO_DEVICE, error="nothing is copied: the views are made on the device that uses them")
     if resolved.config.data.augment_on == "gpu":
-        return Row(TO_DEVICE, error="pixels are copied within the augment rung: data.augment_on is gpu")
+        return Row(TO_DEVICE, error="pixels are copied as part of the augment rung: data.augment_on is gpu")
     images = [view.pin_memory() for view in views(resolved, "cpu", clock.batch)]
     target = [torch.empty_like(view, device=clock.device) for view in images]
 
@@ -112,7 +114,7 @@ def _copy_row(resolved: Resolved, clock: Clock) -> Row:
 def resident_views(
     resolved: Resolved, work: Work, device: torch.device, in_chunks: bool = False
 ) -> Generator[Sequence[Tensor]]:
-    """Views of images that lie decoded in memory, made as the run makes them, batch after batch without end.
+    """Yield views of images that are decoded already, made as the run makes them, batch after batch without end.
 
     `in_chunks`: for a step that takes a batch chunk by chunk.
 
@@ -121,7 +123,7 @@ def resident_views(
     """
     data, recipe, shards = resolved.config.data, work.recipe, work.shards
     if whole_batches(data.engine):
-        raise NotImplementedError(f"the engine '{data.engine}' decodes and augments in one go")
+        raise NotImplementedError(f"the engine '{data.engine}' decodes and augments in one graph")
     engine: Any = make_engine(data.engine, recipe)
     samples = Resident(shards, engine.decode, len(recipe.mean), work.sample_ids)
     if data.augment_on == "gpu":
@@ -146,11 +148,11 @@ def _views(batches: Any) -> Generator[Sequence[Tensor]]:
 def loader_views(
     resolved: Resolved, device: torch.device, in_chunks: bool, changes: Mapping[str, Any] = NO_CHANGES
 ) -> Generator[Sequence[Tensor]]:
-    """Yield the views of the run's own loader without end, as one stream: a new one an epoch would pause at each.
+    """Yield the views of the run's own loader without end, as one stream: a new stream each epoch would pause there.
 
     Args:
         in_chunks: for a step that takes a batch chunk by chunk.
-        changes: settings of the section `data` other than the run's.
+        changes: settings of the section `data` that differ from the run's.
 
     Raises:
         UserError: the loader does not work with these settings here; nvImageCodec is missing where the GPU is to decode.
@@ -166,7 +168,7 @@ def loader_views(
 
 
 def refuse_without_decoder() -> None:
-    """Raise UserError where nvImageCodec is not installed: at once, before shards are opened or workers started."""
+    """Raise UserError if nvImageCodec is not installed, before shards are opened or workers started."""
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.nvimgcodec") is None:
         raise UserError(
             "data.decode gpu needs the package nvidia-nvimgcodec-cu12, which is not installed: install it, or set --data.decode cpu."

@@ -1,4 +1,4 @@
-"""`fastssl bench CONFIG`: the ladder from bytes to a training step, and what bounds it."""
+"""`fastssl bench CONFIG`: the ladder from bytes to a training step, and its bottleneck."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 USAGE = """usage: fastssl bench CONFIG [--data.shards DIR] [--rows NAMES] [--quick] [--json FILE] [--section.key value ...]
 
 Measure a configuration rung by rung on this machine, in one process: the full step on synthetic views, the loader and end to end, the
-step's parts, read, decode, to device, augment; then name the bottleneck and the switch to try. train.batch is what this one device
-gets. Without --data.shards only the step is measured. A row that fails says why, the others go on, and the exit code is 1.
-  --rows       which rows, names with commas, or all: those that this device and these shards allow (all)
+step's parts, read, decode, to device, augment; then name the bottleneck and the switch to try. train.batch is the batch of this one
+device. Without --data.shards only the step is measured. A row that fails gives the reason, and the exit code is 1.
+  --rows       rows to measure, names with commas, or all: those that this device and these shards allow (all)
 {rows}
   --quick      few steps, no comparisons: half a minute instead of minutes
   --steps      steps of one measurement (20)
   --repeats    measurements of each row (3)
-  --json       file for the results, written anew after each row"""
+  --json       file for the results, rewritten after each row"""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a ladder is measured."""
+    """Options of the ladder's measurement."""
 
     steps: int = 20
     """Steps of one measurement."""
@@ -42,13 +42,13 @@ class Options:
     rows: str = "all"
     """Names with commas of `ladder_rows.GROUPS`, or all."""
     quick: bool = False
-    """Without comparisons, where `rows` is all."""
+    """Leave out comparisons, where `rows` is all."""
     json: str = ""
-    """File for the results."""
+    """JSON file for the results; empty: none."""
 
 
 def usage() -> str:
-    """The text of `fastssl bench CONFIG --help`."""
+    """Return the text of `fastssl bench CONFIG --help`."""
     from fastssl.bench.ladder.ladder_rows import GROUPS
 
     rows = "\n".join(f"                 {name:16}{text}" for name, text in GROUPS.items())
@@ -76,7 +76,7 @@ def run(argv: list[str]) -> int:
     if args.json:
         check_output(args.json, "--json")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("bench measures one process: start it without torchrun.")
+        raise UserError("`fastssl bench` measures one process: start it without torchrun.")
 
     from fastssl.pretraining import run_config
 
@@ -85,7 +85,7 @@ def run(argv: list[str]) -> int:
 
 
 def report(resolved: Resolved, options: Options) -> int:
-    """Measure, show and write; returns 1 where a row failed, else 0.
+    """Measure, show and write a configuration's ladder; return 1 if a row failed, else 0.
 
     Raises:
         UserError: the model does not fit in the memory of the device, or the shards hold fewer images than a batch.
@@ -101,8 +101,9 @@ def report(resolved: Resolved, options: Options) -> int:
     from fastssl.bench.ladder.step_rungs import build
     from fastssl.bench.ladder.verdict import judge
     from fastssl.bench.report import machine, write_report
+    from fastssl.bench.screen import say_written
     from fastssl.core.distributed import choose_device
-    from fastssl.core.memory import reason as told
+    from fastssl.core.memory import bracketed_cause
     from fastssl.pretraining.build import follow_shards
 
     if resolved.config.data.shards:
@@ -121,7 +122,8 @@ def report(resolved: Resolved, options: Options) -> int:
         if not out_of_memory(error):
             raise
         raise UserError(
-            f"{resolved.config.model.backbone} does not fit in the memory of {where['gpu'] or 'this machine'}{told(error)}: {advice}."
+            f"{resolved.config.model.backbone} does not fit in the memory of {where['gpu'] or 'this machine'}"
+            f"{bracketed_cause(error)}: {advice}."
         ) from error
     top = peak(device, trainee.dtype)
     facts = {
@@ -158,22 +160,20 @@ def report(resolved: Resolved, options: Options) -> int:
     ladder = Ladder(resolved, trainee, clock, Guard(device, no_memory), top, save)
     del trainee
     ladder.measure(groups)
-    fewer = Clock(
-        device, train.batch, max(1, options.steps // 2), options.repeats, console
-    )  # they take longer
+    # Others' steps take longer.
+    fewer = Clock(device, train.batch, max(1, options.steps // 2), options.repeats, console)
     ladder.each(peer_rows(resolved, fewer, groups))
     known = facts | {"compiled": ladder.compiled}
-    show(console, resolved, ladder, judged(ladder), where, known, top, options.steps, options.repeats)
-    if options.json:
-        console.print(f"[dim]Written to {options.json}[/]")
+    show(console, ladder, judged(ladder), where, known)
+    say_written(console, options.json)
     return exit_code(ladder.rows.values())
 
 
 def choose_groups(resolved: Resolved, device: torch.device, options: Options) -> list[str]:
-    """The groups of rows to measure, in the order of measuring.
+    """Return the groups of rows to measure, in the order of measuring.
 
     Raises:
-        UserError: an unknown name; shards are needed and not given, or hold fewer images than a batch.
+        UserError: a name is unknown; shards are needed and not given, or hold fewer images than a batch.
     """
     from fastssl.bench.ladder.data_rungs import open_work
     from fastssl.bench.ladder.ladder_rows import GROUPS, QUICK, WITH_SHARDS, usual_groups
@@ -187,14 +187,17 @@ def choose_groups(resolved: Resolved, device: torch.device, options: Options) ->
         chosen = [name for name in GROUPS if name in named]
     wanting = [name for name in chosen if name in WITH_SHARDS]
     if wanting and not resolved.config.data.shards:
-        raise UserError(f"--rows {','.join(wanting)} measures images: give --data.shards, or leave it out.")
+        raise UserError(
+            f"--rows {','.join(wanting)} needs images: give --data.shards, or leave these rows out."
+        )
     if wanting:
-        open_work(resolved)  # names both numbers where there are fewer images than a batch
+        # Raises UserError, with both numbers, for fewer images than a batch.
+        open_work(resolved)
     return chosen
 
 
 def switches(resolved: Resolved, trainee: Trainee) -> Switches:
-    """The settings that a verdict may advise to change, from the run's; whether the step is compiled is set later."""
+    """Return the run's settings that a verdict may advise to change; whether the step is compiled is set later."""
     import torch
 
     from fastssl.bench.ladder.step_rungs import is_cnn

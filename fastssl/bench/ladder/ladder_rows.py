@@ -1,4 +1,4 @@
-"""The rows of the ladder: which there are, and their measurement, each by itself so that the failure of one loses no other."""
+"""The rows of the ladder and their measurement, each by itself, so that a row that fails loses no other."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ EMA, EMA_LOOP = "EMA", "EMA as a Python loop"
 
 @dataclass(frozen=True)
 class Ending:
-    """The run's loader, and end to end, with other settings of the section `data`."""
+    """The loader's and the end-to-end row with some settings of the section `data`."""
 
     words: str
-    """Follow the names of the two rows."""
+    """Appended to the names of the two rows."""
     changes: Mapping[str, Any]
 
     @property
     def names(self) -> tuple[str, str]:
-        """The names of the loader's row and of the whole's."""
+        """The names of the loader's row and of the end-to-end row."""
         return f"{LOADER}{self.words}", f"{END_TO_END}{self.words}"
 
 
@@ -59,20 +59,20 @@ ENDINGS = {
     "end_decode": Ending(", decoded on the GPU", {"augment_on": "gpu", "decode": "gpu"}),
     "end_one_stream": Ending(", on the step's stream", {"side_stream": False}),
 }
-# What --rows takes, in the order of measuring: what tells most comes first.
+# The names that --rows takes, in the order of measuring: the most informative first.
 GROUPS = {
     "full": "the full step on synthetic views",
     "end": "the loader alone, and end to end",
     "end_gpu": "both with --data.augment-on gpu",
-    "end_decode": "both with --data.decode gpu, too",
+    "end_decode": "both with --data.augment-on gpu and --data.decode gpu",
     "end_one_stream": "both with --data.side-stream False",
-    "augment": "the full step, its views made of images that are decoded already",
-    "parts": "student, teacher, EMA + optimiser",
+    "augment": "the full step, with views made from decoded images",
+    "parts": "student, teacher, EMA + optimizer",
     "data": "read, decode, to device, augment",
-    "ema": "the average, and the average as a Python loop",
-    "compile": "the full step eager where the run compiles it, and compiled where it does not",
-    "plain": "a step as MoCo v3's code takes it, and one with PyTorch's faster parts",
-    "lightly": "a step of lightly's blocks",
+    "ema": "the EMA, and the EMA as a Python loop",
+    "compile": "the full step eager if the run compiles it, else compiled",
+    "plain": "a step as in MoCo v3's code, and one with PyTorch's faster parts",
+    "lightly": "a step built from lightly's blocks",
 }
 WITH_SHARDS = frozenset({*ENDINGS, "augment", "data"})
 QUICK = frozenset({"full", "end", "augment", "parts", "data"})
@@ -81,7 +81,7 @@ _FORWARDS = {STUDENT: 6, TEACHER: 2} | dict.fromkeys(_OF_A_STEP, FORWARDS)
 
 
 def usual_groups(resolved: Resolved, device: torch.device) -> list[str]:
-    """The groups of `--rows all`: those that the shards, the device and the run's own settings leave a sense."""
+    """Return the groups of `--rows all`: those that make sense with the shards, the device and the run's settings."""
     data = resolved.config.data
 
     def makes_sense(name: str) -> bool:
@@ -89,7 +89,7 @@ def usual_groups(resolved: Resolved, device: torch.device) -> list[str]:
             return False
         if name == "end" or name not in ENDINGS:
             return True
-        # On a CPU they cannot run, and as the run's own settings they are measured already.
+        # Not on a CPU, where they cannot run, nor with the run's own settings, which "end" measures.
         changes = ENDINGS[name].changes
         return device.type == "cuda" and any(getattr(data, key) != value for key, value in changes.items())
 
@@ -97,11 +97,11 @@ def usual_groups(resolved: Resolved, device: torch.device) -> list[str]:
 
 
 Measures = Mapping[str, Callable[[], Row]]
-"""What measures rows, by their names."""
+"""Functions that measure rows, by the rows' names."""
 
 
 class Ladder:
-    """Measures groups of rows of one run, and holds what was measured."""
+    """Measure groups of rows of one run, and hold the results."""
 
     def __init__(
         self,
@@ -112,14 +112,14 @@ class Ladder:
         top: Peak,
         save: Callable[[Ladder], None] = lambda ladder: None,
     ):
-        """Compile the trainee, where the run says so. `save` is called after each row."""
+        """Compile the trainee, if the run does. `save` is called after each row."""
         self.resolved, self.trainee, self.clock = resolved, trainee, clock
         self.guard, self.top, self._save = guard, top, save
         self._rows: dict[str, Row] = {}
         self.can_compile = has_compiler(clock.device)
         self.compiled = resolved.config.train.compile and compile_blocks(trainee.method, clock.device)
         self._momentum = trainee.method.teacher_momentum(0.5)
-        # The names of a group's rows, and what gives their measures.
+        # The names of a group's rows, and a function that returns their measures.
         self._groups: dict[str, tuple[tuple[str, ...], Callable[[], Measures]]] = {
             "full": ((FULL,), lambda: {FULL: lambda: self._full(FULL)}),
             "augment": ((FULL_AUGMENT,), lambda: {FULL_AUGMENT: self._full_augment}),
@@ -134,17 +134,17 @@ class Ladder:
 
     @property
     def rows(self) -> dict[str, Row]:
-        """What was measured so far: the rungs from the bottom up, and below them the rest in the order of measuring."""
+        """The rows so far: the rungs from the bottom up, then the others in the order of measuring."""
         return {name: self._rows[name] for name in sorted(self._rows, key=_place)}
 
     @property
     def contention(self) -> float | None:
-        """The time of a step beside the loader / alone; None where one of them was not measured."""
+        """Time of a step beside the loader / alone; None if one of them was not measured."""
         whole = self._rows.get(END_TO_END)
         return whole.more.get("contention") if whole else None
 
     def measure(self, groups: list[str]) -> None:
-        """Measure those of `groups` that are of the step and the data path, in their order; then let the trainee's memory go."""
+        """Measure those of `groups` that concern the step and the data path, in their order; then free the trainee's memory."""
         for group in groups:
             if group in ENDINGS:
                 self._end(ENDINGS[group])
@@ -161,7 +161,7 @@ class Ladder:
         self.trainee = dataclasses.replace(self.trainee, method=None, optimizer=None, step=None)  # pyright: ignore[reportArgumentType]
 
     def each(self, measures: Measures) -> None:
-        """Measure rows one after the other."""
+        """Measure rows one by one."""
         for name, make in measures.items():
             failed = Row(name)
             row = self.guard.run([failed], make)
@@ -186,7 +186,7 @@ class Ladder:
         self._save(self)
 
     def _clear(self) -> None:
-        """Drop the gradients that a row has left, such as those of a step that failed."""
+        """Drop the gradients that a row has left, for example a step that failed."""
         if self.trainee.optimizer is not None:
             self.trainee.optimizer.zero_grad(set_to_none=True)
 
@@ -213,7 +213,7 @@ class Ladder:
         }
 
     def _other_kind(self) -> Measures:
-        """The step eager where the run compiles it, and compiled where it does not and a compiler is there."""
+        """Return the measure of the eager step if the run compiles it, else of the compiled step if there is a compiler."""
 
         def eager() -> Row:
             with torch.compiler.set_stance("force_eager"):
@@ -260,7 +260,7 @@ def _place(name: str) -> int:
 
 
 def annotate(row: Row, trainee: Trainee, top: Peak) -> None:
-    """Add to a rung of the step its MFU, 8 forwards an image, and the TB/s that its operations would move unfused."""
+    """Add to a row of the step its MFU, of 8 forwards an image, and the TB/s that its operations would move unfused."""
     rate = row.images_per_s
     if not rate:
         return

@@ -1,4 +1,4 @@
-"""Training steps as others write them, measured beside ours on the same model, optimiser and synthetic views."""
+"""Training steps as others write them, measured beside ours on the same model, optimizer and synthetic views."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 STEP_PEERS = (MOCO_V3, TODAY, LIGHTLY)
 GROUPS = {"plain": (MOCO_V3, TODAY), "lightly": (LIGHTLY,)}
-"""Which of them a group of `--rows` has."""
+"""The steps of each group of `--rows`."""
 
 
 def peer_rows(resolved: Resolved, clock: Clock, groups: Iterable[str]) -> dict[str, Callable[[], Row]]:
-    """Return what measures each peer of the groups by its name; MOCO_V3 is the one that goals are judged against."""
+    """Return functions that measure each peer of the groups, by its name; goals are judged against MOCO_V3."""
     half = "fp16 autocast and GradScaler" if clock.device.type == "cuda" else "float32"
     plain = f"NCHW, eager, a forward per view, {half}, EMA as a Python loop, two .item() a step"
     update = "multi-tensor LARS (ours)" if resolved.config.optim.name == "lars" else "PyTorch's fastest AdamW"
     notes = {
         MOCO_V3: (
-            f"as MoCo v3's published code steps: {plain}, attention as products and a softmax, the optimiser as a Python loop",
+            f"as in MoCo v3's published code: {plain}, attention as products and a softmax, the optimizer as a Python loop",
             moco_v3_step,
         ),
-        TODAY: (f"the same with what PyTorch has gained since: fused attention, {update}", todays_step),
+        TODAY: (f"the same with PyTorch's later additions: fused attention, {update}", todays_step),
         LIGHTLY: (
             f"lightly's heads, NTXentLoss (more negatives than MoCo v3's) and update_momentum in an eager step, {half}",
             lightly_step,
@@ -61,7 +61,7 @@ def peer_rows(resolved: Resolved, clock: Clock, groups: Iterable[str]) -> dict[s
 
 
 def ema_pairs(method: MoCoV3) -> list[tuple[Tensor, Tensor]]:
-    """(teacher, student) of every averaged parameter: module `teacher_x` follows module `x`."""
+    """Return (teacher, student) of every averaged parameter: module `teacher_x` follows module `x`."""
     pairs: list[tuple[Tensor, Tensor]] = []
     for name, teacher in method.named_children():
         if name.startswith("teacher_"):
@@ -71,13 +71,13 @@ def ema_pairs(method: MoCoV3) -> list[tuple[Tensor, Tensor]]:
 
 
 def ema_loop(pairs: list[tuple[Tensor, Tensor]], momentum: float) -> None:
-    """The average as it is often written: one tensor after the other, into new memory."""
+    """Update the EMA as it is often written: one tensor after the other, into new memory."""
     for teacher, student in pairs:
         teacher.data = teacher.data * momentum + student.data * (1 - momentum)
 
 
 class LoopLARS(torch.optim.Optimizer):
-    """LARS as MoCo v3's code has it: one parameter after the other, with the rules of `fastssl.core.optimizers.LARS`."""
+    """LARS as in MoCo v3's code: one parameter after the other, by the rules of `fastssl.core.optimizers.LARS`."""
 
     def __init__(self, params: Iterable[nn.Parameter], cfg: OptimConfig):
         defaults = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "momentum": cfg.momentum}
@@ -105,7 +105,7 @@ class LoopLARS(torch.optim.Optimizer):
 
 
 def _as(resolved: Resolved, attention: Literal["sdpa", "explicit"]) -> Resolved:
-    """The configuration with that attention, NCHW, and without recomputing."""
+    """Return the configuration with that attention, NCHW, and without activation checkpointing."""
     cfg = resolved.config
     train = dataclasses.replace(cfg.train, channels_last=False, checkpointing="none")
     model = dataclasses.replace(cfg.model, attention=attention)
@@ -115,7 +115,10 @@ def _as(resolved: Resolved, attention: Literal["sdpa", "explicit"]) -> Resolved:
 def start(
     resolved: Resolved, device: torch.device, batch: int, implementation: Literal["auto", "loop"] = "auto"
 ) -> tuple[MoCoV3, Any, Any, list[Tensor]]:
-    """Return method, optimiser with a rate of 0, scaler and synthetic views; `implementation`: of the optimiser, also of LARS."""
+    """Return method, optimizer with a learning rate of 0, scaler and synthetic views.
+
+    `implementation`: of the optimizer, LARS included.
+    """
     from fastssl.bench.ladder.step_rungs import views
 
     method, _ = build_method(resolved, device)
@@ -145,14 +148,14 @@ def _apply(loss: Tensor, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
 
 
 def moco_v3_step(resolved: Resolved, device: torch.device, batch: int) -> Callable[[], None]:
-    """Return a step as MoCo v3's published code takes it: as `todays_step`, with attention and optimiser as that code has them."""
+    """Return a step as in MoCo v3's published code: as `todays_step`, with the attention and optimizer of that code."""
     return _plain(*start(_as(resolved, "explicit"), device, batch, "loop"))
 
 
 def todays_step(resolved: Resolved, device: torch.device, batch: int) -> Callable[[], None]:
-    """Return a step in MoCo v3's manner with PyTorch's fused attention and fastest optimiser.
+    """Return a step in MoCo v3's manner with PyTorch's fused attention and fastest optimizer.
 
-    NCHW, one forward per view, float32 on a CPU and fp16 autocast with a GradScaler on CUDA, the average tensor by tensor before the
+    NCHW, one forward per view, float32 on a CPU and fp16 autocast with a GradScaler on CUDA, the EMA tensor by tensor before the
     teacher's forward, and two numbers read by the host at every step.
     """
     return _plain(*start(_as(resolved, "sdpa"), device, batch))
@@ -182,7 +185,7 @@ def _plain(
 
 
 def lightly_step(resolved: Resolved, device: torch.device, batch: int) -> Callable[[], None]:
-    """The same model in lightly's parts, as its examples put them together. Raises ImportError where it is not installed."""
+    """Return a step of the same model built from lightly's parts, as in its examples; raise ImportError without lightly."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import MoCoProjectionHead
     from lightly.models.utils import deactivate_requires_grad, update_momentum

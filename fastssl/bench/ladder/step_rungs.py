@@ -1,4 +1,4 @@
-"""The step's rungs of the ladder, and the clock that times every rung."""
+"""The step's rungs of the ladder: student, teacher and update by themselves, on synthetic views."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from fastssl.methods import MoCoV3
 from fastssl.pretraining.build import build_method, compute_dtype, prepare_backend, view_form
 from fastssl.pretraining.micro_batch import choose_micro_batch
 from fastssl.pretraining.run_config import Resolved
-from fastssl.pretraining.step import DDPWrapper, Step, chunks
+from fastssl.pretraining.step import DDPWrapper, Step, StepOptions, chunks
 from pipelines.streaming.lazy_views import LazyViews
 
-FORWARDS = 8  # per image: student 2 views x (forward + backward = 3), teacher 2 x 1
+# Per image: student 2 views x (forward + backward = 3), teacher 2 x 1.
+FORWARDS = 8
 
 
 @dataclass(frozen=True)
 class Trainee:
-    """What a step needs, and what it costs an image."""
+    """Everything that a step needs, and its cost per image."""
 
     method: MoCoV3
     optimizer: torch.optim.Optimizer
@@ -41,13 +42,13 @@ class Trainee:
     chunk: int
     """Images on the device at a time."""
     flops: int
-    """Floating-point operations of an image's share of a step: 8 forwards; recomputing does not count."""
+    """Floating-point operations of a step per image: 8 forwards; recomputing does not count."""
     bytes_per_image: float
     """Bytes that the student's and the teacher's operations read and write for an image, each operation by itself."""
     bytes_per_step: float
-    """Bytes that they move once a step, whatever the batch: weights and their gradients."""
+    """Bytes that they move once a step, for any batch: weights and their gradients."""
     update_bytes: int
-    """Bytes that the optimiser and the average move."""
+    """Bytes that the optimizer and the EMA move."""
 
     @property
     def in_chunks(self) -> bool:
@@ -55,26 +56,28 @@ class Trainee:
         return self.chunk < self.batch
 
     def traffic(self, batch: int) -> float:
-        """Bytes that a full step of `batch` images moves where nothing is fused."""
+        """Return the bytes that a full step of `batch` images moves without fusion."""
         return batch * self.bytes_per_image + self.bytes_per_step + self.update_bytes
 
 
 def build(resolved: Resolved, device: torch.device) -> Trainee:
-    """Method, optimiser and step as the trainer sets them up, uncompiled; costs are counted on two and four images."""
+    """Return method, optimizer and step as the trainer builds them, uncompiled, with costs counted on two and four images."""
     train = resolved.config.train
     prepare_backend(device)
     method, _ = build_method(resolved, device)
     dtype = compute_dtype(train.precision, device)
     optimizer = build_optimizer(method.parameters(), resolved.config.optim)
-    set_lr(optimizer, 0.0)  # the same work, and the weights stay where they are
+    # The same work, but the weights stay unchanged.
+    set_lr(optimizer, 0.0)
     shape = (resolved.config.model.channels, resolved.config.recipe.size, resolved.config.recipe.size)
     shards = resolved.config.data.open() if resolved.config.data.shards else None
     alone = Dist(0, 1, 0, device)
     chunk = choose_micro_batch(train.micro_batch, method, resolved, alone, dtype, shape, shards)
-    options = {"micro_batch": chunk, "exact_heads": train.exact_heads, "clip_grad": train.clip_grad}
-    step = Step(method, DDPWrapper(method), optimizer, device, dtype, **options)
+    options = StepOptions(chunk, train.exact_heads, train.clip_grad)
+    step = Step(method, DDPWrapper(method), optimizer, device, dtype, options)
     if method.queue is not None:
-        method.queue.count = method.queue.size  # as in all but a run's first steps
+        # As in all but a run's first steps.
+        method.queue.count = method.queue.size
     with _forgetful(method):
         few, more = (_moved(step, views(resolved, device, count)) for count in (2, 4))
         step.gradients(views(resolved, device, 2))
@@ -103,27 +106,27 @@ def _moved(step: Step, images: list[Tensor]) -> int:
 
 
 def views(resolved: Resolved, device: torch.device | str, batch: int) -> list[Tensor]:
-    """Synthetic views in the form the loader gives: float32 (batch, C, S, S) each."""
+    """Return synthetic views as the loader gives them: float32 (batch, C, S, S) each."""
     cfg = resolved.config
     shape = (batch, cfg.model.channels, cfg.recipe.size, cfg.recipe.size)
     return [torch.randn(shape, device=device) for _ in range(cfg.recipe.num_views)]
 
 
 class OneChunk(LazyViews):
-    """A chunk of views on the device that poses as every chunk of a batch."""
+    """A chunk of views on the device that stands for every chunk of a batch."""
 
     def __init__(self, chunk: list[Tensor], num_samples: int) -> None:
         self._chunk, self.num_samples, self.num_views = chunk, num_samples, len(chunk)
 
     def rows(self, part: slice) -> list[Tensor]:
-        """As `LazyViews.rows`, for at most the images of the chunk; they are made already."""
+        """See `LazyViews.rows`; returns at most the images of the chunk, which are made already."""
         return [view[: part.stop - part.start] for view in self._chunk]
 
 
 def step_views(resolved: Resolved, trainee: Trainee) -> Sequence[Tensor]:
-    """The synthetic views of a whole step, where the loader would leave them.
+    """Return the synthetic views of a whole step, where the loader would leave them.
 
-    For a batch in chunks that is the host, or, where the device makes each chunk's views when it is asked for, a chunk on the device.
+    A batch in chunks lies on the host or, where the device makes each chunk's views on demand, is a chunk on the device.
     """
     if not trainee.in_chunks or trainee.device.type == "cpu":
         return _as_loaded(resolved, views(resolved, trainee.device, trainee.batch))
@@ -134,7 +137,7 @@ def step_views(resolved: Resolved, trainee: Trainee) -> Sequence[Tensor]:
 
 
 def _as_loaded(resolved: Resolved, images: list[Tensor]) -> list[Tensor]:
-    """The views in the form that the loader would leave them in on their device."""
+    """Return the views in the dtype and memory format that the loader would give them on their device."""
     data, device = resolved.config.data, images[0].device
     if data.augment_on != "gpu" or data.engine != "fused" or device.type == "cpu":
         return images
@@ -143,19 +146,18 @@ def _as_loaded(resolved: Resolved, images: list[Tensor]) -> list[Tensor]:
 
 
 def forward_flops(method: MoCoV3, images: Tensor) -> int:
-    """Floating-point operations of one image through backbone, projector and predictor; a multiply-add counts as two."""
+    """Return the floating-point operations of an image through backbone, projector and predictor; a multiply-add is two."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         method.predictor(method.projector(method.backbone(images)))
     return counter.get_total_flops() // len(images)
 
 
 def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, Callable[[], Row]]:
-    """Return what measures student, teacher and update by themselves, each on as many images as are on the device at a time."""
+    """Return functions that measure student, teacher and update by themselves, each on as many images as a chunk has."""
     method, step, chunk = trainee.method, trainee.step, trainee.chunk
     synthetic = _as_loaded(resolved, views(resolved, trainee.device, chunk))
-    whole = Step(
-        method, DDPWrapper(method), trainee.optimizer, trainee.device, trainee.dtype
-    )  # a chunk is all it gets
+    # Without a micro batch: a chunk is all it is given.
+    whole = Step(method, DDPWrapper(method), trainee.optimizer, trainee.device, trainee.dtype)
 
     def teacher() -> Any:
         with _autocast(trainee):
@@ -177,7 +179,8 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, C
         grads = [(p, torch.randn_like(p)) for p in method.parameters() if p.requires_grad]
 
         def update() -> None:
-            for parameter, grad in grads:  # which a step clears
+            # A step clears the gradients.
+            for parameter, grad in grads:
                 parameter.grad = grad
             step.update(method.teacher_momentum(0.5))
 
@@ -192,7 +195,7 @@ def _autocast(trainee: Trainee) -> torch.autocast:
 
 @contextlib.contextmanager
 def _forgetful(method: MoCoV3) -> Iterator[None]:
-    """Within, a step leaves the queue of keys alone: it takes whole batches only."""
+    """Keep steps inside the context from filling the queue of keys, which takes whole batches only."""
     vars(method)["remember"] = lambda targets: None
     try:
         yield
@@ -202,7 +205,7 @@ def _forgetful(method: MoCoV3) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _given_targets(step: Step, targets: Any) -> Iterator[None]:
-    """Within, the step compares with these targets and its teacher rests."""
+    """Let the step inside the context use these targets, so that the teacher does not run."""
     vars(step)["_targets"] = lambda views, parts: targets
     try:
         yield
@@ -211,7 +214,7 @@ def _given_targets(step: Step, targets: Any) -> Iterator[None]:
 
 
 def is_cnn(method: nn.Module) -> bool:
-    """Whether most of the weights are convolutions'."""
+    """Return whether most of the weights belong to convolutions."""
     sizes = [
         (isinstance(m, nn.Conv2d), m.weight.numel())
         for m in method.modules()

@@ -1,4 +1,4 @@
-"""What bounds a run, in one sentence: a pure function of the measured ladder and of the switches in use."""
+"""The bottleneck of a run in one sentence: a pure function of the measured ladder and the settings in use."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ RUNGS = (READ, DECODE, TO_DEVICE, AUGMENT, LOADER, STUDENT, TEACHER, UPDATE, FUL
 # Others' steps.
 MOCO_V3, TODAY, LIGHTLY = "moco-v3's own kind of step", "plain step of today's PyTorch", "lightly's blocks"
 
-BESIDE = 1.1  # a step this much slower beside the loader competes with it
-WELL = 0.95  # of what the slower side allows: nothing is lost between them
+# A step that takes this many times as long beside the loader competes with it.
+BESIDE = 1.1
+# From this share of what the slower side allows on, nothing is lost between them.
+WELL = 0.95
 
 
 @dataclass(frozen=True)
 class Switches:
-    """The settings that the advice may change, and what this machine allows."""
+    """The settings that the advice may change, and the limits of this machine."""
 
     on_gpu: bool = False
     has_shards: bool = False
@@ -32,7 +34,7 @@ class Switches:
     cores: int = 1
     in_chunks: bool = False
     fits_in_ram: bool = False
-    """Whether the decoded images would."""
+    """Whether the decoded images would fit in the machine's memory."""
     half: bool = True
     """The step computes in 16 bits."""
     half_is_fast: bool = True
@@ -45,19 +47,19 @@ class Switches:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The numbers that the sentence rests on, and the sentence."""
+    """The sentence, and the numbers that it is based on."""
 
     bottleneck: str
     """The name of a rung; "contention" where both sides are fast alone."""
     overlap: float | None
-    """end to end / what the slower of loader and step allows."""
+    """Rate of end to end / rate that loader and step allow."""
     contention: float | None
     """Time of a step beside the loader / alone."""
     sentence: str
 
 
 def judge(rates: Mapping[str, float | None], switches: Switches, contention: float | None = None) -> Verdict:
-    """Name the bottleneck and the switch to try; without a figure of the full step, say that it is missing.
+    """Return the bottleneck and the switch to try; if the full step was not measured, say so.
 
     Args:
         rates: images per second of each rung; None or absent where it was not measured.
@@ -65,9 +67,7 @@ def judge(rates: Mapping[str, float | None], switches: Switches, contention: flo
     """
     step, loader, whole = rates.get(FULL), rates.get(LOADER), rates.get(END_TO_END)
     if not step:
-        return Verdict(
-            FULL, None, None, f"Without a figure of '{FULL}' nothing can be said of what bounds the run."
-        )
+        return Verdict(FULL, None, None, f"The bottleneck is not known, because '{FULL}' was not measured.")
     if not loader or not whole:
         part, advice = _slow_part_of_step(rates, switches)
         start = f"The step makes {brief(step)} images/s"
@@ -111,7 +111,7 @@ def _in_it(part: str) -> str:
 
 
 def _slowest(rates: Mapping[str, float | None], names: tuple[str, ...], whole: str) -> str:
-    """The slowest of the parts `names`; the whole where none of them was measured."""
+    """Return the slowest of the parts `names`; `whole` if none of them was measured."""
     measured = {name: rate for name in names if (rate := rates.get(name))}
     return min(measured, key=lambda name: measured[name]) if measured else whole
 
@@ -123,14 +123,14 @@ def _slow_part_of_loader(rates: Mapping[str, float | None], switches: Switches) 
     if switches.threads < switches.cores:
         return part, f"try --data.threads {switches.cores}"
     if part == LOADER:
-        return part, "measure its parts, too (--rows end,data)"
+        return part, "measure its parts as well (--rows end,data)"
     if part == READ:
         return part, "try --data.cache ram, or a faster disk and --data.order blocks"
     if part == DECODE:
         if switches.fits_in_ram and switches.cache == "none":
             return part, "try --data.cache ram, which decodes each image once"
         return part, "convert with `fastssl shard --short-side 256`, or use more cores"
-    # Only our own engine makes views of a part of a batch.
+    # Only the engine fused makes views of a part of a batch.
     able = not switches.in_chunks or switches.engine == "fused"
     if switches.on_gpu and switches.augment_on == "cpu" and able:
         return part, "try --data.augment-on gpu" + (

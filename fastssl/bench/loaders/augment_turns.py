@@ -1,4 +1,4 @@
-"""The clock of `fastssl bench augment`: each way is opened and warmed up, then all are measured in turns."""
+"""Measurements of `fastssl bench augment`: each engine is opened and warmed up, then all are measured in turns."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from fastssl.bench.clock import Clock
 from fastssl.bench.guard import Guard
 from fastssl.bench.loaders.augmenters import Augmenter, Decoded, Step, measured_levels
 from fastssl.bench.report import PeakMemory, Row
+from fastssl.bench.turns import take_turns
 from pipelines.augment.draws import draw
 from pipelines.previews.engine_fidelity import classify
 
 OURS = ("triton", "torch", "fused")
-WARM_UP = 3  # batches: compiling, cuDNN's choice of algorithms, the first blocks of memory, pools of threads
-QUEUED = 5  # batches launched ahead, to see what the device alone needs
+# Batches before a measurement: compiling, cuDNN's choice of algorithms, the first blocks of memory, pools of threads.
+WARM_UP = 3
+# Batches launched ahead, to time the device alone.
+QUEUED = 5
 LONGEST_LAUNCH_S = 0.3
-CLOCK_HZ = 2e9  # of the fastest GPUs; slower ones sleep longer
+# Clock of the fastest GPUs; slower ones sleep longer.
+CLOCK_HZ = 2e9
 
 
 def measure(
@@ -32,9 +36,9 @@ def measure(
     console: Any,
     save: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """Return one row for each, measured in turns, so that other work on the machine falls on all of them alike.
+    """Measure augmenters in turns and return a row for each.
 
-    What cannot run here, and what fails, leaves its reason in its row. `save` is given all rows after each turn.
+    An augmenter that cannot run here or fails leaves the reason in its row. `save` is called with all rows after each measurement.
     """
     rows = [Row(each.name, each.fidelity, note=each.note) for each in chosen]
     guard = Guard(
@@ -47,19 +51,20 @@ def measure(
                 turn = guard.run([row], lambda each=each, row=row: _Turn(each, work, row, opened, seconds))
             if turn is not None:
                 turns.append(turn)
-        for _ in range(repeats):
-            for turn in turns:
-                if not turn.row.error:
-                    guard.run([turn.row], lambda turn=turn: turn.take(console))
-                    _compare(rows)
-                    save(rows)
+
+        def measured(_number: int, turn: _Turn, row: Row) -> None:
+            guard.run([row], lambda: turn.take(console))
+            _compare(rows)
+            save(rows)
+
+        take_turns(range(repeats), turns, [turn.row for turn in turns], measured)
     _compare(rows)
     save(rows)
     return rows
 
 
 def _compare(rows: list[Row]) -> None:
-    """Set each row's ratio to the best of ours."""
+    """Set each row's ratio to the fastest of our engines."""
     measured = [row for row in rows if row.rates and row.name in OURS]
     ours = max(measured, key=lambda row: row.images_per_s or 0, default=None)
     for row in rows:
@@ -69,7 +74,7 @@ def _compare(rows: list[Row]) -> None:
 
 
 def least_bytes(work: Decoded) -> int:
-    """What has to be moved for a batch at least, whoever makes it: its crop boxes are read once, its float32 views written once."""
+    """Return the bytes that any engine must move for a batch: its crop boxes read once, its float32 views written once."""
     recipe = work.recipe
     drawn = draw(recipe, 0, 0, work.sample_ids, *work.sides())
     boxes = 3 * float((drawn["width"].astype(float) * drawn["height"]).mean(axis=1).sum())
@@ -78,19 +83,19 @@ def least_bytes(work: Decoded) -> int:
 
 
 class _Turn:
-    """One way, opened and warmed up, and the measurements of it."""
+    """An augmenter, opened and warmed up, and its measurements."""
 
     def __init__(
         self, each: Augmenter, work: Decoded, row: Row, opened: contextlib.ExitStack, seconds: float
     ):
         if work.device.type not in each.devices:
-            raise NotImplementedError(f"it does not run on a {work.device.type} device")
+            raise NotImplementedError(f"{each.name} does not run on a {work.device.type} device")
         if each.peer:
             work.refuse_local_views_and_erasing(each.name)
         else:
             levels = measured_levels(each, work)
             row.fidelity = classify(levels)
-            row.note += f"; on average {levels:.2f} grey levels from the reference"
+            row.note += f"; on average {levels:.2f} gray levels from the reference"
             row.more["mean_levels"] = levels
         self.each, self.row = each, row
         self._device, self._batch, self._seconds = work.device, work.batch, seconds
@@ -123,10 +128,10 @@ class _Turn:
 
 
 class _Memory:
-    """The peak of memory within, beyond what was taken before: of the GPU, or of this process on a CPU."""
+    """Measure the peak of memory inside the context, beyond what was in use before: of the GPU, or of this process on a CPU."""
 
     def __init__(self, device: torch.device, foreign: bool):
-        """`foreign`: it is taken past PyTorch, so that all of the GPU's counts, as it is at the end."""
+        """`foreign`: the memory is not PyTorch's, so the GPU's own count at the end is used."""
         self._device, self._foreign = device, foreign
         self._watch = PeakMemory() if device.type == "cpu" else None
         self.taken_bytes = 0
@@ -156,9 +161,9 @@ class _Memory:
 
 
 def device_ms(step: Step, clock: Clock) -> float | None:
-    """Milliseconds a batch that the device works when all launches are queued before it starts: what a step beside it would feel.
+    """Return the milliseconds of device work per batch, with all launches queued before it starts: what a step beside it loses.
 
-    None for those that wait for the device, or launch so slowly or so much that the queue runs dry or full.
+    None for engines that wait for the device, or launch so slowly or so much that the queue runs empty or full.
     """
     sleep = getattr(torch.cuda, "_sleep", None)
     clock.wait()
@@ -169,12 +174,14 @@ def device_ms(step: Step, clock: Clock) -> float | None:
     clock.wait()
     if sleep is None or launch_s > LONGEST_LAUNCH_S:
         return None
-    for _ in range(2):  # the first time, pinned memory has to be taken for so many batches at once
+    # Twice: the first time, pinned memory for so many batches at once has to be allocated.
+    for _ in range(2):
         sleep(int(2 * launch_s * CLOCK_HZ))
         first = clock.mark()
         for _ in range(QUEUED):
             step()
-        asleep = not first.query()  # all launches were there before the first began
+        # All launches were queued before the first began.
+        asleep = not first.query()
         last = clock.mark()
         clock.wait()
         if asleep:

@@ -1,6 +1,6 @@
-"""Ways from decoded images to the views of a batch, ours and others', that `fastssl bench augment` measures.
+"""Augmenters from decoded images to the views of a batch, ours and others', that `fastssl bench augment` measures.
 
-Each is opened once and then makes batch after batch. Ours are given draws; others draw for themselves, as they always do.
+Each is opened once and then makes batch after batch. Ours get draws; others draw for themselves, as they always do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Step = Callable[[], list[Tensor]]
 
 @dataclass(frozen=True)
 class Decoded(Order):
-    """What every way is given: images that are decoded already."""
+    """The input of every augmenter: decoded images, recipe, device."""
 
     images: list[np.ndarray]
     """uint8 (H, W, 3) each, contiguous."""
@@ -45,12 +45,12 @@ class Decoded(Order):
         return np.arange(len(self.images))
 
     def sides(self) -> tuple[np.ndarray, np.ndarray]:
-        """Widths and heights, (N,)."""
+        """Return widths and heights, (N,)."""
         height, width = np.array([image.shape[:2] for image in self.images]).T
         return width, height
 
     def drawn(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Sample ids (batch,) and DRAW records (V, batch) without end."""
+        """Yield sample ids (batch,) and DRAW records (V, batch) without end."""
         widths, heights = self.sides()
         for epoch, ids in self.batches():
             yield ids, draw(self.recipe, 0, epoch, ids, widths[ids], heights[ids])
@@ -58,17 +58,17 @@ class Decoded(Order):
 
 @dataclass(frozen=True)
 class Augmenter:
-    """One row of the report."""
+    """An augmenter, ours or another's: one row of the report."""
 
     name: str
     fidelity: str
-    """approximate for others, who draw for themselves; empty for ours, which are measured: see `measured_levels`."""
+    """approximate for others, which draw for themselves; empty for ours, whose fidelity is measured by `measured_levels`."""
     open: Callable[[Decoded], contextlib.AbstractContextManager[Step]]
     note: str
     peer: bool = True
     devices: tuple[str, ...] = ("cpu", "cuda")
     foreign_memory: bool = False
-    """Whether it takes GPU memory past PyTorch."""
+    """Whether it takes GPU memory without PyTorch."""
 
 
 # ----------------------------------------------------------------------------------------------------------- ours
@@ -89,7 +89,7 @@ def _batched(name: str) -> Callable[[Decoded], contextlib.AbstractContextManager
 
 
 def batched_step(work: Decoded, kernels: BatchedKernels) -> Step:
-    """The whole-batch kernels on images that lie end to end on the device; draws, parameters and their copy included."""
+    """Return a step of the whole-batch kernels on images that lie end to end on the device, with draws and parameters."""
     from pipelines.kernels.batched_views import BatchedViews
     from pipelines.kernels.view_params import TYPES
 
@@ -108,7 +108,7 @@ def batched_step(work: Decoded, kernels: BatchedKernels) -> Step:
 
 @contextlib.contextmanager
 def _fused(work: Decoded) -> Iterator[Step]:
-    """Our CPU engine in threads, into memory that is used again."""
+    """Open our CPU engine in threads, which writes into the same memory again and again."""
     from pipelines.engines.fused_engine import FusedEngine
     from pipelines.loading.slots import view_shapes
 
@@ -197,7 +197,7 @@ def _torchvision(work: Decoded) -> Iterator[Step]:
 
 @contextlib.contextmanager
 def _dali(work: Decoded) -> Iterator[Step]:
-    """DALI's operators on images that it is lent where they lie, and copies together: a batch of its own is one buffer."""
+    """Open DALI's operators on images that it reads in place and copies into one buffer, as its own batches are."""
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import pipeline_def
 
@@ -241,7 +241,7 @@ def _dali(work: Decoded) -> Iterator[Step]:
 
 
 def _planes(work: Decoded, device: torch.device | str) -> list[Tensor]:
-    """The images as torch has them: uint8 (3, H, W)."""
+    """Return the images as tensors: uint8 (3, H, W)."""
     return [torch.from_numpy(image).permute(2, 0, 1).contiguous().to(device) for image in work.images]
 
 
@@ -260,7 +260,7 @@ AUGMENTERS: dict[str, Augmenter] = {
             "torch",
             "",
             _batched("torch_kernels"),
-            "our whole-batch torch functions, which --data.augment-on gpu takes where Triton does not work",
+            "our whole-batch torch functions, which --data.augment-on gpu uses where Triton does not work",
             peer=False,
         ),
         Augmenter(
@@ -281,14 +281,14 @@ AUGMENTERS: dict[str, Augmenter] = {
             "kornia-modules",
             "approximate",
             _kornia_modules,
-            "Kornia's modules as documented; the images were squeezed to one size beforehand, untimed; crops without antialiasing, "
+            "Kornia's modules as documented; the images were resized to one size before, untimed; crops without antialiasing, "
             "one order of jitter a batch, a true Gaussian blur",
         ),
         Augmenter(
             "dali-graph",
             "approximate",
             _dali,
-            "DALI's operators as its users and solo-learn write them, on the decoded images by external_source; color_twist is one "
+            "DALI's operators as its users and solo-learn write them, on decoded images from external_source; color_twist is one "
             "matrix: jitter in a fixed order, contrast about a constant, a linear hue",
             foreign_memory=True,
         ),
@@ -303,7 +303,9 @@ AUGMENTERS: dict[str, Augmenter] = {
 
 
 def measured_levels(augmenter: Augmenter, work: Decoded) -> float:
-    """The mean difference of one of ours to PIL and torchvision with the same draws, in levels of 0..255, on some of the images.
+    """Return the mean difference of one of ours to PIL and torchvision, in levels of 0..255, on some of the images.
+
+    Both get the same draws.
 
     Raises:
         UserError: the engine cannot make the recipe's views, or its package is not installed.

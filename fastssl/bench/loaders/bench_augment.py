@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastssl.bench.guard import exit_code
-from fastssl.bench.report import Row, brief, busy, machine, tell_failures, write_measured
+from fastssl.bench.report import Row, brief, busy, machine, write_measured
+from fastssl.bench.screen import make_table, say_written, show
 from shards.errors import UserError, check_least
 from shards.storage.atomic_files import check_output
 
@@ -22,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BenchAugment:
-    """Measure how fast decoded images become the views of a batch: our kernels, and others on the same images.
+    """Measure the time from decoded images to the views of a batch: our kernels, and other libraries on the same images.
 
-    Reading and decoding are not in it. A source image counts once, however many views are made of it. What fails says why in its row;
-    the others go on, and the exit code is 1.
+    Reading and decoding do not count. A source image counts once, however many views are made of it. An engine that fails has the
+    reason in its row; the others are measured all the same, and the exit code is 1.
     """
 
     shards: Annotated[str, tyro.conf.Positional] = ""
-    """Folder of shards to take images from; without it, generated pictures of ImageNet's sizes."""
+    """Folder of shards with the images; empty: generated pictures of ImageNet's sizes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the views are made, and where the decoded images lie."""
+    """Device that holds the decoded images and makes the views."""
     recipe: str = "moco_v3"
     """Name of a preset."""
     size: int = 224
@@ -39,18 +40,18 @@ class BenchAugment:
     batch: int = 256
     """Images a batch."""
     images: int = 0
-    """Images used, over and over; 0: two batches, so that none is still in a cache when its turn comes."""
+    """Number of images, used again and again; 0: two batches, so that no image is still in a cache when it is used again."""
     threads: int = 0
-    """Threads of those that work on the CPU; 0: one per core."""
+    """Threads of the engines that work on the CPU; 0: one per core."""
     repeats: int = 3
-    """Times each is measured, in turns."""
+    """Times each engine is measured, in turns."""
     seconds: float = 2.0
-    """Least length of one measurement."""
+    """Shortest length of a measurement, in seconds."""
     engines: str = "all"
-    """What to measure: all that the device can do, or names with commas: triton, torch, fused, kornia, kornia-modules, dali-graph,
+    """Engines to measure: all that run on the device, or names with commas: triton, torch, fused, kornia, kornia-modules, dali-graph,
     torchvision-v2."""
     json: str = ""
-    """File for the results: a list with a row for each, written anew after each measurement."""
+    """JSON file for the results, a list with a row for each engine; rewritten after each measurement."""
 
 
 def run(argv: list[str]) -> int:
@@ -90,15 +91,14 @@ def run(argv: list[str]) -> int:
     finally:
         torch.set_num_threads(before)
     _show(console, rows, work, where, args)
-    if args.json:
-        console.print(f"[dim]Written to {args.json}[/]")
+    say_written(console, args.json)
     return exit_code(rows)
 
 
 def _check(args: BenchAugment) -> None:
     check_least(args, size=1, batch=1, images=0, threads=0, repeats=1)
     if args.seconds <= 0:
-        raise UserError(f"--seconds is {args.seconds:g}, but it must be above 0.")
+        raise UserError(f"--seconds is {args.seconds:g}, but it must be greater than 0.")
     if args.images and args.images < args.batch:
         raise UserError(
             f"--images is {args.images}, fewer than one batch of {args.batch}: raise it, or lower --batch."
@@ -106,7 +106,11 @@ def _check(args: BenchAugment) -> None:
 
 
 def _open(args: BenchAugment, device: torch.device) -> Decoded:
-    """The images. UserError where the shards hold fewer than a batch, or other images than 8-bit ones of 1 or 3 channels."""
+    """Return the decoded images and how to use them.
+
+    Raises:
+        UserError: the shards hold fewer images than a batch, or images that are not 8-bit of 1 or 3 channels.
+    """
     from fastssl.bench.loaders.augmenters import Decoded
     from pipelines.augment.recipe import get_recipe
     from pipelines.loading.loader import default_threads
@@ -123,8 +127,8 @@ def _open(args: BenchAugment, device: torch.device) -> Decoded:
         kinds, channels = shards.manifest.dtypes, shards.manifest.channels
         if kinds != ["uint8"] or not set(channels) <= {1, 3}:
             raise UserError(
-                f"bench augment measures 8-bit images of 1 or 3 channels, and '{args.shards}' has {', '.join(kinds)} images of "
-                f"{', '.join(map(str, channels))} channels: name other shards, or none."
+                f"`bench augment` measures 8-bit images of 1 or 3 channels, and '{args.shards}' has {', '.join(kinds)} images of "
+                f"{', '.join(map(str, channels))} channels: give other shards, or none."
             )
         ids = epoch_order(shards.num_samples, 0, 0)[:count]
         if len(ids) < args.batch:
@@ -139,9 +143,6 @@ def _open(args: BenchAugment, device: torch.device) -> Decoded:
 
 
 def _show(console: Any, rows: list[Row], work: Decoded, where: dict[str, Any], args: BenchAugment) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from fastssl.bench.loaders.augment_turns import least_bytes
     from shards.units import human_size
 
@@ -151,16 +152,11 @@ def _show(console: Any, rows: list[Row], work: Decoded, where: dict[str, Any], a
         f"{work.batch} decoded images of {width} x {height} into {recipe.total_views} views each of {recipe.size} px, recipe "
         f"{args.recipe}"
     )
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("engine", no_wrap=True)
-    for name in ("ms a\nbatch", "device\nms", "images\nper s", "spread", "ours\nis x", "GB/s", "GB"):
-        if on_gpu or not name.startswith("device"):
-            table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("fidelity", no_wrap=True)
-    notes = []
-    for row in rows:
-        notes.append(row.note)
-        name = f"{row.name} [dim]{len(notes)}[/]"
+    figures = ("ms a\nbatch", "device\nms", "images\nper s", "spread", "ours\nis x", "GB/s", "GB")
+    figures = [name for name in figures if on_gpu or not name.startswith("device")]
+    table = make_table(title, "engine", figures, "fidelity")
+    for number, row in enumerate(rows, 1):
+        name = f"{row.name} [dim]{number}[/]"
         if row.images_per_s is None:
             table.add_row(name, "failed", *[""] * (6 if on_gpu else 5), row.fidelity)
             continue
@@ -177,21 +173,18 @@ def _show(console: Any, rows: list[Row], work: Decoded, where: dict[str, Any], a
             f"{more['peak_memory_bytes'] / 1e9:.2f}",
             row.fidelity,
         )
-    console.print(table)
-    tell_failures(console, rows)
     alone = " device ms: the GPU's work alone, all launches queued before it." if on_gpu else ""
     least = human_size(least_bytes(work))
-    console.print(
+    show(
+        console,
+        table,
+        rows,
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores{busy(where)}; {work.threads} threads; median and spread of "
-        f"{args.repeats} turns of {args.seconds:g} s after warm-up. Draws are in the time, decoding is not.{alone} GB/s: of the "
-        f"{least} a batch that it takes to read each crop box and to write each float32 view once. GB: peak memory from its opening "
-        f"on{'' if on_gpu else ', less what an earlier one has left to it'}. Fidelity of ours is measured: exact is within half a "
-        "grey level of PIL on average, close within two.",
-        style="dim",
-        markup=False,
+        f"{args.repeats} turns of {args.seconds:g} s after warm-up. The time includes draws, but not decoding.{alone} GB/s: counts "
+        f"{least} a batch, to read each crop box and to write each float32 view once. GB: peak memory since its start"
+        f"{'' if on_gpu else ', without what an earlier row has left free'}. The fidelity of our engines is measured: exact is "
+        "within half a gray level of PIL on average, close within two.",
     )
-    for number, note in enumerate(notes, 1):
-        console.print(f"{number} {note}.", style="dim", markup=False)
 
 
 def _figure(value: float | None) -> str:

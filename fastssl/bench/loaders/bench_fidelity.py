@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastssl.bench.report import versions, write_rows
+from fastssl.bench.screen import make_table, say, say_written
 from shards.errors import UserError, check_least, nearest
 from shards.storage.atomic_files import check_output
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BenchFidelity:
-    """Measure how far each engine's views are from those of the reference (PIL and torchvision, one image at a time).
+    """Measure the difference of each engine's views to those of the reference (PIL and torchvision, one image at a time).
 
     Both get the same draws. Figures are mean absolute differences in levels of 0..255, over all pixels and channels.
     """
@@ -26,15 +27,15 @@ class BenchFidelity:
     shards: Annotated[str, tyro.conf.Positional]
     """Folder of shards of 8-bit images."""
     recipe: str = "moco_v3"
-    """Name of a preset, from whose ranges is drawn."""
+    """Name of a preset, whose ranges are drawn from."""
     size: int = 224
     """Side of the views in pixels."""
     images: int = 64
-    """Images of the shards to measure on; generated edge cases come on top."""
+    """Number of images of the shards; generated edge cases are measured as well."""
     engines: str = "fused,dali,kornia"
     """Engines to measure, with commas."""
     json: str = ""
-    """File for the results: a list of rows."""
+    """JSON file for the results: a list of rows."""
 
 
 def run(argv: list[str]) -> int:
@@ -69,8 +70,8 @@ def run(argv: list[str]) -> int:
             for pictures, data in sets.items():
                 try:
                     made = measure(engine, recipe, data)
-                except UserError as fault:
-                    failures[engine] = str(fault)
+                except UserError as error:
+                    failures[engine] = str(error)
                     break
                 rows += [_row(engine, pictures, name, one, classify) for name, one in made.items()]
     _show(console, rows, engines, list(sets), args)
@@ -78,12 +79,12 @@ def run(argv: list[str]) -> int:
         console.print(f"{engine} could not be measured: {reason}", style="yellow", markup=False)
     if args.json:
         write_rows(args.json, [row | {"recipe": args.recipe, "versions": versions()} for row in rows])
-        console.print(f"[dim]Written to {args.json}[/]")
+    say_written(console, args.json)
     return 0
 
 
 def choose_engines(names: str, known: list[str]) -> list[str]:
-    """The engines that `names` lists with commas; UserError for an unknown one."""
+    """Return the engines that `names` lists with commas; raise UserError for an unknown one."""
     chosen = list(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in chosen:
         if name not in known:
@@ -105,21 +106,16 @@ def _row(engine: str, pictures: str, operation: str, made: Difference, classify:
 
 
 def _show(console: Any, rows: list[dict[str, Any]], engines: list[str], sets: list[str], args: Any) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     title = f"Mean difference to the reference in levels of 0..255, recipe {args.recipe}, {args.size} px"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("operation", no_wrap=True)
-    for engine in engines:
-        for pictures in sets:
-            table.add_column(f"{engine}\n{pictures}", justify="right")
+    table = make_table(
+        title, "operation", (f"{engine}\n{pictures}" for engine in engines for pictures in sets)
+    )
     found = {(row["engine"], row["pictures"], row["operation"]): row["mean_levels"] for row in rows}
     for operation in dict.fromkeys(row["operation"] for row in rows):
         cells = [found.get((engine, pictures, operation)) for engine in engines for pictures in sets]
         table.add_row(operation, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
     console.print(table)
-    console.print(
-        "Operations alone act on pictures of the view's size. Half a level is the rounding to 8 bits.",
-        style="dim",
+    say(
+        console,
+        "Single operations act on pictures of the view's size. Half a level is the rounding to 8 bits.",
     )

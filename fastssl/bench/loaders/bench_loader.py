@@ -14,17 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastssl.bench.guard import Guard, exit_code
-from fastssl.bench.loaders.work import Source, Work
-from fastssl.bench.report import (
-    PeakMemory,
-    Row,
-    Stopwatch,
-    brief,
-    busy,
-    machine,
-    tell_failures,
-    write_measured,
-)
+from fastssl.bench.loaders.work import MeasuredLoader, Work
+from fastssl.bench.report import PeakMemory, Row, Stopwatch, brief, busy, machine, write_measured
+from fastssl.bench.screen import make_table, say_written, show
+from fastssl.bench.turns import take_turns
 from shards.errors import UserError, check_least, nearest
 from shards.storage.atomic_files import check_output
 
@@ -32,14 +25,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FIDELITY_IMAGES = 16
-WARM_UP_S = 1.0  # twice, each at least one round: the first includes compiling and starting workers
+# Twice, each at least one round: the first includes compiling and starting workers.
+WARM_UP_S = 1.0
 
 
 @dataclass(frozen=True)
 class BenchLoader:
-    """Measure how fast images become views: reading, decoding, each of our engines, and other loaders on the same images.
+    """Measure images/s from JPEG to views: reading, decoding, each of our engines, and other loaders on the same images.
 
-    A source image counts once, however many views are made of it. All images in use are read once beforehand: a warm page cache.
+    A source image counts once, however many views are made of it. All images are read once before, so that the page cache is warm.
     """
 
     shards: Annotated[str, tyro.conf.Positional]
@@ -51,22 +45,22 @@ class BenchLoader:
     batch: int = 64
     """Images a batch."""
     threads: int = 0
-    """Threads of ours, DALI and Kornia, and worker processes of the others; 0: one per core."""
+    """Threads of our engines, DALI and Kornia, and worker processes of the others; 0: one per core."""
     repeats: int = 3
     """Times each loader is measured."""
     seconds: float = 4.0
-    """Least length of one measurement."""
+    """Shortest length of a measurement, in seconds."""
     images: int = 2048
-    """Images used, over and over; fewer where the shards hold fewer."""
+    """Number of images, used again and again; fewer if the shards hold fewer."""
     engines: str = "all"
     """Our engines to measure: all, none, or names with commas: fused, dali, kornia, reference."""
     peers: str = "all"
-    """Others to measure: all, none, or names with commas: moco-v3, torchvision-v2, lightly, webdataset, dali-graph, dali-decode,
-    kornia-modules, ffcv."""
+    """Other loaders to measure: all, none, or names with commas: moco-v3, torchvision-v2, lightly, webdataset, dali-graph,
+    dali-decode, kornia-modules, ffcv."""
     scaling: bool = False
-    """Measure our engines on the CPU in 1, 2, 4 ... threads, too: rows such as fused (1)."""
+    """Also measure our engines on the CPU in 1, 2, 4 ... threads: rows such as fused (1)."""
     json: str = ""
-    """File for the results: a list with a row for each loader, written anew after each measurement."""
+    """JSON file for the results, a list with a row for each loader; rewritten after each measurement."""
 
 
 def run(argv: list[str]) -> int:
@@ -98,21 +92,21 @@ def run(argv: list[str]) -> int:
     for sample_id in sample_ids:
         bytes(shards.read(int(sample_id)))
     ours = [
-        Source("read", "", _read, "encoded bytes copied from the shards, no more"),
-        Source("decode", "", _decode, "our decoder in threads, no views"),
+        MeasuredLoader("read", "", _read, "encoded bytes copied from the shards, no more"),
+        MeasuredLoader("decode", "", _decode, "our decoder in threads, no views"),
     ]
     device = GPU if has_gpu() else "cpu"
     guard = Guard(device, f"batches of {args.batch} do not fit in the memory: lower --batch, or --threads")
-    with_engines, failed = engine_sources(engines, work, guard)
-    for source in with_engines:
-        if args.scaling and source.name in engines:
-            ours += [source.in_threads(1 << power) for power in range((work.threads - 1).bit_length())]
-        ours.append(source)
+    with_engines, failed = engine_loaders(engines, work, guard)
+    for loader in with_engines:
+        if args.scaling and loader.name in engines:
+            ours += [loader.in_threads(1 << power) for power in range((work.threads - 1).bit_length())]
+        ours.append(loader)
     where = machine(device)
     console = Console(highlight=False)
-    sources = [*ours, *peers]
+    loaders = [*ours, *peers]
     rows = [
-        failed.get(source.name) or Row(source.name, source.fidelity, note=source.note) for source in sources
+        failed.get(loader.name) or Row(loader.name, loader.fidelity, note=loader.note) for loader in loaders
     ]
     base = next((row for row in rows if row.name == MOCO_V3), None)
     settings = dataclasses.asdict(args) | {
@@ -122,33 +116,34 @@ def run(argv: list[str]) -> int:
         "page_cache": "warm",
     }
     with console.status("") as status:
-        # In turns, so that other work on the machine falls on all of them alike.
-        for repeat in range(args.repeats):
-            for source, row in zip(sources, rows, strict=True):
-                status.update(f"measuring {source.name}, {repeat + 1} of {args.repeats}")
-                if row.error:
-                    continue
-                measure(source, work, args.seconds, row, guard, is_peer=source in peers)
-                for each in rows:
-                    if each.fidelity:
-                        each.compare(base)
-                if args.json:
-                    write_measured(args.json, where, settings, rows)
+
+        def turn(number: int, loader: MeasuredLoader, row: Row) -> None:
+            status.update(f"measuring {loader.name}, {number} of {args.repeats}")
+            measure(loader, work, args.seconds, row, guard, is_peer=loader in peers)
+            for each in rows:
+                if each.fidelity:
+                    each.compare(base)
+            if args.json:
+                write_measured(args.json, where, settings, rows)
+
+        take_turns(range(1, args.repeats + 1), loaders, rows, turn)
     _show(console, rows, work, where, args)
-    if args.json:
-        console.print(f"[dim]Written to {args.json}[/]")
+    say_written(console, args.json)
     return exit_code(rows)
 
 
 def check(args: BenchLoader) -> None:
-    """UserError for a number out of range."""
+    """Raise UserError for a number out of range."""
     check_least(args, size=1, batch=1, threads=0, repeats=1, images=1)
     if args.seconds <= 0:
-        raise UserError(f"--seconds is {args.seconds:g}, but it must be above 0.")
+        raise UserError(f"--seconds is {args.seconds:g}, but it must be greater than 0.")
 
 
 def choose(names: str, known: dict[str, Any], kind: str) -> list[Any]:
-    """What `names` means: all, none, or names with commas. UserError for an unknown name; `kind`: engine or peer."""
+    """Return what `names` selects of `known`: all, none, or names with commas; raise UserError for an unknown one.
+
+    `kind`: what the names are called in the message, such as engine.
+    """
     if names in ("all", "none"):
         return list(known.values()) if names == "all" else []
     chosen = dict.fromkeys(name.strip() for name in names.split(","))
@@ -158,12 +153,14 @@ def choose(names: str, known: dict[str, Any], kind: str) -> list[Any]:
     return [known[name] for name in chosen]
 
 
-def measure(source: Source, work: Work, seconds: float, row: Row, guard: Guard, *, is_peer: bool) -> None:
-    """Add to `row` one rate of a loader, taken over at least `seconds` after it has warmed up.
+def measure(
+    loader: MeasuredLoader, work: Work, seconds: float, row: Row, guard: Guard, *, is_peer: bool
+) -> None:
+    """Warm a loader up and add its rate over at least `seconds` to `row`.
 
-    What cannot run here, and what fails, leaves its reason in the row.
+    A loader that cannot run here or fails leaves the reason in the row.
     """
-    in_a_round = work.threads if source.workers else 1
+    in_a_round = work.threads if loader.workers else 1
 
     def spend(batches: Generator[int], least_s: float) -> tuple[float, float]:
         watch, images = Stopwatch(), 0
@@ -174,8 +171,8 @@ def measure(source: Source, work: Work, seconds: float, row: Row, guard: Guard, 
 
     def turn() -> None:
         if is_peer:
-            work.refuse_local_views_and_erasing(source.name)
-        with PeakMemory() as memory, contextlib.closing(source.open(work)) as batches:
+            work.refuse_local_views_and_erasing(loader.name)
+        with PeakMemory() as memory, contextlib.closing(loader.open(work)) as batches:
             for _ in range(2):
                 spend(batches, min(WARM_UP_S, seconds))
             row.add(*spend(batches, seconds))
@@ -198,7 +195,7 @@ def _decode(work: Work) -> Generator[int]:
 
 
 def _in_threads(work: Work, function: Callable[[int], Any]) -> Generator[int]:
-    """Call `function` for every sample, two batches ahead, as the loader does with its views."""
+    """Call `function` for every sample in threads, two batches ahead, as the loader makes its views."""
     size = max(1, work.batch // (work.threads * 4))
     waiting: deque = deque()
     pool = ThreadPoolExecutor(work.threads)
@@ -221,7 +218,7 @@ def _in_threads(work: Work, function: Callable[[int], Any]) -> Generator[int]:
 
 GPU = "cuda:0"
 _NOTES = {
-    "fused": "what `fastssl pretrain` uses",
+    "fused": "the engine of `fastssl pretrain`",
     "dali": "the DALI graph of --data.engine dali",
     "kornia": "Kornia's functions of --data.engine kornia",
     "reference": "our oracle: PIL and torchvision, one image at a time, in threads",
@@ -229,15 +226,15 @@ _NOTES = {
 
 
 def has_gpu() -> bool:
-    """Whether PyTorch has a CUDA device."""
+    """Return whether PyTorch has a CUDA device."""
     import torch
 
     return torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
-class Way:
-    """How views are made: an engine and where it works."""
+class EngineSetup:
+    """An engine, and the device that each stage runs on."""
 
     engine: str
     device: str = "cpu"
@@ -245,7 +242,7 @@ class Way:
     decode: str = "cpu"
 
     def batches(self, work: Work) -> Generator[Sequence[Tensor]]:
-        """The views of each batch without end, as the loader gives them. UserError where they cannot be made."""
+        """Yield the views of each batch without end, as the loader gives them; raise UserError where they cannot be made."""
         import torch
 
         from pipelines.augment.draws import draw
@@ -270,41 +267,45 @@ class Way:
                 yield batch.views
 
     def counts(self, work: Work) -> Generator[int]:
-        """The number of images of each batch, for a `Source`."""
+        """Yield the number of images of each batch, for a `MeasuredLoader`."""
         with contextlib.closing(self.batches(work)) as made:
             for views in made:
                 yield len(views[0])
 
 
-def engine_sources(engines: list[str], work: Work, guard: Guard) -> tuple[list[Source], dict[str, Row]]:
-    """Return our engines, each with the fidelity that is measured on some of the images; where there is a GPU, also with its help.
+def engine_loaders(
+    engines: list[str], work: Work, guard: Guard
+) -> tuple[list[MeasuredLoader], dict[str, Row]]:
+    """Return our engines, with fidelities measured on some of the images: on the CPU and, where there is one, on the GPU.
 
-    Those whose views could not be compared have a row by their name, which says why.
+    Also return, by name, a row with the reason for each engine whose views could not be compared.
     """
-    sources, failed = [], {}
+    loaders, failed = [], {}
     for name in engines:
-        ways = {name: (Way(name), _NOTES[name])}
+        setups = {name: (EngineSetup(name), _NOTES[name])}
         if has_gpu():
-            ways[f"{name} to GPU"] = Way(name, GPU), "the same, and copied to the GPU"
+            setups[f"{name} to GPU"] = EngineSetup(name, GPU), "the same, and copied to the GPU"
             if name != "reference":
-                ways[f"{name} on GPU"] = Way(name, GPU, "gpu"), "views made on the GPU"
+                setups[f"{name} on GPU"] = EngineSetup(name, GPU, "gpu"), "views made on the GPU"
             if name == "fused":
-                ways["fused all on GPU"] = (
-                    Way(name, GPU, "gpu", "gpu"),
-                    "decoded there, too: --data.decode gpu",
+                setups["fused all on GPU"] = (
+                    EngineSetup(name, GPU, "gpu", "gpu"),
+                    "decoded on the GPU as well: --data.decode gpu",
                 )
-        for row, (way, note) in ways.items():
+        for row, (setup, note) in setups.items():
             told = Row(row, note=note)
-            found = guard.run([told], lambda way=way: measured_fidelity(way, work))
+            found = guard.run([told], lambda setup=setup: measured_fidelity(setup, work))
             if found is None:
                 failed[row] = told
             fidelity, levels = found or ("", "")
-            sources.append(Source(row, fidelity, way.counts, f"{note}; {levels}" if levels else note))
-    return sources, failed
+            loaders.append(
+                MeasuredLoader(row, fidelity, setup.counts, f"{note}; {levels}" if levels else note)
+            )
+    return loaders, failed
 
 
-def measured_fidelity(way: Way, work: Work) -> tuple[str, str]:
-    """The class of an engine's views of some of the images, and the figure in words; empty where it cannot make them."""
+def measured_fidelity(setup: EngineSetup, work: Work) -> tuple[str, str]:
+    """Return the fidelity class of an engine's views of some of the images, and the figure in words; empty if it cannot make them."""
     from pipelines.previews.engine_fidelity import classify
 
     plain = dataclasses.replace(work.recipe, mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -312,23 +313,21 @@ def measured_fidelity(way: Way, work: Work) -> tuple[str, str]:
     few = dataclasses.replace(work, recipe=plain, sample_ids=ids, batch=len(ids))
     made = []
     try:
-        for each in (Way("reference"), way):
+        for each in (EngineSetup("reference"), setup):
             with contextlib.closing(each.batches(few)) as batches:
                 made.append([view.cpu().clone() for view in next(batches)])
-    except UserError:  # measuring its speed will say why
+    except UserError:
+        # Measuring its speed will give the reason.
         return "", ""
     pairs = list(zip(*made, strict=True))
     levels = 255 * sum(float((a - b).abs().mean()) for a, b in pairs) / len(pairs)
-    return classify(levels), f"on average {levels:.2f} grey levels from the reference"
+    return classify(levels), f"on average {levels:.2f} gray levels from the reference"
 
 
 # ---------------------------------------------------------------------------------------------------------- report
 
 
 def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: BenchLoader) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from fastssl.bench.loaders.peers import MOCO_V3
 
     recipe, ids = work.recipe, work.sample_ids.tolist()
@@ -336,15 +335,10 @@ def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: Ben
         statistics.median_low(side[ids].tolist()) for side in (work.shards.widths, work.shards.heights)
     )
     title = f"{len(ids):,} images of {width} x {height}, {recipe.num_views} views of {recipe.size} px, recipe {args.recipe}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("loader", no_wrap=True)
-    for name in ("images\nper s", "spread", f"vs\n{MOCO_V3}", "cores", "core\nms", "GB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("fidelity", no_wrap=True)
-    notes = []
-    for row in rows:
-        notes.append(row.note)
-        name = f"{row.name} [dim]{len(notes)}[/]"
+    figures = ("images\nper s", "spread", f"vs\n{MOCO_V3}", "cores", "core\nms", "GB")
+    table = make_table(title, "loader", figures, "fidelity")
+    for number, row in enumerate(rows, 1):
+        name = f"{row.name} [dim]{number}[/]"
         if row.images_per_s is None:
             table.add_row(name, "failed", "", "", "", "", "", row.fidelity)
             continue
@@ -359,15 +353,12 @@ def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: Ben
             f"{row.more['peak_memory_bytes'] / 1e9:.1f}",
             row.fidelity or "[dim]part only[/]",
         )
-    console.print(table)
-    tell_failures(console, rows)
-    console.print(
+    show(
+        console,
+        table,
+        rows,
         f"{where['cpu']}, {where['cores']} cores{busy(where)}; {work.threads} threads or worker processes, "
         f"batches of {work.batch}; median and spread of {args.repeats} turns of {args.seconds:g} s after "
         "warm-up, page cache warm. cores, core ms: CPU time per second, per image. GB: peak memory of all processes "
-        "together. Fidelity of our engines is measured: exact is within half a grey level of PIL on average, close within two.",
-        style="dim",
-        markup=False,
+        "together. The fidelity of our engines is measured: exact is within half a gray level of PIL on average, close within two.",
     )
-    for number, note in enumerate(notes, 1):
-        console.print(f"{number} {note}.", style="dim", markup=False)

@@ -1,4 +1,4 @@
-"""`fastssl bench start SHARDS`: how long a fresh process takes to its first batch, on as large a data set as is asked for."""
+"""`fastssl bench start SHARDS`: the time of a fresh process to its first batch, on a data set of any size."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import tyro
 from fastssl.bench.fresh import in_fresh_process
 from fastssl.bench.loaders.first_batch import STAGES, first_batch
 from fastssl.bench.report import busy, machine, write_report
+from fastssl.bench.screen import say, say_written
 from pipelines.engines.engine_table import EngineName
 from shards.errors import UserError, check_least
 from shards.storage.atomic_files import check_output
@@ -25,10 +26,10 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class BenchStart:
-    """Measure the time from the start of a process to its first batch of views, on a data set of as many samples as you like.
+    """Measure the time from the start of a process to its first batch of views, on a data set of any number of samples.
 
-    The data set has the images of SHARDS and a table of --samples rows, drawn from theirs. Each turn is a process of its own. One
-    turn that is not measured goes before: page cache, compiled kernels and bytecode are warm.
+    The data set has the images of SHARDS and a table of --samples rows, drawn from theirs. Each turn is a process of its own. A first
+    turn, which does not count, warms up the page cache, compiled kernels and bytecode.
     """
 
     shards: Annotated[str, tyro.conf.Positional]
@@ -42,13 +43,13 @@ class BenchStart:
     batch: int = 64
     """Images in the batch."""
     threads: int = 0
-    """Threads that make it; 0: one per core."""
+    """Threads that make the batch; 0: one per core."""
     engine: EngineName = "fused"
-    """What makes the views."""
+    """Engine that makes the views."""
     repeats: int = 3
-    """Turns that are measured."""
+    """Number of turns that count."""
     json: str = ""
-    """File for the results."""
+    """JSON file for the results."""
 
 
 def run(argv: list[str]) -> int:
@@ -73,37 +74,34 @@ def run(argv: list[str]) -> int:
         low, high = stage["spread"]
         table.add_row(name, f"{stage['seconds']:.2f}", f"{low:.2f}-{high:.2f}", f"{stage['cpu_s']:.2f}")
     console.print(table)
-    console.print(
+    say(
+        console,
         f"{found['peak_bytes'] / 1e6:,.0f} MB at most. Median of {args.repeats}, caches warm. {where['cpu']}, {where['cores']} "
         f"cores{busy(where)}.",
-        style="dim",
-        markup=False,
     )
     if sys.dont_write_bytecode:
         console.print(
-            "Python may not keep bytecode here (PYTHONDONTWRITEBYTECODE), so every import compiles.",
+            "Python stores no bytecode here (PYTHONDONTWRITEBYTECODE is set), so every import compiles.",
             style="yellow",
         )
     if args.json:
         write_report(args.json, "start", where, dataclasses.asdict(args), [], start=found)
-        console.print(f"[dim]Written to {args.json}[/]")
+    say_written(console, args.json)
     return 0
 
 
 def measure(args: BenchStart, tell: Any = lambda line: None) -> dict[str, Any]:
-    """Each stage and `all`: median `seconds`, their `spread` [least, greatest], median `cpu_s`; and `peak_bytes`, the greatest."""
+    """Return of each stage and `all` median `seconds`, their `spread` [least, greatest] and median `cpu_s`; and `peak_bytes`."""
     how = (args.recipe, args.size, args.batch, args.threads, args.engine)
     turns = []
     with tempfile.TemporaryDirectory(prefix="fastssl-bench-") as folder:
         grow(Path(args.shards), Path(folder), args.samples)
         for turn in range(args.repeats + 1):
-            tell(f"turn {turn} of {args.repeats}" if turn else "a turn that is not measured")
+            tell(f"turn {turn} of {args.repeats}" if turn else "warming up")
             try:
                 turns.append(in_fresh_process(first_batch, time.monotonic(), folder, *how))
-            except ChildProcessError as fault:
-                raise UserError(
-                    f"the process that was measured {fault}; what it said stands above."
-                ) from None
+            except ChildProcessError as error:
+                raise UserError(f"The measured process {error}: its own messages stand above.") from None
     stages = [turn["stages"] for turn in turns[1:]]
     for turn in stages:
         turn[ALL] = [sum(values) for values in zip(*turn.values(), strict=True)]
@@ -119,7 +117,7 @@ def measure(args: BenchStart, tell: Any = lambda line: None) -> dict[str, Any]:
 
 
 def grow(shards: Path, dest: Path, num_samples: int) -> None:
-    """Make `dest` a shard folder of so many samples: links to the tars of `shards`, and a table of rows drawn from theirs."""
+    """Fill `dest` with a data set of `num_samples`: links to the tars of `shards`, and a table of rows drawn from theirs."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,7 +1,7 @@
 """DALI's CPU graph of a recipe, to be measured beside ours.
 
-As its documentation shows it: encoded bytes from `external_source`, conditionals for operations with a probability, so that only
-the drawn samples are computed.
+It follows DALI's documentation: encoded bytes come from `external_source`, and operations with a probability are conditionals, so
+that only the drawn samples are computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def decoded_batches(work: Work) -> Generator[int]:
-    """Yield the size of each batch that DALI has decoded on the CPU. Raises ImportError where DALI is not installed."""
+    """Yield the size of each batch that DALI has decoded on the CPU; raise ImportError without DALI."""
     from nvidia.dali.pipeline import pipeline_def
 
     @pipeline_def
@@ -42,9 +42,10 @@ def _images(work: Work):
 
 
 def view_batches(work: Work) -> Generator[int]:
-    """Yield the size of each batch of views that DALI has made on the CPU: decoded once, an own chain of operators per view.
+    """Yield the size of each batch of views that DALI has made on the CPU: decoded once, with a chain of operators per view.
 
-    Raises ImportError where DALI is not installed.
+    Raises:
+        ImportError: DALI is not installed.
     """
     from nvidia.dali.pipeline import pipeline_def
 
@@ -59,11 +60,11 @@ def view_batches(work: Work) -> Generator[int]:
 
 
 def view_of(image: Any, recipe: Recipe, number: int) -> Any:
-    """Nodes that make view `number` of decoded images (H, W, 3) on the device that they are on: float32 (3, S, S)."""
+    """Return nodes that make view `number` of decoded images (H, W, 3), on the images' device: float32 (3, S, S)."""
     from nvidia.dali import fn, types
 
     def chance(p: float) -> Any:
-        # A Python condition where the outcome is certain: no split of the batch in the graph.
+        # If the outcome is certain, a Python condition: the graph does not split the batch.
         if p in (0, 1):
             return p == 1
         return fn.random.coin_flip(probability=p, dtype=types.DALIDataType.BOOL)
@@ -118,10 +119,11 @@ def _run(graph: Callable, work: Work) -> Generator[int]:
     try:
         while True:
             made = pipeline.run()
-            if made[0].is_dense_tensor():  # views, handed to PyTorch without a copy
+            # Views are handed to PyTorch without a copy.
+            if made[0].is_dense_tensor():
                 made = [torch.from_dlpack(output.as_tensor()) for output in made]
             yield len(made[0])
     finally:
-        # Its threads run until it is collected, and it refers to itself: now, not when Python exits or the next peer is measured.
+        # The pipeline refers to itself and its threads run until it is collected: collect it before the next peer is measured.
         made = pipeline = None
         gc.collect()

@@ -1,4 +1,4 @@
-"""From the start of a process to its first batch, stage by stage. Little is imported at the top, since what is imported counts."""
+"""Time a process from its start to its first batch, stage by stage. Few imports at the top: their time counts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ STAGES = ("python", "imports", "table", "loader", "first batch")
 def first_batch(
     began_s: float, folder: str, preset: str, size: int, batch: int, threads: int, engine: str
 ) -> dict[str, Any]:
-    """Open shards, make their first batch of views, and say what each stage took.
+    """Open shards, make their first batch of views, and return the time of each stage.
 
     Args:
         began_s: `time.monotonic` of the process that started this one, just before.
 
     Returns:
-        `stages`: [seconds, CPU seconds of all threads] of each of `STAGES`; `peak_bytes`: the most memory held. The batches after the
-        first are begun meanwhile, as in training, so they have a part in the CPU time.
+        `stages`: [seconds, CPU seconds of all threads] of each of `STAGES`; `peak_bytes`: the peak of memory. The next batches are
+        begun meanwhile, as in training, and count in the CPU time.
     """
     laps = [_now()]
     import dataclasses

@@ -1,7 +1,7 @@
-"""Other ways from encoded images to views, written as their users write them, to be measured beside ours.
+"""Other libraries' loaders from encoded images to views, written as their users write them, to be measured beside ours.
 
-Each generator yields the number of source images of every batch it has made; closing it stops its workers. What a peer computes
-differently is said in its note. Sources: the recipe is that of MoCo v3 (arXiv 2104.02057); DALI and Kornia as their documentation
+Each generator yields the number of source images of every batch; closing it stops its workers. The note of a peer says what it
+computes differently. Sources: the recipe is that of MoCo v3 (arXiv 2104.02057); DALI and Kornia as their documentation
 shows them.
 """
 
@@ -24,7 +24,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from fastssl.bench.loaders.dali import decoded_batches, view_batches
-from fastssl.bench.loaders.work import Source, Work
+from fastssl.bench.loaders.work import MeasuredLoader, Work
 from pipelines.augment.recipe import Recipe
 from pipelines.kernels.decode import decode_rgb
 from shards.dataset.shard_set import ShardSet
@@ -50,7 +50,7 @@ class Solarize:
 
 
 class TurnAndNoise:
-    """Quarter turns and noise of a float image (3, S, S) in [0, 1], where the recipe has them."""
+    """Quarter turns and noise of a float image (3, S, S) in [0, 1], if the recipe has them."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -64,7 +64,7 @@ class TurnAndNoise:
 
 
 class PILViews(Dataset):
-    """Sample id -> views, as MoCo v3's own loader makes them: torchvision's transforms on PIL images."""
+    """Data set of views by sample id, made as in MoCo v3's own loader: torchvision's transforms on PIL images."""
 
     def __init__(self, shards: ShardSet, recipe: Recipe):
         self.shards = shards
@@ -72,7 +72,7 @@ class PILViews(Dataset):
 
     @staticmethod
     def transform(recipe: Recipe, view: int) -> v1.Compose:
-        """The chain of transforms of one view."""
+        """Return the transforms of a view."""
         jitter = v1.ColorJitter(*recipe.strengths(view))
         return v1.Compose(
             [
@@ -95,7 +95,7 @@ class PILViews(Dataset):
 
 
 class LightlyViews(PILViews):
-    """The same with Lightly's MoCo transform: torchvision's and Pillow's operations, the same chance of blur in both views."""
+    """Data set with Lightly's MoCo transform: torchvision's and Pillow's operations, the same chance of blur in both views."""
 
     def __init__(self, shards: ShardSet, recipe: Recipe):
         from lightly.transforms.moco_transform import MoCoV2Transform
@@ -123,11 +123,11 @@ class LightlyViews(PILViews):
 
 
 class TensorViews(PILViews):
-    """The same with torchvision's v2 transforms on tensors."""
+    """Data set with torchvision's v2 transforms on tensors."""
 
     @staticmethod
     def transform(recipe: Recipe, view: int) -> v2.Compose:  # type: ignore[override]
-        """The chain of transforms of one view."""
+        """Return the transforms of a view."""
         jitter = v2.ColorJitter(*recipe.strengths(view))
         blur = v2.GaussianBlur(BLUR_TAPS, sigma=list(recipe.blur_sigma))
         return v2.Compose(
@@ -150,12 +150,12 @@ class TensorViews(PILViews):
         return [transform(image) for transform in self.transforms]
 
 
-# Taps of a true Gaussian of sigma <= 2: three standard deviations to each side. The 23 that are often used do no better, slower.
+# Taps of a true Gaussian of sigma <= 2: three standard deviations to each side. The usual 23 are slower and no better.
 BLUR_TAPS = 13
 
 
 class _Batches:
-    """A batch sampler that goes on until `stopped` is set."""
+    """A batch sampler without end, until `stopped` is set."""
 
     def __init__(self, work: Work):
         self.work = work
@@ -182,7 +182,7 @@ def _data_loader(views: type[PILViews]) -> Callable[[Work], Generator[int]]:
             for made in batches:
                 yield len(made[0])
         except GeneratorExit:
-            # A worker told to end while it still sends a batch aborts: take the batches under way, and it ends idle.
+            # A worker that has to end while it sends a batch aborts: read the batches on their way, so that it ends idle.
             sampler.stopped = True
             for _ in batches:
                 pass
@@ -192,7 +192,7 @@ def _data_loader(views: type[PILViews]) -> Callable[[Work], Generator[int]]:
 
 
 class _ViewsOf:
-    """An image -> its views, for a chain of WebDataset's."""
+    """Make an image's views, in a pipeline of WebDataset."""
 
     def __init__(self, transforms: list[v1.Compose]):
         self.transforms = transforms
@@ -202,7 +202,7 @@ class _ViewsOf:
 
 
 class _Until:
-    """Ends a chain of WebDataset's when `stopped` is set."""
+    """End a pipeline of WebDataset when `stopped` is set."""
 
     def __init__(self, stopped: Any):
         self.stopped = stopped
@@ -214,8 +214,9 @@ class _Until:
 def _web_loader(work: Work) -> Generator[int]:
     import webdataset
 
-    wds: Any = webdataset  # whose stubs name no classes
-    # Whole shards, endlessly: WebDataset reads on and knows no sample numbers.
+    # Its type stubs name no classes.
+    wds: Any = webdataset
+    # Whole shards without end: WebDataset reads sequentially and has no sample numbers.
     urls = sorted({str(work.shards.shard_path(int(i))) for i in work.sample_ids})
     views = PILViews(work.shards, work.recipe)
     stopped = multiprocessing.get_context("spawn").Event()
@@ -234,20 +235,21 @@ def _web_loader(work: Work) -> Generator[int]:
         for made in batches:
             yield len(made[0])
     except GeneratorExit:
-        stopped.set()  # as in `_data_loader`
+        # As in `_data_loader`.
+        stopped.set()
         for _ in batches:
             pass
         raise
 
 
 def _ffcv(work: Work) -> Generator[int]:
-    """FFCV reads a format of its own, with its own resizing; it is named so that nobody wonders. Raises what keeps it out."""
+    """Raise the reason why FFCV is not measured: it reads a format of its own, with its own resizing."""
     try:
         import ffcv  # type: ignore[import-not-found]  # noqa: F401
-    except ImportError as fault:
+    except ImportError as error:
         raise ImportError(
             "FFCV has had no release since 2023 and needs its OpenCV and TurboJPEG built from source"
-        ) from fault
+        ) from error
     raise NotImplementedError("FFCV reads .beton files, not tar shards: measure it with its own tools")
     yield 0
 
@@ -256,7 +258,7 @@ def _ffcv(work: Work) -> Generator[int]:
 
 
 def kornia_modules(recipe: Recipe, view: int) -> nn.Sequential:
-    """One view of images of one size, float32 (N, 3, H, W) in [0, 1], by Kornia's modules as its documentation shows them."""
+    """Return Kornia's modules, as in its documentation, for a view of images of one size, float32 (N, 3, H, W) in [0, 1]."""
     import kornia.augmentation as K
 
     return nn.Sequential(
@@ -273,7 +275,7 @@ def kornia_modules(recipe: Recipe, view: int) -> nn.Sequential:
 
 
 def kornia_side(recipe: Recipe) -> int:
-    """The one size that images are squeezed to beforehand: 256 pixels for views of 224."""
+    """Return the side of the square that images are resized to before: 256 pixels for views of 224."""
     return round(recipe.size * 256 / 224)
 
 
@@ -301,54 +303,54 @@ def _kornia_views(work: Work) -> Generator[int]:
 
 
 MOCO_V3 = "moco-v3"
-PEERS: dict[str, Source] = {
-    source.name: source
-    for source in (
-        Source(
+PEERS: dict[str, MeasuredLoader] = {
+    loader.name: loader
+    for loader in (
+        MeasuredLoader(
             MOCO_V3,
             "exact",
             _data_loader(PILViews),
             "torchvision's transforms on PIL images in DataLoader workers of one thread each, as in MoCo v3's published code",
             workers=True,
         ),
-        Source(
+        MeasuredLoader(
             "torchvision-v2",
             "approximate",
             _data_loader(TensorViews),
             f"v2 transforms on uint8 tensors in DataLoader workers of one thread each; a true Gaussian blur of {BLUR_TAPS} taps and "
-            "a floating-point hue, on average 1 to 2 grey levels from PIL's",
+            "a floating-point hue, on average 1 to 2 gray levels from PIL's",
             workers=True,
         ),
-        Source(
+        MeasuredLoader(
             "lightly",
             "exact",
             _data_loader(LightlyViews),
-            "Lightly's MoCoV2Transform in DataLoader workers of one thread each; no solarise, one chance of blur",
+            "Lightly's MoCoV2Transform in DataLoader workers of one thread each; no solarize, one chance of blur",
             workers=True,
         ),
-        Source(
+        MeasuredLoader(
             "webdataset",
             "exact",
             _web_loader,
             "WebDataset's WebLoader over the same shards with MoCo v3's transforms on PIL images, worker processes of one thread each",
             workers=True,
         ),
-        Source(
+        MeasuredLoader(
             "dali-graph",
             "approximate",
             view_batches,
             "DALI's CPU operators as its users and solo-learn write them; "
             "color_twist is one matrix: jitter in a fixed order, contrast about a constant, a linear hue, some "
-            "10 grey levels from PIL's",
+            "10 gray levels from PIL's",
         ),
-        Source("dali-decode", "", decoded_batches, "DALI's CPU decoder alone, no views"),
-        Source(
+        MeasuredLoader("dali-decode", "", decoded_batches, "DALI's CPU decoder alone, no views"),
+        MeasuredLoader(
             "kornia-modules",
             "approximate",
             _kornia_views,
-            "Kornia's modules on images decoded and squeezed to one size in threads: crops without antialiasing, one order of jitter "
+            "Kornia's modules on images decoded and resized to one size in threads: crops without antialiasing, one order of jitter "
             "a batch, a true Gaussian blur",
         ),
-        Source("ffcv", "", _ffcv, "FFCV, which reads .beton files"),
+        MeasuredLoader("ffcv", "", _ffcv, "FFCV, which reads .beton files"),
     )
 }

@@ -17,7 +17,7 @@ from fastssl.core.checkpoint import (
     load_weights,
     save,
 )
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from shards.errors import UserError
 from shards.storage import atomic_files
 from tests.fastssl.runs import SAVE_STEPS, differences, newest, resolve
@@ -163,8 +163,8 @@ def test_a_failed_save_leaves_the_older_checkpoint(
     with pytest.MonkeyPatch.context() as patch:
         _fail_from(patch, 2 * SAVE_STEPS, error)
         with pytest.raises(UserError, match=message):
-            pretrain(resolved)
+            train(resolved)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000003.pt"]
     assert newest(tmp_path / "run")["step"] == SAVE_STEPS
-    pretrain(resolved, resume=True)
+    train(resolved, resume=True)
     assert differences(newest(tmp_path / "run")["method"], newest(finished)["method"]) == []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastssl.core.loggers import LogConfig, Loggers
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from tests.fastssl.runs import STEPS, resolve, rows
 
 CONFIG = {"train.lr": 0.1, "recipe.mean": [0.5, 0.5]}
@@ -27,7 +27,7 @@ def events(run: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_shows_the_rows_of_a_run_and_of_its_continuation(shards: Path, tmp_path: Path) -> None:
     on = {"log": {"tensorboard": True}, "train": {"epochs": 1, "log_every": 1}}
     run = tmp_path / "run"
-    pretrain(resolve(shards, run, on))
+    train(resolve(shards, run, on))
     first = events(run)
     assert [step for step, _ in first["loss"]] == list(range(1, STEPS + 1))
     # A continuation from step 3 replaces what came after it.
@@ -36,7 +36,7 @@ def test_tensorboard_shows_the_rows_of_a_run_and_of_its_continuation(shards: Pat
     [path] = (run / "checkpoints").glob("step-*.pt")
     start = int(path.stem.split("-")[1])
     assert 0 < start < STEPS
-    pretrain(resolve(shards, run, on), resume=True)
+    train(resolve(shards, run, on), resume=True)
     again = events(run)
     assert again.keys() == first.keys()
     for name in ("loss", "grad_norm", "teacher_distance", "rank_me", "knn_accuracy", "linear_accuracy"):
@@ -136,7 +136,7 @@ def test_a_logger_that_fails_warns_once_and_the_run_goes_on(
     with pytest.warns(
         UserWarning, match="trackio disabled: ConnectionError: the server\\. metrics.jsonl is still written"
     ) as told:
-        pretrain(resolve(shards, tmp_path / "run", {"log": {"trackio": "moon"}, "train": {"epochs": 1}}))
+        train(resolve(shards, tmp_path / "run", {"log": {"trackio": "moon"}, "train": {"epochs": 1}}))
     assert len(told) == 1
     assert len(calls.of("log")) == (0 if moment == "init" else 1 if moment == "log" else 6)
     kept = [row for row in rows(finished) if row["step"] <= STEPS]

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from fastssl.bench.clock import Clock
+from fastssl.bench.guard import Guard
 from fastssl.bench.ladder import ladder, step_peers, step_rungs
+from fastssl.bench.report import Row
 from fastssl.commands import pretrain_command as command
-from fastssl.core.memory import is_out_of_memory, reason
+from fastssl.core.memory import bracketed_cause, is_out_of_memory
 from fastssl.pretraining import loop
 from fastssl.pretraining.run_config import load
 from shards.errors import UserError
@@ -51,11 +53,11 @@ def test_other_failures_are_others(error: Exception) -> None:
 
 
 def test_words_that_may_mean_something_else_are_shown() -> None:
-    assert reason(LACKS[0]) == ""
-    assert reason(RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR\nYou can try")) == (
+    assert bracketed_cause(LACKS[0]) == ""
+    assert bracketed_cause(RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR\nYou can try")) == (
         " (cuDNN error: CUDNN_STATUS_INTERNAL_ERROR)"
     )
-    assert reason(RuntimeError()) == ""
+    assert bracketed_cause(RuntimeError()) == ""
 
 
 def raising(error: Exception):
@@ -67,12 +69,12 @@ def raising(error: Exception):
 
 @pytest.mark.parametrize("error", [LACKS[0], LACKS[3], LACKS[6]], ids=str)
 def test_pretrain_says_what_to_do(error: Exception, config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "pretrain", raising(error))
+    monkeypatch.setattr(loop, "train", raising(error))
     with pytest.raises(UserError) as told:
         command.run([str(config())])
     text = str(told.value)
     assert text.startswith(
-        f"A batch of 8 over all processes does not fit in the GPU's memory{reason(error)}: set "
+        f"A batch of 8 over all processes does not fit in the GPU's memory{bracketed_cause(error)}: set "
     )
     assert "--train.micro-batch auto" in text
 
@@ -81,7 +83,7 @@ def test_pretrain_says_what_to_do(error: Exception, config, monkeypatch: pytest.
 def test_pretrain_lets_other_failures_through(
     error: Exception, config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "pretrain", raising(error))
+    monkeypatch.setattr(loop, "train", raising(error))
     with pytest.raises(RuntimeError) as raised:
         command.run([str(config())])
     assert raised.value is error
@@ -93,26 +95,31 @@ def test_bench_says_what_to_do_and_lets_other_failures_through(
     resolved = load(None, ["--train.device", "cpu", "--train.batch", "6"])
     monkeypatch.setattr(step_rungs, "build", raising(LACKS[7]))
     with pytest.raises(
-        UserError, match=r"A batch of 6 does not fit .* \(cuDNN error: .*\): lower --train.batch"
+        UserError,
+        match=r"resnet50 does not fit in the memory of .* \(cuDNN error: .*\): lower --train.batch",
     ):
-        ladder.report(resolved, 1, 1, "", compare=False)
+        ladder.report(resolved, ladder.Options(1, 1))
     monkeypatch.setattr(step_rungs, "build", raising(OTHERS[2]))
     with pytest.raises(RuntimeError, match="CUDNN_STATUS_BAD_PARAM"):
-        ladder.report(resolved, 1, 1, "", compare=False)
+        ladder.report(resolved, ladder.Options(1, 1))
 
 
-def test_a_peer_s_step_that_does_not_fit_is_a_row_and_another_failure_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_peer_s_step_that_fails_is_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
     clock = Clock(torch.device("cpu"), 6, 1, 1, Console(quiet=True))
+    guard = Guard(clock.device, "a batch of 6 does not fit in the memory of the device")
     resolved = load(None, ["--train.device", "cpu", "--train.batch", "6"])
-    monkeypatch.setattr(step_peers, "plain_step", raising(LACKS[4]))
+    monkeypatch.setattr(step_peers, "moco_v3_step", raising(LACKS[4]))
+    monkeypatch.setattr(step_peers, "todays_step", raising(OTHERS[4]))
     monkeypatch.setattr(step_peers, "lightly_step", raising(ImportError("no lightly")))
-    plain, _ = step_peers.peer_rows(resolved, clock)
-    assert plain.error is not None
-    assert "a batch of 6 does not fit in the memory of the device (CUDA error: CUBLAS_STATUS" in plain.error
-    monkeypatch.setattr(step_peers, "plain_step", raising(OTHERS[4]))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        step_peers.peer_rows(resolved, clock)
+    rows = []
+    for name, measure in step_peers.peer_rows(resolved, clock, ("plain", "lightly")).items():
+        rows.append(Row(name))
+        assert guard.run(rows[-1:], measure) is None
+    memory, other, absent = (row.error for row in rows)
+    assert memory.startswith("a batch of 6 does not fit in the memory of the device (")
+    assert "CUDA error: CUBLAS_STATUS" in memory
+    assert "shapes cannot be multiplied" in other
+    assert absent == "not installed: no lightly"
+    assert [row.failure for row in rows] == [True, True, False]

@@ -9,7 +9,7 @@ import torch
 from fastssl.commands.evaluate import evaluate_knn
 from fastssl.core import checkpoint
 from fastssl.pretraining.build import build_method, follow_shards
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
@@ -36,7 +36,7 @@ def tiles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_a_run_follows_the_bands_of_its_shards(tiles: ShardSet, tmp_path: Path) -> None:
     channels = int(tiles.channels[0])
     resolved = resolve(tiles.folder, tmp_path / "run", BANDS, SHORT)
-    summary = pretrain(resolved)
+    summary = train(resolved)
     assert summary.steps == 3
     assert all(np.isfinite(row["loss"]) for row in rows(tmp_path / "run") if "loss" in row)
     state = checkpoint.load(summary.checkpoint)
@@ -44,7 +44,7 @@ def test_a_run_follows_the_bands_of_its_shards(tiles: ShardSet, tmp_path: Path) 
     recipe = state["config"]["recipe"]
     assert [len(recipe[name]) for name in ("mean", "std", "value_low", "value_high")] == [channels] * 4
     assert state["method"]["backbone.conv1.weight"].shape[1] == channels
-    again = pretrain(resolved, resume=True)
+    again = train(resolved, resume=True)
     assert again.steps == 3
     assert again.images_per_s == 0
     report = evaluate_knn(str(tmp_path / "run"), str(tiles.folder), ks=(3,), device="cpu")
@@ -56,9 +56,9 @@ def test_another_number_of_channels_and_colours_are_refused_before_the_run(
 ) -> None:
     channels = int(tiles.channels[0])
     with pytest.raises(UserError, match=f"model.channels is 7, but the images .* make views of {channels}"):
-        pretrain(resolve(tiles.folder, tmp_path / "a", BANDS, {"model": {"channels": 7}}))
+        train(resolve(tiles.folder, tmp_path / "a", BANDS, {"model": {"channels": 7}}))
     with pytest.raises(UserError, match=r"need red, green and blue: set --recipe.saturation 0"):
-        pretrain(resolve(tiles.folder, tmp_path / "b", {"recipe": {"preset": "satellite", "size": 16}}))
+        train(resolve(tiles.folder, tmp_path / "b", {"recipe": {"preset": "satellite", "size": 16}}))
     assert not (tmp_path / "a").exists()
     resolved = follow_shards(resolve(tiles.folder, tmp_path / "c", BANDS), tiles)
     method, shape = build_method(resolved, torch.device("cpu"))

@@ -12,7 +12,7 @@ from fastssl.core.optimizers import build_optimizer, set_lr
 from fastssl.models.backbones import build_backbone
 from fastssl.pretraining import run_config
 from fastssl.pretraining.build import build_method
-from fastssl.pretraining.step import DDPWrapper, Step, chunks
+from fastssl.pretraining.step import DDPWrapper, Step, StepOptions, chunks
 from fastssl.pretraining.train_config import TrainConfig
 
 FOLDER = Path(__file__).parents[3] / "configs"
@@ -104,10 +104,8 @@ def test_trains_at_tiny_size(name):
     method, _ = build_method(resolved, torch.device("cpu"))
     optimizer = build_optimizer(method.parameters(), cfg.optim)
     set_lr(optimizer, 0.01)
-    options = {"micro_batch": int(cfg.train.micro_batch), "exact_heads": cfg.train.exact_heads}
-    step = Step(
-        method, DDPWrapper(method), optimizer, torch.device("cpu"), clip_grad=cfg.train.clip_grad, **options
-    )
+    options = StepOptions(int(cfg.train.micro_batch), cfg.train.exact_heads, cfg.train.clip_grad)
+    step = Step(method, DDPWrapper(method), optimizer, torch.device("cpu"), options=options)
     student = [p.detach().clone() for p in method.backbone.parameters() if p.requires_grad]
     teacher = [p.detach().clone() for p in method.teacher_backbone.parameters()]
     for seed in range(2):

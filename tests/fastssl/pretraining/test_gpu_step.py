@@ -9,9 +9,9 @@ import torch
 from fastssl.core.optimizers import build_optimizer
 from fastssl.methods import MoCoV3
 from fastssl.pretraining.build import build_method
-from fastssl.pretraining.micro_batch import find_micro_batch
+from fastssl.pretraining.micro_batch import TrialStep, find_micro_batch
 from fastssl.pretraining.run_config import load
-from fastssl.pretraining.step import DDPWrapper, Step
+from fastssl.pretraining.step import DDPWrapper, Step, StepOptions
 from pipelines.augment.recipe import Recipe
 from pipelines.kernels.torch_kernels import Form
 from pipelines.loading.chunk_slot import BlankViews
@@ -30,7 +30,7 @@ def build(backbone: str, dtype: torch.dtype, *flags: str, **options) -> tuple[Mo
     resolved = load(None, [*FLAGS, "--model.backbone", backbone, *flags])
     method, _ = build_method(resolved, device)
     optimizer = build_optimizer(method.parameters(), resolved.config.optim)
-    return method, Step(method, DDPWrapper(method), optimizer, device, dtype, **options)
+    return method, Step(method, DDPWrapper(method), optimizer, device, dtype, StepOptions(**options))
 
 
 def pinned_views() -> list[torch.Tensor]:
@@ -103,7 +103,9 @@ def test_gradients_in_chunks_equal_the_cpu_s():
     expected, _ = gradients(method, make_views(10))
     method.to("cuda")
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
-    step = Step(method, DDPWrapper(method), optimizer, torch.device("cuda"), micro_batch=3)
+    step = Step(
+        method, DDPWrapper(method), optimizer, torch.device("cuda"), options=StepOptions(micro_batch=3)
+    )
     with torch.backends.cudnn.flags(allow_tf32=False):
         step.gradients([view.pin_memory() for view in make_views(10)])
     found = {name: p.grad.cpu() for name, p in method.named_parameters() if p.grad is not None}
@@ -114,17 +116,9 @@ def test_auto_finds_less_than_the_batch_where_memory_is_short():
     def find() -> int:
         resolved = load(None, [*FLAGS, "--model.backbone", "resnet18"])
         method, _ = build_method(resolved, torch.device("cuda"))
-        return find_micro_batch(
-            method,
-            resolved.config.optim,
-            torch.device("cuda"),
-            torch.bfloat16,
-            view_shape=(3, SIZE, SIZE),
-            batch=BATCH,
-            world=1,
-            exact_heads=False,
-            clip_grad=0.0,
-        )
+        shape = (3, SIZE, SIZE)
+        trial = TrialStep(resolved.config.optim, torch.device("cuda"), torch.bfloat16, shape, BATCH)
+        return find_micro_batch(method, trial)
 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

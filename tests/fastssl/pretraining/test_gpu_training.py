@@ -10,7 +10,7 @@ from fastssl.bench import bench_command
 from fastssl.methods import get_method
 from fastssl.models.backbones import build_backbone
 from fastssl.pretraining import run_config
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.loader import open_loader
 from shards.conversion.convert import convert
@@ -53,7 +53,7 @@ def test_two_steps_with_bf16_and_channels_last(shard_folder, tmp_path, compiled,
     flags = ["--data.shards", str(shard_folder), "--train.out", str(tmp_path / "run"), "--train.epochs", "1"]
     flags += ["--train.precision", "bf16", "--train.channels_last", "True", "--train.compile", str(compiled)]
     flags += ["--data.augment_on", augment_on]
-    summary = pretrain(run_config.load(None, [*SMALL, *flags, "--train.log_every", "1"]))
+    summary = train(run_config.load(None, [*SMALL, *flags, "--train.log_every", "1"]))
     assert summary.steps == 2
     assert summary.checkpoint.exists()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

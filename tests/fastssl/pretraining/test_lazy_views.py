@@ -15,9 +15,9 @@ from fastssl.methods import MoCoV3
 from fastssl.methods.moco_v3 import Config
 from fastssl.models.backbones import build_backbone
 from fastssl.models.model_config import ModelConfig
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from fastssl.pretraining.replay import Replay, replay
-from fastssl.pretraining.step import DDPWrapper, Step, chunks
+from fastssl.pretraining.step import DDPWrapper, Step, StepOptions, chunks
 from pipelines.augment.draws import draw
 from pipelines.augment.recipe import RECIPES, Recipe
 from pipelines.engines.engine_table import make_engine
@@ -47,7 +47,7 @@ def vit() -> MoCoV3:
 
 def make_step(method: MoCoV3, **options) -> Step:
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
-    return Step(method, DDPWrapper(method), optimizer, CPU, **options)
+    return Step(method, DDPWrapper(method), optimizer, CPU, options=StepOptions(**options))
 
 
 def batch_views(shards: Path, num: int, in_chunks: bool):
@@ -196,7 +196,7 @@ def test_a_run_is_that_of_whole_batches_and_resumes_with_the_same_bits(
     changes = (TINY_VIT, CHANGES, cache)
     with monkeypatch.context() as patch:
         patch.setattr(Loader, "in_chunks", lambda self: self)
-        pretrain(resolve(shards, tmp_path / "expected", *changes))
+        train(resolve(shards, tmp_path / "expected", *changes))
     assert not views_of_a_gpu
     resume_after_crashes(resolve(shards, tmp_path / "run", *changes), (2, STEPS + 3))
     assert set(views_of_a_gpu) == {2, 3}
@@ -205,7 +205,7 @@ def test_a_run_is_that_of_whole_batches_and_resumes_with_the_same_bits(
 
 
 def test_a_batch_in_one_piece_is_made_at_once(shards: Path, tmp_path: Path, views_of_a_gpu: list[int]):
-    pretrain(resolve(shards, tmp_path / "run", TINY_VIT, {"train": {"micro_batch": 8, "epochs": 1}}))
+    train(resolve(shards, tmp_path / "run", TINY_VIT, {"train": {"micro_batch": 8, "epochs": 1}}))
     assert not views_of_a_gpu
     assert newest(tmp_path / "run")["step"] == STEPS
 
@@ -236,7 +236,7 @@ def test_a_replay_makes_its_views_in_chunks(
     with monkeypatch.context() as patch:
         patch.setattr(Loader, "steps", spoiled)
         with pytest.raises(UserError, match=f"at step {bad}, replay it"):
-            pretrain(run)
+            train(run)
         path = str(tmp_path / "run" / f"nonfinite-step-{bad:09d}.pt")
         views_of_a_gpu.clear()
         lines = replay(Replay(path, device="cpu"))
@@ -247,5 +247,5 @@ def test_a_replay_makes_its_views_in_chunks(
     lines = replay(Replay(path, device="cpu", micro_batch=4))
     assert set(views_of_a_gpu) == {4}
     assert "views      finite" in lines
-    assert lines[-1].startswith("The step is finite when done again")
+    assert lines[-1].startswith("The step is finite when repeated")
     assert not any(line.startswith("note") for line in lines)

@@ -18,7 +18,7 @@ from fastssl.methods import MoCoV3
 from fastssl.models.backbones import build_backbone
 from fastssl.pretraining import build
 from fastssl.pretraining.build import compile_blocks, use_bf16
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from fastssl.pretraining.run_config import load
 from fastssl.pretraining.train_config import TrainConfig
 from pipelines.loading.loader import Loader
@@ -45,7 +45,7 @@ EASY = {
 
 
 def _ce_norm(shards: Path, run: Path, *changes: dict) -> list[float]:
-    pretrain(resolve(shards, run, EASY, *changes))
+    train(resolve(shards, run, EASY, *changes))
     return [row["ce_norm"] for row in rows(run) if "ce_norm" in row]
 
 
@@ -106,7 +106,7 @@ def test_online_knn_rows_stand_at_the_ends_of_epochs(finished: Path) -> None:
 
 
 def test_online_knn_comes_every_few_epochs_and_at_the_end(shards: Path, tmp_path: Path) -> None:
-    pretrain(resolve(shards, tmp_path / "run", {"knn": {"every": 2}}))
+    train(resolve(shards, tmp_path / "run", {"knn": {"every": 2}}))
     assert [row["epoch"] for row in rows(tmp_path / "run") if "knn_accuracy" in row] == [2, 3]
 
 
@@ -115,12 +115,12 @@ def test_online_knn_on_shards_of_their_own(shards: Path, unlabelled_shards: Path
         "knn": {"every": 1, "shards": str(shards), "test_shards": str(shards), "k": 1},
         "train": {"epochs": 1},
     }
-    pretrain(resolve(unlabelled_shards, tmp_path / "run", on_itself))
+    train(resolve(unlabelled_shards, tmp_path / "run", on_itself))
     # Each query's nearest neighbour is itself.
     assert [row["knn_accuracy"] for row in rows(tmp_path / "run") if "knn_accuracy" in row] == [1.0]
     for section in ({}, {"test_shards": str(unlabelled_shards), "shards": str(shards)}):
         with pytest.raises(UserError, match=r"0 labelled samples, but kNN needs at least 2.*--knn.every 0"):
-            pretrain(resolve(unlabelled_shards, tmp_path / "none", {"knn": {"every": 1, **section}}))
+            train(resolve(unlabelled_shards, tmp_path / "none", {"knn": {"every": 1, **section}}))
 
 
 def test_the_run_folder_holds_its_configuration(shards: Path, finished: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_run_folder_holds_its_configuration(shards: Path, finished: Path) ->
 def test_checkpoints_come_as_often_as_asked(
     settings: dict, steps: list, shards: Path, tmp_path: Path
 ) -> None:
-    summary = pretrain(resolve(shards, tmp_path / "run", {"train": settings, "knn": {"every": 0}}))
+    summary = train(resolve(shards, tmp_path / "run", {"train": settings, "knn": {"every": 0}}))
     found = checkpoint.list_checkpoints(tmp_path / "run")
     assert found == [checkpoint.checkpoint_path(tmp_path / "run", step) for step in steps]
     assert (summary.steps, summary.checkpoint, summary.interrupted) == (TOTAL, found[-1], 0)
@@ -151,8 +151,10 @@ def test_checkpoints_come_as_often_as_asked(
 
 def test_a_warm_up_longer_than_the_run_is_told(shards: Path, tmp_path: Path) -> None:
     changes = {"optim": {"warmup_epochs": 40}, "train": {"epochs": 1}, "knn": {"every": 0}}
-    with pytest.warns(UserWarning, match="warm-up of 40 epochs is longer than the run"):
-        pretrain(resolve(shards, tmp_path / "run", changes))
+    with pytest.warns(
+        UserWarning, match="warm-up of 40 epochs is longer than the run of 1: the learning rate rises"
+    ):
+        train(resolve(shards, tmp_path / "run", changes))
     assert rows(tmp_path / "run")[-2]["lr"] == pytest.approx(
         0.06 * BATCH / 256 * (STEPS - 1) / STEPS, rel=1e-5
     )
@@ -168,7 +170,7 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
 def test_checkpointed_activations_change_no_weight(shards: Path, tmp_path: Path) -> None:
     short = {"train": {"epochs": 1}}
     for kind in ("none", "blocks", "selective"):
-        pretrain(resolve(shards, tmp_path / kind, TINY_VIT, short, {"train": {"checkpointing": kind}}))
+        train(resolve(shards, tmp_path / kind, TINY_VIT, short, {"train": {"checkpointing": kind}}))
         assert differences(_weights(tmp_path / "none"), _weights(tmp_path / kind)) == []
 
 
@@ -184,7 +186,7 @@ def test_clip_grad_bounds_the_step(shards: Path, tmp_path: Path) -> None:
     for clip in (0.0, limit):
         run = tmp_path / f"clip {clip}"
         resolved = resolve(shards, run, plain, {"train": {"clip_grad": clip}})
-        pretrain(resolved)
+        train(resolved)
         torch.manual_seed(0)
         start = MoCoV3(build_backbone(resolved.config.model, 16), resolved.config.method)
         after = _weights(run)
@@ -204,7 +206,7 @@ def test_clip_grad_bounds_the_step(shards: Path, tmp_path: Path) -> None:
 def test_compiled_backbones_train_alike(shards: Path, tmp_path: Path) -> None:
     short = {"model": {"drop_path": 0.0}, "train": {"epochs": 1, "checkpointing": "none"}}
     for name, on in (("eager", False), ("compiled", True)):
-        pretrain(resolve(shards, tmp_path / name, TINY_VIT, short, {"train": {"compile": on}}))
+        train(resolve(shards, tmp_path / name, TINY_VIT, short, {"train": {"compile": on}}))
     eager, compiled = _weights(tmp_path / "eager"), _weights(tmp_path / "compiled")
     assert list(eager) == list(compiled)
     losses = [
@@ -219,7 +221,7 @@ def test_without_a_compiler_the_run_goes_on_uncompiled(
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.warns(UserWarning, match=r"needs a C\+\+ compiler and there is none.*running uncompiled"):
-        pretrain(resolve(shards, tmp_path / "run", {"train": {"compile": True}}))
+        train(resolve(shards, tmp_path / "run", {"train": {"compile": True}}))
     assert differences(_weights(tmp_path / "run"), _weights(finished)) == []
 
 
@@ -295,7 +297,7 @@ def test_a_run_that_diverges_stops_and_keeps_good_checkpoints_only(
 ) -> None:
     _spoil(monkeypatch, at, what)
     with pytest.raises(UserError, match=message):
-        pretrain(resolve(shards, tmp_path / "run"))
+        train(resolve(shards, tmp_path / "run"))
     state = newest(tmp_path / "run")
     assert state["step"] < at
     assert all(bool(t.isfinite().all()) for t in state["method"].values())
@@ -313,7 +315,7 @@ def test_a_stop_request_ends_the_run_after_its_step(
 
     monkeypatch.setattr(ProgressDisplay, "step", move_and_interrupt)
     before = signal.getsignal(signal.SIGINT)
-    summary = pretrain(resolve(shards, tmp_path / "run"))
+    summary = train(resolve(shards, tmp_path / "run"))
     assert (summary.steps, summary.interrupted) == (5, signal.SIGINT)
     assert newest(tmp_path / "run")["step"] == 5
     assert signal.getsignal(signal.SIGINT) is before
@@ -326,7 +328,7 @@ def test_a_stop_request_ends_the_run_after_its_step(
         ({"batch": 1}, "train.batch is 1, but it must be at least 2"),
         ({"seed": -1}, "train.seed is -1, but it must be at least 0"),
         ({"micro_batch": 1}, "train.micro_batch is 1, but it must be 0 .*, auto, or at least 2"),
-        ({"exact_heads": True}, "train.exact_heads is for batches in chunks, and train.micro_batch is 0"),
+        ({"exact_heads": True}, "train.exact_heads is for batches in chunks, but train.micro_batch is 0"),
         ({"keep_last": -1}, "train.keep_last is -1, but it must not be negative"),
         ({"save_every_steps": -5}, "train.save_every_steps is -5, but it must not be negative"),
     ],
@@ -361,7 +363,7 @@ def _train_rank(here: Dist, port: int, shards: str, out: str) -> dict:
     Loader.steps = seen
     try:
         changes = {"optim": {"warmup_epochs": 0}, "train": {"epochs": 2}}
-        summary = pretrain(resolve(shards, Path(out) / f"of rank {here.rank}", changes))
+        summary = train(resolve(shards, Path(out) / f"of rank {here.rank}", changes))
     finally:
         build.get_method, Loader.steps = get_method, steps_of
     return {

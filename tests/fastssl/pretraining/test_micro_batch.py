@@ -7,7 +7,7 @@ import torch
 
 from fastssl.core.distributed import Dist, cleanup
 from fastssl.core.meters import ProgressDisplay
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from fastssl.pretraining.run_config import from_tree
 from tests.fastssl.pretraining.test_resume import Crash, crash_at, resume_after_crashes
 from tests.fastssl.runs import BATCH, STEPS, TINY_VIT, assert_same_end, differences, newest, resolve, rows
@@ -21,7 +21,7 @@ FP16 = {"train": {"micro_batch": 3, "precision": "fp16"}}
 @pytest.mark.parametrize("changes", [EXACT, FP16], ids=["exact heads", "fp16"])
 def test_a_run_in_chunks_resumes_with_the_same_bits(changes: dict, shards: Path, tmp_path: Path) -> None:
     """With random depths, checkpointed activations and a queue that turns within the run."""
-    pretrain(resolve(shards, tmp_path / "expected", TINY_VIT, QUEUE, changes))
+    train(resolve(shards, tmp_path / "expected", TINY_VIT, QUEUE, changes))
     resolved = resolve(shards, tmp_path / "run", TINY_VIT, QUEUE, changes)
     resume_after_crashes(resolved, (2, STEPS + 3))
     assert_same_end(tmp_path / "run", tmp_path / "expected")
@@ -34,15 +34,15 @@ def test_another_number_of_chunks_continues_a_run(
 ) -> None:
     """A ViT with exact heads computes the same in any chunks, so the losses go on as they would have."""
     changes = {"model": {"drop_path": 0.0}, "train": {"log_every": 1, "clip_grad": 0.0}}
-    pretrain(resolve(shards, tmp_path / "expected", TINY_VIT, changes))
+    train(resolve(shards, tmp_path / "expected", TINY_VIT, changes))
     with pytest.MonkeyPatch.context() as patch:
         crash_at(patch, STEPS - 1)
         with pytest.raises(Crash):
-            pretrain(resolve(shards, tmp_path / "run", TINY_VIT, changes))
+            train(resolve(shards, tmp_path / "run", TINY_VIT, changes))
     said: list[str] = []
     monkeypatch.setattr(ProgressDisplay, "say", lambda self, text: said.append(text))
     with pytest.warns(UserWarning, match=r"train\.(micro_batch was 0|exact_heads was False)"):
-        pretrain(resolve(shards, tmp_path / "run", TINY_VIT, changes, EXACT), resume=True)
+        train(resolve(shards, tmp_path / "run", TINY_VIT, changes, EXACT), resume=True)
     assert (
         "8 images a process in 3 chunks of at most 3, each against the keys of all: the gradient of"
         in said[2]
@@ -60,7 +60,7 @@ def test_old_checkpoints_continue(shards: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         crash_at(patch, 4)
         with pytest.raises(Crash):
-            pretrain(resolved)
+            train(resolved)
     path = tmp_path / "run" / "checkpoints" / "step-000000003.pt"
     state = torch.load(path, weights_only=True)
     del state["scaler"], state["config"]["method"]["queue"]
@@ -69,7 +69,7 @@ def test_old_checkpoints_continue(shards: Path, tmp_path: Path) -> None:
     state["config"]["model"]["grad_checkpointing"] = False
     torch.save(state, path)
     assert from_tree(state["config"]).config.train.micro_batch == 0
-    assert pretrain(resolved, resume=True).steps == 3 * STEPS
+    assert train(resolved, resume=True).steps == 3 * STEPS
 
 
 def _train_rank(here: Dist, port: int, shards: str, out: str) -> tuple[int, dict]:
@@ -85,7 +85,7 @@ def _train_rank(here: Dist, port: int, shards: str, out: str) -> tuple[int, dict
         "knn": {"every": 0},
     }
     chunked = resolve(shards, run, TINY_VIT, changes, {"recipe": {"size": 32}})
-    summary = pretrain(chunked)
+    summary = train(chunked)
     return summary.steps, newest(Path(out) / "of rank 0")["method"] if here.is_main else {}
 
 

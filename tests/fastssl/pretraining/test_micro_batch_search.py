@@ -11,13 +11,15 @@ from fastssl.core.optimizers import OptimConfig
 from fastssl.methods import MoCoV3
 from fastssl.methods.moco_v3 import Config
 from fastssl.pretraining.micro_batch import (
-    Source,
+    GPUViews,
+    TrialStep,
     choose_micro_batch,
     find_micro_batch,
-    gpu_source,
+    gpu_views,
     largest_that_fits,
 )
 from fastssl.pretraining.run_config import Resolved, load
+from fastssl.pretraining.step import StepOptions
 from pipelines.loading.chunk_slot import BlankViews
 from pipelines.streaming.cache import decoded_sizes
 from shards.dataset.order import epoch_order
@@ -87,17 +89,9 @@ def test_trying_leaves_everything_as_it_was(exact_heads: bool, monkeypatch: pyte
         return student_features(self, views)
 
     monkeypatch.setattr(MoCoV3, "student_features", limited)
-    found = find_micro_batch(
-        method,
-        OptimConfig(),
-        CPU,
-        torch.float32,
-        view_shape=(3, 4, 4),
-        batch=16,
-        world=1,
-        exact_heads=exact_heads,
-        clip_grad=1.0,
-    )
+    options = StepOptions(exact_heads=exact_heads, clip_grad=1.0)
+    trial = TrialStep(OptimConfig(), CPU, torch.float32, view_shape=(3, 4, 4), batch=16, options=options)
+    found = find_micro_batch(method, trial)
     assert found == 4
     assert sizes[:2] == [16, 8]
     for name, value in method.state_dict().items():
@@ -107,18 +101,18 @@ def test_trying_leaves_everything_as_it_was(exact_heads: bool, monkeypatch: pyte
     assert method.queue.count == 0
 
 
-def trial(shards: Path, *flags: str, share: int = 12) -> tuple[Source | None, ShardSet, Resolved]:
+def views_of(shards: Path, *flags: str, share: int = 12) -> tuple[GPUViews | None, ShardSet, Resolved]:
     data = ShardSet.open(shards)
     settings = ["--recipe.size", "32", "--train.precision", "bf16", "--data.augment-on", "gpu", *flags]
     resolved = load(None, settings)
-    return gpu_source(resolved, data, Dist(0, 1, 0, CPU), share), data, resolved
+    return gpu_views(resolved, data, Dist(0, 1, 0, CPU), share), data, resolved
 
 
 def test_views_come_from_the_host_where_the_cpu_or_another_engine_makes_them(shards: Path) -> None:
-    assert trial(shards, "--data.augment-on", "cpu")[0] is None
-    assert trial(shards, "--data.engine", "kornia")[0] is None
-    _, _, resolved = trial(shards)
-    assert gpu_source(resolved, None, Dist(0, 1, 0, CPU), 12) is None
+    assert views_of(shards, "--data.augment-on", "cpu")[0] is None
+    assert views_of(shards, "--data.engine", "kornia")[0] is None
+    _, _, resolved = views_of(shards)
+    assert gpu_views(resolved, None, Dist(0, 1, 0, CPU), 12) is None
 
 
 @pytest.mark.parametrize(
@@ -136,12 +130,12 @@ def test_views_come_from_the_host_where_the_cpu_or_another_engine_makes_them(sha
 def test_what_waits_on_the_device_is_counted(
     flags: tuple[str, ...], in_chunks: bool, images: float, views: int, shards: Path
 ) -> None:
-    source, data, resolved = trial(shards, *flags)
-    assert source is not None
+    made, data, resolved = views_of(shards, *flags)
+    assert made is not None
     ids = data.ids[epoch_order(len(data), resolved.config.train.seed, 0)[:12]]
     image_bytes = int(decoded_sizes(data, 3, ids).sum())
-    assert source.views.num_samples == 12
-    assert source.waiting_bytes(in_chunks) == int(images * image_bytes) + views * 2 * 12 * 3 * 32 * 32 * 2
+    assert made.views.num_samples == 12
+    assert made.waiting_bytes(in_chunks) == int(images * image_bytes) + views * 2 * 12 * 3 * 32 * 32 * 2
 
 
 @pytest.mark.parametrize("exact_heads", [False, True])
@@ -149,8 +143,8 @@ def test_a_trial_makes_its_views_as_the_run_will(
     exact_heads: bool, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunk by chunk, by the batched kernels, in the precision of the step; and beside what waits on the device."""
-    source, *_ = trial(shards, "--data.decode", "gpu")
-    assert source is not None
+    made, *_ = views_of(shards, "--data.decode", "gpu")
+    assert made is not None
     sizes, held, rows, empty = [], [], BlankViews.rows, torch.empty
 
     def noted(self, part):
@@ -167,22 +161,20 @@ def test_a_trial_makes_its_views_as_the_run_will(
 
     monkeypatch.setattr(BlankViews, "rows", noted)
     monkeypatch.setattr(torch, "empty", taken)
-    found = find_micro_batch(
-        make_method(Normed()),
+    trial = TrialStep(
         OptimConfig(),
         CPU,
         torch.bfloat16,
         view_shape=(3, 32, 32),
         batch=12,
-        world=1,
-        exact_heads=exact_heads,
-        clip_grad=0.0,
-        source=source,
+        options=StepOptions(exact_heads=exact_heads),
+        gpu_views=made,
     )
+    found = find_micro_batch(make_method(Normed()), trial)
     assert found == 3
     assert sizes[:3] == [12, 6, 3]
     assert sizes[2:] == [3] * 4 * (3 if exact_heads else 2) * 2
-    waiting = {in_chunks: source.waiting_bytes(in_chunks) for in_chunks in (False, True)}
+    waiting = {in_chunks: made.waiting_bytes(in_chunks) for in_chunks in (False, True)}
     assert [n for n in held if n in waiting.values()] == [waiting[False], waiting[True], waiting[True]]
 
 
@@ -204,17 +196,8 @@ def test_a_batch_in_one_piece_has_the_next_one_s_views_beside_it(monkeypatch: py
         features = MoCoV3.student_features
         with monkeypatch.context() as patch:
             patch.setattr(MoCoV3, "student_features", limited)
-            return find_micro_batch(
-                make_method(Normed()),
-                OptimConfig(),
-                CPU,
-                torch.float32,
-                view_shape=(3, 4, 4),
-                batch=batch,
-                world=1,
-                exact_heads=False,
-                clip_grad=0.0,
-            )
+            trial = TrialStep(OptimConfig(), CPU, torch.float32, view_shape=(3, 4, 4), batch=batch)
+            return find_micro_batch(make_method(Normed()), trial)
 
     assert find(8, 8) == 8
     assert held == [2 * 8 * 48 * 4]

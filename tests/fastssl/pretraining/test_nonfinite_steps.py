@@ -15,9 +15,9 @@ from fastssl.core import checkpoint
 from fastssl.methods import MoCoV3
 from fastssl.methods.ema import ema_update, relative_distance
 from fastssl.pretraining import trainer
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from fastssl.pretraining.replay import MAX_FILES, Replay, Trace, replay, same_draws
-from fastssl.pretraining.step import DDPWrapper, Step
+from fastssl.pretraining.step import DDPWrapper, Step, StepOptions
 from pipelines.augment.draws import draw
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.loader import Loader
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 def _step(method: MoCoV3, policy) -> Step:
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
-    return Step(method, DDPWrapper(method), optimizer, CPU, nonfinite=policy)
+    return Step(method, DDPWrapper(method), optimizer, CPU, options=StepOptions(nonfinite=policy))
 
 
 def _spoiled(num: int = 6) -> list[Tensor]:
@@ -139,9 +139,9 @@ def test_skipping_goes_on_counts_and_keeps_the_batch(
 ) -> None:
     seen = _spoil_batches(monkeypatch, {5, 6, 12})
     with pytest.warns(
-        UserWarning, match=r"The loss was nan at step (5|12): skipped. Replay it: fastssl replay"
+        UserWarning, match=r"The loss was nan at step (5|12): skipped. Replay it with `fastssl replay"
     ) as told:
-        pretrain(resolve(shards, tmp_path / "run", {"train": {"nonfinite": "skip"}}))
+        train(resolve(shards, tmp_path / "run", {"train": {"nonfinite": "skip"}}))
     assert len(told) == 2
     state = newest(tmp_path / "run")
     assert state["step"] == TOTAL
@@ -169,7 +169,7 @@ def test_too_many_skipped_steps_stop_the_run(
             UserError, match=r"5 steps of the run had to be skipped, more than train.max_skipped \(4\)"
         ),
     ):
-        pretrain(resolve(shards, tmp_path / "run", changes))
+        train(resolve(shards, tmp_path / "run", changes))
     assert len(list((tmp_path / "run").glob("nonfinite-*.pt"))) <= MAX_FILES
 
 
@@ -179,7 +179,7 @@ def diverged(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "scaled_lr", lambda cfg, batch: 1e30)
         with pytest.raises(UserError, match=r"(loss|gradient) was .* at step 2, replay it with"):
-            pretrain(resolve(shards, tmp_path / "run", {"optim": {"warmup_epochs": 0}}))
+            train(resolve(shards, tmp_path / "run", {"optim": {"warmup_epochs": 0}}))
     return tmp_path / "run" / "nonfinite-step-000000002.pt"
 
 
@@ -199,7 +199,7 @@ def test_a_replay_makes_the_very_batch(shards: Path, tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         seen = _spoil_batches(patch, {STEPS + 2})
         with pytest.raises(UserError, match=f"at step {STEPS + 2}, replay it"):
-            pretrain(resolve(shards, tmp_path / "run"))
+            train(resolve(shards, tmp_path / "run"))
     path = tmp_path / "run" / f"nonfinite-step-{STEPS + 2:09d}.pt"
     # The pixel was ours, not the data's: done again, all is finite.
     made = {}
@@ -214,7 +214,7 @@ def test_a_replay_makes_the_very_batch(shards: Path, tmp_path: Path, monkeypatch
     lines = replay(Replay(str(path), device="cpu"))
     assert made == seen
     assert len(made[STEPS + 2]) == BATCH
-    assert lines[-1].startswith("The step is finite when done again")
+    assert lines[-1].startswith("The step is finite when repeated")
     assert not any(line.startswith("note") for line in lines)
 
 
@@ -242,7 +242,7 @@ def test_draws_of_an_earlier_version_are_the_beginning_of_todays() -> None:
 def test_a_replay_of_what_is_none(finished: Path, told, diverged: Path, unlabelled_shards: Path) -> None:
     [*_, path] = checkpoint.list_checkpoints(finished)
     assert told("replay", path).endswith(
-        "is a checkpoint, not a step that was not finite: give a nonfinite-step-*.pt of a run."
+        "is a checkpoint, not a step that was not finite: give a nonfinite-step-*.pt of a run's folder."
     )
     assert "holds other samples than the run's" in told("replay", diverged, "--shards", unlabelled_shards)
     assert "There is no checkpoint" in told("replay", diverged.parent / "none.pt")

@@ -10,7 +10,7 @@ import pytest
 
 from fastssl.core import checkpoint
 from fastssl.core.distributed import Dist, cleanup
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from fastssl.pretraining.run_config import load
 from pipelines.loading.loader import Loader, open_loader
 from shards.dataset.shard_set import ShardSet
@@ -60,7 +60,7 @@ def _go_on(here: Dist, port: int, run: str) -> Seen:
     os.environ["MASTER_PORT"] = str(port)
     seen: Seen = {}
     with _watched(seen, crash_after=SECOND):
-        pretrain(load(run + ".yaml"), resume=True)
+        train(load(run + ".yaml"), resume=True)
     return seen
 
 
@@ -69,14 +69,14 @@ def test_one_process_then_two_then_one_in_chunks(shards: Path, tmp_path: Path) -
     run = tmp_path / "run"
     found: Seen = {}
     with _watched(found, crash_after=FIRST):
-        pretrain(resolve(shards, run, TWO_EPOCHS))
+        train(resolve(shards, run, TWO_EPOCHS))
     two = run_ranks(_go_on, _free_port(), str(run), timeout_s=240)
     assert all(list(seen) == list(range(FIRST + 1, SECOND + 1)) for seen in two)
     found |= {step: [sample for seen in two for sample in seen[step]] for step in two[0]}
     assert newest(run)["step"] == SECOND
     last: Seen = {}
     with _watched(last), pytest.warns(UserWarning, match="train.micro_batch was 0 until here"):
-        pretrain(resolve(shards, run, TWO_EPOCHS, {"train": {"micro_batch": 4}}), resume=True)
+        train(resolve(shards, run, TWO_EPOCHS, {"train": {"micro_batch": 4}}), resume=True)
     assert list(last) == list(range(SECOND + 1, 2 * STEPS + 1))
     found |= last
 

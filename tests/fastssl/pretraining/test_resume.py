@@ -14,7 +14,7 @@ import torch
 
 from fastssl.core import checkpoint
 from fastssl.core.meters import ProgressDisplay
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from fastssl.pretraining.run_config import Resolved
 from tests.fastssl.runs import (
     SAVE_STEPS,
@@ -107,7 +107,7 @@ def test_sigkill_at_any_moment_costs_nothing(shards: Path, finished: Path, tmp_p
 @has_bf16
 def test_sigkill_costs_nothing_in_bf16(shards: Path, tmp_path: Path) -> None:
     run, expected = tmp_path / "run", tmp_path / "expected"
-    pretrain(resolve(shards, expected, BF16))
+    train(resolve(shards, expected, BF16))
     config = write_yaml(tmp_path / "tiny.yaml", tiny(shards, run, BF16))
     assert Process(config, run).stop_when(BETWEEN[1], signal.SIGKILL)[0] == -signal.SIGKILL
     code, text = Process(config, run, "--resume").end()
@@ -126,7 +126,7 @@ def test_sigterm_stops_after_the_step_and_says_how_to_continue(
     assert 4 <= step < TOTAL
     assert f"Stopped after step {step}, saved as {checkpoint.checkpoint_path(run, step)}." in text
     assert "To continue, add --resume to the same command." in text
-    summary = pretrain(resolve(shards, run), resume=True)
+    summary = train(resolve(shards, run), resume=True)
     assert (summary.steps, summary.interrupted) == (TOTAL, 0)
     assert_same_end(run, finished)
 
@@ -156,8 +156,8 @@ def resume_after_crashes(resolved: Resolved, steps: tuple[int, ...]) -> None:
         with pytest.MonkeyPatch.context() as patch:
             crash_at(patch, step)
             with pytest.raises(Crash):
-                pretrain(resolved, resume=True)
-    pretrain(resolved, resume=True)
+                train(resolved, resume=True)
+    train(resolved, resume=True)
 
 
 def crash_after_saving(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -188,8 +188,8 @@ def test_a_crash_costs_nothing(how, step, shards: Path, finished: Path, tmp_path
     with pytest.MonkeyPatch.context() as patch:
         how(patch, step)
         with pytest.raises(Crash):
-            pretrain(resolved, resume=True)
-    pretrain(resolved, resume=True)
+            train(resolved, resume=True)
+    train(resolved, resume=True)
     assert_same_end(tmp_path / "run", finished)
 
 
@@ -199,14 +199,14 @@ def test_a_stop_between_the_checkpoint_and_the_test_of_an_epoch(
 ) -> None:
     """Checkpoints of single steps come before the epoch's kNN test, which a resumed run must not skip."""
     changes = {"train": {"save_every_steps": STEPS}}
-    pretrain(resolve(shards, tmp_path / "expected", changes))
+    train(resolve(shards, tmp_path / "expected", changes))
     resolved = resolve(shards, tmp_path / "run", changes)
     with pytest.MonkeyPatch.context() as patch:
         crash_after_saving(patch, step)
         with pytest.raises(Crash):
-            pretrain(resolved)
+            train(resolved)
     assert "knn_accuracy" not in rows(tmp_path / "run")[-1]
-    pretrain(resolved, resume=True)
+    train(resolved, resume=True)
     assert_same_end(tmp_path / "run", tmp_path / "expected")
 
 
@@ -214,7 +214,7 @@ def test_a_stop_between_the_checkpoint_and_the_test_of_an_epoch(
 def test_a_vit_with_random_depths_resumes_with_the_same_bits(
     changes: dict, shards: Path, tmp_path: Path
 ) -> None:
-    pretrain(resolve(shards, tmp_path / "expected", TINY_VIT, changes))
+    train(resolve(shards, tmp_path / "expected", TINY_VIT, changes))
     resolved = resolve(shards, tmp_path / "run", TINY_VIT, changes)
     resume_after_crashes(resolved, (4, STEPS + 3))
     assert_same_end(tmp_path / "run", tmp_path / "expected")
@@ -222,7 +222,7 @@ def test_a_vit_with_random_depths_resumes_with_the_same_bits(
 
 def test_another_seed_is_another_run(shards: Path, finished: Path, tmp_path: Path) -> None:
     """What the comparison of runs is worth: it sees a change."""
-    pretrain(resolve(shards, tmp_path / "run", {"train": {"seed": 1}}))
+    train(resolve(shards, tmp_path / "run", {"train": {"seed": 1}}))
     with pytest.raises(AssertionError):
         assert_same_end(tmp_path / "run", finished)
     assert timeless(tmp_path / "run") != timeless(finished)
@@ -230,11 +230,11 @@ def test_another_seed_is_another_run(shards: Path, finished: Path, tmp_path: Pat
 
 def test_resuming_a_finished_run_changes_nothing(shards: Path, tmp_path: Path) -> None:
     resolved = resolve(shards, tmp_path / "run", {"train": {"epochs": 1}})
-    pretrain(resolved)
+    train(resolved)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     [*_, path] = checkpoint.list_checkpoints(tmp_path / "run")
     stamp = path.stat().st_mtime_ns
-    assert pretrain(resolved, resume=True).steps == STEPS
+    assert train(resolved, resume=True).steps == STEPS
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     assert path.stat().st_mtime_ns == stamp
 
@@ -246,14 +246,14 @@ def _short_run(shards: Path, run: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         crash_at(patch, SAVE_STEPS + 1)
         with pytest.raises(Crash):
-            pretrain(resolve(shards, run))
+            train(resolve(shards, run))
 
 
 def test_a_changed_weight_decay_is_told_and_acts(shards: Path, finished: Path, tmp_path: Path) -> None:
     _short_run(shards, tmp_path / "run")
     changed = resolve(shards, tmp_path / "run", {"optim": {"weight_decay": 0.25}})
-    with pytest.warns(UserWarning, match=r"optim.weight_decay was 0.0005 until here and is 0.25 from now on"):
-        pretrain(changed, resume=True)
+    with pytest.warns(UserWarning, match=r"optim.weight_decay was 0.0005 so far and is 0.25 from now on"):
+        train(changed, resume=True)
     state = newest(tmp_path / "run")
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
     norms = [
@@ -270,6 +270,6 @@ def test_settings_of_the_machine_may_change_in_silence(shards: Path, finished: P
         "train": {"keep_last": 1, "save_every": 2},
         "knn": {"k": 5, "max_samples": 0},
     }
-    pretrain(resolve(shards, tmp_path / "run", changed), resume=True)
+    train(resolve(shards, tmp_path / "run", changed), resume=True)
     assert_same_end(tmp_path / "run", finished)
     assert len(checkpoint.list_checkpoints(tmp_path / "run")) == 1

@@ -63,7 +63,7 @@ def test_a_run_folder_in_use(stopped: Path, told, config) -> None:
     [
         (
             {"train": {"batch": 10}},
-            "was made with train.batch = 8 and this run has 10: use the same to resume, or start anew",
+            "was made with train.batch = 8 and this run has 10: use the same to resume, or start a new",
         ),
         ({"train": {"seed": 5}}, "train.seed = 0 and this run has 5"),
         ({"train": {"epochs": 4}}, "train.epochs = 3 and this run has 4"),
@@ -98,7 +98,7 @@ def test_changes_are_told_in_a_line_each(stopped: Path, config, capsys: pytest.C
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert main(["pretrain", str(config({"optim": {"lr": 0.03}})), "--resume"]) == 0
-    assert capsys.readouterr().err == "fastssl: note: optim.lr was 0.06 until here and is 0.03 from now on.\n"
+    assert capsys.readouterr().err == "fastssl: note: optim.lr was 0.06 so far and is 0.03 from now on.\n"
 
 
 def _cut(data: bytes) -> bytes:
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         assert main(["pretrain", str(config()), "--resume"]) == 0
     out, err = capsys.readouterr()
     assert err == (
-        f"fastssl: note: The checkpoint '{last}' is damaged: it is now called '{last.name}.damaged', and the run continues from "
+        f"fastssl: note: The checkpoint '{last}' is damaged: it was renamed to '{last.name}.damaged', and the run continues from "
         "'step-000000003.pt', the one before it.\n"
     )
     assert f"resuming after step {SAVE_STEPS} of {TOTAL}" in out
@@ -173,7 +173,7 @@ def test_where_all_checkpoints_are_damaged_nothing_is_touched(stopped: Path, tol
 def test_two_trainers_in_one_folder(stopped: Path, told, config) -> None:
     with lock_file(stopped / ".lock"):
         assert told("pretrain", config(), "--resume") == (
-            f"Another trainer is at work in '{stopped}': wait for it or stop it, or choose another --train.out."
+            f"Another trainer uses '{stopped}': wait for it or stop it, or choose another --train.out."
         )
     assert main(["pretrain", str(config()), "--resume"]) == 0
 
@@ -218,4 +218,4 @@ def test_a_loss_that_is_no_number(told, config, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(trainer, "scaled_lr", lambda cfg, batch: 1e30)
     sentence = told("pretrain", config({"optim": {"warmup_epochs": 0}}))
     assert "lower --optim.lr (now 0.06) or set --train.clip_grad" in sentence
-    assert "keeps the checkpoints from before" in sentence
+    assert "keeps the earlier checkpoints" in sentence

@@ -9,7 +9,7 @@ import pytest
 from fastssl.cli import main
 from fastssl.commands.evaluate import evaluate_knn
 from fastssl.core import checkpoint
-from fastssl.pretraining.loop import pretrain
+from fastssl.pretraining.loop import train
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.splits.split_rules import SplitRule
@@ -51,7 +51,7 @@ def test_the_command_takes_the_names_of_splits(
 def test_pretraining_on_a_split_and_resuming_on_that_alone(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = ({"data": {"split": "train"}}, {"knn": {"test_split": "val"}}, {"train": {"batch": 12}})
-    pretrain(resolve(folder, run, *flags))
+    train(resolve(folder, run, *flags))
     [path] = checkpoint.list_checkpoints(run)[-1:]
     state = checkpoint.load(path)
     assert state["shards"]["num_samples"] == 48
@@ -60,7 +60,7 @@ def test_pretraining_on_a_split_and_resuming_on_that_alone(folder: Path, tmp_pat
     split(open_place(folder), SplitRule(val=0.2, labelled=(0.25,), seed=1), overwrite=True)
     assert len(open_split(folder, "train")) == 48
     with pytest.raises(UserError, match="of another conversion or split"):
-        pretrain(resolve(folder, run, *flags), resume=True)
+        train(resolve(folder, run, *flags), resume=True)
 
 
 def test_a_split_that_is_not_there_is_one_sentence(folder: Path, told, finished: Path) -> None:

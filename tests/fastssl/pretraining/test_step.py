@@ -14,7 +14,7 @@ from fastssl.methods.moco_v3 import Config
 from fastssl.models.activation_checkpointing import checkpoint_blocks
 from fastssl.models.backbones import build_backbone
 from fastssl.models.model_config import ModelConfig
-from fastssl.pretraining.step import DDPWrapper, Step, chunks, steady_statistics, tell_chunks
+from fastssl.pretraining.step import DDPWrapper, Step, StepOptions, chunks, steady_statistics, tell_chunks
 from tests.fastssl.tiny import Normed, Plain, make_method, make_views
 
 CPU = torch.device("cpu")
@@ -31,10 +31,10 @@ def without_norms(method: MoCoV3) -> MoCoV3:
     return method
 
 
-def make_step(method: Method, **options) -> Step:
+def make_step(method: Method, dtype: torch.dtype = torch.float32, **options) -> Step:
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
-    return Step(method, DDPWrapper(method), optimizer, CPU, **options)
+    return Step(method, DDPWrapper(method), optimizer, CPU, dtype, StepOptions(**options))
 
 
 def gradients(method: MoCoV3, views: list[Tensor], **options) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -209,7 +209,7 @@ def test_what_is_inexact_is_told() -> None:
     assert line.startswith(
         "10 images a process in 4 chunks of at most 3, each against the keys of all; BatchNorm in the backbones and "
     )
-    assert "the student's heads sees a chunk at a time, --train.exact-heads" in line
+    assert "the student's heads sees one chunk at a time, --train.exact-heads" in line
     assert "heads" not in tell_chunks(make_method(Normed()), 10, 4, exact_heads=True)
     assert tell_chunks(vit(), 10, 4, exact_heads=True).endswith(": the gradient of the undivided batch")
 
@@ -222,9 +222,8 @@ def test_a_step_waits_for_nothing_on_the_device(monkeypatch: pytest.MonkeyPatch)
             method = MoCoV3(Normed(), Config(dim=5, hidden_dim=7, queue=16))
             views = [torch.empty(8, 3, 4, 4), torch.empty(8, 3, 4, 4)]
         optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], foreach=True)
-        step = Step(
-            method, DDPWrapper(method), optimizer, torch.device("meta"), micro_batch=4, exact_heads=exact
-        )
+        options = StepOptions(micro_batch=4, exact_heads=exact)
+        step = Step(method, DDPWrapper(method), optimizer, torch.device("meta"), options=options)
         for _ in range(2):
             assert step.gradients(views)["loss"].is_meta
             step.optimizer.zero_grad()

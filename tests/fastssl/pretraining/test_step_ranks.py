@@ -19,7 +19,7 @@ from fastssl.core.distributed import (
 from fastssl.methods import MoCoV3
 from fastssl.methods.moco_v3 import Config
 from fastssl.pretraining.build import freeze_unused, spread
-from fastssl.pretraining.step import DDPWrapper, Step
+from fastssl.pretraining.step import DDPWrapper, Step, StepOptions
 from tests.fastssl.pretraining.test_step import CPU, largest_difference, make_step, without_norms
 from tests.fastssl.tiny import Plain, make_method, make_views
 from tests.gloo import run_ranks
@@ -51,7 +51,7 @@ def _rank_steps(here: Dist, exact_heads: bool) -> dict:
     model = spread(method, here)
     assert isinstance(model, DistributedDataParallel)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
-    step = Step(method, model, optimizer, CPU, micro_batch=3, exact_heads=exact_heads)
+    step = Step(method, model, optimizer, CPU, options=StepOptions(3, exact_heads))
     targets = method.targets(method.teacher_features(views_of[0]))
     return {"targets": (targets.first, targets.second), **train(method, step, views_of)}
 

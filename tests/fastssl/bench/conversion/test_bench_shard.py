@@ -1,4 +1,4 @@
-"""`fastssl bench shard`: what stands in its report, what each way makes of the files, and what is refused."""
+"""`fastssl bench shard`: what stands in its report, what each writer makes of the files, and what is refused."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastssl.bench import bench_command
 from fastssl.bench.conversion import bench_shard, writers
-from fastssl.bench.conversion.bench_shard import Way
+from fastssl.bench.conversion.bench_shard import MeasuredWriter
 from fastssl.bench.conversion.writers import Task, Turn
 from fastssl.bench.report import Row
 from shards.errors import UserError
@@ -92,18 +92,18 @@ def test_a_peer_that_fails_keeps_its_place_and_a_fault_of_ours_is_raised(task: T
         raise ArithmeticError("no")
 
     row = Row("x")
-    bench_shard.measure(Way("x", broken, "read", "", "", True), task, tmp_path, row, keep=True)
+    bench_shard.measure(MeasuredWriter("x", broken, "read", "", "", True), task, tmp_path, row, keep=True)
     assert row.error == "ArithmeticError: no"
     with pytest.raises(ArithmeticError):
-        bench_shard.measure(Way("x", broken, "read", "", ""), task, tmp_path, row, keep=True)
+        bench_shard.measure(MeasuredWriter("x", broken, "read", "", ""), task, tmp_path, row, keep=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_warm_up_does_not_count(task: Task, tmp_path: Path) -> None:
-    way, row = Way("x", lambda task, out, deed: Turn(2.0, 3.0), "read", "", ""), Row("x")
-    bench_shard.measure(way, task, tmp_path, row, keep=False)
+    writer, row = MeasuredWriter("x", lambda task, out, deed: Turn(2.0, 3.0), "read", "", ""), Row("x")
+    bench_shard.measure(writer, task, tmp_path, row, keep=False)
     assert row.rates == []
-    bench_shard.measure(way, task, tmp_path, row, keep=True)
+    bench_shard.measure(writer, task, tmp_path, row, keep=True)
     assert (row.rates, row.cores) == ([2.5], [1.5])
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from fastssl.bench.gpu import goals, gpu_command, images, preflight, processes, stages
 from fastssl.bench.gpu.processes import Ended, Processes
-from fastssl.bench.gpu.stages import CARDS, STAGES, SWITCHES, TURNS, Plan, Sizes
+from fastssl.bench.gpu.stages import CARDS, STAGES, SWITCHES, TURNS, CheckSetup, Sizes
 from fastssl.bench.ladder.ladder_rows import ENDINGS, GROUPS
 from fastssl.bench.ladder.verdict import END_TO_END, FULL, MOCO_V3
 from fastssl.pretraining import run_config
@@ -19,8 +19,8 @@ from shards.errors import UserError
 ROOT = Path(__file__).parents[4]
 
 
-def plan(on_gpu: bool = True, out: Path = Path("o"), **sizes) -> Plan:
-    return Plan(ROOT, Path("w"), Path("s"), out, "2026-11-24-h100", on_gpu, Sizes(**sizes))
+def plan(on_gpu: bool = True, out: Path = Path("o"), **sizes) -> CheckSetup:
+    return CheckSetup(ROOT, Path("w"), Path("s"), out, "2026-11-24-h100", on_gpu, Sizes(**sizes))
 
 
 # ------------------------------------------------------------------------------------------------------- stages
@@ -171,7 +171,7 @@ def test_every_dependency_of_the_project_is_known_to_the_preflight():
     ("argv", "words"),
     [
         (["--only", "augmnt"], "no stage called 'augmnt'. Did you mean 'augment'"),
-        (["--seconds", "20"], "--seconds is 20, but it must be above 20"),
+        (["--seconds", "20"], "--seconds is 20, but it must be greater than 20"),
         (["--scale", "2"], "--scale is 2"),
         (["--images", "0"], "--images is 0"),
         (["--shards", "no/such"], "no folder 'no/such' for --shards"),
@@ -313,7 +313,7 @@ def test_nothing_is_measured_where_the_machine_cannot_be_known(tmp_path, monkeyp
 
     monkeypatch.setattr(Processes, "run", run)
     with pytest.raises(
-        UserError, match="This machine's facts could not be had, so nothing is measured: the log is in"
+        UserError, match="The facts of this machine could not be read, so nothing is measured: see the log in"
     ):
         gpu_command.run(["--first", "--out", str(tmp_path), "--work", str(tmp_path / "work")])
     assert ran == ["facts"]

@@ -10,7 +10,7 @@ import pytest
 
 from fastssl.bench.gpu import processes
 from fastssl.bench.gpu.processes import NO_TIME, TOO_LONG, Ended, Processes
-from fastssl.bench.gpu.stages import Job
+from fastssl.bench.gpu.stages import CheckJob
 
 ROOT = Path(__file__).parents[4]
 
@@ -31,8 +31,8 @@ def runner(tmp_path):
     return lambda seconds=100.0: Processes(tmp_path / "logs", tmp_path, time.monotonic() + seconds, {})
 
 
-def job(module: str, *argv: str) -> Job:
-    return Job("-".join((module, *argv)).replace("/", "_"), argv, module=module)
+def job(module: str, *argv: str) -> CheckJob:
+    return CheckJob("-".join((module, *argv)).replace("/", "_"), argv, module=module)
 
 
 def gone(file: Path) -> bool:
@@ -92,10 +92,10 @@ def test_jobs_end_when_the_command_is_asked_to_end(tmp_path, runner):
     runner()
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from fastssl.bench.gpu.processes import Processes, ended_by_signals\nfrom fastssl.bench.gpu.stages import Job\n"
+        "from fastssl.bench.gpu.processes import Processes, ended_by_signals\nfrom fastssl.bench.gpu.stages import CheckJob\n"
         f"root = Path({str(tmp_path)!r})\n"
         "with ended_by_signals():\n"
-        "    job = Job('nap', (str(root / 'left'), '60'), module='nap')\n"
+        "    job = CheckJob('nap', (str(root / 'left'), '60'), module='nap')\n"
         "    Processes(root / 'logs', root, time.monotonic() + 90, {}).run([[job]], 60, print)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
@@ -109,5 +109,5 @@ def test_jobs_end_when_the_command_is_asked_to_end(tmp_path, runner):
 
 
 def test_no_tests_to_run_are_no_failure():
-    assert Ended(Job("t", (), module="pytest"), 5, 1.0).failed == ""
-    assert Ended(Job("t", (), module="pytest"), 1, 1.0).failed == "exit code 1"
+    assert Ended(CheckJob("t", (), module="pytest"), 5, 1.0).failed == ""
+    assert Ended(CheckJob("t", (), module="pytest"), 1, 1.0).failed == "exit code 1"

@@ -8,12 +8,12 @@ import pytest
 
 from fastssl.bench.gpu import goals, results
 from fastssl.bench.gpu.processes import TOO_LONG, Ended
-from fastssl.bench.gpu.stages import Job
+from fastssl.bench.gpu.stages import CheckJob
 from fastssl.bench.ladder.verdict import END_TO_END, FULL, MOCO_V3
 
 
 def ended(name: str, out: Path, code: int = 0) -> Ended:
-    return Ended(Job(name, (f"{name}.py",), out, "pytest"), code, 1.0)
+    return Ended(CheckJob(name, (f"{name}.py",), out, "pytest"), code, 1.0)
 
 
 def test_summary_compares_each_with_its_base(tmp_path):

@@ -131,7 +131,7 @@ def test_parts_that_were_not_measured_are_not_blamed():
     assert found.sentence.startswith("The step is the bottleneck: try --train.compile True; the loader makes")
     found = judge(rates | {verdict.LOADER: 1000.0, verdict.END_TO_END: 990.0}, GPU, 1.0)
     assert found.sentence.startswith(
-        "The loader is the bottleneck: measure its parts, too (--rows end,data);"
+        "The loader is the bottleneck: measure its parts as well (--rows end,data);"
     )
     alone = judge({verdict.FULL: 3000.0}, Switches(on_gpu=True, has_shards=True))
     assert alone.sentence.endswith(
@@ -315,7 +315,7 @@ def test_chunks_exact_heads_and_a_queue_run_too(config_file, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--steps", "2"], "no 'fastssl bench --steps'"),
+        (["--steps", "2"], "no benchmark 'fastssl bench --steps'"),
         (["none.yaml"], "no configuration file 'none.yaml'"),
         (["step", "--steps", "0"], "Give the configuration file first"),
         (["CONFIG", "--steps", "0"], "--steps is 0"),

@@ -16,7 +16,7 @@ import torch
 from fastssl.bench import bench_command, report
 from fastssl.bench.guard import Guard, exit_code
 from fastssl.bench.loaders import bench_loader, peers
-from fastssl.bench.loaders.work import Source, Work
+from fastssl.bench.loaders.work import MeasuredLoader, Work
 from fastssl.bench.report import Row
 from pipelines.augment.recipe import Recipe, get_recipe
 from shards.conversion.convert import convert
@@ -60,13 +60,13 @@ def check_row(row: dict) -> None:
 def test_loader_shows_how_engines_scale(shard_folder, tmp_path, monkeypatch):
     """Each row of another number of threads is measured with that number."""
     seen = []
-    batches = bench_loader.Way.batches
+    batches = bench_loader.EngineSetup.batches
 
     def counted(way, work):
         seen.append(work.threads)
         return batches(way, work)
 
-    monkeypatch.setattr(bench_loader.Way, "batches", counted)
+    monkeypatch.setattr(bench_loader.EngineSetup, "batches", counted)
     flags = ("--peers", "none", "--engines", "fused", "--threads", "3", "--scaling")
     rows = loader_rows(shard_folder, tmp_path, *flags)
     assert list(rows) == ["read", "decode", "fused (1)", "fused (2)", "fused"]
@@ -88,7 +88,7 @@ def test_loader_alone_needs_no_peer(shard_folder, tmp_path, capsys):
         assert row["settings"]["page_cache"] == "warm"
         assert row["settings"]["recipe"]["size"] == 16
         assert row["peak_memory_bytes"] > 10**7
-    assert "0.00 grey levels from the reference" in rows["reference"]["note"]
+    assert "0.00 gray levels from the reference" in rows["reference"]["note"]
     shown = capsys.readouterr().out
     assert "fused" in shown
     assert "9 images" in shown
@@ -102,7 +102,7 @@ def test_every_engine_is_measured(shard_folder, tmp_path):
     for name in ("dali", "kornia"):
         check_row(rows[name])
         assert rows[name]["fidelity"] in ("exact", "close", "approximate")
-        assert "grey levels from the reference" in rows[name]["note"]
+        assert "gray levels from the reference" in rows[name]["note"]
 
 
 @pytest.mark.slow
@@ -151,7 +151,9 @@ def test_a_loader_that_fails_is_listed_as_a_failure(is_peer, capsys):
     work = SimpleNamespace(threads=1, refuse_local_views_and_erasing=lambda name: None)
     row = Row("x")
     row.add(5.0, 1.0)
-    bench_loader.measure(Source("x", "exact", broken), work, 0.01, row, Guard("cpu", ""), is_peer=is_peer)
+    bench_loader.measure(
+        MeasuredLoader("x", "exact", broken), work, 0.01, row, Guard("cpu", ""), is_peer=is_peer
+    )
     assert row.error == "ArithmeticError: the first line the reason"
     assert (row.rates, row.failure, exit_code([Row("y"), row])) == ([], True, 1)
     assert "in broken" in capsys.readouterr().err
@@ -160,14 +162,14 @@ def test_a_loader_that_fails_is_listed_as_a_failure(is_peer, capsys):
 def test_the_others_are_measured_and_written_where_an_engine_of_ours_fails(
     shard_folder, tmp_path, monkeypatch, capsys
 ):
-    batches = bench_loader.Way.batches
+    batches = bench_loader.EngineSetup.batches
 
     def broken(way, work):
         if way.engine == "fused" and work.batch == 4:  # not while views are compared
             raise MemoryError("no more")
         return batches(way, work)
 
-    monkeypatch.setattr(bench_loader.Way, "batches", broken)
+    monkeypatch.setattr(bench_loader.EngineSetup, "batches", broken)
     path = tmp_path / "loader.json"
     flags = ["--peers", "none", "--engines", "fused,reference", "--json", str(path)]
     assert bench_command.run(["loader", str(shard_folder), *TINY, *flags]) == 1
