@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_SWITCHES = [(name, OPERATIONS[name].switch) for name in POINTWISE]
+
+
 def drawn(draw: np.void) -> list[str]:
     """Return the names of the pointwise operations that a DRAW record asks for, in their order."""
-    return [name for name in POINTWISE if OPERATIONS[name].happens(draw)]
+    return [name for name, switch in _SWITCHES if draw[switch] > 0]
 
 
 def apply(names: list[str], view: np.ndarray, draw: np.void) -> None:
@@ -41,7 +44,7 @@ def apply_batched(views: Tensor, drawn_fields: Mapping[str, Mapping[str, Tensor]
 
 def drawn_fields(draws: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
     """Return the fields of the operations that some of DRAW records (M,) ask for, by operation, as `Pointwise.batched` takes them."""
-    asked = [name for name in POINTWISE if (draws[OPERATIONS[name].switch] > 0).any()]
+    asked = [name for name, switch in _SWITCHES if (draws[switch] > 0).any()]
     return {name: {field: _plain(draws[field]) for field in OPERATIONS[name].fields} for name in asked}
 
 

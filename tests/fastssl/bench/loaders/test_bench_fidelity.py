@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fastssl.bench import bench_command
+from pipelines.previews.engine_fidelity import ROWS
 from shards.conversion.convert import convert
 from shards.errors import UserError
 from tests.pictures import photo
@@ -25,7 +26,7 @@ def test_table_and_rows(shard_folder, tmp_path, capsys):
     flags = ["--size", "24", "--engines", "fused,reference", "--json", str(path)]
     assert bench_command.run(["fidelity", shard_folder, *flags]) == 0
     rows = json.loads(path.read_text())
-    assert len(rows) == 2 * 2 * 8
+    assert len(rows) == 2 * 2 * (len(ROWS) + 1)
     assert {row["engine"] for row in rows} == {"fused", "reference"}
     for row in rows:
         assert 0 <= row["mean_levels"] <= row["max_levels"]
