@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipelines.augment.operation import Column, Need, Operation, Pointwise, RandomNumbers, Settings
+from pipelines.augment.operation import (
+    Need,
+    Operation,
+    Pointwise,
+    PreviewColumn,
+    RandomNumbers,
+    RecipeSettings,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +62,7 @@ def batched(views: Tensor, drawn: Mapping[str, Tensor]) -> None:
     views.masked_fill_((drawn[FIELD][:, None] == channel)[:, :, None, None], 0)
 
 
-def reach(recipe: Settings, view: int) -> float:
+def reach(recipe: RecipeSettings, view: int) -> float:
     """See `Operation.reach`."""
     return recipe.per_view("channel_drop_p", view)
 
@@ -69,7 +76,7 @@ CHANNEL_DROP = Operation(
     switch=FIELD,
     counters=COUNTERS,
     reach=reach,
-    columns=(Column("channel drop", (FIELD,), lambda draw: f"channel {draw[FIELD]}"),),
+    columns=(PreviewColumn("channel drop", (FIELD,), lambda draw: f"channel {draw[FIELD]}"),),
     caption=lambda draw: f"drop {draw[FIELD]}",
     row="channel drop",
     pointwise=Pointwise(draw, reference, kernel, batched, check),

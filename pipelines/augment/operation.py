@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # `--help` reads recipes and must not wait for these
     from torch import Tensor
 
 
-class Settings(Protocol):
+class RecipeSettings(Protocol):
     """What an operation asks of a `recipe.Recipe`, whose settings it reads as attributes."""
 
     @property
@@ -45,7 +45,7 @@ Need = Callable[[bool, str, str], None]
 
 
 @dataclass(frozen=True)
-class Column:
+class PreviewColumn:
     """One column of `fastssl preview --ops`: an operation, or a part of one, shown alone."""
 
     title: str
@@ -53,7 +53,7 @@ class Column:
     """The fields of DRAW that hold it."""
     say: Callable[[np.void], str]
     """Return the drawn value in words."""
-    reach: Callable[[Settings, int], float] | None = None
+    reach: Callable[[RecipeSettings, int], float] | None = None
     """As `Operation.reach`, of a part of an operation; None: that of the whole."""
 
 
@@ -64,7 +64,7 @@ class Pointwise:
     A view is planar, (C, S, S): uint8 for 8-bit RGB, else float32 in [0, 1]. It is changed in place.
     """
 
-    draw: Callable[[Settings, RandomNumbers], Mapping[str, np.ndarray]]
+    draw: Callable[[RecipeSettings, RandomNumbers], Mapping[str, np.ndarray]]
     """Return the operation's fields of DRAW, (V, N) each, all 0 where nothing happens."""
     reference: Callable[[np.ndarray, np.void], None]
     """Change one view by its draw, with NumPy: the slow form that the others are compared with."""
@@ -91,15 +91,15 @@ class Operation:
     """The field that is above 0 where the operation happens; empty: it always does."""
     counters: tuple[int, ...]
     """The counters of its random numbers. Fixed for ever: another one changes what old runs saw."""
-    reach: Callable[[Settings, int], float]
+    reach: Callable[[RecipeSettings, int], float]
     """Return 0 where view number `view` of a recipe never meets it or is not changed by it."""
     per_view: tuple[str, ...] = ()
     """Those of its settings that may have one value for each view."""
-    rgb: Mapping[str, Callable[[Settings, int], float]] = field(default_factory=dict)
+    rgb: Mapping[str, Callable[[RecipeSettings, int], float]] = field(default_factory=dict)
     """Those of its settings that need red, green and blue, each with its own `reach`."""
     geometric: bool = False
     """Whether it moves or removes pixels, so that it acts on masks too."""
-    columns: tuple[Column, ...] = ()
+    columns: tuple[PreviewColumn, ...] = ()
     """How `preview --ops` shows it."""
     caption: Callable[[np.void], str] | None = None
     """Return a word for the caption of a view; None: the title."""
@@ -112,7 +112,7 @@ class Operation:
         """Return whether a DRAW record asks for it."""
         return not self.switch or bool(draw[self.switch] > 0)
 
-    def possible(self, recipe: Settings) -> bool:
+    def possible(self, recipe: RecipeSettings) -> bool:
         """Return whether any view of a recipe may meet it."""
         return any(self.reach(recipe, view) > 0 for view in range(recipe.total_views))
 

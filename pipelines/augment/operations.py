@@ -11,13 +11,13 @@ from types import MappingProxyType
 from typing import Any
 
 from pipelines.augment.channel_drop import CHANNEL_DROP
-from pipelines.augment.operation import Column, Operation, Settings
+from pipelines.augment.operation import Operation, PreviewColumn, RecipeSettings
 
 # The settings of how far each part of colour jitter moves; also the fields of DRAW that hold what was drawn.
 JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
-def _always(recipe: Settings, view: int) -> float:
+def _always(recipe: RecipeSettings, view: int) -> float:
     return 1.0
 
 
@@ -30,8 +30,8 @@ def _jitter(name: str):
     return lambda recipe, view: recipe.per_view(name, view) if recipe.per_view("jitter_p", view) > 0 else 0.0
 
 
-def _factor(name: str) -> Column:
-    return Column(name, ("jitter", name), lambda draw: f"x {draw[name]:.2f}", _jitter(name))
+def _factor(name: str) -> PreviewColumn:
+    return PreviewColumn(name, ("jitter", name), lambda draw: f"x {draw[name]:.2f}", _jitter(name))
 
 
 def _flag(name: str, title: str, **more: Any) -> Operation:
@@ -59,7 +59,7 @@ _ORDER: tuple[Operation, ...] = (
         reach=_always,
         geometric=True,
         columns=(
-            Column(
+            PreviewColumn(
                 "crop",
                 ("top", "left", "height", "width"),
                 lambda draw: f"{draw['width']} x {draw['height']} px",
@@ -87,7 +87,7 @@ _ORDER: tuple[Operation, ...] = (
         rgb={"saturation": _jitter("saturation"), "hue": _jitter("hue")},
         columns=(
             *(_factor(name) for name in ("brightness", "contrast", "saturation")),
-            Column(
+            PreviewColumn(
                 "hue", ("jitter", "hue"), lambda draw: f"{360 * float(draw['hue']):+.0f}°", _jitter("hue")
             ),
         ),
@@ -100,7 +100,7 @@ _ORDER: tuple[Operation, ...] = (
         per_view=("gray_p",),
         counters=(70,),
         rgb={"gray_p": _chance("gray_p")},
-        columns=(Column("grayscale", ("gray",), lambda draw: ""),),
+        columns=(PreviewColumn("grayscale", ("gray",), lambda draw: ""),),
         caption=lambda draw: "gray",
         row="gray",
     ),
@@ -113,7 +113,7 @@ _ORDER: tuple[Operation, ...] = (
         switch="sigma",
         counters=(71, 72),
         reach=_chance("blur_p"),
-        columns=(Column("blur", ("sigma",), lambda draw: f"sigma {draw['sigma']:.2f} px"),),
+        columns=(PreviewColumn("blur", ("sigma",), lambda draw: f"sigma {draw['sigma']:.2f} px"),),
         caption=lambda draw: f"blur {draw['sigma']:.1f}",
         row="blur",
     ),
@@ -123,7 +123,7 @@ _ORDER: tuple[Operation, ...] = (
         "solarise",
         per_view=("solarize_p",),
         counters=(73,),
-        columns=(Column("solarise", ("solarize",), lambda draw: ""),),
+        columns=(PreviewColumn("solarise", ("solarize",), lambda draw: ""),),
         caption=lambda draw: "solar",
         row="solarise",
     ),
@@ -132,7 +132,7 @@ _ORDER: tuple[Operation, ...] = (
         "mirror left and right",
         counters=(74,),
         geometric=True,
-        columns=(Column("mirror", ("hflip",), lambda draw: "left - right"),),
+        columns=(PreviewColumn("mirror", ("hflip",), lambda draw: "left - right"),),
         caption=lambda draw: "flip",
         row="flips and turns",
     ),
@@ -141,7 +141,7 @@ _ORDER: tuple[Operation, ...] = (
         "mirror top and bottom",
         counters=(75,),
         geometric=True,
-        columns=(Column("mirror", ("vflip",), lambda draw: "top - bottom"),),
+        columns=(PreviewColumn("mirror", ("vflip",), lambda draw: "top - bottom"),),
         caption=lambda draw: "flip",
         row="flips and turns",
     ),
@@ -154,7 +154,7 @@ _ORDER: tuple[Operation, ...] = (
         counters=(76,),
         reach=_chance("quarter_turns"),
         geometric=True,
-        columns=(Column("turn", ("turns",), lambda draw: f"{90 * int(draw['turns'])}°"),),
+        columns=(PreviewColumn("turn", ("turns",), lambda draw: f"{90 * int(draw['turns'])}°"),),
         caption=lambda draw: f"{90 * int(draw['turns'])}°",
         row="flips and turns",
     ),
@@ -167,7 +167,7 @@ _ORDER: tuple[Operation, ...] = (
         counters=(77, 78, 79),
         reach=lambda recipe, view: recipe.per_view("noise_p", view) * recipe.values("noise_std")[-1],
         columns=(
-            Column(
+            PreviewColumn(
                 "noise",
                 ("noise_std", "noise_seed"),
                 lambda draw: f"std {255 * float(draw['noise_std']):.1f} levels",
@@ -202,7 +202,7 @@ _ORDER: tuple[Operation, ...] = (
         reach=_chance("erase_p"),
         geometric=True,
         columns=(
-            Column(
+            PreviewColumn(
                 "erase",
                 ("erase_top", "erase_left", "erase_height", "erase_width", "erase_seed"),
                 lambda draw: f"{draw['erase_width']} x {draw['erase_height']} px",
@@ -216,7 +216,7 @@ _ORDER: tuple[Operation, ...] = (
 OPERATIONS: Mapping[str, Operation] = MappingProxyType({op.name: op for op in _ORDER})
 # Those that lie in one file and that engines call between blur and solarise.
 POINTWISE = {op.name: op.pointwise for op in _ORDER if op.pointwise}
-# Settings that may have one value for each view.
+# RecipeSettings that may have one value for each view.
 PER_VIEW = tuple(name for op in _ORDER for name in op.per_view)
 
 

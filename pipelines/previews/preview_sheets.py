@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines.augment.channels import check_operations, fit_recipe
 from pipelines.augment.draws import draw, eval_draws
-from pipelines.augment.operation import Column, Operation
+from pipelines.augment.operation import Operation, PreviewColumn
 from pipelines.augment.operations import OPERATIONS
 from pipelines.augment.recipe import Recipe
 from pipelines.engines.engine_table import make_engine
@@ -205,7 +205,7 @@ def describe(draw: np.void) -> str:
     return " ".join(word for word in dict.fromkeys(words) if word)
 
 
-def columns(recipe: Recipe) -> list[tuple[Operation, Column]]:
+def columns(recipe: Recipe) -> list[tuple[Operation, PreviewColumn]]:
     """Return the columns of `operations_sheet`: what changes something in one of the recipe's global views, in order."""
     return [
         (operation, column)
