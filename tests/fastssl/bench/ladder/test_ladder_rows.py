@@ -142,7 +142,7 @@ def test_rows_of_one_name_only_are_measured_and_written(config_file, shards, tmp
     )
     with pytest.raises(UserError, match="no row called 'fulll'"):
         bench_command.run([*argv, "--rows", "fulll"])
-    with pytest.raises(UserError, match="--rows end,data needs images: give --data.shards"):
+    with pytest.raises(UserError, match=r"--rows end,data needs images: give --data\.shards"):
         bench_command.run([config_file, *STEP, "--rows", "data,full,end"])
 
 
