@@ -6,6 +6,7 @@ This module and `preflight` import the standard library only, so that all missin
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import shutil
@@ -221,10 +222,12 @@ class Check:
         args = self._args
         sizes = Sizes(images=args.images, scale=args.scale, short=args.first, extra=tuple(args.extra.split()))
         if args.first:
-            sizes = _with(sizes, repeats=1, seconds=1.0)
+            sizes = dataclasses.replace(sizes, repeats=1, seconds=1.0)
         if args.tiny:
             few = {"images": min(args.images, 16), "scale": min(args.scale, 0.01)}
-            sizes = _with(sizes, **few, steps=1, repeats=1, seconds=0.05, extra=(*TINY, *sizes.extra))
+            sizes = dataclasses.replace(
+                sizes, **few, steps=1, repeats=1, seconds=0.05, extra=(*TINY, *sizes.extra)
+            )
         own = self._work / f"shards-{sizes.images}"
         stamp = f"{datetime.date.today():%Y-%m-%d}-{device}"
         shards = args.shards.resolve() if args.shards else own
@@ -232,12 +235,6 @@ class Check:
 
     def _say(self, text: str) -> None:
         print(f"[{time.monotonic() - self._began:5.0f} s] {text}", flush=True)
-
-
-def _with(sizes: Sizes, **changes: Any) -> Sizes:
-    import dataclasses
-
-    return dataclasses.replace(sizes, **changes)
 
 
 def choose_stages(args: argparse.Namespace) -> set[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastssl.bench.ladder.verdict import AUGMENT, DECODE, READ, TO_DEVICE
-from fastssl.bench.loaders.bench_loader import _in_threads, _read
+from fastssl.bench.loaders.bench_loader import call_in_threads, read_batches
 from fastssl.bench.loaders.work import Work
 from fastssl.bench.report import Row
 from fastssl.pretraining.build import view_form
@@ -82,10 +82,12 @@ def data_rows(resolved: Resolved, work: Work, clock: Clock) -> dict[str, Callabl
             return Row(DECODE, error="the GPU decodes as part of the loader: data.decode is gpu")
         name = "fused" if whole_batches(data.engine) else data.engine
         engine: Any = make_engine(name, work.recipe)
-        return timed(DECODE, _in_threads(work, lambda sample_id: engine.decode(work.shards.read(sample_id))))
+        return timed(
+            DECODE, call_in_threads(work, lambda sample_id: engine.decode(work.shards.read(sample_id)))
+        )
 
     return {
-        READ: lambda: timed(READ, _read(work)),
+        READ: lambda: timed(READ, read_batches(work)),
         DECODE: decode,
         TO_DEVICE: lambda: _copy_row(resolved, clock),
         AUGMENT: lambda: timed(AUGMENT, resident_views(resolved, work, clock.device)),

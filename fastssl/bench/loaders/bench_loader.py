@@ -92,8 +92,8 @@ def run(argv: list[str]) -> int:
     for sample_id in sample_ids:
         bytes(shards.read(int(sample_id)))
     ours = [
-        MeasuredLoader("read", "", _read, "encoded bytes copied from the shards, no more"),
-        MeasuredLoader("decode", "", _decode, "our decoder in threads, no views"),
+        MeasuredLoader("read", "", read_batches, "encoded bytes copied from the shards, no more"),
+        MeasuredLoader("decode", "", decode_batches, "our decoder in threads, no views"),
     ]
     device = GPU if has_gpu() else "cpu"
     guard = Guard(device, f"batches of {args.batch} do not fit in the memory: lower --batch, or --threads")
@@ -184,17 +184,19 @@ def measure(
 # ----------------------------------------------------------------------------------------------------------- ours
 
 
-def _read(work: Work) -> Generator[int]:
-    return _in_threads(work, lambda sample_id: bytes(work.shards.read(sample_id)))
+def read_batches(work: Work) -> Generator[int]:
+    """Yield the size of each batch whose encoded images were copied from the shards."""
+    return call_in_threads(work, lambda sample_id: bytes(work.shards.read(sample_id)))
 
 
-def _decode(work: Work) -> Generator[int]:
+def decode_batches(work: Work) -> Generator[int]:
+    """Yield the size of each batch that our decoder has decoded in threads."""
     from pipelines.kernels.decode import decode_rgb
 
-    return _in_threads(work, lambda sample_id: decode_rgb(work.shards.read(sample_id)))
+    return call_in_threads(work, lambda sample_id: decode_rgb(work.shards.read(sample_id)))
 
 
-def _in_threads(work: Work, function: Callable[[int], Any]) -> Generator[int]:
+def call_in_threads(work: Work, function: Callable[[int], Any]) -> Generator[int]:
     """Call `function` for every sample in threads, two batches ahead, as the loader makes its views."""
     size = max(1, work.batch // (work.threads * 4))
     waiting: deque = deque()
