@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
@@ -10,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import tyro
 
 from shards.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from fastssl.core.nonfinite import BadStep
@@ -77,6 +78,7 @@ def capture(path: Path, bad: BadStep, weights: dict[str, Any], shards: ShardSet)
 
 def _draws(config: dict[str, Any], step: int, ids: np.ndarray, shards: ShardSet) -> torch.Tensor:
     """Return the bytes of the batch's DRAW records (V, N), uint8; a sample that replaced a bad one has those of its own place."""
+    import numpy as np
     import torch
 
     from fastssl.pretraining.run_config import from_tree
@@ -96,6 +98,8 @@ def same_draws(stored: np.ndarray, ours: np.ndarray) -> bool:
         stored: of a file.
         ours: of this version, for the same batch. What the file does not have must be 0: nothing happens.
     """
+    import numpy as np
+
     from pipelines.augment.draws import DRAW
 
     records = ours.reshape(-1, DRAW.itemsize)
@@ -111,6 +115,7 @@ def replay(args: Replay) -> list[str]:
     Raises:
         UserError: there is no such file, or the shards are not the run's.
     """
+    import numpy as np
     import torch
 
     from fastssl.core import checkpoint
@@ -236,7 +241,7 @@ class Spot:
     def tell(self) -> str:
         """Return a line for the report."""
         return (
-            f"first not finite in {self.name} ({self.kind}): {self.count:,} of {int(np.prod(self.shape)):,} values of "
+            f"first not finite in {self.name} ({self.kind}): {self.count:,} of {math.prod(self.shape):,} values of "
             f"{self.shape}; {self.before}"
         )
 
