@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastssl.commands.evaluate import evaluate_knn
+    from fastssl.commands.evaluate_checkpoint import evaluate_knn
     from fastssl.pretraining.run import pretrain
     from fastssl.pretraining.run_config import load_config
 
@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate_knn", "load_config", "pretrain"]
 
 _HOMES = {
-    "evaluate_knn": "fastssl.commands.evaluate",
+    "evaluate_knn": "fastssl.commands.evaluate_checkpoint",
     "load_config": "fastssl.pretraining.run_config",
     "pretrain": "fastssl.pretraining.run",
 }

@@ -83,7 +83,7 @@ class Guard:
 
 def out_of_memory(error: Exception) -> bool:
     """Return whether an error is a lack of memory, of the device or the host."""
-    from fastssl.core.memory import is_out_of_memory
+    from fastssl.core.out_of_memory import is_out_of_memory
 
     return isinstance(error, MemoryError) or is_out_of_memory(error)
 

@@ -72,7 +72,7 @@ def run(argv: list[str]) -> int:
         def progress(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        from fastssl.commands.evaluate import evaluate_knn
+        from fastssl.commands.evaluate_checkpoint import evaluate_knn
         from shards.splits.split_table import open_split
 
         test = args.test_shards or (args.shards if args.test_split else "")

@@ -187,7 +187,7 @@ def _pretrain(out: Path, args: Demo):
 
 
 def _evaluate(out: Path, checkpoint: Path) -> dict[str, Any]:
-    from fastssl.commands.evaluate import evaluate_knn
+    from fastssl.commands.evaluate_checkpoint import evaluate_knn
     from shards.storage.atomic_files import atomic_write
 
     report = evaluate_knn(checkpoint, out / "train-shards", out / "test-shards")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.core.distributed import Dist, alone, smallest_over_ranks
-from fastssl.core.memory import bracketed_cause, is_out_of_memory
 from fastssl.core.optimizers import OptimConfig, build_optimizer, set_lr
+from fastssl.core.out_of_memory import bracketed_cause, is_out_of_memory
 from fastssl.methods.method import Method
 from fastssl.pretraining.build import view_form
 from fastssl.pretraining.step import WHOLE_BATCH, DDPWrapper, Step, StepOptions, chunks

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.core import distributed
-from fastssl.core.memory import bracketed_cause, is_out_of_memory
+from fastssl.core.out_of_memory import bracketed_cause, is_out_of_memory
 from fastssl.pretraining import loop
 from fastssl.pretraining.loop import Summary
 from fastssl.pretraining.run_config import Resolved, load_config

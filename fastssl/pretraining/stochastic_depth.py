@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from shards.hashing import hash_key
+from shards.counter_hash import hash_key
 
 
 def depth_draws(seed: int, step: int, rank: int) -> Callable[[int], None]:

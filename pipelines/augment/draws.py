@@ -1,6 +1,6 @@
 """What happens to one sample: a pure function of (recipe, seed, epoch, sample id, view).
 
-Every random number comes from a counter-based hash (`shards.hashing`), so the same sample gets the same views whatever the batch,
+Every random number comes from a counter-based hash (`shards.counter_hash`), so the same sample gets the same views whatever the batch,
 the rank count, the engine or the point of resume.
 """
 
@@ -15,7 +15,7 @@ from numba import njit
 
 from pipelines.augment.operations import OPERATIONS, POINTWISE, draw_fields
 from pipelines.augment.recipe import Recipe
-from shards.hashing import PART, fold, hash_key, mix64, uniform
+from shards.counter_hash import PART, fold, hash_key, mix64, uniform
 
 # One record says all that an engine has to do to make one view of one image.
 DRAW = np.dtype(draw_fields())

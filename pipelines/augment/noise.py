@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from shards.hashing import GAMMA, mix64
+from shards.counter_hash import GAMMA, mix64
 
 NOISE_LEVELS = 4096  # 16 KiB as float32: stays in a first-level cache
 

@@ -1,6 +1,6 @@
 """The default engine: decode once with libjpeg-turbo, crop each view with torchvision's SIMD resize, then our kernels.
 
-Images of 16 bits, of floats or of other than three channels take `deep_kernels` instead, in 32-bit floats.
+Images of 16 bits, of floats or of other than three channels take `float_kernels` instead, in 32-bit floats.
 
 All three release the GIL, so plain threads use every core and no pixels travel between processes.
 """
@@ -18,7 +18,7 @@ from pipelines.augment.channels import gain_and_offset, is_deep
 from pipelines.augment.noise import noise_table
 from pipelines.augment.pointwise import apply, drawn
 from pipelines.augment.recipe import Recipe
-from pipelines.kernels import cpu_kernels, deep_kernels
+from pipelines.kernels import cpu_kernels, float_kernels
 from pipelines.kernels.decode import decode_array, decode_rgb
 
 
@@ -83,16 +83,16 @@ class FusedEngine:
         for index, draw in enumerate(draws):
             crop = cut(pixels, draw)
             image = np.empty((len(gain), *crop.shape[:2]), dtype=np.float32)
-            deep_kernels.levels(crop, gain, offset, image)
+            float_kernels.levels(crop, gain, offset, image)
             rest = (self._scale, self._bias, self._fill, noise_table())
             pointwise = drawn(draw)
             if not pointwise:
-                deep_kernels.make_view(image, draws, index, cubic, *rest, out[index])
+                float_kernels.make_view(image, draws, index, cubic, *rest, out[index])
                 continue
             view = np.empty(out[index].shape, dtype=np.float32)
-            deep_kernels.adjust_colors(image, draws, index, cubic, view)
+            float_kernels.adjust_colors(image, draws, index, cubic, view)
             apply(pointwise, view, draw)
-            deep_kernels.complete(view, draws, index, *rest, out[index])
+            float_kernels.complete(view, draws, index, *rest, out[index])
 
     def _spare(self, size: int) -> np.ndarray:
         """Return the scratch planes of this thread, uint8 (2, S, S)."""

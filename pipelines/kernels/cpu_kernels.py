@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numba import njit
 
-from shards.hashing import GAMMA, mix64
+from shards.counter_hash import GAMMA, mix64
 
 _F0, _F1, _F255, _HALF = np.float32(0), np.float32(1), np.float32(255), np.float32(0.5)
 _mix = njit(nogil=True, cache=True)(mix64)

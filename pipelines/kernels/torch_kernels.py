@@ -2,7 +2,7 @@
 
 Views of 8-bit RGB images are uint8 (M, 3, S, S), and every step rounds to 8 bits as Pillow does, so that the steps after the crop stay
 within a fraction of a level of the reference (formulas: `cpu_kernels`). Those of all other images are float32 (M, C, S, S) in [0, 1],
-and nothing is rounded on the way (formulas: `deep_kernels`). The type of the views says which. Nothing here waits for the device.
+and nothing is rounded on the way (formulas: `float_kernels`). The type of the views says which. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipelines.augment.noise import noise_table
 from pipelines.kernels.torch_colour import colour as colour
 from pipelines.kernels.torch_crop import crop as crop
 from pipelines.kernels.view_params import PLAIN, Form, Params
-from shards.hashing import FIRST, GAMMA, SECOND
+from shards.counter_hash import FIRST, GAMMA, SECOND
 
 
 def blur(views: Tensor, params: Params) -> Tensor:
@@ -99,7 +99,7 @@ def noise_values(device: torch.device) -> Tensor:
 
 
 def _mix64(x: Tensor) -> Tensor:
-    """Return `hashing.mix64` of int64 with the same bits: torch multiplies and adds modulo 2^64, but shifts copy the sign."""
+    """Return `counter_hash.mix64` of int64 with the same bits: torch multiplies and adds modulo 2^64, but shifts copy the sign."""
     x = x + _signed(GAMMA)
     x = (x ^ _shift(x, 30)) * _signed(FIRST)
     x = (x ^ _shift(x, 27)) * _signed(SECOND)

@@ -1,7 +1,7 @@
 """The batched kernels of `torch_kernels` in Triton: the same signatures and values, in a few passes over the pixels.
 
 Compiled on first use on a CUDA device; on a CPU only Triton's interpreter runs them (the tests do). What threads sum up together are
-integers, so a result does not depend on their order. Formulas: as in `cpu_kernels` and `deep_kernels`.
+integers, so a result does not depend on their order. Formulas: as in `cpu_kernels` and `float_kernels`.
 """
 
 # Triton's decorators hide from the type checker that launches take plain numbers for constants, and what `static_range` is.
@@ -20,7 +20,7 @@ from pipelines.kernels.triton_colour import colour as colour
 from pipelines.kernels.triton_crop import EXACT
 from pipelines.kernels.triton_crop import crop as crop
 from pipelines.kernels.view_params import PLAIN, Form, Params
-from shards.hashing import FIRST, GAMMA, SECOND
+from shards.counter_hash import FIRST, GAMMA, SECOND
 
 _GAMMA, _FIRST, _SECOND = (tl.constexpr(int(word)) for word in (GAMMA, FIRST, SECOND))
 
@@ -101,7 +101,7 @@ def _box(
 
 @triton.jit
 def _mix64(x):
-    """`hashing.mix64` of uint64."""
+    """`counter_hash.mix64` of uint64."""
     x = x + _GAMMA
     x = (x ^ (x >> 30)) * _FIRST
     x = (x ^ (x >> 27)) * _SECOND

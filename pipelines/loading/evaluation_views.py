@@ -19,7 +19,7 @@ from pipelines.loading.mask_slot import with_masks
 from pipelines.loading.slots import host_slots, view_shapes
 from pipelines.streaming.batch import Batch, BatchRequest
 from pipelines.streaming.cache import open_samples
-from pipelines.streaming.prefetch import ShardPrefetch
+from pipelines.streaming.shard_prefetch import ShardPrefetch
 from pipelines.streaming.stream import SlotMaker, default_threads, stream
 from shards.dataset.shard_set import ShardSet
 

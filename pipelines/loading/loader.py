@@ -20,7 +20,7 @@ from pipelines.loading.slots import open_slots, whole_only
 from pipelines.streaming.bad_samples import BadSamples
 from pipelines.streaming.batch import Batch, BatchRequest
 from pipelines.streaming.cache import Samples
-from pipelines.streaming.prefetch import ShardPrefetch, ShardUses, choose_window
+from pipelines.streaming.shard_prefetch import ShardPrefetch, ShardUses, choose_window
 from pipelines.streaming.stream import SlotMaker, default_threads, exact_device, stream
 from shards.dataset.order import block_order, epoch_order, rank_positions, steps_per_epoch
 from shards.dataset.shard_set import ShardSet

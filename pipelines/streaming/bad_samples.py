@@ -12,9 +12,9 @@ import numpy as np
 
 from pipelines.augment.draws import draw
 from pipelines.augment.recipe import Recipe
+from shards.counter_hash import hash_key
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.hashing import hash_key
 
 # Bad samples that never stop a run whose share is above 0: one bad sample of a hundred is 1 %.
 ALLOWED = 10

@@ -19,9 +19,9 @@ from shards.cpus import available_cpus
 from shards.errors import UserError
 
 # Batches made ahead: one being filled while one waits.
-PREFETCH = 2
+PREFETCHED_BATCHES = 2
 # And one that the caller works on.
-SLOTS = PREFETCH + 1
+SLOTS = PREFETCHED_BATCHES + 1
 # Parts a batch is cut in, per thread: small enough that the last part does not keep others waiting.
 TASKS_PER_THREAD = 4
 
@@ -86,7 +86,7 @@ def stream(
     threads: int,
     bad: BadSamples | None = None,
 ) -> Generator[Batch, None, None]:
-    """Make the batches of `requests` in threads, `PREFETCH` ahead and in order.
+    """Make the batches of `requests` in threads, `PREFETCHED_BATCHES` ahead and in order.
 
     Args:
         slots: memory for `SLOTS` batches.
@@ -142,7 +142,7 @@ def stream(
                 filling.slot.launch()
 
     try:
-        for _ in range(PREFETCH):
+        for _ in range(PREFETCHED_BATCHES):
             start_next()
         while waiting:
             filling = waiting.popleft()

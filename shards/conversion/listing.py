@@ -19,10 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from shards.counter_hash import fold, hash_key
 from shards.dataset.order import PLAN_TAG
 from shards.errors import UserError
 from shards.format.columns import hash_values
-from shards.hashing import fold, hash_key
 from shards.sources.source import Source
 
 IN_MEMORY = 1_000_000  # entries, above which they are sorted on disk

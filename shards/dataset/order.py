@@ -3,8 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from shards.counter_hash import hash_key
 from shards.errors import UserError
-from shards.hashing import hash_key
 
 # Separate streams of the same seed: what the training order draws says nothing about how shards were filled.
 EPOCH_TAG = 0x65706F6368

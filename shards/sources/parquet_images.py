@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.counter_hash import fold
 from shards.errors import UserError
 from shards.format.columns import hash_values
 from shards.format.parquet_pages import Column, Page
-from shards.hashing import fold
 from shards.images.pixels import BadImage
 from shards.sources import source
 from shards.sources.file_list import NO_MASKS, choose, extra_columns, find_file, is_binary

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from shards.hashing import hash_key, uniform
+from shards.counter_hash import hash_key, uniform
 
 TRAIN, VAL, TEST, NONE = 0, 1, 2, -1
 SIDES = ("train", "val", "test")

@@ -103,7 +103,7 @@ def report(resolved: Resolved, options: Options) -> int:
     from fastssl.bench.report import machine, write_report
     from fastssl.bench.screen import say_written
     from fastssl.core.distributed import choose_device
-    from fastssl.core.memory import bracketed_cause
+    from fastssl.core.out_of_memory import bracketed_cause
     from fastssl.pretraining.build import follow_shards
 
     if resolved.config.data.shards:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastssl.cli import main
-from fastssl.commands.evaluate import evaluate_knn
+from fastssl.commands.evaluate_checkpoint import evaluate_knn
 from fastssl.core import checkpoint
 from fastssl.evaluation.features import backbone_encoder, extract, labelled_ids, pixel_encoder
 from fastssl.evaluation.knn import classify

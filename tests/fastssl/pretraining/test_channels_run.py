@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.commands.evaluate import evaluate_knn
+from fastssl.commands.evaluate_checkpoint import evaluate_knn
 from fastssl.core import checkpoint
 from fastssl.pretraining.build import build_method, follow_shards
 from fastssl.pretraining.loop import train

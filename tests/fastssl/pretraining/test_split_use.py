@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastssl.cli import main
-from fastssl.commands.evaluate import evaluate_knn
+from fastssl.commands.evaluate_checkpoint import evaluate_knn
 from fastssl.core import checkpoint
 from fastssl.pretraining.loop import train
 from shards.dataset.shard_set import ShardSet

@@ -8,7 +8,7 @@ from torchvision.transforms import functional as tvf
 from pipelines.augment import noise
 from pipelines.augment.draws import DRAW
 from pipelines.kernels import cpu_kernels
-from shards.hashing import mix64
+from shards.counter_hash import mix64
 from tests.pictures import colours, photo
 
 SIDE = 64

@@ -14,12 +14,12 @@ from xxhash import xxh3_64_intdigest
 from shards.conversion.convert import OnProgress, convert
 from shards.conversion.listing import SCRATCH, Survey
 from shards.conversion.shard_plan import default_samples_per_shard
+from shards.counter_hash import hash_key
 from shards.dataset.order import PLAN_TAG
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.format import layout
 from shards.format.layout import Manifest
-from shards.hashing import hash_key
 from tests.pictures import encoded, fingerprints, picture
 
 

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.counter_hash import hash_key
 from shards.dataset.order import (
     EPOCH_TAG,
     PLAN_TAG,
@@ -13,7 +14,6 @@ from shards.dataset.order import (
     steps_per_epoch,
 )
 from shards.errors import UserError
-from shards.hashing import hash_key
 
 seeds = st.integers(0, 2**63 - 1)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.hashing import uniform
+from shards.counter_hash import uniform
 from shards.splits.assignment import NONE, TEST, TRAIN, VAL, divide, join, label_fractions, strata_of_groups
 
 

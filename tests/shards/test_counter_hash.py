@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from shards.hashing import GAMMA, PART, fold, hash_key, mix64, uniform
+from shards.counter_hash import GAMMA, PART, fold, hash_key, mix64, uniform
 
 WORD = 2**64
 words = st.integers(0, WORD - 1)

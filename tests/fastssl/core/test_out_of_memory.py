@@ -10,7 +10,7 @@ from fastssl.bench.guard import Guard
 from fastssl.bench.ladder import ladder, step_peers, step_rungs
 from fastssl.bench.report import Row
 from fastssl.commands import pretrain_command as command
-from fastssl.core.memory import bracketed_cause, is_out_of_memory
+from fastssl.core.out_of_memory import bracketed_cause, is_out_of_memory
 from fastssl.pretraining import loop
 from fastssl.pretraining.run_config import load
 from shards.errors import UserError
