@@ -300,7 +300,7 @@ def test_a_path_a_preset_and_a_split_are_accepted(shard_set, tmp_path):
         assert (loader.recipe, loader.seed) == (RECIPES["moco_v3"], 0)
     with pytest.raises(UserError, match=r"no recipe called 'moco3'. Did you mean 'moco_v3'"):
         open_loader(shard_set, "moco3", batch=8)
-    with pytest.raises(UserError, match="no splits"):
+    with pytest.raises(UserError, match="no split"):
         open_loader(shard_set, SMALL, batch=8, split="train")
     copied = shutil.copytree(shard_set.folder, tmp_path / "shards")
     split(open_place(copied), SplitRule(val=0.25, group_by="none"))
