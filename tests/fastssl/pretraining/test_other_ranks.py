@@ -75,7 +75,7 @@ def test_one_process_then_two_then_one_in_chunks(shards: Path, tmp_path: Path) -
     found |= {step: [sample for seen in two for sample in seen[step]] for step in two[0]}
     assert newest(run)["step"] == SECOND
     last: Seen = {}
-    with _watched(last), pytest.warns(UserWarning, match="train.micro_batch was 0 until here"):
+    with _watched(last), pytest.warns(UserWarning, match=r"train\.micro_batch was 0 so far"):
         train(resolve(shards, run, TWO_EPOCHS, {"train": {"micro_batch": 4}}), resume=True)
     assert list(last) == list(range(SECOND + 1, 2 * STEPS + 1))
     found |= last
