@@ -57,6 +57,9 @@ def open_loader(
             for where no sample has one.
     """
     options = make_options("open_loader", keywords, base=options)
+    for name, value, least in (("batch", batch, 1), ("seed", seed, 0)):
+        if not isinstance(value, int | np.integer) or not least <= value < 2**63:
+            raise UserError(f"{name} is {value!r}, but it must be a whole number of {least} or more.")
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     shards = open_shards(shards, split)
     # Names both numbers where the batch does not divide.
@@ -144,11 +147,13 @@ class Loader:
 
     def __iter__(self) -> Generator[Batch, None, None]:
         """Return an iterator over the batches of the current epoch that are left."""
-        start, self._start = self._start, 0
-        self._given, self._latest = start, object()
-        return self._rest(self.current_epoch, start, self._latest)
+        return self._rest(self.current_epoch, self._start)
 
-    def _rest(self, epoch: int, start: int, loop: object) -> Generator[Batch, None, None]:
+    def _rest(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+        loop = object()
+        # Only now: an iterator that is dropped before its first batch takes nothing.
+        if self.current_epoch == epoch:
+            self._start, self._given, self._latest = 0, start, loop
         batches = self.epoch(epoch, start)
         try:
             for step, batch in enumerate(batches, start):
@@ -192,7 +197,15 @@ class Loader:
                 only the recipe is another.
         """
         check_state(state, describe_run(self.shards, self.recipe, self.batch, self.seed, self._window))
-        self.current_epoch, self._start, self._given = state["epoch"], state["step"], state["step"]
+        epoch, step = state["epoch"], state["step"]
+        if type(epoch) is not int or type(step) is not int or epoch < 0 or not 0 <= step <= len(self):
+            raise UserError(
+                f"The state is at epoch {epoch!r}, step {step!r}, but an epoch of this loader has the steps 0 to {len(self)}: it is "
+                "damaged, or was changed."
+            )
+        # After the last batch of an epoch comes the first of the next one.
+        epoch, step = (epoch + 1, 0) if step == len(self) else (epoch, step)
+        self.current_epoch, self._start, self._given = epoch, step, step
         self._latest = object()
 
     def in_chunks(self) -> Loader:

@@ -19,7 +19,8 @@ def open_place(where: Where) -> Place:
         return where
     text = os.fspath(where)
     if "://" not in text or text.startswith("file://"):
-        return LocalPlace(text)
+        # A shell expands it, Python does not.
+        return LocalPlace(os.path.expanduser(text))
     from shards.storage.remote import RemotePlace
 
     return RemotePlace(text)

@@ -209,7 +209,47 @@ def test_ctrl_c_ends_a_loop_at_once(shard_set, tmp_path):
 # ---------------------------------------------------------------- state
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_state_after_the_last_batch_goes_on_with_the_next_epoch(shard_set):
+    loader = opened(shard_set)
+    iterator = iter(loader)
+    for _ in range(len(loader)):
+        next(iterator)
+    other = opened(shard_set)
+    other.load_state_dict(loader.state_dict())
+    assert (other.current_epoch, other.state_dict()["step"]) == (1, 0)
+    assert all(same(a, b) for a, b in zip(other, loader.epoch(1), strict=True))
+
+
+def test_an_iterator_that_never_began_takes_nothing(shard_set):
+    loader = opened(shard_set)
+    next(iter(loader))
+    state = loader.state_dict()
+    other = opened(shard_set)
+    other.load_state_dict(state)
+    iter(other)
+    assert other.state_dict() == state
+    assert len(list(other)) == len(loader) - 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": -1}, {"step": 99}, {"step": "2"}, {"step": 2.5}, {"epoch": -3}], ids=str
+)
+def test_a_state_that_cannot_be_is_refused(shard_set, change):
+    loader = opened(shard_set)
+    with pytest.raises(UserError, match=r"The state is at epoch .*, step .*, but an epoch"):
+        loader.load_state_dict(loader.state_dict() | change)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seed": 0.5}, {"seed": -1}, {"seed": 2**64}, {"batch": 0}, {"batch": 4.0}], ids=str
+)
+def test_numbers_that_cannot_be_are_refused(shard_set, wrong):
+    [name] = wrong
+    with pytest.raises(UserError, match=f"{name} is .*, but it must be a whole number"):
+        open_loader(shard_set, SMALL, **{"batch": 8, "seed": 0, **wrong})
+
+
+@pytest.mark.parametrize("at", [1, 3])
 def test_a_state_in_the_midst_of_an_epoch_goes_on_with_the_next_batches(shard_set, at):
     loader = opened(shard_set)
     loader.set_epoch(2)

@@ -106,3 +106,9 @@ def test_unknown_protocols_are_user_errors():
     with pytest.raises(UserError, match="of no known protocol"):
         open_place("nonsense://bucket")
     assert isinstance(open_place("file:///tmp"), LocalPlace)
+
+
+def test_a_home_folder_is_the_users_own(tmp_path, monkeypatch):
+    """A shell expands ~, Python does not: a folder of that name would be made here."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_place("~/shards").local == tmp_path / "shards"
