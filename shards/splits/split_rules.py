@@ -244,10 +244,11 @@ class _ByPattern(_Grouping):
     def check(self) -> None:
         if self._num_missed:
             shown = ", ".join(f"'{name}'" for name in self._missed)
+            pattern = self._pattern.pattern
             raise UserError(
-                f"--group-by '{self._pattern.pattern}' does not match {self._num_missed:,} of the names, such as {shown}. "
-                "Mend it; or leave it out, where the shards have a column 'group' (tiles have that of their scene); or let each of these be a group "
-                f"of its own, which may tear scenes apart: '{self._pattern.pattern}|$'."
+                f"--group-by '{pattern}' does not match {self._num_missed:,} of the names, such as {shown}. Mend it; or leave it out, "
+                "where the shards have a column 'group' (tiles have that of their scene); or let each of these be a group of its own, "
+                f"which may tear scenes apart: '{pattern}|$'."
             )
 
 
