@@ -18,7 +18,6 @@ from shards.conversion.convert import convert
 from shards.images.mask_images import MaskFolder
 from shards.sources.image_folder import FolderSource
 from shards.storage.opening import open_place
-from tests import needs
 from tests.pictures import photo
 
 ROOT = Path(__file__).parents[1]
@@ -51,9 +50,6 @@ def test_a_block_of_the_page_runs(package: str, block: str, folder: Path, monkey
     if package:
         # No dependency of ours: its absence hides nothing.
         pytest.importorskip(package, reason=f"{package} is not installed")
-    for owner, name in re.findall(r"^from (shards|fastssl) import (\w+)$", block, re.MULTILINE):
-        if not hasattr(needs.module(owner), name):
-            pytest.skip(f"'from {owner} import {name}' is not there yet")
     monkeypatch.chdir(folder)
     exec(compile(block, "docs/python.md", "exec"), {"__name__": "__main__"})
 
