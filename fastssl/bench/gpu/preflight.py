@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
+from fastssl.bench.installed import is_there
 from shards.errors import UserError
 
 # Import name: distribution. Includes dependencies, because wheels are often copied without them.
@@ -38,15 +38,6 @@ WANTED = {
     "lightly": ("lightly", "its loader and its step"),
     "pytest_timeout": ("pytest-timeout", "a time limit for each test: those of a file share one"),
 }
-
-
-def is_there(module: str) -> bool:
-    """Return whether Python finds a module, importing no more than its parents."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    # No parent; or the module is None in sys.modules.
-    except (ImportError, ValueError):
-        return False
 
 
 def check_packages() -> list[str]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from fastssl.bench.installed import is_there
+
 # Configuration, and images per step that fit in 80 GB.
 MODELS = {
     "vit_small": ("configs/moco_v3_vit_small.yaml", 512),
@@ -181,8 +183,6 @@ def _facts(plan: CheckSetup) -> Lanes:
 
 def _tests(plan: CheckSetup) -> Lanes:
     """Return a job per test file, so that a CUDA error or a hang affects no other file."""
-    from fastssl.bench.gpu.preflight import is_there
-
     limit = ("--timeout", "90") if is_there("pytest_timeout") else ()
     lanes = []
     for file in gpu_tests(plan.root):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl.bench.installed import is_there
 from fastssl.bench.ladder.verdict import AUGMENT, DECODE, READ, TO_DEVICE
 from fastssl.bench.loaders.bench_loader import call_in_threads, read_batches
 from fastssl.bench.loaders.work import Work
@@ -171,7 +171,7 @@ def loader_views(
 
 def refuse_without_decoder() -> None:
     """Raise UserError if nvImageCodec is not installed, before shards are opened or workers started."""
-    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.nvimgcodec") is None:
+    if not is_there("nvidia.nvimgcodec"):
         raise UserError(
             "data.decode gpu needs the package nvidia-nvimgcodec-cu12, which is not installed: install it, or set --data.decode cpu."
         )

@@ -167,7 +167,7 @@ def test_the_loader_of_the_ladder_is_one_stream(config_file, shards, monkeypatch
 
 
 def test_a_missing_decoder_is_told_before_the_shards_are_opened(config_file, monkeypatch):
-    monkeypatch.setattr(data_rungs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(data_rungs, "is_there", lambda module: False)
     resolved = run_config.load(config_file, [*STEP[:-4], "--data.shards", "no/such"])
     with pytest.raises(UserError, match="needs the package nvidia-nvimgcodec-cu12, which is not installed"):
         data_rungs.loader_views(
