@@ -151,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def check(path: str, overrides: list[str], args: argparse.Namespace) -> None:
     """Raise UserError, with the way out, for what would otherwise fail after hours in the queue."""
+    from fastssl.commands.pretrain_command import take_resume
     from fastssl.pretraining import run_config
 
     check_least(args, nodes=1, gpus=1, cpus_per_gpu=1, max_requeues=0)
@@ -159,7 +160,7 @@ def check(path: str, overrides: list[str], args: argparse.Namespace) -> None:
             f"--save-before is {args.save_before} s, but it must be above 0 and less than --hours {args.hours:g} "
             f"({args.hours * 3600:,.0f} s)."
         )
-    cfg = run_config.load(path, [token for token in overrides if token != "--resume"]).config
+    cfg = run_config.load(path, take_resume(overrides)[1]).config
     world = args.nodes * args.gpus
     if cfg.train.batch % world:
         near = max(1, round(cfg.train.batch / world)) * world

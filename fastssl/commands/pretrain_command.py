@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import warnings
+from pathlib import Path
 
-USAGE = """usage: fastssl pretrain CONFIG [--resume] [--section.key value ...]
+USAGE = """usage: fastssl pretrain CONFIG [--gpus all] [--resume [CHECKPOINT]] [--section.key value ...]
 
 Pretrain a backbone on shards, without labels. CONFIG is a YAML file (see configs/); flags override its settings.
-  --resume     continue the run in train.out from its newest checkpoint (from the start where there is none)
-  --settings   list all settings with their values and meaning
+  --gpus all            one process on each GPU of this machine; 2: on the first two; 0,3: on these
+  --processes N         N processes on this machine, for CPUs
+  --resume              continue the run in train.out from its newest checkpoint (from the start where there is none)
+  --resume CHECKPOINT   continue from another run's checkpoint or folder, in a new train.out; the other folder stays as it is
+  --settings            list all settings with their values and meaning
 
   fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/ --train.batch 256
-  torchrun --nproc-per-node 8 -m fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/"""
+  fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/ --gpus all"""
 
 
 def run(argv: list[str]) -> int:
@@ -26,17 +31,27 @@ def run(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         given = " ".join(["fastssl pretrain CONFIG", *argv])
         raise UserError(f"Give the configuration file first, as in `{given}`.")
-    path, rest = argv[0], [token for token in argv[1:] if token != "--resume"]
-    resume = "--resume" in argv
+    from fastssl.commands import local_ranks
+
+    environments, argv = local_ranks.take_processes(argv)
+    if environments:
+        return local_ranks.run(argv, environments)
+    path, (resume, rest) = argv[0], take_resume(argv[1:])
     rest = ["--help" if token in ("--settings", "-h") else token for token in rest]
 
+    from fastssl.core.signals import StopRequest
     from fastssl.pretraining import run_config
 
     resolved = run_config.load(path, rest)
     from fastssl.pretraining.run import pretrain
 
     warnings.showwarning = _show_warning
-    summary = pretrain(resolved, resume=resume)
+    # The process is the command's: a second Ctrl-C ends it at once.
+    StopRequest.exits = True
+    try:
+        summary = pretrain(resolved, resume=resume)
+    finally:
+        StopRequest.exits = False
     if not is_main_process():
         return 128 + summary.interrupted if summary.interrupted else 0
     if summary.interrupted:
@@ -52,6 +67,16 @@ def run(argv: list[str]) -> int:
     )
     print(f"Evaluate them: fastssl eval knn {resolved.config.train.out} --shards LABELLED_SHARDS")
     return 0
+
+
+def take_resume(argv: list[str]) -> tuple[bool | Path, list[str]]:
+    """Take `--resume [CHECKPOINT]` out of the arguments: return what `fastssl.pretrain` takes as `resume`, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # More than once: `fastssl launch` adds one without a checkpoint.
+    parser.add_argument("--resume", nargs="?", const="", action="append", default=[])
+    given, rest = parser.parse_known_args(argv)
+    paths = [path for path in given.resume if path]
+    return (Path(paths[-1]) if paths else bool(given.resume)), rest
 
 
 def is_main_process() -> bool:

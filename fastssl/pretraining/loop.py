@@ -39,7 +39,7 @@ class Summary:
     """Number of the signal that stopped the run, 0 where it ran to its end."""
 
 
-def train(resolved: Resolved, *, resume: bool = False) -> Summary:
+def train(resolved: Resolved, *, resume: bool | Path = False) -> Summary:
     """Run, or continue, the pretraining that a configuration describes; `fastssl.pretrain` is the way in.
 
     Order, draws, schedules and initial weights are functions of the configuration, and a checkpoint holds everything else, so a
@@ -74,7 +74,7 @@ def train(resolved: Resolved, *, resume: bool = False) -> Summary:
             # The device never holds more than a chunk of the views.
             loader = loader.in_chunks()
         online = _online_evaluation(training)
-        folder.begin(training.done)
+        folder.begin(training.done, training.total)
         return _loop(training, loader, folder, online)
 
 
@@ -86,7 +86,10 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
     _greet(screen, training, loader)
     began = time.perf_counter()
     saved = start
-    stop, stop_of_any = StopRequest(), distributed.LargestOverRanks()
+    stop_of_any = distributed.LargestOverRanks()
+    stop = StopRequest(
+        screen.say, f"within {2 * stop_of_any.every} steps" if ranks.world > 1 else "after this step"
+    )
     # One stream for the whole run: the next epoch's first batches are made while this one's last are trained on.
     batches = loader.steps(start, total)
 

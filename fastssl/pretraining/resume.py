@@ -39,7 +39,7 @@ def check_same_run(
         )
     # Parsed again, so that settings of an older version get their present names, and new settings their defaults.
     before, now = from_tree(state["config"]).tree(), resolved.tree()
-    fixed = {("train", "batch"), ("train", "seed"), ("train", "epochs")}
+    fixed = {("train", "batch"), ("train", "seed")}
     # They decide which state the optimizer holds, and for which weights.
     fixed |= {("optim", "name"), ("model", "stop_grad_conv1")}
     free = {
@@ -47,6 +47,8 @@ def check_same_run(
         for k in (
             "out",
             "device",
+            # The trainer tells what it means.
+            "epochs",
             "log_every",
             "save_every",
             "save_every_steps",

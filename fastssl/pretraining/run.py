@@ -18,7 +18,7 @@ def pretrain(
     config: str | Path | Resolved | None = None,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
-    resume: bool = False,
+    resume: bool | str | Path = False,
 ) -> Summary:
     """Pretrain a backbone on shards, without labels, and return where the weights are and how long it took.
 
@@ -31,7 +31,8 @@ def pretrain(
     Args:
         config: a YAML file, what `load_config` returned, or None for the defaults.
         overrides: settings that replace the file's, see `load_config`.
-        resume: continue the run in train.out from its newest checkpoint, or start it where there is none.
+        resume: True: continue the run in train.out from its newest checkpoint, or start it where there is none. A checkpoint, or the
+            folder of a run: continue from there in train.out, and leave the other folder untouched; see docs/training.md.
 
     Raises:
         UserError: settings that contradict each other, missing shards, a run folder in use, a loss that is not finite, a batch
@@ -39,7 +40,7 @@ def pretrain(
     """
     resolved = load_config(config, overrides)
     try:
-        return loop.train(resolved, resume=resume)
+        return loop.train(resolved, resume=Path(resume) if isinstance(resume, str) else resume)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

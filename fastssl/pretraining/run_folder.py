@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from pathlib import Path
@@ -32,6 +33,7 @@ class RunFolder:
         self.path = Path(resolved.config.train.out)
         self._resolved, self._ranks, self._steps = resolved, ranks, steps_per_epoch
         self._lock: IO[str] | None = None
+        self._origin: Path | None = None
         self.log: MetricsLog | None = None
         """metrics.jsonl, on the first rank, once the run has begun."""
         self.loggers: Loggers | None = None
@@ -48,13 +50,18 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def newest(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
+    def newest(self, resume: bool | Path) -> tuple[Path, dict[str, Any]] | None:
         """Return the newest readable checkpoint and its content; None for a new run.
 
         A damaged one is renamed to `*.damaged`, with a warning.
 
+        Args:
+            resume: a path means a checkpoint of another run, or the newest one of its folder, as long as this folder has none; after
+                that this folder's own, as with True. So a command that was stopped continues when it is repeated.
+
         Raises:
-            UserError: the folder holds a run and `resume` is false, or none of its checkpoints can be read.
+            UserError: the folder holds a run and `resume` is false, or none of its checkpoints can be read; the given checkpoint is
+                missing, damaged, without the optimizer's state, or not the newest of this folder.
         """
         found: list[dict[str, Any]] = []
         path = distributed.on_main(lambda: self._newest(resume, found))
@@ -62,9 +69,13 @@ class RunFolder:
             return None
         return path, found[0] if found else checkpoint.load(path)
 
-    def begin(self, step: int) -> None:
-        """Write the configuration, and cut the log back to `step`, from which the run continues."""
-        distributed.on_main(lambda: self._begin(step))
+    def begin(self, step: int, total: int) -> None:
+        """Write the configuration, and cut the log back to `step`, from which the run continues.
+
+        A run that continues from another folder's checkpoint begins with a copy of its log, and of its best weights if they are not
+        of a later step. UserError where it has no steps left of its `total`.
+        """
+        distributed.on_main(lambda: self._begin(step, total))
 
     def write(self, row: dict[str, Any]) -> None:
         """Log a row of metrics, which must hold `step`, to metrics.jsonl and the other loggers; on the first rank only."""
@@ -86,10 +97,11 @@ class RunFolder:
             )
 
     def save_best(self, weights: dict[str, Any], accuracy: float) -> None:
-        """Write best.pt if `accuracy` is above all accuracies in the log; call it before this one is logged."""
+        """Write best.pt if there is none, or `accuracy` is above all accuracies in the log; call it before this one is logged."""
         assert self.log is not None
-        if six_digits(accuracy) > self.log.highest.get("knn_accuracy", -1.0):
-            checkpoint.save(self.path / "checkpoints" / BEST, {**weights, "knn_accuracy": accuracy})
+        best = self.path / "checkpoints" / BEST
+        if six_digits(accuracy) > self.log.highest.get("knn_accuracy", -1.0) or not best.exists():
+            checkpoint.save(best, {**weights, "knn_accuracy": accuracy})
 
     def _take(self) -> None:
         try:
@@ -102,8 +114,16 @@ class RunFolder:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _newest(self, resume: bool, loaded: list[dict[str, Any]]) -> Path | None:
+    def _newest(self, resume: bool | Path, loaded: list[dict[str, Any]]) -> Path | None:
         found = checkpoint.list_checkpoints(self.path)
+        if isinstance(resume, Path) and self._is_elsewhere(resume, found):
+            self._origin = checkpoint.find_checkpoint(resume)
+            loaded.append(checkpoint.load(self._origin))
+            if "optimizer" not in loaded[0]:
+                raise UserError(
+                    f"'{self._origin}' holds weights only, and a run continues from the optimizer's state too: give a step-*.pt file."
+                )
+            return self._origin
         if found and not resume:
             raise UserError(
                 f"'{self.path}' already holds a run ({found[-1].name}): add --resume to continue it, or choose another --train.out."
@@ -127,11 +147,43 @@ class RunFolder:
             return path
         return None
 
-    def _begin(self, step: int) -> None:
+    def _is_elsewhere(self, given: Path, found: list[Path]) -> bool:
+        """Return whether the run starts from `given`, a checkpoint or folder, rather than from those `found` in its own folder."""
+        own, place = (self.path / "checkpoints").resolve(), given.resolve()
+        if own not in (place, place.parent, place / "checkpoints"):
+            if found:
+                warnings.warn(
+                    f"'{self.path}' continues from its own '{found[-1].name}', not from '{given}' again.",
+                    stacklevel=2,
+                )
+            return not found
+        path = checkpoint.find_checkpoint(given)
+        if path.resolve() != found[-1].resolve():
+            raise UserError(
+                f"'{path}' is not where its run ended, which is '{found[-1].name}': give another --train.out to continue from it."
+            )
+        return False
+
+    def _copy_history(self, origin: Path, step: int) -> None:
+        rows, best = origin.parent.parent / "metrics.jsonl", origin.with_name(BEST)
+        if rows.is_file():
+            atomic_write(self.path / rows.name, rows.read_bytes())
+        # Without them the next evaluation writes its own.
+        with contextlib.suppress(UserError):
+            if best.is_file() and checkpoint.load(best)["step"] <= step:
+                atomic_write(self.path / "checkpoints" / BEST, best.read_bytes())
+
+    def _begin(self, step: int, total: int) -> None:
+        if self._origin is not None and step >= total:
+            raise UserError(
+                f"'{self._origin}' is the end of its run ({step} of {total} steps): raise --train.epochs to train on."
+            )
         try:
             for folder in (self.path, self.path / "checkpoints"):
                 remove_unfinished(folder)
             atomic_write(self.path / "config.yaml", self._resolved.to_yaml().encode())
+            if self._origin is not None:
+                self._copy_history(self._origin, step)
             self.log = MetricsLog(self.path / "metrics.jsonl", step)
             settings = dict(leaves(self._resolved.tree()))
             self.loggers = Loggers(self._resolved.config.log, self.path, settings, step)

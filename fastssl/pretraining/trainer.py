@@ -25,6 +25,7 @@ from fastssl.pretraining.build import (
 from fastssl.pretraining.micro_batch import choose_micro_batch
 from fastssl.pretraining.replay import capture
 from fastssl.pretraining.resume import check_same_run, data_set_of
+from fastssl.pretraining.run_config import from_tree
 from fastssl.pretraining.run_folder import RunFolder
 from fastssl.pretraining.step import Step, StepOptions, chunks, steady_statistics
 from fastssl.pretraining.stochastic_depth import depth_draws
@@ -33,7 +34,18 @@ from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from fastssl.pretraining.run_config import Resolved
+    from fastssl.pretraining.run_config import Resolved, RunConfig
+
+
+def learning_rate(step: int, cfg: RunConfig, steps_per_epoch: int) -> float:
+    """Return the learning rate of `step`, counted from 0, on a configuration's schedule, which spans its train.epochs."""
+    return lr_at(
+        step,
+        base_lr=scaled_lr(cfg.optim, cfg.train.batch),
+        steps_per_epoch=steps_per_epoch,
+        epochs=cfg.train.epochs,
+        warmup_epochs=min(cfg.optim.warmup_epochs, cfg.train.epochs),
+    )
 
 
 class Training:
@@ -91,9 +103,7 @@ class Training:
             StepOptions(micro_batch, train.exact_heads, train.clip_grad, train.nonfinite),
         )
         self.meters, self.watch = Meters(), NonFiniteMonitor(ranks.device)
-        self._peak_lr = scaled_lr(cfg.optim, train.batch)
-        self._warmup = min(cfg.optim.warmup_epochs, train.epochs)
-        if self._warmup != cfg.optim.warmup_epochs and ranks.is_main:
+        if cfg.optim.warmup_epochs > train.epochs and ranks.is_main:
             warnings.warn(
                 f"The warm-up of {cfg.optim.warmup_epochs:g} epochs is longer than the run of {train.epochs}: the learning rate rises "
                 "until the end.",
@@ -101,18 +111,12 @@ class Training:
             )
         if found is not None:
             self._restore(found[1])
+            self._check_length(from_tree(found[1]["config"]).config, str(found[0]))
 
     def step(self, batch: Batch, wait_s: float) -> None:
         """Take one optimizer step on this rank's batch, for which the run has waited `wait_s` seconds."""
         train = self.resolved.config.train
-        rate = lr_at(
-            self.done,
-            base_lr=self._peak_lr,
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=train.epochs,
-            warmup_epochs=self._warmup,
-        )
-        set_lr(self.optimizer, rate)
+        set_lr(self.optimizer, learning_rate(self.done, self.resolved.config, self.steps_per_epoch))
         draws = (
             depth_draws(train.seed, self.done, self.ranks.rank)
             if self.resolved.config.model.drop_path
@@ -201,6 +205,35 @@ class Training:
         self.watch.restore(state.get("skipped", 0))
         torch.set_rng_state(state["rng"])
         self.done = state["step"]
+
+    def _check_length(self, before: RunConfig, where: str) -> None:
+        """Tell of another train.epochs than that of the checkpoint: schedules are those of the new length from here on.
+
+        Raises:
+            UserError: more steps are done than the new length has.
+        """
+        old, new, done = before.train.epochs, self.resolved.config.train.epochs, self.done
+        if done > self.total:
+            raise UserError(
+                f"'{where}' is {done} steps into its run, and train.epochs = {new} ends after {self.total}: set --train.epochs "
+                f"{-(-done // self.steps_per_epoch)} or more (it was {old})."
+            )
+        if old == new or not self.ranks.is_main:
+            return
+        was, now = (
+            (
+                learning_rate(done, cfg, self.steps_per_epoch),
+                self.method.teacher_momentum(
+                    progress_at(done + 1, steps_per_epoch=self.steps_per_epoch, epochs=cfg.train.epochs)
+                ),
+            )
+            for cfg in (before, self.resolved.config)
+        )
+        warnings.warn(
+            f"train.epochs was {old} so far and is {new} from now on: step {done + 1} continues on the schedules of {new} epochs, "
+            f"with learning rate {now[0]:.4g} (with {old} epochs: {was[0]:.4g}) and teacher's momentum {now[1]:.4g} ({was[1]:.4g}).",
+            stacklevel=3,
+        )
 
     def _diverged(self, what: str) -> UserError:
         cfg = self.resolved.config
