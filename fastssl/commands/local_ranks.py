@@ -147,10 +147,10 @@ class _Rank:
     def cause(self) -> tuple[int, float] | None:
         """How likely this process failed first: the least is the cause; None: it did not fail by itself."""
         code = self.process.returncode
-        if self.killed or not code or self.report.get("kind") == INTERRUPTED:
+        if not code or self.report.get("kind") == INTERRUPTED or (self.killed and not self.report):
             return None
         # What ends in an abort is often the others' answer to a failure that was reported.
-        if code < 0 and code != -signal.SIGABRT:
+        if code < 0 and code != -signal.SIGABRT and not self.report:
             return 0, 0.0
         if self.report:
             return 1, self.report["time_s"]
@@ -266,7 +266,7 @@ def _end(ranks: Sequence[_Rank], world: int, stopped_by: int) -> int:
     if failed:
         number = min(failed)[1]
         return _tell(ranks[number], number, world)
-    if not codes or codes[0] < 0 or ranks[0].report:
+    if not codes or codes[0] < 0 or (ranks[0].report and codes[0] == 128 + signal.SIGINT):
         print("fastssl: interrupted.", file=sys.stderr)
     return 128 + stopped_by if stopped_by and any(codes) else max(codes, default=0)
 
@@ -279,7 +279,7 @@ def _tell(rank: _Rank, number: int, world: int) -> int:
     name = f"Process {number} of {world} (counted from 0)" if world > 1 else "The process of the run"
     if kind == CRASH:
         print(f"fastssl: {name} failed:\n{rank.report['text']}", end="", file=sys.stderr)
-        return code
+        return 1
     how = f"ended with exit code {code}"
     if code < 0:
         memory = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
