@@ -114,7 +114,8 @@ def run(argv: list[str]) -> int:
         return 0
     if argv[0] != "slurm":
         raise UserError(
-            f"There is no 'fastssl launch {argv[0]}': it can launch slurm. Without a scheduler: torchrun (docs/slurm.md)."
+            f"There is no 'fastssl launch {argv[0]}': it can launch slurm. Without a scheduler: fastssl pretrain --gpus all, or "
+            "torchrun (docs/slurm.md)."
         )
     if argv[1].startswith("-"):
         raise UserError("Give the configuration file first: fastssl launch slurm CONFIG [options].")

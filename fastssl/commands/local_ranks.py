@@ -280,6 +280,9 @@ def _tell(rank: _Rank, number: int, world: int) -> int:
     if kind == CRASH:
         print(f"fastssl: {name} failed:\n{rank.report['text']}", end="", file=sys.stderr)
         return 1
+    if number == 0 and code > 0:
+        # It has the terminal, and has said why.
+        return code
     how = f"ended with exit code {code}"
     if code < 0:
         memory = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""

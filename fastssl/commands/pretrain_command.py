@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
     from fastssl.commands import local_ranks
 
     environments, argv = local_ranks.take_processes(argv)
-    if environments:
+    if environments and not {"--settings", "--help", "-h"} & set(argv):
         return local_ranks.run(argv, environments)
     path, (resume, rest) = argv[0], take_resume(argv[1:])
     rest = ["--help" if token in ("--settings", "-h") else token for token in rest]

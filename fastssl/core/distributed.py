@@ -68,7 +68,7 @@ def setup(device: str = "auto", *, timeout_s: float = 600.0) -> Dist:
         if local_rank >= num_gpus:
             raise UserError(
                 f"This is process {local_rank + 1} of this machine, which has {num_gpus} GPUs: "
-                f"start torchrun with --nproc-per-node {num_gpus} or fewer."
+                f"start {num_gpus} processes or fewer (fastssl pretrain --gpus all, torchrun --nproc-per-node {num_gpus})."
             )
         torch.cuda.set_device(local_rank)
     place = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")

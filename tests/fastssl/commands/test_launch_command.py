@@ -2,11 +2,13 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from fastssl.commands import launch_command
 from fastssl.commands.launch_command import SlurmJob, requeue, torch_environment
+from fastssl.commands.pretrain_command import take_resume
 from fastssl.core import checkpoint
 from shards.errors import UserError
 
@@ -63,6 +65,17 @@ def test_mistakes_are_named_before_the_queue(config, argv, words, monkeypatch, t
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
         launch_command.run([str(config()) if token == "CONFIG" else token for token in argv])
+
+
+def test_a_job_may_continue_another_run(config, capsys):
+    """The job adds its own --resume, which then means the folder of the job; the checks read over both."""
+    argv = ["slurm", str(config()), "--gpus", "2", "--resume", "runs/old", "--dry-run"]
+    assert launch_command.run(argv) == 0
+    assert "#SBATCH" in capsys.readouterr().out
+    flags = ["--resume", "runs/old", "--train.batch", "8", "--resume"]
+    assert take_resume(flags) == (Path("runs/old"), ["--train.batch", "8"])
+    assert take_resume(["--resume"]) == (True, [])
+    assert take_resume(["--train.batch", "8"]) == (False, ["--train.batch", "8"])
 
 
 def test_no_shards_are_a_mistake(config):

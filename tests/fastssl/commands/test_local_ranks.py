@@ -162,6 +162,8 @@ def test_two_processes_end_as_those_that_something_else_started(config, tmp_path
             "fastssl: Process 1 of 2 (counted from 0) ended with exit code 3, and the others were ended: add --resume to continue "
             "from the last checkpoint.\na last word\n",
         ),
+        # As tyro does, on each rank, for a value of the wrong type.
+        ("print('a box', file=sys.stderr)\nraise SystemExit(2)", 2, "a box\n"),
         # `fastssl pretrain ... | head`
         ("if rank == 0:\n    raise BrokenPipeError\nbusy()", 141, ""),
     ],

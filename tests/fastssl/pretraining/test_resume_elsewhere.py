@@ -1,7 +1,9 @@
 """A run that continues in another folder, or with another number of epochs."""
 
+import json
 import math
 import os
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -115,6 +117,20 @@ def test_best_weights_of_a_later_step_are_not_those_of_the_new_run(
     )
     assert not (tmp_path / "new" / "checkpoints" / "best.pt").exists()
     assert [row["step"] for row in rows(tmp_path / "new")][:4] == [2, 4, 6, 7]
+
+
+def test_without_them_the_next_evaluation_writes_its_own(stopped: Path, shards: Path, tmp_path: Path) -> None:
+    """Also where an earlier row, whose weights are gone, was better."""
+    old = tmp_path / "old"
+    shutil.copytree(stopped, old)
+    with open(old / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"step": 8, "knn_accuracy": 1.0}) + "\n")
+    best = old / "checkpoints" / "best.pt"
+    checkpoint.save(best, {**checkpoint.load(best), "step": 2 * STEPS})
+    with pytest.warns(UserWarning, match=r"train\.epochs was 3"):
+        train(resolve(shards, tmp_path / "new", {"train": {"epochs": 2}}), resume=old)
+    assert any(row.get("knn_accuracy") == 1.0 for row in rows(tmp_path / "new"))
+    assert checkpoint.load(tmp_path / "new" / "checkpoints" / "best.pt")["knn_accuracy"] < 1
 
 
 @pytest.mark.parametrize(
