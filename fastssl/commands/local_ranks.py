@@ -161,7 +161,7 @@ class _Rank:
         """Return the last lines that it printed, each after a line break."""
         if self.output is None:
             return ""
-        self.output.seek(0)
+        self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - 2**16))
         lines = self.output.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
         return "".join(f"\n{line}" for line in lines)
 
@@ -216,6 +216,9 @@ class _Ranks:
         )
         theirs.close()
         self.ranks.append(_Rank(process, ours, output))
+        if self.requests.signal:
+            # It came while this one was started.
+            process.send_signal(self.requests.signal)
 
     def wait(self) -> None:
         """Wait until all have ended, and see to it that they do once one has failed."""
@@ -242,7 +245,7 @@ def run(argv: Sequence[str], environments: Sequence[dict[str, str]]) -> int:
         environments: its environment, in the order of ranks, see `take_processes`.
 
     Raises:
-        UserError: the one that the first failing process raised, or it was killed.
+        UserError: the one that the first failing process raised.
     """
     with _Ranks() as started:
         for environment in environments:

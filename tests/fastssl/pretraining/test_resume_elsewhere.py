@@ -14,6 +14,7 @@ import pytest
 from fastssl.cli import main
 from fastssl.core import checkpoint
 from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import pretrain
 from pipelines.loading.loader import Loader
 from shards.errors import UserError
 from tests.fastssl.runs import (
@@ -100,7 +101,7 @@ def test_the_same_command_again_continues_in_the_new_folder(
     with pytest.warns(
         UserWarning, match=r"new' continues from its own 'step-000000012\.pt', not from '.*run' again"
     ):
-        train(resolved, resume=stopped)
+        pretrain(resolved, resume=str(stopped))
     assert_same_end(tmp_path / "new", finished)
 
 
