@@ -33,6 +33,7 @@ COMMANDS = {
         "fastssl.commands.preview_command",
         "Draw originals beside the views that a recipe makes of them, as a PNG",
     ),
+    "configs": ("fastssl.commands.configs_command", "List the packaged configurations, or copy one"),
     "pretrain": ("fastssl.commands.pretrain_command", "Pretrain a backbone on shards, without labels"),
     "launch": (
         "fastssl.commands.launch_command",
@@ -72,8 +73,8 @@ def usage() -> str:
             "",
             "A first run:",
             "  fastssl shard photos/ photo-shards/",
-            "  fastssl preview photo-shards/ --recipe moco_v3 --out views.png",
-            "  fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/ --train.batch 256",
+            "  fastssl preview photo-shards/ --config laptop --out views.png",
+            "  fastssl pretrain --data.shards photo-shards/",
         ]
     )
 

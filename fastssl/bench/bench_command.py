@@ -32,15 +32,17 @@ def run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    from fastssl.pretraining.packaged_configs import is_config, packaged
     from shards.errors import UserError, nearest
 
     name, rest = argv[0], argv[1:]
     if name in SUBCOMMANDS:
         return import_module(SUBCOMMANDS[name]).run(rest) or 0
-    if name.endswith((".yaml", ".yml")):
+    if is_config(name):
         # `bench CONFIG --help` explains the ladder, not the settings.
         wants_help = any(token in ("-h", "--help") for token in rest)
         return import_module(LADDER).run(["--help"] if wants_help else argv) or 0
     raise UserError(
-        f"There is no benchmark 'fastssl bench {name}', and '{name}' is no .yaml file.{nearest(name, [*SUBCOMMANDS, 'CONFIG.yaml'])}"
+        f"There is no benchmark 'fastssl bench {name}', and '{name}' is no configuration."
+        f"{nearest(name, [*SUBCOMMANDS, *packaged(), 'CONFIG.yaml'])}"
     )

@@ -240,7 +240,5 @@ def _submitit() -> Any:
         import submitit
         import submitit.slurm.slurm
     except ImportError as error:
-        raise UserError(
-            "`fastssl launch slurm` needs submitit: pip install submitit (or fastssl-pretrain[slurm])."
-        ) from error
+        raise UserError("`fastssl launch slurm` needs submitit: pip install submitit.") from error
     return submitit

@@ -1,4 +1,4 @@
-"""`fastssl pretrain CONFIG`: the command around `fastssl.pretrain`."""
+"""`fastssl pretrain [CONFIG]`: the command around `fastssl.pretrain`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ import sys
 import warnings
 from pathlib import Path
 
-USAGE = """usage: fastssl pretrain CONFIG [--gpus all] [--resume [CHECKPOINT]] [--section.key value ...]
+USAGE = """usage: fastssl pretrain [CONFIG] [--recipe NAME] [--gpus all]
+                        [--resume [CHECKPOINT]] [--section.key value ...]
 
-Pretrain a backbone on shards, without labels. CONFIG is a YAML file (see configs/); flags override its settings.
-  --gpus all            one process on each GPU of this machine; 2: on the first two; 0,3: on these
+Pretrain a backbone on shards, without labels. CONFIG is a YAML file, or a name
+from `fastssl configs`; without one: laptop. Flags override its settings.
+  --recipe NAME         preset of the augmentation, as for `fastssl preview`
+  --gpus all            one process on each GPU of this machine; 2: on the first
+                        two; 0,3: on these
   --processes N         N processes on this machine, for CPUs
-  --resume              continue the run in train.out from its newest checkpoint (from the start where there is none)
-  --resume CHECKPOINT   continue from another run's checkpoint or folder, in a new train.out; the other folder stays as it is
+  --resume              continue the run in train.out from its newest checkpoint
+                        (from the start where there is none)
+  --resume CHECKPOINT   continue from another run's checkpoint or folder, in a new
+                        train.out; the other folder stays as it is
   --settings            list all settings with their values and meaning
 
-  fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/ --train.batch 256
-  fastssl pretrain configs/moco_v3_vit_small.yaml --data.shards photo-shards/ --gpus all"""
+  fastssl pretrain --data.shards tile-shards/ --recipe satellite
+  fastssl pretrain moco_v3_vit_small --data.shards photo-shards/ --train.batch 256
+  fastssl pretrain moco_v3_vit_small --data.shards photo-shards/ --gpus all"""
 
 
 def run(argv: list[str]) -> int:
@@ -26,26 +33,25 @@ def run(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    from shards.errors import UserError
-
-    if not argv or argv[0].startswith("-"):
-        given = " ".join(["fastssl pretrain CONFIG", *argv])
-        raise UserError(f"Give the configuration file first, as in `{given}`.")
+    warnings.showwarning = _show_warning
     from fastssl.commands import local_ranks
 
     environments, argv = local_ranks.take_processes(argv)
     if environments and not {"--settings", "--help", "-h"} & set(argv):
         return local_ranks.run(argv, environments)
-    path, (resume, rest) = argv[0], take_resume(argv[1:])
+    resume, rest = take_resume(argv)
     rest = ["--help" if token in ("--settings", "-h") else token for token in rest]
 
     from fastssl.core.signals import StopRequest
     from fastssl.pretraining import run_config
+    from fastssl.pretraining.packaged_configs import DEFAULT_CONFIG
 
-    resolved = run_config.load(path, rest)
+    given = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    resolved = run_config.load(given or DEFAULT_CONFIG, rest)
+    if not given and is_main_process():
+        print(f"Configuration: {DEFAULT_CONFIG}. `fastssl configs` lists the others.", flush=True)
     from fastssl.pretraining.run import pretrain
 
-    warnings.showwarning = _show_warning
     # The process is the command's: a second Ctrl-C ends it at once.
     StopRequest.exits = True
     try:

@@ -28,8 +28,10 @@ class Preview:
 
     shards: Annotated[str, tyro.conf.Positional]
     """Folder of shards."""
-    recipe: str = "moco_v3"
-    """Name of a preset, or a configuration file with a recipe."""
+    recipe: str = ""
+    """Name of a preset, or a configuration with a recipe, by name or file; without: moco_v3, or the recipe of --config."""
+    config: str = ""
+    """Configuration whose views are shown, by name or file: --config laptop --recipe satellite shows what pretrain then sees."""
     out: str = "views.png"
     """PNG file to write."""
     ops: bool = False
@@ -109,14 +111,8 @@ def _take_recipe_flags(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _recipe(args: Preview, changes: list[str]) -> Recipe:
-    from pipelines.augment.recipe import get_recipe
-
-    in_file = args.recipe.endswith((".yaml", ".yml"))
-    size = ["--recipe.size", str(args.size)] if args.size else []
-    if not (in_file or changes or size):
-        return get_recipe(args.recipe)
     from fastssl.pretraining.run_config import load
 
-    if in_file:
-        return load(args.recipe, changes + size).config.recipe
-    return load(None, ["--recipe.preset", args.recipe, *changes, *size]).config.recipe
+    named = ["--recipe", args.recipe] if args.recipe else []
+    size = ["--recipe.size", str(args.size)] if args.size else []
+    return load(args.config or None, [*named, *changes, *size]).config.recipe

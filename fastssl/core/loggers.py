@@ -16,7 +16,7 @@ from shards.storage.atomic_files import atomic_write
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Loggers besides metrics.jsonl, which is always written; they need the extra `log`. A resumed run continues its rows."""
+    """Loggers besides metrics.jsonl, which is always written; each needs its package. A resumed run continues its rows."""
 
     tensorboard: bool = False
     """Write TensorBoard events to the folder `tensorboard` of the run."""
@@ -84,7 +84,7 @@ class Loggers:
             self._sinks.pop(kind, None)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             missing = isinstance(error, ImportError)
-            way_out = " (pip install 'fastssl-pretrain[log]')" if missing else ""
+            way_out = f" (pip install {kind})" if missing else ""
             warnings.warn(
                 f"log.{kind} disabled: {reason}{way_out}. metrics.jsonl is still written.", stacklevel=4
             )

@@ -35,7 +35,7 @@ def examine(facts: Facts) -> list[Diagnosis]:
 
 def check_torch(facts: Facts) -> Iterator[Diagnosis]:
     """torch and torchvision can be imported together."""
-    found = ", ".join(f"{name} {version}" for name, version in facts.packages.items())
+    found = ", ".join(f"{name} {version}" for name, version in facts.packages.items() if name != "rasterio")
     if facts.import_error:
         way_out = (
             "install torch and torchvision of one release, from one place: pip install torch torchvision"
@@ -59,9 +59,11 @@ def check_driver(facts: Facts) -> Iterator[Diagnosis]:
             yield Diagnosis("driver", "ok", found)
         return
     if not has_gpu:
-        found = f"no NVIDIA driver, PyTorch for CUDA {facts.torch_cuda}: training runs on the CPU"
-        way_out = "with a GPU: install its driver, or start the container with --gpus all"
-        yield Diagnosis("driver", "warn", found, way_out)
+        found = (
+            f"no GPU, PyTorch for CUDA {facts.torch_cuda}: training runs on the CPU. If the machine has a GPU, install its driver, or "
+            "start the container with --gpus all"
+        )
+        yield Diagnosis("driver", "ok", found)
         return
     runs = ".".join(map(str, facts.driver_cuda)) if facts.driver_cuda else "unknown"
     found = f"driver {facts.driver or 'unknown'}, CUDA {runs}; PyTorch for CUDA {facts.torch_cuda}"
@@ -134,6 +136,29 @@ def check_compiler(facts: Facts) -> Iterator[Diagnosis]:
         yield Diagnosis("compiler", "warn", found, f"apt-get install python{version}-dev")
     else:
         yield Diagnosis("compiler", "ok", compiler)
+
+
+def check_kernel_cache(facts: Facts) -> Iterator[Diagnosis]:
+    """Our kernels for the CPU are compiled once, not at each start."""
+    if facts.numba_error:
+        yield Diagnosis("kernel cache", "bad", facts.numba_error, "pip install numba")
+        return
+    if facts.kernel_cache and facts.kernel_cache_lasts:
+        yield Diagnosis("kernel cache", "ok", facts.kernel_cache)
+        return
+    found = "neither the folder of the program nor the home folder can be written: "
+    found += f"temporary, '{facts.kernel_cache}'" if facts.kernel_cache else "each start compiles the kernels"
+    way_out = (
+        "set NUMBA_CACHE_DIR to a folder that can be written and lasts, such as a volume of the container"
+    )
+    yield Diagnosis("kernel cache", "warn", found, way_out)
+
+
+def check_rasters(facts: Facts) -> Iterator[Diagnosis]:
+    """Rasters can be read; who has none needs nothing."""
+    version = facts.packages.get("rasterio")
+    missing = "not installed; for GeoTIFF scenes: pip install rasterio"
+    yield Diagnosis("rasterio", "ok", version or missing)
 
 
 def check_cores(facts: Facts) -> Iterator[Diagnosis]:
@@ -227,6 +252,8 @@ CHECKS: tuple[Callable[[Facts], Iterator[Diagnosis]], ...] = (
     check_driver,
     check_gpus,
     check_compiler,
+    check_kernel_cache,
+    check_rasters,
     check_cores,
     check_memory,
     check_shared_memory,

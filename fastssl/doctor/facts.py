@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import warnings
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from shards.cpus import cpu_cores, cpu_quota
 
 # Distributions that the report names; which of the nvImageCodec ones is installed depends on CUDA.
-PACKAGES = ("torch", "torchvision", "timm", "kornia", "nvidia-dali-cuda120", "triton")
+PACKAGES = ("torch", "torchvision", "timm", "kornia", "nvidia-dali-cuda120", "triton", "rasterio")
 JPEG_DECODERS = "nvidia-nvimgcodec-cu"
 
 
@@ -80,6 +81,12 @@ class Facts:
     """Cores' worth of time that the control group allows; None for no limit."""
     memory_bytes: int = 0
     """Of the machine, or of the control group where that is less."""
+    kernel_cache: str = ""
+    """Folder where compiled kernels are kept; empty: none can be written."""
+    kernel_cache_lasts: bool = True
+    """Whether that is one of Numba's usual places, not a temporary folder."""
+    numba_error: str = ""
+    """Why Numba cannot be imported."""
     data: DataSet | None = None
 
 
@@ -101,6 +108,7 @@ def gather(shards: str = "", out: str = ".") -> Facts:
         "cpu_quota": cpu_quota(),
         "memory_bytes": _memory_bytes(),
         "data": open_data_set(shards) if shards else None,
+        **_kernel_cache(),
         **_torch(),
     }
     return Facts(**values)
@@ -127,12 +135,16 @@ def _packages() -> dict[str, str]:
     return {name: installed[name] for name in (*PACKAGES, *decoders) if name in installed}
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
 def _torch() -> dict[str, Any]:
     try:
         import torch
         import torchvision  # noqa: F401 - a mismatch shows at its import
     except Exception as error:  # whatever it is, it is what the user needs to read
-        return {"import_error": f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"}
+        return {"import_error": _first_line(error)}
     found: dict[str, Any] = {
         "torch_cuda": torch.version.cuda,
         "torch_archs": tuple(torch.cuda.get_arch_list()),
@@ -150,6 +162,19 @@ def _torch() -> dict[str, Any]:
     except (RuntimeError, AssertionError) as error:
         found["cuda_error"] = str(error).strip().splitlines()[0]
     return found
+
+
+def _kernel_cache() -> dict[str, Any]:
+    try:
+        from pipelines.kernel_cache import found_place
+
+        with warnings.catch_warnings():
+            # The report says the same.
+            warnings.simplefilter("ignore")
+            folder, lasts = found_place()
+    except Exception as error:
+        return {"numba_error": _first_line(error)}
+    return {"kernel_cache": folder, "kernel_cache_lasts": lasts}
 
 
 def _driver() -> str | None:

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fastssl.evaluation.knn import KNNConfig
 from fastssl.methods import METHODS, get_method
 from fastssl.methods.moco_v3 import Config as MoCoV3Config
 from fastssl.models.model_config import ModelConfig
+from fastssl.pretraining.packaged_configs import find_config, is_config, packaged
 from fastssl.pretraining.train_config import TrainConfig
 from pipelines.augment.recipe import RECIPES, Recipe, get_recipe
 from pipelines.loading.data_config import DataConfig
@@ -34,6 +36,8 @@ from shards.errors import UserError, nearest
 
 # Read before the rest, because they decide which other keys exist and what their defaults are.
 METHOD_NAME, PRESET = "method.name", "recipe.preset"
+# `--recipe NAME`, and `recipe: NAME` in a file, are short for the preset.
+RECIPE = "recipe"
 # Former names of settings, in older files and checkpoints: the present name, and present values by former ones.
 RENAMED = {
     "model.grad_checkpointing": ("train.checkpointing", {"true": "blocks", "false": "none"}),
@@ -79,12 +83,13 @@ def load_config(
     """Return the configuration of a YAML file, with some settings overridden: the way for Python code.
 
         load_config("configs/moco_v3_vit_small.yaml", {"data.shards": "photo-shards", "train.batch": 256})
-        load_config(overrides={"recipe": {"preset": "satellite", "size": 128}})
+        load_config(overrides={"recipe": "satellite", "train.batch": 128})
 
     Args:
-        config: a YAML file; None for the defaults; or a configuration, to which `overrides` are then applied.
-        overrides: settings by full name or by section, `recipe.preset` and `method.name` included; or flags as on the command line,
-            such as ["--train.batch", "256"].
+        config: a YAML file, or the name of a packaged one (`fastssl configs`); None for the defaults; or a configuration, to which
+            `overrides` are then applied.
+        overrides: settings by full name or by section, `recipe` (a preset's name) and `method.name` included; or flags as on the
+            command line, such as ["--train.batch", "256"].
 
     Raises:
         UserError: the file is missing or no YAML, or a setting, method or recipe is unknown (the nearest known name is given), or a
@@ -104,7 +109,7 @@ def load_config(
 
 def _override(resolved: Resolved, tokens: list[str]) -> Resolved:
     """Return a configuration with flags applied. Its method and the values from a recipe's preset stay."""
-    for key in (METHOD_NAME, PRESET):
+    for key in (METHOD_NAME, PRESET, RECIPE):
         if _take_flag(list(tokens), key) is not None:
             raise UserError(
                 f"The setting {key} decides which other settings there are: give it where the configuration is made."
@@ -114,24 +119,29 @@ def _override(resolved: Resolved, tokens: list[str]) -> Resolved:
 
 
 def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolved:
-    """Read a YAML file (None: all defaults) and flags that override it, as commands do; from Python, call `load_config`.
+    """Read a YAML file or packaged configuration (None: all defaults) and flags that override it, as commands do.
+
+    From Python, call `load_config`.
 
     Raises:
-        UserError: the file is missing or no YAML, or a key, method or recipe is unknown; the nearest known name is given.
+        UserError: the file is missing or no YAML, or a key, method or recipe is unknown (the nearest known name is given); or the file
+            itself sets all that a preset given by flag would change.
         SystemExit: `--help` was given, or a value has the wrong type; tyro has printed the help or the reason.
     """
-    tree = _read_yaml(Path(path)) if path is not None else {}
+    tree = _read_yaml(find_config(path)) if path is not None else {}
     where = f"'{path}'" if path is not None else "the defaults"
     named = dict(leaves(tree))
     tokens = list(overrides or [])
     sections = {field.name for field in dataclasses.fields(RunConfig)}
     # A section may be empty: `train:` with nothing below it.
     named = {k: v for k, v in named.items() if v != "" or k not in sections}
-    written = {key: named.pop(key, None) for key in (METHOD_NAME, PRESET)}
+    method_name = _take_flag(tokens, METHOD_NAME) or named.get(METHOD_NAME, next(iter(METHODS)))
+    in_file, by_flag = named.get(RECIPE, named.get(PRESET)), _take_flag(tokens, RECIPE, PRESET)
+    own = get_recipe(in_file) if in_file else Recipe()
+    recipe = _named_recipe(by_flag) if by_flag else own
+    for key in (METHOD_NAME, PRESET, RECIPE):
+        named.pop(key, None)
     named = _renamed(named)
-    chosen = {key: _take_flag(tokens, key) or name for key, name in written.items()}
-    method_name = chosen[METHOD_NAME] or next(iter(METHODS))
-    recipe = get_recipe(chosen[PRESET]) if chosen[PRESET] else Recipe()
     start = RunConfig(recipe=recipe, method=get_method(method_name).Config())
 
     known = dict(leaves(_plain(dataclasses.asdict(start)))).keys()
@@ -141,14 +151,26 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
             raise UserError(f"{where} has an unknown key '{key}'.{_suggest(key, names)}")
     _check_names(tokens, known)
     base = _parse(start, list(_flags(named)), prog=str(path))
+    changed = [f.name for f in dataclasses.fields(Recipe) if getattr(recipe, f.name) != getattr(own, f.name)]
+    if changed and base.recipe != recipe and all(f"{RECIPE}.{name}" in named for name in changed):
+        raise UserError(
+            f"{where} itself sets all that --{RECIPE} {by_flag} would change ({', '.join(f'{RECIPE}.{name}' for name in changed[:3])}"
+            f"{', ...' if len(changed) > 3 else ''}): leave the flag out, or give another configuration."
+        )
     return Resolved(_parse(base, tokens, prog="fastssl pretrain CONFIG"), method_name)
+
+
+def _named_recipe(name: str) -> Recipe:
+    """Return the preset of this name, or the recipe of the configuration of this name or path."""
+    return load(name).config.recipe if is_config(name) else get_recipe(name)
 
 
 def _check_names(tokens: list[str], known: Collection[str]) -> None:
     for token in tokens:
         name = token.split("=", 1)[0].removeprefix("--").replace("-", "_")
-        if token.startswith("--") and name != "help" and name not in known:
-            hint = _suggest(name, [*known, METHOD_NAME, PRESET])
+        # tyro's own: --help, --tyro-print-completion.
+        if token.startswith("--") and name != "help" and not name.startswith("tyro_") and name not in known:
+            hint = _suggest(name, [*known, METHOD_NAME, PRESET, RECIPE])
             raise UserError(f"There is no setting '{token.split('=', 1)[0]}'.{hint}")
 
 
@@ -174,7 +196,7 @@ def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:
     import tyro
 
     description = (
-        f"All settings, with the values of the file. Besides these: --{PRESET} NAME ({', '.join(RECIPES)}) and "
+        f"All settings, with the values of the file. Besides these: --{RECIPE} NAME ({', '.join(RECIPES)}) and "
         f"--{METHOD_NAME} NAME ({', '.join(METHODS)})."
     )
     return tyro.cli(
@@ -187,13 +209,16 @@ def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:
     )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Traversable) -> dict[str, Any]:
     try:
         # BaseLoader keeps every scalar a string, so that `lr: 3e-4` stays a number and `name: no` a name.
         tree = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
     except FileNotFoundError:
-        here = [p.name for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
-        there = f" '{path.parent}' holds {', '.join(here)}." if here else ""
+        missing = Path(str(path))
+        here = [p.name for p in sorted(missing.parent.glob("*.yaml"))] if missing.parent.is_dir() else []
+        there = f" '{missing.parent}' holds {', '.join(here)}." if here else ""
+        if missing.stem in packaged():
+            there = f" A packaged configuration has this name: give '{missing.stem}'."
         raise UserError(f"There is no configuration file '{path}'.{there}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' cannot be read as a configuration file: {error}") from error
@@ -238,19 +263,19 @@ def _spell_booleans(tokens: list[str], default: RunConfig) -> list[str]:
     return spelled
 
 
-def _take_flag(tokens: list[str], name: str) -> str | None:
-    """Remove `--name value` or `--name=value` from the tokens and return the value."""
-    for i, token in enumerate(tokens):
-        if token == f"--{name}":
-            if i + 1 == len(tokens):
-                raise UserError(f"--{name} needs a value.")
-            value = tokens[i + 1]
-            del tokens[i : i + 2]
-            return value
-        if token.startswith(f"--{name}="):
-            del tokens[i]
-            return token.split("=", 1)[1]
-    return None
+def _take_flag(tokens: list[str], *names: str) -> str | None:
+    """Remove each `--name value` and `--name=value` of these names from the tokens and return the last value."""
+    value, kept, waiting = None, [], iter(tokens)
+    for token in waiting:
+        flag, equals, given = token.partition("=")
+        if not flag.startswith("--") or flag[2:] not in names:
+            kept.append(token)
+            continue
+        value = given if equals else next(waiting, None)
+        if value is None:
+            raise UserError(f"{flag} needs a value.")
+    tokens[:] = kept
+    return value
 
 
 def _suggest(key: str, known: Any) -> str:

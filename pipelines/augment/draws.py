@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
-from numba import njit
 
 from pipelines.augment.operations import OPERATIONS, POINTWISE, draw_fields
 from pipelines.augment.recipe import Recipe
+from pipelines.kernel_cache import njit
 from shards.counter_hash import PART, fold, hash_key, mix64, uniform
 
 # One record says all that an engine has to do to make one view of one image.
@@ -78,7 +78,7 @@ def _centred_square(recipe: Recipe, widths: np.ndarray, heights: np.ndarray, out
     out["height"] = out["width"] = side
 
 
-_mix64, _uniform = njit(mix64, nogil=True), njit(uniform, nogil=True)
+_mix64, _uniform = njit(nogil=True)(mix64), njit(nogil=True)(uniform)
 
 
 @njit(nogil=True, cache=True)

@@ -7,9 +7,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
 from pipelines.augment.operations import OPERATIONS, POINTWISE
+from pipelines.kernel_cache import njit
 
 if TYPE_CHECKING:
     from torch import Tensor

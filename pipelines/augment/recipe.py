@@ -278,6 +278,6 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 def get_recipe(name: str) -> Recipe:
     """Return the preset called `name`. Raise UserError, which names the nearest one, where there is none."""
-    if name not in RECIPES:
-        raise UserError(f"There is no recipe called '{name}'.{nearest(name, RECIPES)}")
+    if not isinstance(name, str) or name not in RECIPES:
+        raise UserError(f"There is no recipe called '{name}'.{nearest(str(name), RECIPES)}")
     return RECIPES[name]

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from pipelines.kernel_cache import njit
 from shards.counter_hash import GAMMA, mix64
 
 _F0, _F1, _F255, _HALF = np.float32(0), np.float32(1), np.float32(255), np.float32(0.5)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from pipelines.kernel_cache import njit
 from pipelines.kernels.cpu_kernels import _box_weights, finish
 
 _F0, _F1, _HALF = np.float32(0), np.float32(1), np.float32(0.5)

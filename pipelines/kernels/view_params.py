@@ -8,11 +8,11 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from pipelines.augment.channels import FULL
 from pipelines.augment.pointwise import drawn_fields
+from pipelines.kernel_cache import njit
 from pipelines.kernels.cpu_kernels import _box_weights
 
 # The element types of decoded images; the number of one is its place here.

@@ -6,9 +6,9 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 from PIL import Image
 
+from pipelines.kernel_cache import njit
 from pipelines.kernels.cpu_kernels import source_row
 
 # Fills the mask of a sample that has none; segmentation data sets leave it out of loss and score.

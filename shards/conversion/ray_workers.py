@@ -51,9 +51,7 @@ def connect(address: str) -> Iterator[Cluster]:
     try:
         import ray
     except ImportError as error:
-        raise UserError(
-            f"--engine ray needs Ray on every node ({error}): pip install 'fastssl-pretrain[ray]'."
-        ) from error
+        raise UserError(f"--engine ray needs Ray on every node ({error}): pip install ray.") from error
     if ray.is_initialized():
         yield Cluster(ray)
         return

@@ -129,7 +129,7 @@ def read_deep(data: bytes, image: Image.Image | None, max_pixels: int) -> npt.ND
         from rasterio.io import MemoryFile
     except ImportError:
         raise BadImage(
-            "more than 8 bits or 4 channels: reading it needs rasterio, pip install 'fastssl-pretrain[geo]'"
+            "more than 8 bits or 4 channels: reading it needs rasterio, pip install rasterio"
         ) from None
     # One driver, for what the content is: GDAL knows formats that open other files or addresses.
     driver = "PNG" if image is not None and image.format == "PNG" else "GTiff"

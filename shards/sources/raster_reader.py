@@ -182,7 +182,7 @@ def check_rasterio() -> None:
     try:
         import rasterio  # noqa: F401
     except ImportError:
-        raise UserError("Rasters need rasterio: pip install 'fastssl-pretrain[geo]'.") from None
+        raise UserError("Rasters need rasterio: pip install rasterio.") from None
 
 
 def read_header(place: Place, name: str) -> Header:

@@ -28,6 +28,14 @@ READ_AHEAD_BYTES = 1 << 20
 PIECE_BYTES = 16 << 20  # of a download: what a dropped connection costs
 _HTTP = ("http", "https")
 _GOOGLE = ("gs", "gcs")
+# What to install for a protocol; for others fsspec's own error says it.
+_PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "http": "aiohttp requests",
+    "https": "aiohttp requests",
+}
 _HOPELESS = (TypeError, ValueError, NotImplementedError, IsADirectoryError, NotADirectoryError)
 
 
@@ -52,8 +60,10 @@ class RemotePlace(Place):
         try:
             self._store, self._root = fsspec.core.url_to_fs(self.url, **_options(self.protocol))
         except ImportError as error:
+            package = _PACKAGES.get(self.protocol)
+            way_out = f": pip install {package}" if package else ""
             raise UserError(
-                f"'{self.url}' needs a package for {self.protocol}:// ({error}); pip install 'fastssl-pretrain[remote]'."
+                f"'{self.url}' needs a package for {self.protocol}:// ({error}){way_out}."
             ) from error
         except ValueError as error:
             raise UserError(f"'{self.url}' is of no known protocol ({error}).") from error

@@ -146,6 +146,9 @@ def test_a_logger_that_fails_warns_once_and_the_run_goes_on(
 
 
 def test_a_package_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.warns(UserWarning, match=r"log.wandb disabled: .*\(pip install 'fastssl-pretrain\[log\]'\)"):
-        Loggers(LogConfig(wandb="moon"), tmp_path, CONFIG, 0).write({"step": 1, "loss": 1.0})
+    for name in ("wandb", "mlflow", "trackio"):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.warns(
+            UserWarning, match=rf"log.{name} disabled: .*\(pip install {name}\)\. metrics.jsonl"
+        ):
+            Loggers(LogConfig(**{name: "moon"}), tmp_path, CONFIG, 0).write({"step": 1, "loss": 1.0})
