@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 
 from fastssl import __version__
@@ -81,7 +82,10 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 an error that the user can fix, 130 interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        # Of a warning a user needs the sentence, not the place in the source.
+        warnings.formatwarning = lambda message, *place: f"fastssl: note: {message}\n"
     if not argv:
         print(usage())
         print("fastssl: give a command, such as `fastssl demo`.", file=sys.stderr)

@@ -55,7 +55,9 @@ def found_place() -> tuple[str, bool]:
     """Return the folder where compiled kernels are kept ("": none), and whether it lasts, as the temporary one may not."""
     from pipelines.kernels.cpu_kernels import finish
 
-    return finish.stats.cache_path or "", not fall_back.cache_info().currsize
+    if fall_back.cache_info().currsize:
+        return (numba.config.CACHE_DIR if fall_back() else ""), False
+    return finish.stats.cache_path, True
 
 
 def temporary_folder() -> Path:

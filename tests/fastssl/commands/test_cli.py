@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fastssl import __version__
 from fastssl.cli import COMMANDS, main
@@ -84,7 +85,7 @@ def test_settings_lists_every_key_with_the_file_s_value(config, capsys: pytest.C
         "--train.save-every-steps",
         "--recipe.blur-sigma",
         "resnet10_w32",
-        "--recipe.preset NAME",
+        "--recipe NAME",
         "moco_v3_resnet",
     ):
         assert text in out
@@ -112,11 +113,41 @@ def test_a_mistake_in_a_real_process(tmp_path: Path) -> None:
     assert done.stderr == "fastssl: There is no configuration file 'nowhere.yaml'.\n"
 
 
-def test_pretrain_wants_its_file_first(told) -> None:
-    assert told("pretrain") == "Give the configuration file first, as in `fastssl pretrain CONFIG`."
-    assert told("pretrain", "--resume", "x.yaml") == (
-        "Give the configuration file first, as in `fastssl pretrain CONFIG --resume x.yaml`."
+def test_pretrain_without_a_configuration_takes_laptop(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], told
+) -> None:
+    small = ["--recipe.size", "16", "--method.hidden-dim", "64", "--method.dim", "32", "--train.batch", "20"]
+    small += ["--train.epochs", "1", "--train.device", "cpu", "--optim.warmup-epochs", "0"]
+    argv = [
+        "--data.shards",
+        str(shards),
+        "--train.out",
+        str(tmp_path / "run"),
+        "--recipe",
+        "satellite",
+        *small,
+    ]
+    assert main(["pretrain", *argv]) == 0
+    assert capsys.readouterr().out.startswith("Configuration: laptop. `fastssl configs` lists the others.\n")
+    found = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (found["model"]["backbone"], found["recipe"]["quarter_turns"]) == ("resnet10_w32", True)
+    assert main(["pretrain", "--resume", *argv]) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert "recipe.vflip_p = 0.5 and this run has 0.0" in told(
+        "pretrain", "laptop", "--resume", *[t for t in argv if t not in ("--recipe", "satellite")]
     )
+
+
+def test_a_name_that_no_configuration_has(told, tmp_path: Path) -> None:
+    for command in (["pretrain"], ["launch", "slurm"]):
+        assert told(*command, "lapto").startswith(
+            "There is no configuration called 'lapto'. Did you mean 'laptop'?"
+        )
+    assert told("bench", "lapto") == (
+        "There is no benchmark 'fastssl bench lapto', and 'lapto' is no configuration. Did you mean 'laptop'?"
+    )
+    assert told("pretrain", tmp_path / "laptop.yaml").endswith("has this name: give 'laptop'.")
+    assert told("preview", "x", "--config", "lapto").startswith("There is no configuration called 'lapto'.")
 
 
 def test_ctrl_c_and_a_closed_pipe_have_their_exit_codes(

@@ -33,6 +33,7 @@ GOOD = Facts(
     disks={"runs": 500 * GB},
     cpus=16,
     memory_bytes=128 * GB,
+    kernel_cache="pipelines/kernels/__pycache__",
     data=DataSet("d", num_samples=9, num_shards=3, bytes=900),
 )
 
@@ -52,6 +53,16 @@ def test_a_good_machine_has_nothing_to_look_at():
     assert {f.level for f in findings} == {"ok"}
     assert not any(f.way_out for f in findings)
     assert len(findings) == len(checks.CHECKS)  # one line a check
+
+
+def test_a_machine_without_a_gpu_needs_no_gpu_library():
+    packages = {"torch": "2.14.1", "torchvision": "0.29.1"}
+    machine = dataclasses.replace(
+        GOOD, packages=packages, driver=None, driver_cuda=None, num_gpu_files=0, gpus=(), c_compiler=None
+    )
+    findings = checks.examine(machine)
+    assert [f for f in findings if f.level != "ok" or f.way_out] == []
+    assert not any("fail" in f.found for f in findings)
 
 
 def test_a_torch_that_cannot_be_imported_says_nothing_about_its_build():
@@ -76,9 +87,29 @@ def test_a_torch_that_cannot_be_imported_says_nothing_about_its_build():
         (
             checks.check_driver,
             {"driver": None, "driver_cuda": None, "num_gpu_files": 0},
-            "warn",
+            "ok",
             "--gpus all",
         ),
+        (
+            checks.check_kernel_cache,
+            {"kernel_cache": "/tmp/k", "kernel_cache_lasts": False},
+            "warn",
+            "'/tmp/k' -> set NUMBA_CACHE_DIR",
+        ),
+        (
+            checks.check_kernel_cache,
+            {"kernel_cache": "", "kernel_cache_lasts": False},
+            "warn",
+            "each start compiles the kernels -> set NUMBA_CACHE_DIR",
+        ),
+        (
+            checks.check_kernel_cache,
+            {"numba_error": "ImportError: llvmlite"},
+            "bad",
+            "llvmlite -> pip install numba",
+        ),
+        (checks.check_rasters, {}, "ok", "rasterio: not installed; for GeoTIFF scenes: pip install rasterio"),
+        (checks.check_rasters, {"packages": {"rasterio": "1.4.4"}}, "ok", "rasterio: 1.4.4"),
         (checks.check_driver, {"driver_cuda": (12, 8)}, "bad", "install a torch for CUDA 12"),
         (checks.check_driver, {"torch_cuda": "13.2"}, "warn", "minor version"),
         (checks.check_gpus, {"gpus": (), "visible_devices": ""}, "bad", "unset it"),
@@ -146,6 +177,8 @@ def test_command_on_this_machine(shards, tmp_path, capsys):
     assert report["findings"][0]["level"] == "ok"
     assert report["facts"]["memory_bytes"] > 10**8
     assert report["facts"]["packages"]["torch"]
+    [cache] = [f for f in report["findings"] if f["check"] == "kernel cache"]
+    assert (cache["level"], Path(cache["found"]).is_dir()) == ("ok", True)
     [data] = [f for f in report["findings"] if f["check"] == "shards"]
     assert data["level"] == "ok"
     assert "60 images in 3 shards" in data["found"]

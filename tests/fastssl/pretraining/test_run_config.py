@@ -81,7 +81,16 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) ->
     assert (cfg.train.epochs, cfg.train.seed, cfg.train.batch) == (7, 3, 256)
 
 
-@pytest.mark.parametrize("flags", [["--recipe.preset", "satellite"], ["--recipe.preset=satellite"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--recipe", "satellite"],
+        ["--recipe=satellite"],
+        ["--recipe.preset", "satellite"],
+        ["--recipe.preset=satellite"],
+        ["--recipe", "moco_v2", "--recipe.preset", "satellite"],
+    ],
+)
 def test_a_preset_on_the_command_line_replaces_the_file_s(flags: list, tmp_path: Path) -> None:
     found = read(tmp_path, "recipe: {preset: moco_v3_resnet, size: 32}", *flags).config.recipe
     assert found.quarter_turns
@@ -197,6 +206,8 @@ def test_a_tree_is_plain_and_left_as_it_is() -> None:
         ("model: {backbone: {name: x}}", "unknown key 'model.backbone.name'. Did you mean 'model.backbone'?"),
         ("recipe: {prest: satellite}", "unknown key 'recipe.prest'. Did you mean 'recipe.preset'?"),
         ("recipe: {preset: satelite}", "There is no recipe called 'satelite'. Did you mean 'satellite'?"),
+        ("recipe: satelite", "There is no recipe called 'satelite'. Did you mean 'satellite'?"),
+        ("recipe: [satellite]", "There is no recipe called '['satellite']'."),
         ("method: {name: moco_v2}", "There is no method 'moco_v2'. Did you mean 'moco_v3'?"),
         ("train:\n  epochs: [", "run.yaml', line 2 is not valid YAML: expected the node content"),
         ("just words", "run.yaml' must hold sections such as 'train:'"),
@@ -220,6 +231,8 @@ def test_a_mistake_in_the_file_is_named(text: str, message: str, tmp_path: Path)
         ),
         (["--lr", "3"], "There is no setting '--lr'. Did you mean 'optim.lr'?"),
         (["--recipe.preset", "moco3"], "There is no recipe called 'moco3'. Did you mean 'moco_v3'?"),
+        (["--recipe", "moco3"], "There is no recipe called 'moco3'. Did you mean 'moco_v3'?"),
+        (["--recipe"], "--recipe needs a value."),
         (["--method.name=mocov3"], "There is no method 'mocov3'. Did you mean 'moco_v3'?"),
         (["--recipe.preset"], "--recipe.preset needs a value."),
     ],
