@@ -53,11 +53,10 @@ def fall_back() -> bool:
 
 def found_place() -> tuple[str, bool]:
     """Return the folder where compiled kernels are kept ("": none), and whether it lasts, as the temporary one may not."""
-    from pipelines.kernels.cpu_kernels import finish
-
+    probe = njit(cache=True)(lambda: None)
     if fall_back.cache_info().currsize:
         return (numba.config.CACHE_DIR if fall_back() else ""), False
-    return finish.stats.cache_path, True
+    return probe.stats.cache_path, True
 
 
 def temporary_folder() -> Path:

@@ -1,7 +1,10 @@
 """The pages are in step with what they tell of: tables with their benchmarks' files, links and commands with the tree."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,8 +114,59 @@ def test_commands_of_the_pages_exist(page: Path) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     named = re.findall(r"(?:^|-m )fastssl ([a-z]+)(?: ([a-z]+))?", "\n".join(blocks), re.MULTILINE)
     assert {command for command, _ in named} <= set(COMMANDS)
-    assert {sub for command, sub in named if command == "bench" and sub and sub != "configs"} <= set(
-        SUBCOMMANDS
-    )
+    assert {sub for command, sub in named if command == "bench" and sub and sub != "configs"} <= {
+        *SUBCOMMANDS,
+        *(path.stem.partition("_")[0] for path in (ROOT / "configs").glob("*.yaml")),
+    }
     configs = re.findall(r"configs/[a-z0-9_]+\.yaml", page.read_text())
     assert [name for name in configs if not (ROOT / name).exists()] == []
+    by_name = re.findall(r"fastssl pretrain ([a-z]\w*)(?= )", "\n".join(blocks))
+    assert [name for name in by_name if not (ROOT / "configs" / f"{name}.yaml").exists()] == []
+
+
+def test_the_index_has_a_line_for_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")} - {"README.md"}
+    lines = re.findall(r"^- \[(.+)\]\(\1\): .+$", index, re.MULTILINE)
+    assert sorted(lines) == sorted(pages - {page for page in pages if page.startswith("benchmarks/")})
+
+
+def test_hints_name_packages_that_pip_finds() -> None:
+    """The distribution is not on the index, so its extras cannot be installed by name."""
+    files = [
+        path for folder in ("fastssl", "pipelines", "shards", "docs") for path in (ROOT / folder).rglob("*")
+    ]
+    found = {
+        str(path.relative_to(ROOT))
+        for path in (*files, ROOT / "README.md")
+        if path.suffix in (".py", ".md")
+        and re.search(r"fastssl(-pretrain)?\[|pip install fastssl", path.read_text())
+    }
+    assert found == set()
+
+
+def test_the_completion_of_the_page_completes_commands_and_options(tmp_path: Path) -> None:
+    from fastssl.cli import COMMANDS
+
+    [script] = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "command_line.md").read_text(), re.DOTALL)
+    [names] = re.findall(r'-W "(.+?)"', script)
+    assert names.split() == list(COMMANDS)
+    (tmp_path / "fastssl").write_text(f'#!/bin/sh\nexec {sys.executable} -m fastssl "$@"\n')
+    (tmp_path / "fastssl").chmod(0o755)
+    script += """
+complete_words() {
+  COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMPREPLY=()
+  _fastssl
+  echo "${COMPREPLY[*]}"
+}
+complete_words fastssl pre
+complete_words fastssl pretrain laptop --train.ep
+complete_words fastssl verify --shards x
+complete_words fastssl eval knn --sh
+"""
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines()[:2] == ["preview pretrain", "--train.epochs"]
+    assert (done.stderr, done.returncode) == ("", 0)

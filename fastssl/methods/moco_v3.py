@@ -101,12 +101,12 @@ class MoCoV3(Method):
         if num_local:
             raise UserError(
                 f"MoCo v3 compares 2 global views but the recipe makes {num_local} local ones, too: set --recipe.local-views 0, or "
-                "choose another --recipe.preset."
+                "choose another --recipe."
             )
         if num_global != 2:
             raise UserError(
                 f"MoCo v3 compares 2 views of each image but the recipe makes {num_global}: set --recipe.num-views 2, or choose "
-                "another --recipe.preset."
+                "another --recipe."
             )
 
     def forward(self, views: list[Tensor], targets: Keys | None = None, first: int = 0) -> StepOutput:

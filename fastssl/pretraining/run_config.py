@@ -157,7 +157,7 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
             f"{where} itself sets all that --{RECIPE} {by_flag} would change ({', '.join(f'{RECIPE}.{name}' for name in changed[:3])}"
             f"{', ...' if len(changed) > 3 else ''}): leave the flag out, or give another configuration."
         )
-    return Resolved(_parse(base, tokens, prog="fastssl pretrain CONFIG"), method_name)
+    return Resolved(_parse(base, tokens, prog="fastssl pretrain"), method_name)
 
 
 def _named_recipe(name: str) -> Recipe:
