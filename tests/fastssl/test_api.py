@@ -62,8 +62,9 @@ def test_a_configuration_is_overridden_again(tmp_path: Path) -> None:
     )
     assert again.config.recipe == first.config.recipe
     assert load_config(first) == first
-    with pytest.raises(UserError, match=r"The setting recipe.preset decides which other settings there are"):
-        load_config(first, {"recipe.preset": "moco_v3"})
+    for name in ("recipe", "recipe.preset"):
+        with pytest.raises(UserError, match=rf"The setting {name} decides which other settings there are"):
+            load_config(first, {name: "moco_v3"})
     with pytest.raises(UserError, match=r"no setting '--train.epoch'. Did you mean 'train.epochs'"):
         load_config(first, {"train.epoch": 3})
 

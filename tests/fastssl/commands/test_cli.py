@@ -113,6 +113,16 @@ def test_a_mistake_in_a_real_process(tmp_path: Path) -> None:
     assert done.stderr == "fastssl: There is no configuration file 'nowhere.yaml'.\n"
 
 
+def test_a_warning_is_one_line_without_its_place_in_the_source() -> None:
+    code = (
+        "import sys, types, warnings; from fastssl import cli; cli.COMMANDS['warn'] = ('warner', ''); "
+        "sys.modules['warner'] = types.SimpleNamespace(run=lambda argv: warnings.warn('Mind this.')); "
+        "sys.argv = ['fastssl', 'warn']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr == "fastssl: note: Mind this.\n"
+
+
 def test_pretrain_without_a_configuration_takes_laptop(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], told
 ) -> None:

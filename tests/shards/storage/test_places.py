@@ -102,6 +102,25 @@ def test_images_in_a_remote_store_convert_as_local_ones(make_folder, tmp_path: P
     assert fingerprints(tmp_path / "a") == fingerprints(tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    ("url", "end"),
+    [
+        ("s3://b/x", ": pip install s3fs."),
+        ("gs://b/x", ": pip install gcsfs."),
+        ("https://b/x", ": pip install aiohttp requests."),
+        ("abfs://b/x", "(Install it)."),
+    ],
+)
+def test_a_missing_package_is_named(url: str, end: str, monkeypatch: pytest.MonkeyPatch):
+    def missing(*_, **__):
+        raise ImportError("Install it")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(UserError) as caught:
+        remote.RemotePlace(url)
+    assert str(caught.value).endswith(end)
+
+
 def test_unknown_protocols_are_user_errors():
     with pytest.raises(UserError, match="of no known protocol"):
         open_place("nonsense://bucket")
