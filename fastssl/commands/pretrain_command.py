@@ -19,13 +19,13 @@ from `fastssl configs`; without one: laptop. Flags override its settings.
   --processes N         N processes on this machine, for CPUs
   --resume              continue the run in train.out from its newest checkpoint
                         (from the start where there is none)
-  --resume CHECKPOINT   continue from another run's checkpoint or folder, in a new
-                        train.out; the other folder stays as it is
+  --resume CHECKPOINT   continue from another run's checkpoint or folder, in a
+                        new train.out; the other folder stays as it is
   --settings            list all settings with their values and meaning
 
   fastssl pretrain --data.shards tile-shards/ --recipe satellite
-  fastssl pretrain moco_v3_vit_small --data.shards photo-shards/ --train.batch 256
-  fastssl pretrain moco_v3_vit_small --data.shards photo-shards/ --gpus all"""
+  fastssl pretrain moco_v3_vit_small --data.shards shards/ --train.batch 256
+  fastssl pretrain moco_v3_vit_small --data.shards shards/ --gpus all"""
 
 
 def run(argv: list[str]) -> int:
