@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fastssl.pretraining.run_config import load_config
 
 # GNU OpenMP, which PyTorch brings, reads this when it is loaded. By default a thread spins for about a millisecond at each of a step's
-# thousands of barriers, also when the thread that it waits for has lost its core to the loader or to another program: a step then takes
-# several times as long (measured: 4.1 s against 2.0 s on a busy machine, 0.66 s against 0.67 s on an idle one).
+# thousands of barriers, also when the thread that it waits for has lost its core to the loader or to another program: a step takes
+# twice as long and more (measured on 2 cores: 4.1 s against 2.0 s on a busy machine, 0.66 s against 0.67 s on an idle one).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 

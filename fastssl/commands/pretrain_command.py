@@ -37,6 +37,9 @@ def run(argv: list[str]) -> int:
     if environments and not {"--settings", "--help", "-h"} & set(argv):
         return local_ranks.run(argv, environments)
     path, (resume, rest) = argv[0], take_resume(argv[1:])
+    if is_main_process():
+        # Importing PyTorch takes seconds.
+        print(f"fastssl: starting {path}", file=sys.stderr)
     rest = ["--help" if token in ("--settings", "-h") else token for token in rest]
 
     from fastssl.core.signals import StopRequest

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import time
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import torch
 from fastssl.core.distributed import alone, choose_device
 from fastssl.methods.method import Method
 from fastssl.pretraining.build import build_method, compute_dtype
-from fastssl.pretraining.micro_batch import TrialStep
+from fastssl.pretraining.micro_batch import TrialStep, restored
 from fastssl.pretraining.step import StepOptions
 from shards.units import human_size, human_time
 
@@ -62,16 +62,15 @@ class Estimate:
 def estimate_step(method: Method, trial: TrialStep) -> Estimate:
     """Measure steps on 2, 4, 8 ... images until one takes `ENOUGH_S`, and scale it to the batch; for CPUs.
 
-    A copy of the method takes the steps, so that a compiled one is measured uncompiled and nothing changes. The time of a small trial
-    scaled up is rather too long than too short. `trial.options.micro_batch` limits what is held for the backward pass.
+    Call it before the method is compiled. Afterwards the method is as it was. The time of a small trial scaled up is rather too long
+    than too short. `trial.options.micro_batch` limits what is held for the backward pass.
     """
-    method = copy.deepcopy(method)
-    # A queue takes batches of one size only.
-    method.remember = lambda targets: None
     chunk = min(trial.options.micro_batch or trial.batch, trial.batch)
-    with alone(), torch.random.fork_rng(devices=[]):
+    with alone(), restored(method), torch.random.fork_rng(devices=[]):
         saved = saved_bytes(method, trial) * chunk
         size, seconds = min(2, chunk), 0.0
+        # A queue takes batches of one size only.
+        method.remember = lambda targets: None
         while True:
             began = time.perf_counter()
             # Two steps; the first of the smallest trial also sets the kernels up.
@@ -80,6 +79,7 @@ def estimate_step(method: Method, trial: TrialStep) -> Estimate:
             if size >= chunk or (seconds >= ENOUGH_S and (size > 2 or seconds >= 3 * ENOUGH_S)):
                 break
             size = min(2 * size, chunk)
+        del method.remember
     trained = sum(p.numel() * p.element_size() for p in method.parameters() if p.requires_grad)
     states = 2 if trial.optim.name == "adamw" else 1
     return Estimate(seconds * trial.batch / size, trained * (1 + states) + saved)
@@ -105,7 +105,10 @@ def trial_step(resolved: Resolved, device: torch.device, dtype: torch.dtype, wor
 
 
 def saved_bytes(method: Method, trial: TrialStep) -> int:
-    """Return the bytes for each image that a student's forward keeps for the backward pass, parameters left out."""
+    """Return the bytes for each image that a student's forward keeps for the backward pass, parameters left out.
+
+    What selective checkpointing keeps goes past the hooks that count, so that its blocks count with their inputs only.
+    """
     parameters = {p.untyped_storage().data_ptr() for p in method.parameters()}
     found: dict[int, int] = {}
     kept: list[torch.Tensor] = []
@@ -121,7 +124,9 @@ def saved_bytes(method: Method, trial: TrialStep) -> int:
     images = 2
     views = [torch.zeros(images, *trial.view_shape, device=trial.device) for _ in range(2)]
     autocast = torch.autocast(trial.device.type, trial.dtype, enabled=trial.dtype != torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with warnings.catch_warnings(), hooks, autocast:
+        warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
         targets = method.targets(method.teacher_features(views))
         method.loss(method.student_features(views), targets)
     return sum(found.values()) // images
