@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them."""
+"""Numbers of bytes, seconds and things as people write them."""
 
 import re
 
@@ -18,6 +18,18 @@ def human_size(num_bytes: float) -> str:
             return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.1f} TB"
+
+
+def human_time(seconds: float) -> str:
+    """Return a time with the units that suit it: 45 s, 3 min, 2 h 5 min, 10 days."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{seconds / 86400:,.0f} days"
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:

@@ -1,14 +1,18 @@
 """What all tests share: one compute thread a process, a GPU mark that asks the GPU itself, a store of the S3 protocol."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Two cores and many small tensors: a team of threads costs more than it gives, and on a busy machine its threads spin for each other,
+# in PyTorch's barriers and in oneDNN's. Processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 from tests.s3 import FaultProxy, s3_server
 
-# Two cores and many small tensors: a team of threads costs more than it gives, and runs in parallel would fight.
 torch.set_num_threads(1)
 
 

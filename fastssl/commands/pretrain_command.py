@@ -42,11 +42,15 @@ def run(argv: list[str]) -> int:
     resume, rest = take_resume(argv)
     rest = ["--help" if token in ("--settings", "-h") else token for token in rest]
 
-    from fastssl.core.signals import StopRequest
-    from fastssl.pretraining import run_config
     from fastssl.pretraining.packaged_configs import DEFAULT_CONFIG
 
     given = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    if is_main_process() and "--help" not in rest:
+        # Importing PyTorch takes seconds.
+        print(f"fastssl: starting {given or DEFAULT_CONFIG}", file=sys.stderr, flush=True)
+    from fastssl.core.signals import StopRequest
+    from fastssl.pretraining import run_config
+
     resolved = run_config.load(given or DEFAULT_CONFIG, rest)
     if not given and is_main_process():
         print(f"Configuration: {DEFAULT_CONFIG}. `fastssl configs` lists the others.", flush=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -26,14 +28,23 @@ class Demo:
     """Folder for all files of the demo."""
     tiles: int = 500
     """Tiles of each class to pretrain on; a fifth of this number is drawn to test on."""
-    epochs: int = 30
-    """Epochs of pretraining."""
+    epochs: int | None = None
+    """Epochs of pretraining. By default the largest of 30, 15 and 8 that this machine does in about three minutes."""
     size: int = 64
     """Side of the tiles, in pixels."""
     seed: int = 0
     """Seed of the drawings, the order, the augmentation and the weights."""
     again: bool = False
     """Delete an earlier pretraining run in this folder; otherwise it is continued."""
+
+
+BATCH = 128
+# The lengths of the demo's pretraining, in epochs, each with figures in docs/results/demo.md.
+EPOCHS = (30, 15, 8)
+# What the pretraining may take on a CPU, so that the whole demo stays below five minutes.
+PRETRAIN_S = 180.0
+# A step waits for data and shares the cores with the loader.
+LOADER_SHARE = 1.1
 
 
 class Steps:
@@ -68,6 +79,8 @@ def run(argv: list[str]) -> int:
         )
     out = Path(args.out)
     steps = Steps(5)
+    if args.again:
+        shutil.rmtree(out / "run", ignore_errors=True)
     with steps.step(f"Draw {5 * args.tiles + 5 * (args.tiles // 5):,} synthetic aerial tiles"):
         _draw(out, args)
     with steps.step(
@@ -80,7 +93,9 @@ def run(argv: list[str]) -> int:
     ):
         _preview(out, args)
     with steps.step("Pretrain without labels", f"fastssl pretrain {out / 'run' / 'config.yaml'}"):
-        summary = _pretrain(out, args)
+        from fastssl.pretraining.run import pretrain
+
+        summary = pretrain(configuration(out, _with_epochs(out, args)), resume=True)
     if summary.interrupted:
         print(f"Stopped after step {summary.steps}. The same command continues.", file=sys.stderr)
         return 128 + summary.interrupted
@@ -95,8 +110,6 @@ def run(argv: list[str]) -> int:
 
 def configuration(out: Path, args: Demo):
     """Return the configuration of the demo's run."""
-    import dataclasses
-
     from fastssl.core.optimizers import OptimConfig
     from fastssl.evaluation.knn import KNNConfig
     from fastssl.methods.moco_v3 import Config
@@ -106,7 +119,7 @@ def configuration(out: Path, args: Demo):
     from pipelines.augment.recipe import get_recipe
     from pipelines.loading.data_config import DataConfig
 
-    batch = min(128, 5 * args.tiles)
+    epochs = args.epochs or EPOCHS[0]
     config = RunConfig(
         data=DataConfig(shards=str(out / "train-shards")),
         # In views of 64 pixels a wide blur would hide the grid of solar panels.
@@ -114,16 +127,16 @@ def configuration(out: Path, args: Demo):
         model=ModelConfig(backbone="resnet10_w32"),
         # The run has few steps: with the published 0.99 the teacher would lag 100 of them behind.
         method=Config(hidden_dim=1024, momentum=0.96),
-        optim=OptimConfig(name="adamw", lr=3e-3, weight_decay=0.05, warmup_epochs=min(2, args.epochs)),
+        optim=OptimConfig(name="adamw", lr=3e-3, weight_decay=0.05, warmup_epochs=min(2, epochs)),
         train=TrainConfig(
             out=str(out / "run"),
-            epochs=args.epochs,
-            batch=batch,
+            epochs=epochs,
+            batch=min(BATCH, 5 * args.tiles),
             seed=args.seed,
-            save_every=max(1, args.epochs // 8),
+            save_every=max(1, epochs // 8),
         ),
         knn=KNNConfig(
-            every=max(1, args.epochs // 8),
+            every=max(1, epochs // 8),
             shards=str(out / "train-shards"),
             test_shards=str(out / "test-shards"),
         ),
@@ -176,14 +189,28 @@ def _preview(out: Path, args: Demo) -> None:
     contact_sheet(ShardSet.open(out / "train-shards"), recipe, out / "views.png", seed=args.seed)
 
 
-def _pretrain(out: Path, args: Demo):
-    import shutil
+def _with_epochs(out: Path, args: Demo) -> Demo:
+    """Return the settings with the epochs of an earlier run here, or with what this machine does in `PRETRAIN_S`."""
+    import yaml
 
-    from fastssl.pretraining.run import pretrain
+    if args.epochs is None and (config := out / "run" / "config.yaml").exists():
+        return dataclasses.replace(args, epochs=yaml.safe_load(config.read_text())["train"]["epochs"])
+    if args.epochs is not None:
+        return args
+    from fastssl.pretraining.estimate import estimate_run
 
-    if args.again:
-        shutil.rmtree(out / "run", ignore_errors=True)
-    return pretrain(configuration(out, args), resume=True)
+    found = estimate_run(configuration(out, args))
+    if found is None:
+        return dataclasses.replace(args, epochs=EPOCHS[0])
+    epochs = choose_epochs(found.step_s * max(1, 5 * args.tiles // BATCH) * LOADER_SHARE)
+    if epochs != EPOCHS[0]:
+        print(f"     {epochs} epochs in place of {EPOCHS[0]}: a step takes {found.step_s:.2g} s here")
+    return dataclasses.replace(args, epochs=epochs)
+
+
+def choose_epochs(epoch_s: float) -> int:
+    """Return the largest of `EPOCHS` that fits in `PRETRAIN_S`, or the smallest where none does."""
+    return next((epochs for epochs in EPOCHS if epochs * epoch_s <= PRETRAIN_S), EPOCHS[-1])
 
 
 def _evaluate(out: Path, checkpoint: Path) -> dict[str, Any]:

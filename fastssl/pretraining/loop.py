@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from contextlib import closing
@@ -21,6 +22,7 @@ from fastssl.pretraining.run_folder import RunFolder
 from fastssl.pretraining.step import tell_chunks
 from fastssl.pretraining.trainer import Training
 from pipelines.loading.loader import Loader, open_loader
+from pipelines.streaming.cache import free_memory
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
     meters = training.meters
     screen = ProgressDisplay(total, start, show=ranks.is_main)
     _greet(screen, training, loader)
+    _expect(screen, training)
     began = time.perf_counter()
     saved = start
     stop_of_any = distributed.LargestOverRanks()
@@ -194,3 +197,16 @@ def _greet(screen: ProgressDisplay, training: Training, loader: Loader) -> None:
     if training.num_chunks > 1:
         share = cfg.train.batch // training.ranks.world
         screen.say(tell_chunks(training.method, share, training.num_chunks, cfg.train.exact_heads))
+
+
+def _expect(screen: ProgressDisplay, training: Training) -> None:
+    """Say what the rest of a run on a CPU takes, and warn where that is more than there is; a GPU's first steps tell it at once."""
+    resolved, ranks, steps = training.resolved, training.ranks, training.total - training.done
+    found = training.estimate
+    if found is not None and steps and ranks.is_main:
+        screen.say(found.describe(steps))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        for doubt in found.doubts(
+            steps, free_memory() // processes, resolved.config.train.batch // ranks.world
+        ):
+            warnings.warn(doubt, stacklevel=2)

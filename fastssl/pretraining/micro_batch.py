@@ -190,7 +190,7 @@ def find_micro_batch(method: Method, trial: TrialStep) -> int:
     Raises:
         UserError: not even 2 images fit.
     """
-    with alone(), _restored(method):
+    with alone(), restored(method):
         found = largest_that_fits(trial.batch, partial(trial.run, method))
     return smallest_over_ranks(found, trial.device)
 
@@ -215,7 +215,7 @@ def nbytes(views: Sequence[Tensor]) -> int:
 
 
 @contextlib.contextmanager
-def _restored(method: nn.Module) -> Iterator[None]:
+def restored(method: nn.Module) -> Iterator[None]:
     """Restore buffers and gradients at the end; inside, a queue counts as full."""
     before: dict[str, Tensor] = {name: buffer.cpu().clone() for name, buffer in method.named_buffers()}
     queue = getattr(method, "queue", None)

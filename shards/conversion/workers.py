@@ -9,11 +9,13 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
+from types import ModuleType
 
 from shards.errors import UserError
 
@@ -64,6 +66,8 @@ def run_in_processes(
     """
     context = _context()
     environ = dict(os.environ)
+    # What a script defines itself, such as a source, is found in the script alone.
+    hidden = b"__main__" not in ForkingPickler.dumps(make)
     waiting = deque(todo)
     workers = {}
     counts = {}
@@ -72,7 +76,8 @@ def run_in_processes(
         for _ in range(min(num_workers, len(todo))):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_work, args=(theirs, make, environ), daemon=True)
-            _start(worker)
+            with _without_script() if hidden else contextlib.nullcontext():
+                _start(worker)
             theirs.close()
             workers[ours] = worker
             counts[ours] = (0, 0)
@@ -121,6 +126,16 @@ def _context() -> ForkServerContext | SpawnContext:
 def _start(worker: BaseProcess) -> None:
     resource_tracker.ensure_running()  # at its first start it would unblock the signal
     _without_interrupts(worker.start)
+
+
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """Hide the user's script from workers that start inside: they would run it again, with the conversion in it."""
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _without_interrupts(start: Callable[[], None]) -> None:

@@ -1,5 +1,6 @@
 """`from fastssl import pretrain, load_config, evaluate_knn`: what people call from Python."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,17 @@ def test_pretraining_and_evaluating_from_python(finished: Path, shards: Path, tm
     report = evaluate_knn(summary.checkpoint, shards, ks=(5,), baselines=False, device="cpu")
     assert report["step"] == TOTAL
     assert 0 <= report["rows"][0]["accuracy"][5] <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_compute_threads_do_not_spin_for_long(given: dict[str, str], expected: str) -> None:
+    """Set before PyTorch is loaded, and only where the user has not chosen."""
+    environ = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    program = "import os, sys, fastssl; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ | given, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [expected, "False"], done.stderr

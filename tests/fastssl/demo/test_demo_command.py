@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from fastssl.cli import main
+from fastssl.demo.demo_command import PRETRAIN_S, choose_epochs
 
 
 @pytest.mark.slow
@@ -42,3 +43,9 @@ def test_the_demo_runs_from_drawing_to_numbers_and_again(tmp_path, capsys):
 def test_too_few_tiles_is_a_clear_error(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "demo"), "--tiles", "5"]) == 2
     assert "--tiles is 5: use at least 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("epoch_s", "epochs"), [(4.0, 30), (6.0, 30), (6.1, 15), (12.1, 8), (100.0, 8)])
+def test_the_demo_takes_the_longest_run_that_fits(epoch_s: float, epochs: int) -> None:
+    assert PRETRAIN_S == 180
+    assert choose_epochs(epoch_s) == epochs

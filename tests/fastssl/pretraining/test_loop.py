@@ -16,7 +16,7 @@ from fastssl.core.meters import ProgressDisplay
 from fastssl.core.schedules import lr_at
 from fastssl.methods import MoCoV3
 from fastssl.models.backbones import build_backbone
-from fastssl.pretraining import build
+from fastssl.pretraining import build, trainer
 from fastssl.pretraining.build import compile_blocks, use_bf16
 from fastssl.pretraining.loop import train
 from fastssl.pretraining.run_config import load
@@ -275,6 +275,8 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, at: int, what: str) -> None:
 
     monkeypatch.setattr(MoCoV3, "forward", spoiled_forward)
     monkeypatch.setattr(MoCoV3, "update_teacher", spoiled_update)
+    # Its trial steps would count.
+    monkeypatch.setattr(trainer, "estimate_step", lambda method, trial: None)
 
 
 @pytest.mark.parametrize(

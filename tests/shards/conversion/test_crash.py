@@ -202,3 +202,25 @@ def test_a_shard_whose_images_changed_cannot_be_mended(source: Path, wanted: dic
     with pytest.raises(UserError, match=r"shard-000000\.tar' was missing.*have changed since"):
         convert(source, dest, samples_per_shard=PER_SHARD)
     assert not (dest / layout.shard_name(0)).exists()
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_workers_do_not_run_the_script_that_starts_them(source: Path, tmp_path: Path, wanted, guarded: bool):
+    """Python's own processes import the script again, which would start a conversion in each worker."""
+    guard = 'if __name__ == "__main__":\n    ' if guarded else ""
+    program = f"""
+import sys
+from shards import convert
+print("the script runs")
+{guard}convert(sys.argv[1], sys.argv[2], samples_per_shard=int(sys.argv[3]), workers=2)
+"""
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    done = subprocess.run(
+        [sys.executable, str(script), str(source), str(tmp_path / "out"), str(PER_SHARD)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.count("the script runs")) == (0, 1), done.stderr
+    assert fingerprints(tmp_path / "out") == wanted

@@ -1,0 +1,132 @@
+"""Estimate the time and the memory of a run by trial steps on a few images, before it begins."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastssl.core.distributed import alone, choose_device
+from fastssl.methods.method import Method
+from fastssl.pretraining.build import build_method, compute_dtype
+from fastssl.pretraining.micro_batch import TrialStep, restored
+from fastssl.pretraining.step import StepOptions
+from shards.units import human_size, human_time
+
+if TYPE_CHECKING:
+    from fastssl.pretraining.run_config import Resolved
+
+# A trial of this many seconds is long enough to be scaled to a batch.
+ENOUGH_S = 0.4
+# A run of more hours on a CPU is hardly what was meant.
+LONG_H = 24
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one process of a run takes."""
+
+    step_s: float
+    """Seconds of a step, without waiting for data."""
+    memory_bytes: int
+    """Gradients, optimizer state and what the backward pass keeps, beside what the process holds already."""
+
+    def describe(self, steps: int) -> str:
+        """Return a sentence about a run of `steps` steps, such as "About 2 min (0.21 s a step) and 1.1 GB more memory"."""
+        return (
+            f"About {human_time(self.step_s * steps)} ({self.step_s:.2g} s a step) and "
+            f"{human_size(self.memory_bytes)} more memory on this CPU, estimated from a few images"
+        )
+
+    def doubts(self, steps: int, free_bytes: int, batch: int) -> list[str]:
+        """Return a warning for each of memory and time that the machine or anybody's patience does not have, with the way out."""
+        found = []
+        if self.memory_bytes > free_bytes:
+            fits = max(2, batch * free_bytes // self.memory_bytes // 2)
+            found.append(
+                f"The run needs about {human_size(self.memory_bytes)} more memory but {human_size(free_bytes)} are free, and the "
+                f"system may kill it: set --train.micro-batch {fits}, --train.checkpointing blocks, or a smaller --train.batch, "
+                "--recipe.size or --model.backbone."
+            )
+        if self.step_s * steps > LONG_H * 3600:
+            found.append(
+                f"The run takes about {human_time(self.step_s * steps)} on this CPU: a GPU, a smaller --model.backbone (resnet10_w32, "
+                "resnet18), a smaller --recipe.size or fewer --train.epochs shorten it. It can be stopped and resumed at any time."
+            )
+        return found
+
+
+def estimate_step(method: Method, trial: TrialStep) -> Estimate:
+    """Measure steps on 2, 4, 8 ... images until one takes `ENOUGH_S`, and scale it to the batch; for CPUs.
+
+    Call it before the method is compiled. Afterwards the method is as it was. The time of a small trial scaled up is rather too long
+    than too short. `trial.options.micro_batch` limits what is held for the backward pass.
+    """
+    chunk = min(trial.options.micro_batch or trial.batch, trial.batch)
+    with alone(), restored(method), torch.random.fork_rng(devices=[]):
+        saved = saved_bytes(method, trial) * chunk
+        size, seconds = min(2, chunk), 0.0
+        # A queue takes batches of one size only.
+        method.remember = lambda targets: None
+        while True:
+            began = time.perf_counter()
+            # Two steps; the first of the smallest trial also sets the kernels up.
+            replace(trial, batch=size).run(method, size)
+            seconds = (time.perf_counter() - began) / 2
+            if size >= chunk or (seconds >= ENOUGH_S and (size > 2 or seconds >= 3 * ENOUGH_S)):
+                break
+            size = min(2 * size, chunk)
+        del method.remember
+    trained = sum(p.numel() * p.element_size() for p in method.parameters() if p.requires_grad)
+    states = 2 if trial.optim.name == "adamw" else 1
+    return Estimate(seconds * trial.batch / size, trained * (1 + states) + saved)
+
+
+def estimate_run(resolved: Resolved) -> Estimate | None:
+    """Return what a run of one process would take, without its data, or None on a GPU."""
+    cfg = resolved.config
+    device = choose_device(cfg.train.device)
+    if device.type != "cpu":
+        return None
+    method, _ = build_method(resolved, device)
+    return estimate_step(method, trial_step(resolved, device, compute_dtype(cfg.train.precision, device)))
+
+
+def trial_step(resolved: Resolved, device: torch.device, dtype: torch.dtype, world: int = 1) -> TrialStep:
+    """Return the step of one of `world` processes of a run."""
+    cfg, train = resolved.config, resolved.config.train
+    shape = (cfg.model.channels, cfg.recipe.size, cfg.recipe.size)
+    micro_batch = 0 if train.micro_batch == "auto" else train.micro_batch
+    options = StepOptions(micro_batch, train.exact_heads, train.clip_grad)
+    return TrialStep(cfg.optim, device, dtype, shape, train.batch // world, options=options)
+
+
+def saved_bytes(method: Method, trial: TrialStep) -> int:
+    """Return the bytes for each image that a student's forward keeps for the backward pass, parameters left out.
+
+    What selective checkpointing keeps goes past the hooks that count, so that its blocks count with their inputs only.
+    """
+    parameters = {p.untyped_storage().data_ptr() for p in method.parameters()}
+    found: dict[int, int] = {}
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+            # A storage that was freed could give its address to another.
+            kept.append(tensor)
+        return tensor
+
+    images = 2
+    views = [torch.zeros(images, *trial.view_shape, device=trial.device) for _ in range(2)]
+    autocast = torch.autocast(trial.device.type, trial.dtype, enabled=trial.dtype != torch.float32)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with warnings.catch_warnings(), hooks, autocast:
+        warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
+        targets = method.targets(method.teacher_features(views))
+        method.loss(method.student_features(views), targets)
+    return sum(found.values()) // images
