@@ -96,7 +96,8 @@ class Held:
         `shared`."""
         self._ends = np.cumsum(sizes, dtype=np.int64)
         total, count = int(self._ends[-1]), len(sizes)
-        memory = shared_bytes(total + count) if shared else np.zeros(total + count, np.uint8)
+        found = shared_bytes(total + count) if shared else (np.zeros(total + count, np.uint8), False)
+        memory, self.shared = found
         self._bytes, self._kinds = memory[:total], memory[total:]
         self._sizes = sizes
 
@@ -161,7 +162,9 @@ class DecodedCache(Samples):
     ):
         """As `EncodedCache`."""
         super().__init__(shards, decode, channels)
-        self._kept = self.held = Held(_in_use(shards, decoded_sizes(shards, channels), ids), shared=ids is None)
+        self._kept = self.held = Held(
+            _in_use(shards, decoded_sizes(shards, channels), ids), shared=ids is None
+        )
 
     def fill(self, sample_id: int) -> None:
         """As `Samples.fill`."""
@@ -319,7 +322,7 @@ def fill_ahead(
     held = samples.held
     if held is None:
         return
-    number, ranks = local_ranks() if ids is None else (0, 1)
+    number, ranks = local_ranks() if held.shared else (0, 1)
     ids = samples.shards.ids if ids is None else ids
     part = np.array_split(ids, ranks)[number]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import uuid
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,25 +64,27 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def shared_bytes(count: int) -> np.ndarray:
-    """Return zeros, uint8 (count,), that all processes of this machine write and read. Every rank calls it.
+def shared_bytes(count: int) -> tuple[np.ndarray, bool]:
+    """Return zeros, uint8 (count,), and whether all processes of this machine write and read them. Every rank calls it.
 
     The memory is a file without a name, so that nothing of it stays whatever way the processes end, and a small /dev/shm (64 MB in a
-    container) does not matter. It is taken page by page when written. A process alone has it to itself, and so has each one where the
-    others cannot open it, such as in containers of their own.
+    container) does not matter. It is taken page by page when written. Each process has its own, with a warning, where one of them
+    cannot open it, such as from another container.
     """
     number, ranks = local_ranks()
     if ranks == 1 or not count:
-        return np.zeros(count, np.uint8)
+        return np.zeros(count, np.uint8), False
     # The first process of the machine makes it; the others find it at its open file.
-    own = _unnamed(count) if number == 0 else -1
-    place = agree(lambda: f"/proc/{os.getpid()}/fd/{own}" if own >= 0 else "")
+    label = f"fastssl-cache-{uuid.uuid4().hex}"
+    own = _unnamed(label, count) if number == 0 else -1
+    label, place = agree(lambda: (label, f"/proc/{os.getpid()}/fd/{own}"))
     memory = None
     with contextlib.suppress(OSError, ValueError):
-        file = own if number == 0 else os.open(place, os.O_RDWR) if place else -1
-        if file >= 0:
+        # What is called so and is another's file must not be written to.
+        if own >= 0 or label in os.readlink(place):
+            file = own if own >= 0 else os.open(place, os.O_RDWR)
             memory = mmap.mmap(file, count)
-            if number:
+            if own < 0:
                 os.close(file)
     # No file is closed before all have opened it; and all share, or none does: a part of them would miss the others' work.
     found: list[Any] = [None] * dist.get_world_size()
@@ -89,14 +93,18 @@ def shared_bytes(count: int) -> np.ndarray:
         os.close(own)
     first = dist.get_rank() - number
     if memory is None or not all(found[first : first + ranks]):
-        return np.zeros(count, np.uint8)
-    return np.frombuffer(memory, np.uint8)
+        warnings.warn(
+            f"The {ranks} processes of this machine cannot share memory: each keeps a copy of what it caches.",
+            stacklevel=2,
+        )
+        return np.zeros(count, np.uint8), False
+    return np.frombuffer(memory, np.uint8), True
 
 
-def _unnamed(count: int) -> int:
-    """Return an open file of `count` zeros in memory; -1 where the system has none."""
+def _unnamed(label: str, count: int) -> int:
+    """Return an open file of `count` zeros in memory; -1 where the system has none. `label`: for /proc."""
     try:
-        file = os.memfd_create("fastssl-cache", os.MFD_CLOEXEC)
+        file = os.memfd_create(label, os.MFD_CLOEXEC)
         os.ftruncate(file, count)
     except (AttributeError, OSError):
         return -1

@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from torch import nn
@@ -94,13 +93,6 @@ def test_metrics_hold_the_promised_fields(finished: Path) -> None:
         assert row["stand_ins"] == 0
         assert row["images_per_s"] > 0
         assert 0 <= row["data_wait"] <= 1
-        # Of the paper: from 0.99 to 1 along half a cosine.
-        momentum = 1 - (1 - 0.99) * (np.cos(np.pi * row["step"] / TOTAL) + 1) / 2
-        assert row["teacher_momentum"] == pytest.approx(momentum, rel=1e-5)
-        # Torch alone takes more than 100 MB.
-        assert 1e8 < row["peak_memory_bytes"] < psutil.virtual_memory().total
-    peaks = [row["peak_memory_bytes"] for row in steps]
-    assert peaks == sorted(peaks)
 
 
 def test_online_knn_rows_stand_at_the_ends_of_epochs(finished: Path) -> None:

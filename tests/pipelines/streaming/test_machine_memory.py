@@ -97,18 +97,30 @@ def test_all_ranks_refuse_together(shard_set: ShardSet):
     assert "41 images" in first
 
 
-def unopened(here: Dist) -> tuple[bool, int]:
+def unshared(here: Dist, folder: Path, how: str) -> tuple[bool, int, int]:
     os.environ["LOCAL_WORLD_SIZE"] = str(here.world)
-    real = os.open
-    os.open = lambda path, *rest: real("/nowhere" if "/fd/" in str(path) else path, *rest)
-    memory = shared_bytes(10)
+    if how == "unopened":
+        real = os.open
+        os.open = lambda path, *rest: real("/nowhere" if "/fd/" in str(path) else path, *rest)
+    else:
+        # In another container the number may be another program's.
+        link = os.readlink
+        os.readlink = lambda path, **how: "/a file" if "/proc/" in str(path) else link(path, **how)
+    shards, decode = ShardSet.open(folder), make_engine("fused", SMALL).decode
+    with pytest.warns(UserWarning, match="2 processes of this machine cannot share memory"):
+        memory, shared = shared_bytes(10)
+    with pytest.warns(UserWarning, match="each keeps a copy"):
+        samples = open_samples(shards, decode, 3, "ram")
     memory[here.rank] = 7
     dist.barrier()
-    return len(memory) == 10, int(memory.sum())
+    fill_ahead(samples, 2)
+    assert samples.held is not None
+    return shared, int(memory.sum()), samples.held.num_held()
 
 
-def test_ranks_that_cannot_open_it_have_their_own_memory():
-    assert run_ranks(unopened, timeout_s=60) == [(True, 7), (True, 7)]
+@pytest.mark.parametrize("how", ["unopened", "of another"])
+def test_ranks_that_cannot_open_it_fill_memory_of_their_own(shard_set: ShardSet, how: str):
+    assert run_ranks(unshared, Path(shard_set.folder), how, timeout_s=60) == [(False, 7, 41)] * 2
 
 
 KILLED = """
@@ -116,7 +128,7 @@ import os, sys, time
 from fastssl.core.distributed import setup
 from pipelines.streaming.machine_memory import shared_bytes
 setup("cpu")
-memory = shared_bytes(64 * 2**20)
+memory, _ = shared_bytes(64 * 2**20)
 memory[:] = 1
 print("filled", flush=True)
 time.sleep(600)
@@ -182,8 +194,8 @@ def test_a_process_alone_agrees_with_itself():
     assert agree(lambda: 3) == 3
     with pytest.raises(UserError, match="no"):
         agree(lambda: (_ for _ in ()).throw(UserError("no")))
-    memory = shared_bytes(5)
-    assert (memory.dtype, memory.tolist()) == (np.uint8, [0] * 5)
+    memory, shared = shared_bytes(5)
+    assert (memory.dtype, memory.tolist(), shared) == (np.uint8, [0] * 5, False)
 
 
 def group(folder: Path, limit: str, used: int, idle: int, names: tuple[str, str, str]) -> None:
