@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 
@@ -31,16 +30,3 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 def _send(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     pipe.send(function(*args))
-
-
-def peak_bytes() -> int:
-    """Return the peak memory of this process in bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        [peak] = [line for line in lines if line.startswith("VmHWM:")]
-        return int(peak.split()[1]) * 1024
-    except (OSError, ValueError):
-        # A system without /proc.
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -233,6 +233,29 @@ class ProgressDisplay:
         if not self._live and time.perf_counter() - self._spoke_s >= self.QUIET_S:
             self._spoke_s = time.perf_counter()
             self.say(f"epoch {epoch + 1}/{epochs}  step {step}/{self._total}  {status}")
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Give what shows a count before the first step: it takes what is done and the total."""
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24 if self.console.width >= WIDE else 8),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+            disable=not self._live,
+        )
+        task, spoke_s = bar.add_task(what), -self.QUIET_S
+
+        def show(done: int, total: int) -> None:
+            nonlocal spoke_s
+            bar.update(task, completed=done, total=total)
+            if not self._live and (done == total or time.perf_counter() - spoke_s >= self.QUIET_S):
+                spoke_s = time.perf_counter()
+                self.say(f"{what}: {done:,} of {total:,}")
+
+        with bar:
+            yield show
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

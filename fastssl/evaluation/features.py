@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.evaluation_views import eval_batches
+from pipelines.streaming.cache import Samples
 from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
@@ -57,13 +58,15 @@ def extract(
     batch: int = 256,
     threads: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    samples: Samples | None = None,
 ) -> Tensor:
     """Return features of the evaluation views of some samples: float32 (N, D) on the CPU, not normalised.
 
     `encode` maps normalised views (n, C, S, S) on `device` to (n, D); it is called with one batch at a time.
+    `samples`: where the pixels come from, as for `eval_batches`.
     """
     found, done = None, 0
-    options = {"threads": threads, "device": device, "reuse_memory": True}
+    options = {"threads": threads, "device": device, "reuse_memory": True, "samples": samples}
     for views in eval_batches(shards, recipe, sample_ids, batch=batch, **options):
         features = encode(views.views[0]).float().cpu()
         # Filled batch by batch: joining batches would need the memory twice.

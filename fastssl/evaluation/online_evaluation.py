@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +18,9 @@ from fastssl.evaluation.features import (
 from fastssl.evaluation.knn import KNNConfig, classify
 from fastssl.evaluation.linear_probe import probe_accuracy
 from pipelines.augment.recipe import Recipe
+from pipelines.loading.evaluation_views import eval_cache
+from pipelines.streaming.cache import Samples, fill_ahead
+from pipelines.streaming.stream import default_threads
 from shards.dataset.shard_set import ShardSet
 from shards.splits.split_table import open_split
 
@@ -47,6 +53,8 @@ class OnlineEvaluation:
                 check_labels(shards, ids, where=f"knn.{name}: ", otherwise=", or set --knn.every 0")
         if self._queries:
             check_same_classes(self._bank, self._queries)
+        self._samples: dict[ShardSet, Samples] = {}
+        self._own: list[tuple[Samples, np.ndarray]] = []
         self.k = min(cfg.k, len(self._bank_ids) - (0 if self._queries else 1))
         self.what = (
             f"{len(self._query_ids)} test samples"
@@ -54,12 +62,51 @@ class OnlineEvaluation:
             else f"leave one out of {len(self._bank_ids)}"
         )
 
+    def keep_in_memory(self, training: Samples, engine: str, cache_gb: float) -> list[str]:
+        """Keep the evaluated images in memory; return a line about each cache. Images that the training keeps are not kept twice.
+
+        Args:
+            training: the images of the training, kept in memory.
+            engine: what decodes them.
+            cache_gb: memory that all caches may fill, in 10^9 bytes; 0 means half of what is free.
+
+        Raises:
+            UserError: not even the encoded images fit beside those of the training.
+        """
+        taken, notes = training.num_bytes, []
+        for shards, ids in ((self._bank, self._bank_ids), (self._queries, self._query_ids)):
+            if shards is None or ids is None:
+                continue
+            kept = training.shards
+            same = shards.folder == kept.folder and np.array_equal(shards.sizes, kept.sizes)
+            if engine == "fused" and same and np.isin(ids, kept.ids).all():
+                self._samples[shards] = training
+                continue
+            own = self._samples[shards] = eval_cache(shards, self._recipe, ids, cache_gb, taken)
+            self._own.append((own, ids))
+            taken += own.num_bytes
+            notes.append(own.note)
+        return notes
+
+    def fill_caches(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read, and decode, all that `keep_in_memory` keeps; `progress` takes the images that are held and their number."""
+        for samples, ids in self._own:
+            fill_ahead(samples, self._threads or default_threads(), progress, ids)
+
     def evaluate(self, backbone: nn.Module) -> dict[str, float]:
         """Return accuracies in [0, 1] of the backbone as it is now: `knn_accuracy` and, if asked for, `linear_accuracy`."""
 
         def features(shards: ShardSet, ids) -> tuple[Tensor, Tensor]:
             encode = backbone_encoder(backbone, self._device, self._bf16)
-            found = extract(shards, self._recipe, ids, encode, device=self._device, threads=self._threads)
+            found = extract(
+                shards,
+                self._recipe,
+                ids,
+                encode,
+                device=self._device,
+                threads=self._threads,
+                samples=self._samples.get(shards),
+            )
             return found, torch.from_numpy(shards.labels[ids])
 
         bank = features(self._bank, self._bank_ids)

@@ -22,7 +22,7 @@ from fastssl.pretraining.run_folder import RunFolder
 from fastssl.pretraining.step import tell_chunks
 from fastssl.pretraining.trainer import Training
 from pipelines.loading.loader import Loader, open_loader
-from pipelines.streaming.cache import free_memory
+from pipelines.streaming.machine_memory import free_memory
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,6 +76,9 @@ def train(resolved: Resolved, *, resume: bool | Path = False) -> Summary:
             # The device never holds more than a chunk of the views.
             loader = loader.in_chunks()
         online = _online_evaluation(training)
+        if online and cfg.data.cache == "ram":
+            notes = online.keep_in_memory(loader.samples, cfg.data.engine, cfg.data.cache_gb)
+            loader.note = "\n".join([loader.note, *notes])
         folder.begin(training.done, training.total)
         return _loop(training, loader, folder, online)
 
@@ -87,6 +90,12 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
     screen = ProgressDisplay(total, start, show=ranks.is_main)
     _greet(screen, training, loader)
     _expect(screen, training)
+    if training.resolved.config.data.cache == "ram" and start < total:
+        with meters.paused(), screen.counting("filling the cache") as progress:
+            loader.fill_cache(progress)
+        if online:
+            with meters.paused(), screen.counting("filling the evaluation's cache") as progress:
+                online.fill_caches(progress)
     began = time.perf_counter()
     saved = start
     stop_of_any = distributed.LargestOverRanks()

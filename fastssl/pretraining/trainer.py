@@ -13,6 +13,7 @@ from fastssl.core.distributed import Dist, gather_keys
 from fastssl.core.meters import Meters
 from fastssl.core.nonfinite import NonFiniteMonitor, rank_me
 from fastssl.core.optimizers import build_optimizer, match_layout, scaled_lr, set_lr
+from fastssl.core.peak_memory import peak_memory
 from fastssl.core.schedules import lr_at, progress_at
 from fastssl.pretraining.build import (
     build_method,
@@ -77,6 +78,7 @@ class Training:
         )
         self.done = 0
         """Optimizer steps completed."""
+        self._momentum = 0.0
         self.total = steps_per_epoch * train.epochs
         prepare_backend(ranks.device)
         self.method, self.shape = build_method(resolved, ranks.device)
@@ -132,21 +134,22 @@ class Training:
         self.done += 1
         progress = progress_at(self.done, steps_per_epoch=self.steps_per_epoch, epochs=train.epochs)
         stepper = self.stepper
-        bad = stepper.update(self.method.teacher_momentum(progress))
+        self._momentum = self.method.teacher_momentum(progress)
+        bad = stepper.update(self._momentum)
         self.watch.record(self.done, bad, stepper.loss, batch.sample_ids)
         metrics["grad_norm"] = stepper.grad_norm
         self.meters.add(metrics, wait_s, stepper.applied, batch.replaced)
 
     def row(self, steps_timed: int) -> dict[str, float]:
         """Return the metrics since the last call. Every rank calls it, and it waits for the device."""
-        values = {"lr": self.optimizer.param_groups[0]["lr"]}
+        values = {"lr": self.optimizer.param_groups[0]["lr"], "teacher_momentum": self._momentum}
         values |= self.meters.read(self.resolved.config.train.batch, steps_timed)
         distance = self.method.teacher_distance()
         if distance is not None:
             values["teacher_distance"] = float(distance)
         if self.resolved.config.train.nonfinite == "skip":
             values["skipped"] = self.watch.count
-        return values
+        return values | peak_memory(self.ranks.device)
 
     def rank_me(self) -> float:
         """Return RankMe of the last batch's features over all ranks. Every rank calls it, and it waits for the device."""

@@ -18,7 +18,15 @@ from pipelines.loading.loader_options import make_options
 from pipelines.loading.mask_slot import with_masks
 from pipelines.loading.slots import host_slots, view_shapes
 from pipelines.streaming.batch import Batch, BatchRequest
-from pipelines.streaming.cache import open_samples
+from pipelines.streaming.cache import (
+    DecodedCache,
+    EncodedCache,
+    Samples,
+    choose_kept,
+    decoded_sizes,
+    eight_bit,
+    open_samples,
+)
 from pipelines.streaming.shard_prefetch import ShardPrefetch
 from pipelines.streaming.stream import SlotMaker, default_threads, stream
 from shards.dataset.shard_set import ShardSet
@@ -34,6 +42,7 @@ def eval_batches(
     *,
     batch: int = 256,
     split: str = "",
+    samples: Samples | None = None,
     **keywords: Any,
 ) -> Generator[Batch, None, None]:
     """Yield the fixed evaluation view of the given samples, in their order; the last batch may be smaller.
@@ -44,6 +53,7 @@ def eval_batches(
         sample_ids: int64 (N,); without them all samples in use, in the order in which they are stored.
         batch: samples in a batch.
         split: part of the shards that `fastssl split` made.
+        samples: where the pixels come from; None reads and decodes each, see `eval_cache`.
         keywords: device, threads, masks, mask_ignore, value_range and reuse_memory, as in `LoaderOptions`.
 
     Raises:
@@ -66,9 +76,35 @@ def eval_batches(
             yield BatchRequest(part, eval_draws(recipe, shards.widths[part], shards.heights[part]))
 
     engine = FusedEngine(recipe)
-    samples = open_samples(shards, engine.decode, len(recipe.mean))
+    samples = samples or open_samples(shards, engine.decode, len(recipe.mean))
     shapes, largest = view_shapes(recipe)[:1], min(batch, len(ids))
     slots: SlotMaker = partial(host_slots, samples, engine, shapes, largest, options)
     if options.masks:
         slots = with_masks(slots, samples, [recipe.size], largest, options)
     return stream(samples, slots(), requests(), options.threads or default_threads())
+
+
+def eval_cache(
+    shards: ShardSet, recipe: Recipe, ids: np.ndarray, cache_gb: float = 0, taken: int = 0
+) -> Samples:
+    """Return samples kept in memory for `eval_batches`, by this process alone: pixels where they fit, encoded bytes where not.
+
+    Args:
+        shards: the data set.
+        recipe: as for `eval_batches`.
+        ids: those that are kept, int64 (N,).
+        cache_gb: memory that all caches may fill, in 10^9 bytes; 0 means half of what is free now.
+        taken: bytes that other caches will fill.
+
+    Raises:
+        UserError: not even the encoded images fit.
+    """
+    recipe = fit_recipe(recipe, shards)
+    channels, encoded = len(recipe.mean), int(shards.sizes[ids].sum())
+    decoded = int(decoded_sizes(shards, channels, ids).sum()) if eight_bit(shards) else None
+    what = f"{len(ids):,} images for evaluation"
+    pixels, note, num_bytes = choose_kept(what, encoded, decoded, cache_gb, taken)
+    kind = DecodedCache if pixels else EncodedCache
+    samples = kind(shards, FusedEngine(recipe).decode, channels, ids)
+    samples.note, samples.num_bytes = f"cache in RAM: {note}", num_bytes
+    return samples

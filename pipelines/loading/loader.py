@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from pipelines.loading.loader_state import check_state, describe_run
 from pipelines.loading.slots import open_slots, whole_only
 from pipelines.streaming.bad_samples import BadSamples
 from pipelines.streaming.batch import Batch, BatchRequest
-from pipelines.streaming.cache import Samples
+from pipelines.streaming.cache import Samples, fill_ahead
 from pipelines.streaming.shard_prefetch import ShardPrefetch, ShardUses, choose_window
 from pipelines.streaming.stream import SlotMaker, default_threads, exact_device, stream
 from shards.dataset.order import block_order, epoch_order, rank_positions, steps_per_epoch
@@ -207,6 +207,18 @@ class Loader:
         epoch, step = (epoch + 1, 0) if step == len(self) else (epoch, step)
         self.current_epoch, self._start, self._given = epoch, step, step
         self._latest = object()
+
+    @property
+    def samples(self) -> Samples:
+        """Return where the images come from: shards, or a cache."""
+        return self._samples
+
+    def fill_cache(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read, and decode, all that `cache` ram keeps, before the first batch. All ranks call it: those of a machine share the work.
+
+        Without it, what is kept is kept from its first use on. `progress` takes the samples that are held and their number.
+        """
+        fill_ahead(self._samples, self.options.threads or default_threads(), progress)
 
     def in_chunks(self) -> Loader:
         """Return the same loader, of batches that the caller takes chunk by chunk, so that the device never holds a whole one.

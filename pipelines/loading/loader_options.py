@@ -37,9 +37,11 @@ class ViewSettings:
     block_shards: int = 16
     """Shards whose samples are shuffled together with data.order blocks."""
     cache: Literal["none", "ram", "gpu"] = "none"
-    """Keep the data set in memory: 'ram' as pixels where they fit and as encoded bytes where not, 'gpu' as pixels on the GPU."""
+    """Keep the data set in memory: 'ram' as pixels where they fit and as encoded bytes where not, once for all ranks of a machine and
+    filled before the first step of a run; 'gpu' as pixels on the GPU."""
     cache_gb: float = 0.0
-    """Memory that the cache may fill, in 10^9 bytes; 0 is half of what is free at the start (the ranks of a machine share it)."""
+    """Memory that caches may fill, in 10^9 bytes: on a machine for 'ram', of each GPU for 'gpu'; 0 is half of what is free at the
+    start."""
     value_range: Literal["type", "percentiles"] = "type"
     """What becomes 0 and 1: the ends of the type's range (65535 for 16 bits), or the 1st and 99th percentile of each channel."""
     side_stream: bool = True

@@ -10,7 +10,16 @@ import torch
 from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.masks import decode_mask, render_masks
 from pipelines.streaming.batch import BatchRequest
-from pipelines.streaming.cache import Keeps, Samples, Unreadable, free_share, mask_bytes, sound
+from pipelines.streaming.cache import (
+    Held,
+    Keeps,
+    Samples,
+    Unreadable,
+    free_share,
+    mask_bytes,
+    mask_sizes,
+    sound,
+)
 from pipelines.streaming.host_slot import HostMemory, MemoryPool
 from pipelines.streaming.stream import Slot, SlotMaker, exact_device, work_stream
 from shards.dataset.shard_set import ShardSet
@@ -29,8 +38,12 @@ class Masks:
                 "leave out --data.masks."
             )
         self._shards, self._keep = shards, keep
-        self._encoded: dict[int, bytes] = {}
-        self._decoded: dict[int, np.ndarray] = {}
+        # Decoded: 16 bits a pixel, of which masks of 8 bits write, and so take, the first half.
+        self._held = (
+            None
+            if keep == "nothing"
+            else Held(mask_sizes(shards) if keep == "decoded" else shards.mask_sizes)
+        )
 
     def mask(self, sample_id: int) -> np.ndarray | None:
         """Return class indices, uint8 or uint16 (H, W); None where the sample has no mask.
@@ -41,23 +54,28 @@ class Masks:
         assert self._shards.mask_sizes is not None
         if not self._shards.mask_sizes[sample_id]:
             return None
-        if sample_id in self._decoded:
-            return self._decoded[sample_id]
+        held = self._held if self._keep == "decoded" else None
+        if held is not None and (item_bytes := held.kind(sample_id)):
+            shape = int(self._shards.heights[sample_id]), int(self._shards.widths[sample_id])
+            kept = held.place(sample_id, shape[0] * shape[1] * item_bytes)
+            return kept.view(np.uint16 if item_bytes == 2 else np.uint8).reshape(shape)
         try:
             made = sound(self._shards, sample_id, lambda again: decode_mask(self._read(sample_id, again)))
         except Unreadable as error:
             raise Unreadable(f"its mask: {error}") from error
-        if self._keep == "decoded":
-            self._decoded[sample_id] = made
+        if held is not None:
+            held.keep(sample_id, made, made.dtype.itemsize)
         return made
 
     def _read(self, sample_id: int, again: bool) -> memoryview:
-        if sample_id in self._encoded and not again:
-            return memoryview(self._encoded[sample_id])
+        held = self._held if self._keep == "encoded" else None
+        assert self._shards.mask_sizes is not None
+        if held is not None and held.kind(sample_id) and not again:
+            return held.place(sample_id, int(self._shards.mask_sizes[sample_id])).data.toreadonly()
         data = self._shards.read_mask(sample_id)
         assert data is not None
-        if self._keep == "encoded":
-            self._encoded[sample_id] = bytes(data)
+        if held is not None:
+            held.keep(sample_id, np.frombuffer(data, np.uint8))
         return data
 
 
@@ -126,6 +144,7 @@ def with_masks(
     if options.cache == "gpu" and mask_bytes(shards) <= free_share():
         keep = "decoded"
     masks = Masks(shards, keep)
+    samples.beside.append(masks.mask)
 
     def slots(*, in_chunks: bool = False) -> Sequence[Slot]:
         copies = None if in_chunks else work_stream(device, options.side_stream)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import Literal
 
 import numpy as np
 
+from pipelines.streaming.machine_memory import agree, free_memory, local_ranks, shared_bytes, wait_for_all
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
@@ -34,9 +37,17 @@ class Samples:
     note = ""
     """What is held in memory, for the user."""
     keeps: Keeps = "nothing"
+    num_bytes = 0
+    """Bytes that are kept when all is read."""
+    held: Held | None = None
 
     def __init__(self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int):
         self.shards, self.channels, self._decode = shards, channels, decode
+        self.beside: list[Callable[[int], object]] = []
+        """What else to call for each sample when a cache is filled ahead: to keep its mask."""
+
+    def fill(self, sample_id: int) -> None:
+        """Keep what a cache keeps of one image; Unreadable as `pixels`."""
 
     def pixels(self, sample_id: int) -> np.ndarray:
         """Return the pixels (H, W, C) of one image; Unreadable where it is gone, damaged, or of another size than the table says."""
@@ -77,26 +88,64 @@ def sound(shards: ShardSet, sample_id: int, make: Callable[[bool], np.ndarray]) 
     return pixels
 
 
+class Held:
+    """Memory for something of each sample, which the processes of a machine fill and read together; safe to use from threads."""
+
+    def __init__(self, sizes: np.ndarray, shared: bool = True):
+        """Take memory for at most `sizes` (N,) bytes of each sample; pages are taken when written. Every rank calls it, where
+        `shared`."""
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        total, count = int(self._ends[-1]), len(sizes)
+        found = shared_bytes(total + count) if shared else (np.zeros(total + count, np.uint8), False)
+        memory, self.shared = found
+        self._bytes, self._kinds = memory[:total], memory[total:]
+        self._sizes = sizes
+
+    def kind(self, sample_id: int) -> int:
+        """Return what `keep` noted of a sample, 0 where nothing is held of it."""
+        return int(self._kinds[sample_id])
+
+    def place(self, sample_id: int, count: int) -> np.ndarray:
+        """Return the first `count` bytes of a sample's memory."""
+        first = int(self._ends[sample_id]) - int(self._sizes[sample_id])
+        return self._bytes[first : first + count]
+
+    def keep(self, sample_id: int, data: np.ndarray, kind: int = 1) -> None:
+        """Hold an array of a sample, and note a number above 0 of it."""
+        flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        self.place(sample_id, len(flat))[:] = flat
+        # Last: two may both write it, the same bytes.
+        self._kinds[sample_id] = kind
+
+    def num_held(self) -> int:
+        """Return the number of samples that something is held of."""
+        return int(np.count_nonzero(self._kinds))
+
+
 class EncodedCache(Samples):
     """Keeps the bytes of each image from its first reading on."""
 
     keeps = "encoded"
 
-    def __init__(self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int):
+    def __init__(
+        self,
+        shards: ShardSet,
+        decode: Callable[[memoryview], np.ndarray],
+        channels: int,
+        ids: np.ndarray | None = None,
+    ):
+        """Keep all samples in use, in memory that the ranks share; or `ids`, for this process alone."""
         super().__init__(shards, decode, channels)
-        self._ends = np.cumsum(_in_use(shards, shards.sizes), dtype=np.int64)
-        # The system gives pages when they are written.
-        self._bytes = np.empty(int(self._ends[-1]), dtype=np.uint8)
-        self._held = np.zeros(shards.num_samples, dtype=np.bool_)
+        self._kept = self.held = Held(_in_use(shards, shards.sizes, ids), shared=ids is None)
+
+    def fill(self, sample_id: int) -> None:
+        """As `Samples.fill`."""
+        self.encoded(sample_id)
 
     def _read(self, sample_id: int, again: bool = False) -> memoryview:
-        end = int(self._ends[sample_id])
-        place = self._bytes[end - int(self.shards.sizes[sample_id]) : end]
-        if again or not self._held[sample_id]:
-            place[:] = np.frombuffer(self.shards.read(sample_id), dtype=np.uint8)
-            # Last: two threads may both write it, the same bytes.
-            self._held[sample_id] = True
-        return place.data.toreadonly()
+        if again or not self._kept.kind(sample_id):
+            self._kept.keep(sample_id, np.frombuffer(self.shards.read(sample_id), dtype=np.uint8))
+        return self._kept.place(sample_id, int(self.shards.sizes[sample_id])).data.toreadonly()
 
 
 class DecodedCache(Samples):
@@ -104,21 +153,29 @@ class DecodedCache(Samples):
 
     keeps = "decoded"
 
-    def __init__(self, shards: ShardSet, decode: Callable[[memoryview], np.ndarray], channels: int):
+    def __init__(
+        self,
+        shards: ShardSet,
+        decode: Callable[[memoryview], np.ndarray],
+        channels: int,
+        ids: np.ndarray | None = None,
+    ):
+        """As `EncodedCache`."""
         super().__init__(shards, decode, channels)
-        self._ends = np.cumsum(decoded_sizes(shards, channels))
-        self._bytes = np.empty(int(self._ends[-1]), dtype=np.uint8)
-        self._held = np.zeros(shards.num_samples, dtype=np.bool_)
+        self._kept = self.held = Held(
+            _in_use(shards, decoded_sizes(shards, channels), ids), shared=ids is None
+        )
+
+    def fill(self, sample_id: int) -> None:
+        """As `Samples.fill`."""
+        self.pixels(sample_id)
 
     def pixels(self, sample_id: int) -> np.ndarray:
         """As `Samples.pixels`."""
         shape = (int(self.shards.heights[sample_id]), int(self.shards.widths[sample_id]), self.channels)
-        end = int(self._ends[sample_id])
-        place = self._bytes[end - shape[0] * shape[1] * shape[2] : end].reshape(shape)
-        if not self._held[sample_id]:
-            place[:] = super().pixels(sample_id)
-            self._held[sample_id] = True
-        return place
+        if not self._kept.kind(sample_id):
+            self._kept.keep(sample_id, np.broadcast_to(super().pixels(sample_id), shape))
+        return self._kept.place(sample_id, shape[0] * shape[1] * shape[2]).reshape(shape)
 
 
 def decoded_sizes(shards: ShardSet, channels: int, ids: np.ndarray | slice = slice(None)) -> np.ndarray:
@@ -132,12 +189,13 @@ def decoded_sizes(shards: ShardSet, channels: int, ids: np.ndarray | slice = sli
     return _in_use(shards, sizes) if isinstance(ids, slice) else sizes
 
 
-def _in_use(shards: ShardSet, sizes: np.ndarray) -> np.ndarray:
-    """Return the sizes of all images, 0 for those outside the split."""
-    if not shards.split:
+def _in_use(shards: ShardSet, sizes: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
+    """Return the sizes of all images, 0 for those outside the split, or outside `ids`."""
+    if ids is None and not shards.split:
         return sizes
+    ids = shards.ids if ids is None else ids
     used = np.zeros_like(sizes)
-    used[shards.ids] = sizes[shards.ids]
+    used[ids] = sizes[ids]
     return used
 
 
@@ -146,10 +204,17 @@ def sum_in_use(shards: ShardSet, sizes: np.ndarray | None) -> int:
     return 0 if sizes is None else int(_in_use(shards, sizes).sum())
 
 
+def mask_sizes(shards: ShardSet) -> np.ndarray:
+    """Return the most bytes that each decoded mask of the samples in use can take, 16 bits a pixel: int64 (N,)."""
+    masked = (
+        shards.ids[shards.mask_sizes[shards.ids] > 0] if shards.mask_sizes is not None else shards.ids[:0]
+    )
+    return _in_use(shards, 2 * shards.widths.astype(np.int64) * shards.heights, masked)
+
+
 def mask_bytes(shards: ShardSet) -> int:
-    """Return the most bytes that the decoded masks of the samples in use can take: 16 bits a pixel."""
-    masked = shards.ids[shards.mask_sizes[shards.ids] > 0] if shards.mask_sizes is not None else slice(0)
-    return 2 * int((shards.widths[masked].astype(np.int64) * shards.heights[masked]).sum())
+    """Return the most bytes that the decoded masks of the samples in use can take."""
+    return int(mask_sizes(shards).sum())
 
 
 def eight_bit(shards: ShardSet) -> bool:
@@ -169,33 +234,68 @@ def open_samples(
 ) -> Samples:
     """Return the data set's images, with the cache that is asked for: 'ram' holds pixels where they fit and encoded bytes where not.
 
+    Every rank calls it: the ranks of a machine share the cache.
+
     Args:
         only_encoded: keep encoded bytes even where pixels would fit: another part decodes them.
         masks: leave room for the masks, kept as the images are (`mask_slot.Masks`).
-        cache_gb: memory that the cache may fill, in 10^9 bytes; 0 means half of what is free now, shared among the ranks here.
+        cache_gb: memory that the cache may fill, in 10^9 bytes; 0 means half of what is free now.
 
     Raises:
         UserError: not even the encoded images fit.
     """
     if cache != "ram":
         return Samples(shards, decode, channels)
-    allowed = cache_gb * GB or free_share()
     encoded, decoded = sum_in_use(shards, shards.sizes), int(decoded_sizes(shards, channels).sum())
     if masks:
         encoded, decoded = encoded + sum_in_use(shards, shards.mask_sizes), decoded + mask_bytes(shards)
-    what = f"{len(shards):,} images {'and masks ' if masks else ''}are {decoded / GB:.2f} GB decoded and {encoded / GB:.2f} GB encoded"
+    what = f"{len(shards):,} images{' and masks' if masks else ''}"
+    decoded = decoded if eight_bit(shards) and not only_encoded else None
+    whole, note, num_bytes = agree(lambda: choose_kept(what, encoded, decoded, cache_gb))
+    samples = (DecodedCache if whole else EncodedCache)(shards, decode, channels)
+    samples.note, samples.num_bytes = f"cache in RAM: {note}", num_bytes
+    return samples
+
+
+def choose_kept(
+    what: str, encoded: int, decoded: int | None, cache_gb: float, taken: int = 0
+) -> tuple[bool, str, int]:
+    """Return whether pixels fit in memory, what that is in words, and how many bytes are kept.
+
+    Args:
+        what: the samples, in words.
+        encoded: bytes as they are stored.
+        decoded: bytes of the pixels; None where these are not kept.
+        cache_gb: as for `open_samples`.
+        taken: bytes that other caches will fill.
+
+    Raises:
+        UserError: not even the encoded images fit.
+    """
+    free = free_memory()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // local_ranks()[1]
+    allowed = (min(cache_gb * GB, free) or SHARE * free / ranks) - taken
+    pixels = decoded is not None and decoded <= allowed
+    sizes = f"{_gb(decoded)} decoded and " if decoded is not None else ""
+    text = f"{what} are {sizes}{_gb(encoded)} encoded"
+    besides = f" beside {_gb(taken)} of other caches" if taken else ""
     if encoded > allowed:
         raise UserError(
-            f"data.cache ram: the {what}, more than the {allowed / GB:.2f} GB allowed: set --data.cache none (the system keeps what "
-            "it can of the shards in memory) or raise --data.cache-gb."
+            f"data.cache ram: the {text}, more than the {_gb(max(allowed, 0))} allowed{besides} ({_gb(free)} are free on this "
+            "machine, within the limit of its control group): set --data.cache none (the system keeps what it can of the shards in "
+            "memory)" + (", or raise --data.cache-gb." if cache_gb * GB < free else ".")
         )
-    whole = decoded <= allowed and eight_bit(shards) and not only_encoded
-    samples = (DecodedCache if whole else EncodedCache)(shards, decode, channels)
-    samples.note = (
-        f"cache in RAM: the {what}; {allowed / GB:.2f} GB are allowed, so {'pixels' if whole else 'encoded bytes'} are kept from "
-        "their first use on"
+    kept = decoded if pixels and decoded is not None else encoded
+    how = "pixels" if pixels else "encoded bytes"
+    return (
+        pixels,
+        f"the {text}; {_gb(allowed)} are allowed{besides} ({_gb(free)} are free), so {how} are kept",
+        kept,
     )
-    return samples
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / GB:.2f} GB"
 
 
 def free_share() -> float:
@@ -203,21 +303,47 @@ def free_share() -> float:
     return SHARE * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def free_memory() -> int:
-    """Return the bytes that this process may still take: what the system has available, within the limit of its control group."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        [available] = [line for line in lines if line.startswith("MemAvailable:")]
-        free = int(available.split()[1]) * 1024
-    except (OSError, ValueError):
-        if not hasattr(os, "sysconf"):
-            # An unknown system: little enough for any.
-            return int(4 * GB)
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-    # No such file, or 'max'.
-    except (OSError, ValueError):
-        return free
-    return max(0, min(free, limit - used))
+def fill_ahead(
+    samples: Samples,
+    threads: int,
+    progress: Callable[[int, int], None] | None = None,
+    ids: np.ndarray | None = None,
+) -> None:
+    """Read, and decode, all that a cache keeps, before it is used; the ranks of a machine do a part each. Every rank calls it.
+
+    A sample that is bad is left for the stream of batches, which replaces it by another.
+
+    Args:
+        samples: a cache; others have nothing to fill.
+        threads: of this process.
+        progress: takes the samples that are held, on this machine, and their number.
+        ids: those to keep, by this process alone; None for all in use.
+    """
+    held = samples.held
+    if held is None:
+        return
+    number, ranks = local_ranks() if held.shared else (0, 1)
+    ids = samples.shards.ids if ids is None else ids
+    part = np.array_split(ids, ranks)[number]
+
+    def fill(chunk: np.ndarray) -> None:
+        for sample_id in chunk:
+            for one in (samples.fill, *samples.beside):
+                with contextlib.suppress(Unreadable):
+                    one(int(sample_id))
+
+    # Small enough that a Ctrl-C, and the display, need not wait.
+    chunks = iter(np.array_split(part, -(-len(part) // 32) or 1))
+    with ThreadPoolExecutor(threads, thread_name_prefix="cache") as pool:
+        running = {pool.submit(fill, chunk) for chunk in islice(chunks, 2 * threads)}
+        while running:
+            done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            running |= {pool.submit(fill, chunk) for chunk in islice(chunks, len(done))}
+            if progress:
+                progress(held.num_held(), len(ids))
+    if ranks > 1:
+        wait_for_all()
+    if progress:
+        progress(len(ids), len(ids))

@@ -21,7 +21,7 @@ from shards.images.channel_statistics import Statistics
 from shards.images.mask_images import prove_mask
 from shards.images.policy import Policy
 from shards.images.proof import BadImage, Depth, Stored, prove
-from shards.sources.source import Source
+from shards.sources.source import Picture, Source
 from shards.storage.place import Place
 
 NOT_YET = ("sample_id", "duplicate_of")  # known when all shards are
@@ -86,13 +86,15 @@ class _Work:
         self._planned = planned.to_pylist()
 
     def samples(self) -> Iterator[Sample]:
-        for row in self._planned:
+        rows = [row for row in self._planned if row["position"] not in self._dropped]
+        if len(rows) < len(self._planned):
+            self._count(len(self._planned) - len(rows), 0)
+        for row, found in zip(rows, self._maker.source.read_all(rows), strict=True):
             position = row["position"]
-            if position in self._dropped:
-                self._count(1, 0)
-                continue
             try:
-                sample, columns = self._sample(row)
+                if isinstance(found, BadImage):
+                    raise found
+                sample, columns = self._sample(row, found)
             except BadImage as error:
                 about = {"source": row["source"], "reason": error.reason, "position": position}
                 self.quarantined.append(about)
@@ -102,9 +104,8 @@ class _Work:
             yield sample
             self._count(1, 0)
 
-    def _sample(self, row: dict[str, Any]) -> tuple[Sample, dict[str, Any]]:
+    def _sample(self, row: dict[str, Any], picture: Picture) -> tuple[Sample, dict[str, Any]]:
         maker, name = self._maker, row["source"]
-        picture = maker.source.read(row)
         stored = prove(picture.data, name, maker.policy, self._depth(row["position"]))
         mask = None
         if picture.mask is not None:

@@ -26,9 +26,12 @@ class Estimate:
 def estimate(source: Source, plan: Plan, policy: Policy, todo: int) -> Estimate:
     """Convert the plan's first images on trial, and reckon with their average for the `todo` shards to be made."""
     sizes = []
-    for row in plan.rows(0).slice(0, NUM_TRIED).to_pylist():
+    rows = plan.rows(0).slice(0, NUM_TRIED).to_pylist()
+    for row, found in zip(rows, source.read_all(rows), strict=True):
+        if isinstance(found, BadImage):
+            continue
         try:
-            stored = prove(source.read(row).data, row["source"], policy)
+            stored = prove(found.data, row["source"], policy)
         except BadImage:
             continue
         sizes.append(len(stored.data) + _PER_SAMPLE_BYTES)

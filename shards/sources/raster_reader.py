@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from shards.errors import UserError
 from shards.images.pixels import BadImage
+from shards.images.raster_cells import CellCache
 from shards.sources.file_set import names_file, nothing_found, split_url
 from shards.storage.opening import open_place
 from shards.storage.place import Place
@@ -43,6 +44,7 @@ NO_INDEX = 255  # in the padding of a mask without nodata value: what losses ign
 _OPEN = 32  # rasters held open by a process: tiles come in random order
 # The folder is not listed at each opening; 128 MB of decoded blocks are held, not 5 % of the memory by each process.
 _GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": True, "GDAL_CACHEMAX": 128}
+CELLS = CellCache()
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def check_rasterio() -> None:
 def read_header(place: Place, name: str) -> Header:
     """The header of a raster; BadImage where it cannot be read, UserError where the folder has gone away."""
     with _reading(place, name):
-        raster = _raster(place, name)
+        raster, _ = _raster(place, name)
         crs, transform = raster.crs, raster.transform
         return Header(
             raster.width,
@@ -213,10 +215,9 @@ def read_tile(
     whose bands are masked, by nodata value, alpha, mask band or NaN. `bands`: from 1, none for all.
     """
     with _reading(place, name):
-        raster = _raster(place, name)
-        bands = bands or list(raster.indexes)
-        pixels, inside = _read(raster, bands, window)
-        known = raster.read_masks(bands, window=inside).any(axis=0)
+        raster, key = _raster(place, name)
+        pixels, known = CELLS.read(raster, key, bands or list(raster.indexes), _inside(raster, window), True)
+    assert known is not None, "it was asked for"
     if pixels.dtype.kind == "f":
         known &= ~np.isnan(pixels).all(axis=2)
     fill = 0 if raster.nodata is None else raster.nodata
@@ -227,21 +228,17 @@ def read_mask_tile(place: Place, name: str, window: list[int]) -> npt.NDArray:
     """The first band (H, W) of a window of a mask; what sticks out is its nodata value, or 255."""
     try:
         with _reading(place, name):
-            raster = _raster(place, name)
-            pixels, _ = _read(raster, [1], window)
+            raster, key = _raster(place, name)
+            pixels, _ = CELLS.read(raster, key, [1], _inside(raster, window), False)
     except BadImage as error:
         raise BadImage(f"its mask '{name}': {error.reason}") from error
     fill = NO_INDEX if raster.nodata is None else raster.nodata
     return _padded(pixels, window, fill)[:, :, 0]
 
 
-def _read(raster: Any, bands: list[int], window: list[int]) -> tuple[npt.NDArray, Any]:
-    from rasterio.windows import Window
-
+def _inside(raster: Any, window: list[int]) -> list[int]:
     column, row, width, height = window
-    inside = Window(column, row, min(width, raster.width - column), min(height, raster.height - row))  # pyright: ignore[reportCallIssue] (attrs)
-    dtype = np.result_type(*(raster.dtypes[band - 1] for band in bands))
-    return np.moveaxis(raster.read(bands, window=inside, out_dtype=dtype), 0, 2), inside
+    return [column, row, min(width, raster.width - column), min(height, raster.height - row)]
 
 
 def _padded(pixels: npt.NDArray, window: list[int], fill: float) -> npt.NDArray:
@@ -292,30 +289,53 @@ def _words(error: BaseException, place: Place, name: str) -> str:
     return re.sub(r"/vsi\w+/\S*/", "", text).strip() or type(error).__name__
 
 
-def _raster(place: Place, name: str) -> Any:
+def _raster(place: Place, name: str) -> tuple[Any, Hashable]:
+    """An open raster, and a key of the file as it is now."""
     if place.local is None:
-        return _open_remote(place, name, place.size(name))
-    status = os.stat(place.local / name)
-    return _open_local(str(place.local / name), status.st_mtime_ns, status.st_size)
+        size = place.size(name)
+        return _open_remote(place, name, size), (place.url, name, size)
+    path, status = str(place.local / name), os.stat(place.local / name)
+    key = path, status.st_mtime_ns, status.st_size
+    return _open_local(*key), key
 
 
 # The further arguments are part of the key only: a file that was written anew is opened anew.
 @functools.lru_cache(_OPEN)
 def _open_local(path: str, _changed_ns: int, _size: int) -> Any:
-    import rasterio
-
-    return rasterio.open(path)
+    return _open(path)
 
 
 @functools.lru_cache(_OPEN)
 def _open_remote(place: Place, name: str, _size: int | None) -> Any:
-    import rasterio
-
     def opener(path: str, mode: str = "rb", **_: Any) -> Any:
         return place.open(path.rpartition("://")[2].removeprefix(place.url.rpartition("://")[2]).lstrip("/"))
 
-    return rasterio.open(place / name, opener=opener)
+    return _open(place / name, opener=opener)
+
+
+def _open(path: str, **options: Any) -> Any:
+    import rasterio
+    from rasterio.errors import RasterioIOError
+
+    raster = rasterio.open(path, **options)
+    if not raster.driver.startswith("JP2"):
+        return raster
+    # Or the blocks are 1024 pixels at most, which are parts of its tiles.
+    try:
+        whole = rasterio.open(path, **options, USE_TILE_AS_BLOCK="YES")
+    # GDAL refuses tiles of 2 GB.
+    except RasterioIOError:
+        return raster
+    raster.close()
+    return whole
+
+
+def close_rasters() -> None:
+    """Close what is held open, and forget what was decoded."""
+    _open_local.cache_clear()
+    _open_remote.cache_clear()
+    CELLS.clear()
 
 
 # At the end of the process they would be closed after what closes them is gone.
-atexit.register(lambda: (_open_local.cache_clear(), _open_remote.cache_clear()))
+atexit.register(close_rasters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,8 @@ _GEOREFERENCE = pa.schema(
     [("crs", pa.string()), ("transform", pa.list_(pa.float64())), ("bounds", pa.list_(pa.float64()))]
 )
 _SHOWN = 3
+# Pixels of tiles that a process reads ahead of their turn.
+AHEAD_BYTES = 128 * 2**20
 
 
 class RasterSource(Source):
@@ -222,6 +224,36 @@ class RasterSource(Source):
             else None
         )
         return Picture(checked(pixels), mask, {"nodata_share": round(share, 6)})
+
+    def read_all(self, rows: Sequence[dict[str, Any]]) -> Iterator[Picture | BadImage]:
+        """As `Source.read_all`. Tiles lie shuffled: those that come next are read scene by scene and row by row, at most `AHEAD_BYTES`
+        of them, so that what is decoded of a scene serves all of them."""
+        at, count = 0, max(1, AHEAD_BYTES // max(1, 4 * self._options.tile**2)) if self._options.tile else 1
+        while at < len(rows):
+            part = rows[at : at + count]
+            held: dict[int, Picture | BadImage] = {}
+            num_bytes, largest = 0, 1
+            for i in sorted(range(len(part)), key=lambda i: _place_in_scene(part[i])):
+                if num_bytes + largest > AHEAD_BYTES:
+                    break
+                [held[i]] = super().read_all([part[i]])
+                size = _num_bytes(held[i])
+                num_bytes, largest = num_bytes + size, max(largest, size)
+            for i, row in enumerate(part):
+                yield from [held.pop(i)] if i in held else super().read_all([row])
+            at += len(part)
+            if self._options.tile and largest > 1:
+                count = max(1, AHEAD_BYTES // largest)
+
+
+def _num_bytes(found: Picture | BadImage) -> int:
+    parts = () if isinstance(found, BadImage) else (found.data, found.mask)
+    return sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
+
+
+def _place_in_scene(row: dict[str, Any]) -> tuple:
+    column, line, *_ = row["window"] or (0, 0)
+    return row["path"] or row["source"], line, column
 
 
 def starts(size: int, tile: int, stride: int, edge: str) -> npt.NDArray[np.int64]:

@@ -79,6 +79,14 @@ class Source:
         """One entry. Raise BadImage for what is wrong with it alone, UserError where the whole source has gone away."""
         raise NotImplementedError
 
+    def read_all(self, rows: Sequence[dict[str, Any]]) -> Iterator[Picture | BadImage]:
+        """The entries in their order, and a BadImage for each that is bad. A source may read some ahead, in an order that suits it."""
+        for row in rows:
+            try:
+                yield self.read(row)
+            except BadImage as error:
+                yield error
+
     def describe(self) -> list[str]:
         """After `entries`: what it was understood to be, a sentence each."""
         return []

@@ -16,8 +16,8 @@ NUM_IMAGES, BATCH, EPOCHS = 60, 8, 3
 STEPS = NUM_IMAGES // BATCH  # an epoch
 TOTAL = STEPS * EPOCHS
 SAVE_STEPS = 3
-# Rates and times are the machine's, all else is the run's.
-TIMES = ("images_per_s", "data_wait")
+# Rates, times and memory are the machine's, all else is the run's.
+TIMES = ("images_per_s", "data_wait", "peak_memory_bytes", "peak_gpu_memory_bytes")
 
 TINY: dict[str, Any] = {
     "data": {"threads": 1},

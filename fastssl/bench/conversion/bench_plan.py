@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from fastssl.bench.fresh import in_fresh_process, peak_bytes
+from fastssl.bench.fresh import in_fresh_process
 from fastssl.bench.report import busy, machine, write_report
 from fastssl.bench.screen import say, say_written
+from fastssl.core.peak_memory import peak_bytes
 from shards.errors import UserError, check_least
 from shards.sources.source import BATCH_ROWS, Source, entry_batch
 from shards.storage.atomic_files import check_output

@@ -40,7 +40,7 @@ def first_batch(
     next(batches)
     laps.append(_now())
     batches.close()
-    from fastssl.bench.fresh import peak_bytes
+    from fastssl.core.peak_memory import peak_bytes
 
     before = [(began_s, 0.0), *laps[:-1]]
     stages = {

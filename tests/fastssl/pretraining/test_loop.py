@@ -72,6 +72,8 @@ def test_metrics_hold_the_promised_fields(finished: Path) -> None:
         "stand_ins",
         "images_per_s",
         "data_wait",
+        "teacher_momentum",
+        "peak_memory_bytes",
     }
     assert {frozenset(row) for row in steps} == {frozenset(fields)}
     # Every second step, and the last one.

@@ -7,6 +7,7 @@ import torch
 from pipelines.augment.recipe import RECIPES, Recipe
 from pipelines.engines.engine_table import make_engine
 from pipelines.loading.data_config import DataConfig
+from pipelines.loading.evaluation_views import eval_batches, eval_cache
 from pipelines.loading.gpu_slot import GpuStore
 from pipelines.loading.loader import Loader, open_loader
 from pipelines.loading.loader_options import LoaderOptions
@@ -18,6 +19,8 @@ from pipelines.streaming.cache import (
     EncodedCache,
     Samples,
     Unreadable,
+    decoded_sizes,
+    fill_ahead,
     free_memory,
     open_samples,
 )
@@ -213,3 +216,82 @@ def test_the_section_gives_all_options_of_the_loader(shard_set):
     for name, value in (("block_shards", 0), ("cache_gb", -1.0), ("max_bad_share", 2.0)):
         with pytest.raises(UserError, match=f"data.{name} is"):
             DataConfig(**{name: value})
+
+
+@pytest.mark.parametrize("gb", ["decoded", "encoded"])
+def test_a_cache_that_is_filled_ahead_reads_nothing_later(shard_set, count_reads, gb):
+    allowed = 0 if gb == "decoded" else (shard_set.sizes.sum() + 1) / 1e9
+    plain = views(open_loader(shard_set, SMALL, batch=8, seed=0, threads=2))
+    count_reads.clear()
+    loader, counts = (
+        open_loader(shard_set, SMALL, batch=8, seed=0, threads=2, cache="ram", cache_gb=allowed),
+        [],
+    )
+    assert (loader.samples.keeps, count_reads) == (gb, [])
+    loader.fill_cache(lambda done, total: counts.append((done, total)))
+    assert sorted(count_reads) == list(range(41))
+    assert counts == sorted(counts)
+    assert counts[-1] == (41, 41)
+    assert equal(plain, views(loader))
+    assert len(count_reads) == 41
+
+
+def test_a_bad_sample_is_left_for_the_stream(shard_set, monkeypatch):
+    read = ShardSet.read
+    monkeypatch.setattr(
+        ShardSet, "read", lambda self, i: memoryview(b"junk" * 8) if i == 7 else read(self, i)
+    )
+    lines: list[str] = []
+    options = {"batch": 41, "seed": 0, "threads": 2, "max_bad_share": 0.5, "log": lines.append}
+    [expected] = [batch.sample_ids.copy() for batch in open_loader(shard_set, SMALL, **options).epoch(0)]
+    loader = open_loader(shard_set, SMALL, **options, cache="ram")
+    lines.clear()
+    loader.fill_cache()
+    assert lines == []
+    [found] = [batch.sample_ids.copy() for batch in loader.epoch(0)]
+    assert found.tolist() == expected.tolist()
+    assert 7 not in found
+    assert len(lines) == 1
+
+
+def test_what_does_not_fit_is_refused_with_both_numbers_before_anything_is_decoded(shard_set, monkeypatch):
+    def decode(data):
+        raise AssertionError("it was decoded")
+
+    encoded, decoded = int(shard_set.sizes.sum()), int(decoded_sizes(shard_set, 3).sum())
+    monkeypatch.setattr(cache, "GB", 1.0)
+    monkeypatch.setattr(cache, "free_memory", lambda: encoded - 1)
+    # What is asked for counts for no more than there is.
+    for asked, allowed in ((0, (encoded - 1) / 2), (10**9, encoded - 1)):
+        with pytest.raises(UserError) as refused:
+            open_samples(shard_set, decode, 3, "ram", asked)
+        text = str(refused.value)
+        assert f"{decoded:.2f} GB decoded and {encoded:.2f} GB encoded" in text
+        assert (
+            f"more than the {allowed:.2f} GB allowed ({encoded - 1:.2f} GB are free on this machine" in text
+        )
+        assert "set --data.cache none" in text
+        assert ("raise --data.cache-gb" in text) == (asked == 0)
+
+
+def test_images_for_evaluation_are_kept_too(shard_set, count_reads):
+    ids = np.array([3, 9, 12, 40])
+    plain = [batch.views[0].clone() for batch in eval_batches(shard_set, SMALL, ids, batch=3)]
+    kept = eval_cache(shard_set, SMALL, ids)
+    assert kept.num_bytes == int(decoded_sizes(shard_set, 3, ids).sum())
+    count_reads.clear()
+    fill_ahead(kept, 2, ids=ids)
+    for _ in range(2):
+        again = [
+            batch.views[0].clone() for batch in eval_batches(shard_set, SMALL, ids, batch=3, samples=kept)
+        ]
+        assert equal(plain, again)
+    assert sorted(count_reads) == ids.tolist()
+    # Beside another cache less is left, and in the end not even the bytes fit.
+    encoded, decoded = int(shard_set.sizes[ids].sum()), kept.num_bytes
+    for left, keeps in ((decoded, "decoded"), (decoded - 1, "encoded"), (encoded, "encoded")):
+        assert eval_cache(shard_set, SMALL, ids, 1.0, taken=10**9 - left).keeps == keeps
+    with pytest.raises(
+        UserError, match=r"4 images for evaluation are .* allowed beside 1.00 GB of other caches"
+    ):
+        eval_cache(shard_set, SMALL, ids, 1.0, taken=10**9 - encoded + 1)

@@ -1,0 +1,151 @@
+"""Memory that the processes of one machine share, and how much of it there is."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch.distributed as dist
+
+from shards.errors import UserError
+
+T = TypeVar("T")
+_CGROUPS = Path("/sys/fs/cgroup")
+# (folder below _CGROUPS, limit, use, what of `memory.stat` the system takes back when it is short) of version 2 and of version 1.
+_VERSIONS = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def local_ranks() -> tuple[int, int]:
+    """Return this process's number and the number of processes that were started together on this machine: torchrun's environment.
+
+    (0, 1) where they have not joined a process group: then they cannot share.
+    """
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if count == 1 or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return 0, 1
+    return int(os.environ.get("LOCAL_RANK", "0")), count
+
+
+def agree(function: Callable[[], T]) -> T:
+    """Let the first process of each machine call a function, and return its result, which must be picklable. Every rank calls this.
+
+    A UserError of any of them is raised everywhere.
+    """
+    number, count = local_ranks()
+    if count == 1:
+        return function()
+    found: Any = None, None
+    if number == 0:
+        try:
+            found = function(), None
+        except UserError as error:
+            found = None, error
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, found)
+    for _, error in values:
+        if error is not None:
+            raise error
+    return values[dist.get_rank() - number][0]
+
+
+def wait_for_all() -> None:
+    """Wait for every rank, where they share memory."""
+    if local_ranks()[1] > 1:
+        dist.barrier()
+
+
+def shared_bytes(count: int) -> tuple[np.ndarray, bool]:
+    """Return zeros, uint8 (count,), and whether all processes of this machine write and read them. Every rank calls it.
+
+    The memory is a file without a name, so that nothing of it stays whatever way the processes end, and a small /dev/shm (64 MB in a
+    container) does not matter. It is taken page by page when written. Each process has its own, with a warning, where one of them
+    cannot open it, such as from another container.
+    """
+    number, ranks = local_ranks()
+    if ranks == 1 or not count:
+        return np.zeros(count, np.uint8), False
+    # The first process of the machine makes it; the others find it at its open file.
+    label = f"fastssl-cache-{uuid.uuid4().hex}"
+    own = _unnamed(label, count) if number == 0 else -1
+    label, place = agree(lambda: (label, f"/proc/{os.getpid()}/fd/{own}"))
+    memory = None
+    with contextlib.suppress(OSError, ValueError):
+        # What is called so and is another's file must not be written to.
+        if own >= 0 or label in os.readlink(place):
+            file = own if own >= 0 else os.open(place, os.O_RDWR)
+            memory = mmap.mmap(file, count)
+            if own < 0:
+                os.close(file)
+    # No file is closed before all have opened it; and all share, or none does: a part of them would miss the others' work.
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, memory is not None)
+    if own >= 0:
+        os.close(own)
+    first = dist.get_rank() - number
+    if memory is None or not all(found[first : first + ranks]):
+        warnings.warn(
+            f"The {ranks} processes of this machine cannot share memory: each keeps a copy of what it caches.",
+            stacklevel=2,
+        )
+        return np.zeros(count, np.uint8), False
+    return np.frombuffer(memory, np.uint8), True
+
+
+def _unnamed(label: str, count: int) -> int:
+    """Return an open file of `count` zeros in memory; -1 where the system has none. `label`: for /proc."""
+    try:
+        file = os.memfd_create(label, os.MFD_CLOEXEC)
+        os.ftruncate(file, count)
+    except (AttributeError, OSError):
+        return -1
+    return file
+
+
+def free_memory() -> int:
+    """Return the bytes that this process may still take: what the system has available, within the limits of its control groups."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        [available] = [line for line in lines if line.startswith("MemAvailable:")]
+        free = int(available.split()[1]) * 1024
+    except (OSError, ValueError):
+        if not hasattr(os, "sysconf"):
+            # An unknown system: little enough for any.
+            return 4 * 10**9
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    with contextlib.suppress(OSError):
+        free = min(free, group_free(_CGROUPS, Path("/proc/self/cgroup").read_text()))
+    return max(0, free)
+
+
+def group_free(root: Path, groups: str) -> int:
+    """Return the least that a control group of this process, or one around it, leaves; a number beyond any where none has a limit.
+
+    Files that were read and that nobody uses count as free. `groups`: what /proc/self/cgroup says, a line each: number, controllers,
+    path.
+    """
+    least = 2**62
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in _VERSIONS:
+            continue
+        folder, limit, used, idle = _VERSIONS[controllers]
+        place = root / folder / path.lstrip("/")
+        # In a container the path may be one outside of it: the folders around it count all the same.
+        for group in (place, *place.parents):
+            with contextlib.suppress(OSError, ValueError):
+                stat = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+                room = int((group / limit).read_text()) - int((group / used).read_text())
+                least = min(least, room + int(stat.get(idle, 0)))
+            if group == root:
+                break
+    return least
