@@ -45,8 +45,8 @@ def run(argv: list[str]) -> int:
     from fastssl.pretraining.packaged_configs import DEFAULT_CONFIG
 
     given = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    if is_main_process() and "--help" not in rest:
-        # Importing PyTorch takes seconds.
+    if is_main_process() and "--help" not in rest and sys.stderr.isatty():
+        # Importing PyTorch takes seconds, in which people would look at an empty terminal.
         print(f"fastssl: starting {given or DEFAULT_CONFIG}", file=sys.stderr, flush=True)
     from fastssl.core.signals import StopRequest
     from fastssl.pretraining import run_config
