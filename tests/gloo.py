@@ -10,12 +10,16 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from tests.needs import HANGS_S
+
 
 class RankError(AssertionError):
     """A rank raised, died or did not answer in time; the message holds every traceback that came back."""
 
 
-def run_ranks(function: Callable[..., Any], *args: Any, world: int = 2, timeout_s: float = 60.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], *args: Any, world: int = 2, timeout_s: float = HANGS_S
+) -> list[Any]:
     """Call function(Dist, *args) on each of `world` new processes and return the results in rank order.
 
     `function` must be importable (defined at the top of its module). Each process has joined a gloo group

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.needs import HANGS_S
+
 ROOT = Path(__file__).parents[1]
 TREE = ("pyproject.toml", "README.md", "LICENSE", "configs", "fastssl", "pipelines", "shards")
 
@@ -38,7 +40,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-build-isolation",
     ]
     done = subprocess.run(
-        [*command, "--wheel-dir", str(folder)], cwd=tree, capture_output=True, text=True, timeout=300
+        [*command, "--wheel-dir", str(folder)], cwd=tree, capture_output=True, text=True, timeout=HANGS_S
     )
     assert done.returncode == 0, done.stderr
     [wheel] = folder.glob("fastssl_pretrain-*.whl")
@@ -76,7 +78,7 @@ def test_configurations_are_found_from_any_folder(where: str, installed: Path, t
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_S,
     )
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.needs import HANGS_S
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -166,7 +168,7 @@ complete_words fastssl eval knn --sh
 """
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=HANGS_S
     )
     assert done.stdout.splitlines()[:2] == ["preview pretrain", "--train.epochs"]
     assert (done.stderr, done.returncode) == ("", 0)

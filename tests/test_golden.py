@@ -24,6 +24,7 @@ from pipelines.loading.loader import open_loader
 from shards.conversion.convert import convert
 from shards.dataset.order import block_order, epoch_order
 from shards.dataset.shard_set import ShardSet
+from tests import needs
 from tests.fastssl.runs import write_yaml
 from tests.pictures import fingerprints, photo
 
@@ -149,7 +150,7 @@ def expected() -> dict[str, Any]:
 @pytest.mark.parametrize("name", SETS)
 def test_the_same_images_become_the_same_shards(name, tmp_path):
     if name == "tiles":
-        pytest.importorskip("rasterio")
+        needs.module("rasterio")
     to_shards(name, GOLDEN / "sources", tmp_path / "shards")
     assert tar_digests(tmp_path / "shards") == tar_digests(GOLDEN / "shards" / name) != {}
     old, new = (ShardSet.open(folder) for folder in (GOLDEN / "shards" / name, tmp_path / "shards"))

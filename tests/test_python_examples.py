@@ -18,6 +18,7 @@ from shards.conversion.convert import convert
 from shards.images.mask_images import MaskFolder
 from shards.sources.image_folder import FolderSource
 from shards.storage.opening import open_place
+from tests import needs
 from tests.pictures import photo
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_block_of_the_page_runs(package: str, block: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
     if package:
         # No dependency of ours: its absence hides nothing.
-        pytest.importorskip(package, reason=f"{package} is not installed")
+        needs.module(package)
     monkeypatch.chdir(folder)
     exec(compile(block, "docs/python.md", "exec"), {"__name__": "__main__"})
 

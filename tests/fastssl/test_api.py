@@ -12,6 +12,7 @@ from fastssl import evaluate_knn, load_config, pretrain
 from fastssl.pretraining.run_config import load
 from shards.errors import UserError
 from tests.fastssl.runs import TOTAL, assert_same_end, resolve, tiny, write_yaml
+from tests.needs import HANGS_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +22,9 @@ def test_the_package_imports_nothing_heavy_before_a_name_is_used() -> None:
         "import sys, fastssl; dir(fastssl); slow = {'torch', 'numpy', 'yaml', 'tyro'} & set(sys.modules); "
         "assert not slow, slow; fastssl.load_config; assert 'yaml' in sys.modules; assert 'timm' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANGS_S
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -12,6 +12,7 @@ import numba
 import pytest
 
 from pipelines import kernel_cache
+from tests.needs import HANGS_S
 
 ROOT = Path(__file__).parents[2]
 # Permissions do not stop root, so the folder beside the source is refused by hand; HOME and NUMBA_CACHE_DIR lie below a file.
@@ -47,7 +48,7 @@ def start(tmp_path: Path, temporary: Path) -> list[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS_S,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

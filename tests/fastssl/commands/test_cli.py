@@ -17,6 +17,7 @@ from fastssl.cli import COMMANDS, main
 from fastssl.pretraining import loop
 from shards.format.layout import Manifest, shard_name
 from tests.fastssl.runs import NUM_IMAGES
+from tests.needs import HANGS_S
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,7 +30,7 @@ def run_process(*argv: str) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_S,
     )
 
 
@@ -43,7 +44,9 @@ def test_help_imports_nothing_slow() -> None:
         "slow = {'torch', 'numpy', 'tyro', 'rich', 'pyarrow', 'PIL', 'yaml', 'numba', 'timm'}; "
         "sys.exit(', '.join(slow & set(sys.modules)) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANGS_S
+    )
     assert (done.returncode, done.stderr) == (0, "")
     for name, (_, text) in COMMANDS.items():
         assert f"  {name} " in done.stdout
@@ -119,7 +122,9 @@ def test_a_warning_is_one_line_without_its_place_in_the_source() -> None:
         "sys.modules['warner'] = types.SimpleNamespace(run=lambda argv: warnings.warn('Mind this.')); "
         "sys.argv = ['fastssl', 'warn']; cli.main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANGS_S
+    )
     assert done.stderr == "fastssl: note: Mind this.\n"
 
 

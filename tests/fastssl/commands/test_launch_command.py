@@ -11,8 +11,9 @@ from fastssl.commands.launch_command import SlurmJob, requeue, torch_environment
 from fastssl.commands.pretrain_command import take_resume
 from fastssl.core import checkpoint
 from shards.errors import UserError
+from tests import needs
 
-pytest.importorskip("submitit")
+needs.module("submitit")
 
 
 def test_the_script_asks_for_what_was_asked(config, capsys):

@@ -20,6 +20,7 @@ from fastssl.pretraining.run_config import load
 from shards.errors import UserError
 from tests.fastssl.runs import STEPS, assert_same_end, newest, rows
 from tests.gloo import _free_port, run_ranks
+from tests.needs import HANGS_S
 
 ROOT = Path(__file__).parents[3]
 # Long enough to be stopped in its midst.
@@ -92,7 +93,7 @@ class Command:
 
     def end(self) -> tuple[int, str, str]:
         """The exit code and what was printed, without the note that BatchNorm is not synchronised here."""
-        out, err = self.process.communicate(timeout=300)
+        out, err = self.process.communicate(timeout=HANGS_S)
         return (
             self.process.returncode,
             out,
@@ -106,7 +107,7 @@ def _children(pid: int) -> list[str]:
 
 def _wait_gone(pids: list[int]) -> None:
     """Wait until the processes have ended; a machine without an init process keeps them as zombies."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + HANGS_S
     while any(_runs(pid) for pid in pids):
         assert time.monotonic() < until, "a process was left"
         time.sleep(0.02)
@@ -131,7 +132,7 @@ def test_two_processes_end_as_those_that_something_else_started(config, tmp_path
     path = config(SHORT)
     other = tmp_path / "other" / "tiny.yaml"
     other.write_text(path.read_text().replace(str(tmp_path / "run"), str(tmp_path / "other" / "run")))
-    run_ranks(_train, _free_port(), str(other), timeout_s=240)
+    run_ranks(_train, _free_port(), str(other), timeout_s=HANGS_S)
     code, out, err = Command(path).end()
     assert (code, err) == (0, "")
     assert_same_end(tmp_path / "run", tmp_path / "other" / "run")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastssl.core.signals import GRACE_S, StopRequest
+from tests.needs import HANGS_S
 
 ROOT = Path(__file__).parents[3]
 # The hash is one call of C, in which Python runs no handlers; it would take minutes.
@@ -57,7 +58,7 @@ def test_a_command_answers_at_once_inside_a_long_operation_and_ends_at_the_secon
         assert process.stdout.readline() == "Stopping after this step; again: at once, unsaved\n"
         time.sleep(GRACE_S + 0.1)
         process.send_signal(number)
-        assert process.wait(60) == 128 + number
+        assert process.wait(HANGS_S) == 128 + number
         assert process.stderr.read() == "\nfastssl: interrupted.\n"
         assert process.stdout.read() == ""
 

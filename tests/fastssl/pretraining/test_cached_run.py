@@ -13,6 +13,7 @@ from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from tests.fastssl.runs import NUM_IMAGES, TOTAL, assert_same_end, resolve
 from tests.gloo import _free_port, run_ranks
+from tests.needs import HANGS_S
 
 RAM = {"data": {"cache": "ram"}}
 
@@ -99,7 +100,7 @@ def run_rank(here: Dist, port: int, shards: Path, out: Path, changes: dict) -> t
 
 
 def test_two_ranks_read_each_image_once_and_end_with_the_same_bits(shards: Path, tmp_path: Path) -> None:
-    plain = run_ranks(run_rank, _free_port(), shards, tmp_path / "plain", {}, timeout_s=120)
-    kept = run_ranks(run_rank, _free_port(), shards, tmp_path / "kept", RAM, timeout_s=120)
+    plain = run_ranks(run_rank, _free_port(), shards, tmp_path / "plain", {}, timeout_s=HANGS_S)
+    kept = run_ranks(run_rank, _free_port(), shards, tmp_path / "kept", RAM, timeout_s=HANGS_S)
     assert sum(count for count, _ in kept) == NUM_IMAGES < sum(count for count, _ in plain)
     assert_same_end(tmp_path / "kept", tmp_path / "plain")

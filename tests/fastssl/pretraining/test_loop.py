@@ -27,6 +27,7 @@ from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from tests.fastssl.runs import BATCH, NUM_IMAGES, STEPS, TINY_VIT, TOTAL, differences, newest, resolve, rows
 from tests.gloo import _free_port, run_ranks
+from tests.needs import HANGS_S
 
 # Views that differ by a small crop only: telling them apart is easy.
 EASY = {
@@ -379,7 +380,7 @@ def _train_rank(here: Dist, port: int, shards: str, out: str) -> dict:
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(shards: Path, tmp_path: Path) -> None:
-    first, second = run_ranks(_train_rank, _free_port(), str(shards), str(tmp_path), timeout_s=120)
+    first, second = run_ranks(_train_rank, _free_port(), str(shards), str(tmp_path), timeout_s=HANGS_S)
     assert first["steps"] == second["steps"] == 2 * STEPS
     # The same weights on both, which are the saved ones, and other than at the start.
     assert differences(first["parameters"], second["parameters"]) == []

@@ -12,6 +12,7 @@ from fastssl.pretraining.run_config import from_tree
 from tests.fastssl.pretraining.test_resume import Crash, crash_at, resume_after_crashes
 from tests.fastssl.runs import BATCH, STEPS, TINY_VIT, assert_same_end, differences, newest, resolve, rows
 from tests.gloo import _free_port, run_ranks
+from tests.needs import HANGS_S
 
 QUEUE = {"method": {"queue": 4 * BATCH}}
 EXACT = {"train": {"micro_batch": 3, "exact_heads": True}}
@@ -92,7 +93,7 @@ def _train_rank(here: Dist, port: int, shards: str, out: str) -> tuple[int, dict
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:PyTorch has no SyncBatchNorm on CPUs")
 def test_three_processes_with_a_last_batch_left_over(shards: Path, tmp_path: Path) -> None:
-    found = run_ranks(_train_rank, _free_port(), str(shards), str(tmp_path), world=3, timeout_s=120)
+    found = run_ranks(_train_rank, _free_port(), str(shards), str(tmp_path), world=3, timeout_s=HANGS_S)
     assert [steps for steps, _ in found] == [3, 3, 3]
     assert all(bool(value.isfinite().all()) for value in found[0][1].values())
     assert [row["step"] for row in rows(tmp_path / "of rank 0")] == [1, 2, 3, 3]

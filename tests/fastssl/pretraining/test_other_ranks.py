@@ -16,6 +16,7 @@ from pipelines.loading.loader import Loader, open_loader
 from shards.dataset.shard_set import ShardSet
 from tests.fastssl.runs import BATCH, NUM_IMAGES, SAVE_STEPS, STEPS, newest, resolve, rows
 from tests.gloo import _free_port, run_ranks
+from tests.needs import HANGS_S
 
 TWO_EPOCHS = {"train": {"epochs": 2}, "knn": {"every": 2}}
 FIRST, SECOND = SAVE_STEPS, 3 * SAVE_STEPS
@@ -70,7 +71,7 @@ def test_one_process_then_two_then_one_in_chunks(shards: Path, tmp_path: Path) -
     found: Seen = {}
     with _watched(found, crash_after=FIRST):
         train(resolve(shards, run, TWO_EPOCHS))
-    two = run_ranks(_go_on, _free_port(), str(run), timeout_s=240)
+    two = run_ranks(_go_on, _free_port(), str(run), timeout_s=HANGS_S)
     assert all(list(seen) == list(range(FIRST + 1, SECOND + 1)) for seen in two)
     found |= {step: [sample for seen in two for sample in seen[step]] for step in two[0]}
     assert newest(run)["step"] == SECOND

@@ -29,6 +29,7 @@ from tests.fastssl.runs import (
     tiny,
     write_yaml,
 )
+from tests.needs import HANGS_S
 
 ROOT = Path(__file__).parents[3]
 BF16 = {"train": {"precision": "bf16"}}
@@ -79,7 +80,7 @@ class Process:
         return self.end()
 
     def end(self) -> tuple[int, str]:
-        out, err = self._process.communicate(timeout=120)
+        out, err = self._process.communicate(timeout=HANGS_S)
         return self._process.returncode, out + err
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from fastssl.core import checkpoint
 from tests.fastssl.runs import STEPS, assert_same_end, newest, resolve
+from tests.needs import HANGS_S
 
 NUM_KILLS = 20
 # A checkpoint after each step, so that a run which is killed all the time gets on.
@@ -69,7 +70,7 @@ def test_twenty_kills_anywhere_cost_nothing(shards: Path, tmp_path: Path) -> Non
         process.start()
         number = draw.choice([signal.SIGKILL] * 8 + [signal.SIGTERM, signal.SIGUSR1])
         _kill_somewhere(process, run, draw, number)
-        process.join(60)
+        process.join(HANGS_S)
         if process.exitcode == 0:  # it was faster than we: some of it once more
             ends += 1
             assert ends < 5, "the run ends before it is killed"
@@ -81,7 +82,7 @@ def test_twenty_kills_anywhere_cost_nothing(shards: Path, tmp_path: Path) -> Non
     process = fork.Process(target=_continue, args=(str(shards), str(run)))
     process.start()
     for waited in (process, reference):
-        waited.join(60)
+        waited.join(HANGS_S)
         assert waited.exitcode == 0
     assert codes.count(-signal.SIGKILL) >= NUM_KILLS // 2
     assert newest(run)["step"] == 8 * STEPS

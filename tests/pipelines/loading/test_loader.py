@@ -17,6 +17,7 @@ from pipelines.loading.evaluation_views import eval_batches
 from pipelines.loading.loader import Batch, Loader, open_loader
 from shards.dataset.order import epoch_order
 from shards.errors import UserError
+from tests.needs import HANGS_S
 
 SMALL = Recipe(size=16)
 
@@ -200,6 +201,6 @@ def test_a_signal_ends_the_process_with_a_decode_under_way(shard_set, tmp_path, 
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=HANGS_S)
     assert process.returncode == -number
     assert ("KeyboardInterrupt" in err) == (number == signal.SIGINT)

@@ -27,6 +27,7 @@ from shards.splits.split_rules import SplitRule
 from shards.splits.split_table import split
 from shards.storage.opening import open_place
 from tests import needs
+from tests.needs import HANGS_S
 
 SMALL = Recipe(size=16)
 ROOT = Path(__file__).parents[3]
@@ -201,7 +202,7 @@ def test_ctrl_c_ends_a_loop_at_once(shard_set, tmp_path):
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=HANGS_S)
     assert process.returncode == -signal.SIGINT
     assert "KeyboardInterrupt" in err
 

@@ -21,6 +21,7 @@ from pipelines.streaming.machine_memory import agree, group_free, shared_bytes
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from tests.gloo import run_ranks
+from tests.needs import HANGS_S
 
 SMALL = Recipe(size=16)
 ROOT = Path(__file__).parents[3]
@@ -62,7 +63,7 @@ def fill_together(here: Dist, folder: Path) -> tuple:
 
 
 def test_two_ranks_decode_each_image_once_and_hold_it_once(shard_set: ShardSet):
-    first, second = run_ranks(fill_together, Path(shard_set.folder), timeout_s=120)
+    first, second = run_ranks(fill_together, Path(shard_set.folder), timeout_s=HANGS_S)
     count = shard_set.num_samples
     # A part each, and nothing after it.
     assert first[0] + second[0] == count
@@ -93,7 +94,7 @@ def refuse(here: Dist, folder: Path) -> str:
 
 
 def test_all_ranks_refuse_together(shard_set: ShardSet):
-    first, second = run_ranks(refuse, Path(shard_set.folder), timeout_s=60)
+    first, second = run_ranks(refuse, Path(shard_set.folder), timeout_s=HANGS_S)
     assert first == second
     assert "41 images" in first
 
@@ -121,7 +122,7 @@ def unshared(here: Dist, folder: Path, how: str) -> tuple[bool, int, int]:
 
 @pytest.mark.parametrize("how", ["unopened", "of another"])
 def test_ranks_that_cannot_open_it_fill_memory_of_their_own(shard_set: ShardSet, how: str):
-    assert run_ranks(unshared, Path(shard_set.folder), how, timeout_s=60) == [(False, 7, 41)] * 2
+    assert run_ranks(unshared, Path(shard_set.folder), how, timeout_s=HANGS_S) == [(False, 7, 41)] * 2
 
 
 KILLED = """

@@ -12,6 +12,8 @@ from shards.commands import progress
 from shards.commands.shard_command import run
 from shards.errors import UserError
 from shards.format import layout
+from tests import needs
+from tests.needs import HANGS_S
 from tests.pictures import encoded, picture
 
 ROOT = Path(__file__).parents[3]
@@ -68,7 +70,7 @@ def test_folders_named_as_splits_are_warned_about(tmp_path: Path, capsys: pytest
 
 
 def test_every_kind_of_source(make_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    pytest.importorskip("rasterio")
+    needs.module("rasterio")
     photos = make_folder(6)
     out = [str(tmp_path / f"out{i}") for i in range(5)]
     (tmp_path / "list.csv").write_text("file;kind;camera\nant/0000.jpg;a;7\nbee/0001.jpg;b;8\n")
@@ -131,7 +133,7 @@ run([{str(source)!r}, {str(dest)!r}, "--workers", "0", "--samples-per-shard", "5
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=HANGS_S)
     assert process.returncode == 130
     assert b"Stopped. What is finished is kept; the same command goes on from there." in out
     assert err == b""

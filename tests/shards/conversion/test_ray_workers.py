@@ -24,6 +24,7 @@ from shards.images.policy import Policy
 from shards.sources.image_folder import FolderSource
 from shards.storage.local import LocalPlace
 from shards.storage.opening import open_place
+from tests.needs import HANGS_S
 from tests.pictures import fingerprints
 
 ROOT = Path(__file__).parents[3]
@@ -120,7 +121,7 @@ def run_script(text: str, folder: Path, *args: object, timeout_s: float = 60) ->
 def test_a_cluster_that_loses_a_node_makes_the_same_bytes(source: Path, tmp_path: Path):
     convert(source, tmp_path / "wanted", samples_per_shard=PER_SHARD, workers=0)
     log = tmp_path / "log"
-    out = run_script(CLUSTER, tmp_path, source, tmp_path / "out", log, PER_SHARD, timeout_s=500)
+    out = run_script(CLUSTER, tmp_path, source, tmp_path / "out", log, PER_SHARD, timeout_s=HANGS_S)
     assert "killed the second node" in out
     assert fingerprints(tmp_path / "out") == fingerprints(tmp_path / "wanted")
     lost = (log / "stuck").read_text()

@@ -14,6 +14,7 @@ from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet
 from shards.format import layout
 from shards.images.policy import Policy
+from tests import needs
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_webdataset_reads_the_same_samples(folder: Path):
 
 
 def test_dali_reads_the_same_bytes_by_our_index(folder: Path):
-    fn = pytest.importorskip("nvidia.dali.fn")
+    fn = needs.module("nvidia.dali.fn")
     from nvidia.dali import pipeline_def, types
 
     opened = ShardSet.open(folder)
@@ -114,7 +115,7 @@ def image_of(folder: Path, row) -> bytes:
 
 
 def test_pandas_opens_the_table(folder: Path, rows: list[dict]):
-    pandas = pytest.importorskip("pandas")
+    pandas = needs.module("pandas")
     frame = pandas.read_parquet(folder / layout.TABLE)
     assert list(frame.columns) == layout.SCHEMA.names
     assert frame["source"].tolist() == [row["source"] for row in rows]
@@ -123,7 +124,7 @@ def test_pandas_opens_the_table(folder: Path, rows: list[dict]):
 
 
 def test_duckdb_opens_the_table(folder: Path, rows: list[dict]):
-    duckdb = pytest.importorskip("duckdb")
+    duckdb = needs.module("duckdb")
     with duckdb.connect() as connection:
         found = connection.execute(
             "SELECT ext, count(*), sum(size) FROM read_parquet($1) GROUP BY ext ORDER BY ext",
@@ -134,7 +135,7 @@ def test_duckdb_opens_the_table(folder: Path, rows: list[dict]):
 
 
 def test_hugging_face_datasets_opens_the_table(folder: Path, rows: list[dict], tmp_path: Path):
-    datasets = pytest.importorskip("datasets")
+    datasets = needs.module("datasets")
     loaded = datasets.Dataset.from_parquet(str(folder / layout.TABLE), cache_dir=str(tmp_path / "cache"))
     assert loaded.to_list() == rows
 
@@ -142,7 +143,7 @@ def test_hugging_face_datasets_opens_the_table(folder: Path, rows: list[dict], t
 # It leaves closing its files to the garbage collector.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_hugging_face_datasets_opens_shards_of_one_format(make_folder, tmp_path: Path):
-    datasets = pytest.importorskip("datasets")
+    datasets = needs.module("datasets")
     folder = tmp_path / "jpegs"
     convert(make_folder(11), folder, samples_per_shard=4, policy=Policy(store="jpeg"))
     rows = pq.read_table(folder / layout.TABLE).to_pylist()

@@ -12,6 +12,7 @@ from shards.images.mask_images import prove_mask
 from shards.images.pixels import BadImage, pixels_hash, read_npy, to_8_bit
 from shards.images.policy import Policy
 from shards.images.proof import prove, prove_pixels
+from tests import needs
 from tests.pictures import encoded, exif, picture, png
 from tests.shards.images.test_proof import pixels
 
@@ -27,7 +28,7 @@ def npy(array: np.ndarray) -> bytes:
 
 def geotiff(array: np.ndarray) -> bytes:
     """A TIFF of many bands, (H, W, C)."""
-    rasterio = pytest.importorskip("rasterio")
+    rasterio = needs.module("rasterio")
     height, width, count = array.shape
     options = {"driver": "GTiff", "height": height, "width": width, "count": count, "dtype": array.dtype.name}
     with rasterio.MemoryFile() as memory:
@@ -50,7 +51,7 @@ def test_16_bit_grey_is_kept_without_loss(kind: str):
 
 
 def test_16_bit_colour_and_many_bands_are_kept_without_loss():
-    pytest.importorskip("rasterio")
+    needs.module("rasterio")
     stored = prove(png(1, 1, 16, 2, bytes([0, 1, 2, 3, 4, 5, 6])), "a.png")
     assert read_npy(stored.data).tolist() == [[[0x0102, 0x0304, 0x0506]]]
     stored = prove(geotiff(MANY), "a.tif")

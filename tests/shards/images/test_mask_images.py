@@ -10,6 +10,7 @@ from shards.images.mask_images import prove_mask
 from shards.images.pixels import BadImage, read_npy
 from shards.images.policy import Policy
 from shards.images.proof import prove, prove_pixels
+from tests import needs
 from tests.pictures import encoded, exif, picture, png
 from tests.shards.images.test_proof import pixels
 
@@ -65,7 +66,7 @@ def test_a_mask_with_an_orientation_of_its_own_turns_once(turn: int, kind: str):
 @pytest.mark.parametrize("mode", ["RGB", "F", "I;16"])
 def test_a_tiff_and_its_mask_turn_alike(turn: int, mode: str):
     if mode != "RGB":
-        pytest.importorskip("rasterio")
+        needs.module("rasterio")
     grey = picture(1, (8, 6), "L")
     image = {
         "RGB": lambda: grey.convert("RGB"),

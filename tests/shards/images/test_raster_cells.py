@@ -17,10 +17,11 @@ from shards.sources import raster_reader, raster_tiles
 from shards.sources.raster_tiles import RasterSource
 from shards.sources.source import Source
 from shards.sources.source_options import RasterOptions
+from tests import needs
 from tests.pictures import fingerprints
 
 TRANSFORM = (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_200_000.0)
-rasterio = pytest.importorskip("rasterio")
+rasterio = needs.module("rasterio")
 # Small, and with the layout of its name: one strip (GDAL shows blocks of one row above 2,000 rows, else one block), or one codestream.
 ONE_STRIP = {"driver": "GTiff", "compress": "deflate"}
 PER_SHARD = 4

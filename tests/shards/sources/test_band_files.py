@@ -16,10 +16,11 @@ from shards.images.pixels import read_npy
 from shards.sources.source import Source
 from shards.sources.source_kinds import open_source
 from shards.sources.source_options import RasterOptions, SourceOptions
+from tests import needs
 from tests.pictures import fingerprints
 
-pytest.importorskip("rasterio")
-from tests.shards.sources.test_raster_tiles import TRANSFORM, noise, write
+needs.module("rasterio")
+from tests.shards.sources.test_raster_tiles import TRANSFORM, noise, write  # noqa: E402
 
 BANDS = ("B02", "B03", "B04")
 

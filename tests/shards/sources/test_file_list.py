@@ -22,6 +22,7 @@ from shards.sources.file_list import ListSource
 from shards.sources.source_kinds import check_apart, open_source
 from shards.sources.source_options import ListOptions, SourceOptions
 from shards.storage.opening import open_place
+from tests import needs
 from tests.pictures import encoded, fingerprints, picture
 
 
@@ -199,7 +200,7 @@ def test_missing_files_are_quarantined_and_told(folder: Path, tmp_path: Path):
 
 
 def test_root_absolute_paths_and_urls(folder: Path, tmp_path: Path):
-    pytest.importorskip("fsspec")
+    needs.module("fsspec")
     open_place("memory://lists").write("4.jpg", (folder / "4.jpg").read_bytes())
     (tmp_path / "lists").mkdir()
     paths = ["0.jpg", "m/../1.jpg", f"{folder}/2.jpg", f"file://{folder}/3.jpg", "memory://lists/4.jpg"]

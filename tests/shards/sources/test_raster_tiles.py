@@ -25,9 +25,10 @@ from shards.sources.raster_tiles import RasterSource, starts
 from shards.sources.source_kinds import check_apart, open_source
 from shards.sources.source_options import ListOptions, RasterOptions, SourceOptions
 from shards.storage.opening import open_place
+from tests import needs
 from tests.pictures import fingerprints
 
-rasterio = pytest.importorskip("rasterio")
+rasterio = needs.module("rasterio")
 TRANSFORM = (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_200_000.0)
 
 
@@ -336,7 +337,7 @@ def test_moves_and_interruptions_do_not_change_a_byte(tmp_path: Path):
 
 
 def test_rasters_in_a_remote_store(tmp_path: Path):
-    pytest.importorskip("fsspec")
+    needs.module("fsspec")
     pixels = noise(0, 3, 40, 40, "uint8")
     place = open_place("memory://rasters/scenes")
     place.write("deep/a.tif", write(tmp_path / "a.tif", pixels).read_bytes())

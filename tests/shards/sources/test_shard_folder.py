@@ -17,6 +17,7 @@ from shards.sources.file_list import ListSource
 from shards.sources.shard_folder import ShardFolderSource, read_only
 from shards.sources.source_kinds import open_source
 from shards.storage.opening import open_place
+from tests import needs
 from tests.pictures import encoded, fingerprints, picture
 from tests.shards.sources.test_file_list import samples_json
 
@@ -87,7 +88,7 @@ def test_all_that_is_known_comes_along(first: Path, tmp_path: Path):
 
 
 def test_facts_that_no_column_holds_come_along(tmp_path: Path):
-    rasterio = pytest.importorskip("rasterio")
+    rasterio = needs.module("rasterio")
     from shards.sources.raster_tiles import RasterSource
     from shards.sources.source_options import RasterOptions
 

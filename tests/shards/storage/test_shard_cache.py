@@ -24,6 +24,7 @@ from shards.storage.cache_settings import CacheSettings
 from shards.storage.opening import open_place
 from shards.storage.shard_cache import CachedFile, ShardCache
 from shards.units import parse_bytes
+from tests.needs import HANGS_S
 from tests.s3 import FAULTS, FaultProxy
 
 ROOT = Path(__file__).parents[3]
@@ -75,7 +76,7 @@ def held(settings: CacheSettings) -> list[str]:
     return [tar[1] for tar in tars if tar]
 
 
-def wait_until(happened: Callable[[], bool], limit_s: float = 60) -> None:
+def wait_until(happened: Callable[[], bool], limit_s: float = HANGS_S) -> None:
     end_s = time.monotonic() + limit_s
     while not happened():
         assert time.monotonic() < end_s

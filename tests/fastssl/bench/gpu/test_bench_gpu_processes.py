@@ -11,6 +11,7 @@ import pytest
 from fastssl.bench.gpu import processes
 from fastssl.bench.gpu.processes import NO_TIME, TOO_LONG, Ended, Processes
 from fastssl.bench.gpu.stages import CheckJob
+from tests.needs import HANGS_S
 
 ROOT = Path(__file__).parents[4]
 
@@ -24,11 +25,11 @@ def runner(tmp_path):
     # It starts another process, as loaders and compilers do, and waits for long.
     (tmp_path / "nap.py").write_text(
         "import subprocess, sys, time\n"
-        "left = subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(99)'])\n"
+        "left = subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(5000)'])\n"
         "open(sys.argv[1], 'w').write(str(left.pid))\n"
         "time.sleep(float(sys.argv[2]))\n"
     )
-    return lambda seconds=100.0: Processes(tmp_path / "logs", tmp_path, time.monotonic() + seconds, {})
+    return lambda seconds=HANGS_S: Processes(tmp_path / "logs", tmp_path, time.monotonic() + seconds, {})
 
 
 def job(module: str, *argv: str) -> CheckJob:
@@ -37,7 +38,7 @@ def job(module: str, *argv: str) -> CheckJob:
 
 def gone(file: Path) -> bool:
     """Whether the process of a number in a file has ended; as a zombie where nothing collects it."""
-    for _ in range(100):
+    for _ in range(20 * int(HANGS_S)):
         try:
             stat = Path(f"/proc/{int(file.read_text())}/stat").read_text()
         except OSError:
@@ -51,7 +52,7 @@ def gone(file: Path) -> bool:
 def test_a_failing_job_is_told_and_does_not_stop_the_next(runner, tmp_path):
     told = []
     lanes = [[job("quick", "3"), job("quick", "0")], [job("fault")]]
-    ended = runner().run(lanes, 60, lambda each: told.append(each.job.name))
+    ended = runner().run(lanes, HANGS_S, lambda each: told.append(each.job.name))
     assert {each.job.name: each.failed for each in ended} == {
         "quick-3": "exit code 3",
         "quick-0": "",
@@ -68,9 +69,9 @@ def test_a_job_that_takes_too_long_ends_with_all_that_it_has_started(runner, tmp
     monkeypatch.setattr(processes, "LEAST_S", 0.1)
     left = tmp_path / "left"
     began = time.monotonic()
-    lanes = [[job("nap", str(left), "60"), job("quick", "0")]]
+    lanes = [[job("nap", str(left), "5000"), job("quick", "0")]]
     first, second = runner().run(lanes, 4.0, lambda each: None)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 5000, "it waited for the job"
     assert (first.code, first.failed) == (TOO_LONG, "took too long")
     assert (second.code, second.failed) == (NO_TIME, "not begun: no time was left")
     assert gone(left)
@@ -78,13 +79,13 @@ def test_a_job_that_takes_too_long_ends_with_all_that_it_has_started(runner, tmp
 
 def test_what_a_job_leaves_behind_ends_with_it(runner, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "TERM_S", 0.3)
-    [ended] = runner().run([[job("nap", str(tmp_path / "left"), "0")]], 60, lambda each: None)
+    [ended] = runner().run([[job("nap", str(tmp_path / "left"), "0")]], HANGS_S, lambda each: None)
     assert ended.failed == ""
     assert gone(tmp_path / "left")
 
 
 def test_nothing_is_begun_in_the_last_seconds(runner):
-    [ended] = runner(10.0).run([[job("quick", "0")]], 60, lambda each: None)
+    [ended] = runner(10.0).run([[job("quick", "0")]], HANGS_S, lambda each: None)
     assert ended.code == NO_TIME
 
 
@@ -95,16 +96,16 @@ def test_jobs_end_when_the_command_is_asked_to_end(tmp_path, runner):
         "from fastssl.bench.gpu.processes import Processes, ended_by_signals\nfrom fastssl.bench.gpu.stages import CheckJob\n"
         f"root = Path({str(tmp_path)!r})\n"
         "with ended_by_signals():\n"
-        "    job = CheckJob('nap', (str(root / 'left'), '60'), module='nap')\n"
-        "    Processes(root / 'logs', root, time.monotonic() + 90, {}).run([[job]], 60, print)\n"
+        "    job = CheckJob('nap', (str(root / 'left'), '5000'), module='nap')\n"
+        "    Processes(root / 'logs', root, time.monotonic() + 1200, {}).run([[job]], 1200, print)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    for _ in range(400):
+    for _ in range(20 * int(HANGS_S)):
         if (tmp_path / "left").exists() and (tmp_path / "left").read_text():
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
+    assert process.wait(HANGS_S) == 128 + signal.SIGTERM
     assert gone(tmp_path / "left")
 
 

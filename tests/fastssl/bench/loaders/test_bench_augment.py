@@ -20,6 +20,7 @@ from pipelines.augment.recipe import get_recipe
 from pipelines.previews.pictures import SIZES, photographs
 from shards.conversion.convert import convert
 from shards.errors import UserError
+from tests import needs
 
 CPU = torch.device("cpu")
 TINY = [
@@ -53,7 +54,7 @@ def rows(tmp_path: Path, *flags: str) -> dict[str, dict]:
 @pytest.mark.parametrize("name", [name for name in AUGMENTERS if name != "triton"])
 def test_each_makes_normalised_views_of_every_batch(name):
     if name.startswith(("kornia", "dali")):
-        pytest.importorskip("kornia" if name.startswith("kornia") else "nvidia.dali")
+        needs.module("kornia" if name.startswith("kornia") else "nvidia.dali")
     work = decoded()
     mean, std = torch.tensor(work.recipe.mean)[:, None, None], torch.tensor(work.recipe.std)[:, None, None]
     with AUGMENTERS[name].open(work) as step:
@@ -79,7 +80,7 @@ def test_ours_make_the_views_of_the_reference():
     )
     assert exact < 0.5
     assert close < 0.5
-    pytest.importorskip("kornia")
+    needs.module("kornia")
     assert 0.5 < measured_levels(AUGMENTERS["kornia"], decoded()) < 4
     # Local views have a side of their own, and erasing is the last operation.
     assert (

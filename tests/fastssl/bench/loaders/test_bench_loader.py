@@ -22,6 +22,7 @@ from pipelines.augment.recipe import Recipe, get_recipe
 from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
+from tests import needs
 from tests.pictures import photo
 
 TINY = ["--size", "16", "--batch", "4", "--threads", "1", "--repeats", "1", "--seconds", "0.02"]
@@ -95,8 +96,8 @@ def test_loader_alone_needs_no_peer(shard_folder, tmp_path, capsys):
 
 
 def test_every_engine_is_measured(shard_folder, tmp_path):
-    pytest.importorskip("nvidia.dali")
-    pytest.importorskip("kornia")
+    needs.module("nvidia.dali")
+    needs.module("kornia")
     rows = loader_rows(shard_folder, tmp_path, "--peers", "none", "--engines", "dali,kornia")
     assert list(rows) == ["read", "decode", "dali", "kornia"]
     for name in ("dali", "kornia"):
@@ -107,8 +108,8 @@ def test_every_engine_is_measured(shard_folder, tmp_path):
 
 @pytest.mark.slow
 def test_all_peers_run_on_the_same_images(shard_folder, tmp_path):
-    pytest.importorskip("nvidia.dali")
-    pytest.importorskip("kornia")
+    needs.module("nvidia.dali")
+    needs.module("kornia")
     # The other two are those of moco-v3 in other wrappings, and cost the start of their workers.
     names = [name for name in peers.PEERS if name not in ("lightly", "webdataset")]
     rows = loader_rows(shard_folder, tmp_path, "--peers", ",".join(names), "--engines", "fused")
@@ -214,7 +215,7 @@ def test_what_a_gpu_could_do_are_rows_of_their_own_and_say_why_they_failed(
 
 
 def test_peers_without_the_operation_refuse_the_recipe(shard_folder, tmp_path):
-    pytest.importorskip("kornia")
+    needs.module("kornia")
     flags = ["--peers", "kornia-modules", "--engines", "none"]
     rows = loader_rows(shard_folder, tmp_path, *flags, "--recipe", "satellite")
     assert "quarter turns or noise" in rows["kornia-modules"]["error"]
@@ -223,7 +224,7 @@ def test_peers_without_the_operation_refuse_the_recipe(shard_folder, tmp_path):
 
 
 def test_webdataset_and_lightly_make_the_views(shard_folder):
-    pytest.importorskip("lightly")
+    needs.module("lightly")
     shards = ShardSet.open(shard_folder)
     recipe = Recipe(size=20)
     made = peers.LightlyViews(shards, recipe)[3]
