@@ -25,6 +25,7 @@ from shards.cpus import available_cpus
 from shards.errors import UserError
 from shards.format import layout
 from shards.format.checksums import index_of, sha256_of, write_sums
+from shards.format.label_table import WAY_OUT as LABEL_AGAIN
 from shards.format.layout import Manifest, ShardFile
 from shards.format.tar_writer import write_index
 from shards.images.policy import Policy
@@ -36,6 +37,7 @@ from shards.storage.opening import Where, open_place
 from shards.storage.place import Place
 
 _SHOWN = 3
+_GIVEN = {layout.SPLITS: WAY_OUT, layout.LABELS: LABEL_AGAIN}
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ class _Work:
         handled = {*self.result.mended, *(finding.file for finding in self.result.failed)}
         for name in sorted(self.damaged - handled):
             what = "cannot be mended; move it out of the folder"
-            if name == layout.SPLITS:
-                what = f"is not made from the images. {WAY_OUT.rstrip('.')}"
+            if name in _GIVEN:
+                what = f"is not made from the images. {_GIVEN[name].rstrip('.')}"
             self.result.failed.append(Damage(name, "failed", what))
         return self.result
 

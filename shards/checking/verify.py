@@ -23,6 +23,8 @@ from shards.errors import UserError, nearest
 from shards.format import layout
 from shards.format.checksums import Sums, index_of, read_sums, sha256_of
 from shards.format.columns import read_columns
+from shards.format.label_table import WAY_OUT as LABEL_AGAIN
+from shards.format.label_table import labels_fault
 from shards.format.layout import Manifest, ShardFile
 from shards.images.policy import MAX_PIXELS, Policy
 from shards.splits.split_table import WAY_OUT, splits_fault
@@ -217,6 +219,9 @@ def _other_files(promise: Promise, *, read: bool) -> Iterator[Damage]:
     fault = splits_fault(place, promise.manifest) if read else ""
     if fault:
         yield Damage(layout.SPLITS, "table", f"{fault}. {WAY_OUT.rstrip('.')}")
+    fault = labels_fault(place, promise.manifest) if read and promise.manifest else ""
+    if fault:
+        yield Damage(layout.LABELS, "table", f"{fault}. {LABEL_AGAIN.rstrip('.')}")
 
 
 def _fault_of(promise: Promise, name: str) -> str:

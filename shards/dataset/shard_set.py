@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import mmap
 import operator
 import sys
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from shards.errors import UserError
 from shards.format.columns import integers, read_columns
+from shards.format.label_table import LabelTable, read_labels
 from shards.format.layout import TABLE, Manifest, check_size, shard_name
 from shards.images.decoding import decode
 from shards.storage.cache_settings import CacheSettings
@@ -58,14 +60,22 @@ class ShardSet:
     counts the samples in use. `folder` is a Path, or the URL of remote shards.
     """
 
-    def __init__(self, folder: Path | str, manifest: Manifest, table: pa.Table, near: Near | None = None):
+    def __init__(
+        self,
+        folder: Path | str,
+        manifest: Manifest,
+        table: pa.Table,
+        near: Near | None = None,
+        given: LabelTable | None = None,
+    ):
         self.folder = folder
-        self.manifest = manifest
+        self.manifest = dataclasses.replace(manifest, classes=given.classes) if given else manifest
         self.num_samples = manifest.num_samples
         self.split = ""
         self._ids: npt.NDArray[np.int64] | None = None
-        self.classes = manifest.classes
-        self.labels = integers(table["label"], -1).astype(np.int64)
+        self.classes = self.manifest.classes
+        labels = integers(table["label"], -1).astype(np.int64)
+        self.labels = given.over(labels) if given else labels
         self.widths = integers(table["width"])
         self.heights = integers(table["height"])
         self.sizes = integers(table["size"])
@@ -90,7 +100,8 @@ class ShardSet:
             manifest, near = open_near(place, cache or CacheSettings())
             _allow_open_files(place.url, len(manifest.shards))
             with near.open_table() as file:
-                return cls(place.url, manifest, _read_table(file, place / TABLE, manifest), near)
+                table = _read_table(file, place / TABLE, manifest)
+            return cls(place.url, manifest, table, near, read_labels(place, manifest))
         folder = place.local
         manifest = Manifest.load(place)
         _allow_open_files(place.url, len(manifest.shards))
@@ -100,7 +111,8 @@ class ShardSet:
             raise UserError(
                 f"'{folder / TABLE}' is missing; run the same `fastssl shard` command again to mend it."
             )
-        return cls(folder, manifest, _read_table(folder / TABLE, place / TABLE, manifest))
+        table = _read_table(folder / TABLE, place / TABLE, manifest)
+        return cls(folder, manifest, table, None, read_labels(place, manifest))
 
     def __len__(self) -> int:
         return self.num_samples if self._ids is None else len(self._ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from shards.format import layout
+from shards.format.label_table import read_labels
 from shards.format.layout import Manifest
 from shards.storage.opening import Where, open_place
 
@@ -77,6 +78,7 @@ def inspect(folder: Where) -> Overview:
     """Describe a finished shard folder from its manifest and table. Raise UserError where it is unfinished."""
     place = open_place(folder)
     manifest = Manifest.load(place)
+    given = read_labels(place, manifest)
     with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
         names = parquet.schema_arrow.names
         table = parquet.read(columns=[*_COLUMNS, "duplicate_of"])
@@ -87,11 +89,11 @@ def inspect(folder: Where) -> Overview:
                 extra.append((name, str(column.type), column.null_count, _values(column)))
     kinds = zip(*(table[name].to_pylist() for name in ("ext", "channels", "dtype")), strict=True)
     return Overview(
-        manifest,
+        replace(manifest, classes=given.classes),
         table["width"].to_numpy(),
         table["height"].to_numpy(),
         table["size"].to_numpy(),
-        table["label"].fill_null(-1).to_numpy().astype(np.int64),
+        given.over(table["label"].fill_null(-1).to_numpy()),
         Counter(kinds),
         _counts(table["stored"]),
         len(table["group"].drop_null().unique()),

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from shards.errors import UserError
 from shards.format import layout
 from shards.format.columns import read_columns
+from shards.format.label_table import read_labels
 from shards.format.layout import Manifest
 from shards.format.tar_reader import BLOCK
 from shards.sources import source
@@ -57,7 +58,8 @@ class ShardFolderSource(Source):
                 f"'{self.place / layout.TABLE}' is missing; run the command that made it again to mend it."
             )
         self._num_samples = manifest.num_samples
-        self.classes = manifest.classes  # of a part, too: a label is an index into them
+        self._given = read_labels(self.place, manifest)
+        self.classes = self._given.classes  # of a part, too: a label is an index into them
         self._only = None if only is None else np.unique(only)
         if self._only is not None:
             _check_ids(self._only, self._num_samples, self.place.url)
@@ -85,10 +87,15 @@ class ShardFolderSource(Source):
             "group",
             "source",
         ]
+        start = 0
         with self.place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(
                 source.BATCH_ROWS, columns=[*wanted, *self.extra_schema.names], use_threads=False
             ):
+                labels = self._given.over(batch["label"].fill_null(-1).to_numpy(), start)
+                start += batch.num_rows
+                at = batch.schema.get_field_index("label")
+                batch = batch.set_column(at, "label", pa.array(labels, mask=labels < 0))
                 if self._only is not None:
                     batch = batch.filter(pa.array(np.isin(batch["sample_id"].to_numpy(), self._only)))
                 if not batch.num_rows:

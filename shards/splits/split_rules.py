@@ -15,6 +15,8 @@ from shards.errors import UserError, nearest
 from shards.format import layout
 from shards.format.columns import hash_values
 from shards.format.equal_hashes import first_of_equal
+from shards.format.label_table import read_labels
+from shards.format.layout import Manifest
 from shards.splits import assignment
 from shards.splits.assignment import NONE, SIDES, Hashes, Ids
 from shards.splits.split_lists import read_lists, sides_of_lists
@@ -114,9 +116,18 @@ def apply(place: Place, rule: SplitRule) -> Division:
 
 
 def read_batches(place: Place, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Columns of the sample table, piece by piece."""
+    """Columns of the sample table, piece by piece; `label` with the labels that were given later."""
+    given = read_labels(place, Manifest.load(place)) if "label" in columns else None
+    start = 0
     with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
-        yield from parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+            if given:
+                own = batch["label"].fill_null(-1).to_numpy()
+                labels = given.over(own, start).astype(np.int32)
+                at = batch.schema.get_field_index("label")
+                batch = batch.set_column(at, "label", pa.array(labels, mask=labels < 0))
+            yield batch
+            start += batch.num_rows
 
 
 def _by_shares(place: Place, rule: SplitRule, least: Hashes, group: Ids) -> npt.NDArray[np.int8]:
@@ -176,7 +187,7 @@ def _about_labels(
 ) -> list[str]:
     inside = (sides == _train(splits)) & (labels >= 0)
     total = int(inside.sum())
-    classes = layout.Manifest.load(place).classes
+    classes = read_labels(place, Manifest.load(place)).classes
     if not total:
         raise UserError(f"--labelled: none of the images in train of '{place.url}' has a label.")
     notes = []
