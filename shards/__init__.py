@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shards.checking.verify import VerifyResult, verify
     from shards.conversion.convert import Part, ProgressReport, convert
     from shards.conversion.labelling import Labelling, label
+    from shards.dataset.mixed_set import MixedShardSet
     from shards.dataset.order import block_order, epoch_order
     from shards.dataset.shard_set import ShardSample, ShardSet
     from shards.errors import UserError
@@ -43,6 +44,7 @@ __all__ = [
     "Labelling",
     "ListOptions",
     "Manifest",
+    "MixedShardSet",
     "Overview",
     "Part",
     "Policy",
@@ -74,6 +76,7 @@ _HOMES = {
     "shards.checking.verify": ("VerifyResult", "verify"),
     "shards.conversion.convert": ("Part", "ProgressReport", "convert"),
     "shards.conversion.labelling": ("Labelling", "label"),
+    "shards.dataset.mixed_set": ("MixedShardSet",),
     "shards.dataset.order": ("block_order", "epoch_order"),
     "shards.dataset.shard_set": ("ShardSample", "ShardSet"),
     "shards.errors": ("UserError",),

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from shards.dataset.order import epoch_order
 from shards.errors import UserError
 from shards.format.columns import integers, read_columns
 from shards.format.label_table import LabelTable, read_labels
@@ -151,6 +152,15 @@ class ShardSet:
         part = copy.copy(self)  # shares the columns and the maps
         part._ids, part.split = ids, split
         return part
+
+    def epoch_ids(self, seed: int, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The samples of an epoch in their order, and the numbers that key their draws; int64 (len(self),) each.
+
+        The order is one of positions among the samples in use, so that of a split does not depend on what lies outside of it.
+        """
+        order = epoch_order(len(self), seed, epoch)
+        ids = order if self._ids is None else self._ids[order]
+        return ids, ids
 
     def read(self, sample_id: int) -> memoryview:
         """The encoded image, read-only and without a copy; IndexError outside 0..num_samples-1."""

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from shards.dataset.mixed_set import MixedShardSet
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError, nearest
 from shards.format import layout
@@ -191,3 +193,31 @@ def open_split(folder: Where, split: str = "", cache: CacheSettings | None = Non
     if not len(ids):
         raise UserError(f"The split '{split}' of '{place.url}' is empty.")
     return shards.subset(ids, split)
+
+
+def reopen(shards: ShardSet, split: str) -> ShardSet:
+    """Another split of the same folder, or of each folder of a mix. Raise UserError as `open_split` does."""
+    if isinstance(shards, MixedShardSet):
+        return MixedShardSet([reopen(part, split) for part in shards.parts], shards.weights)
+    return open_split(shards.folder, split, shards.near and shards.near.settings)
+
+
+def open_mix(
+    folders: Sequence[Where | ShardSet],
+    split: str = "",
+    weights: Sequence[float] = (),
+    cache: CacheSettings | None = None,
+) -> ShardSet:
+    """Open several shard folders as one set, all of each or its samples of one split; a single folder as `open_split` does.
+
+    `weights`: how much of an epoch each set gives, see `MixedShardSet`; nothing for each sample once. Raise UserError as `open_split`
+    does, for sets that do not go together, and for weights that are not one number above 0 for each.
+    """
+    sets = [
+        f if isinstance(f, ShardSet) and not split else open_split(_where(f), split, cache) for f in folders
+    ]
+    return sets[0] if len(sets) == 1 and not weights else MixedShardSet(sets, weights)
+
+
+def _where(folder: Where | ShardSet) -> Where:
+    return folder.folder if isinstance(folder, ShardSet) else folder
