@@ -11,14 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 
 from shards.conversion.listing import MAX_CLASSES, class_order
 from shards.errors import UserError
 from shards.format import layout
-from shards.format.columns import integers, read_columns
 from shards.format.label_table import LabelTable, read_labels, write_labels
 from shards.format.layout import Manifest
+from shards.format.sample_table import table_batches
 from shards.sources.file_list import USUAL, choose
 from shards.sources.file_set import names_file, split_url
 from shards.sources.table_reader import TABLE_SUFFIXES, ListFile, open_list
@@ -27,7 +26,7 @@ from shards.storage.opening import Where, open_place
 SHOWN = 3  # names of each kind
 _KEY_DIGITS = len(layout.sample_key(0))
 _pc = pyarrow.compute
-Names = Callable[[], Iterator[pa.ChunkedArray]]
+Names = Callable[[], Iterator[pa.Array]]
 
 
 @dataclass(frozen=True)
@@ -88,19 +87,16 @@ def label(
             )
         column = "key" if rows.by_key else "source"
 
-        def names() -> Iterator[pa.ChunkedArray]:
-            with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
-                for group in range(parquet.num_row_groups):
-                    yield parquet.read_row_group(group, [column])[column]
+        def names() -> Iterator[pa.Array]:
+            return (batch[column] for batch in table_batches(place, manifest, [column]))
 
         which, found = _match(names, rows, manifest.num_samples)
         new = class_order(set(rows.labels) - set(before.classes))
         classes = [*before.classes, *new]
         number = {name: index for index, name in enumerate(classes)}
         ids = np.array([number[name] for name in rows.labels], np.int64)
-        with place.open(layout.TABLE) as file:
-            own = integers(read_columns(file, ["label"])["label"], -1)
-        had = before.over(own)
+        own = [batch["label"].fill_null(-1).to_numpy() for batch in table_batches(place, manifest, ["label"])]
+        had = before.over(np.concatenate(own))
         given = which >= 0
         labels = np.where(given, ids[which], had)
         if not dry_run:
@@ -246,17 +242,17 @@ def _match(
 
 
 def _found(
-    batches: Iterator[pa.ChunkedArray], wanted: pa.Array
+    batches: Iterator[pa.Array], wanted: pa.Array
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
     """Sample ids, and the places among `wanted` of their names, for the samples that are wanted."""
     start = 0
     for batch in batches:
-        at = _pc.index_in(batch, wanted).combine_chunks()  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+        at = _pc.index_in(batch, wanted)  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
         yield start + np.flatnonzero(np.asarray(at.is_valid())), at.drop_null().to_numpy().astype(np.int64)
         start += len(batch)
 
 
-def _last_part(names: pa.ChunkedArray) -> pa.ChunkedArray:
+def _last_part(names: pa.Array) -> pa.Array:
     return _pc.replace_substring_regex(names, "^.*/", "")  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -22,6 +22,7 @@ from shards.errors import UserError
 from shards.format.columns import integers, read_columns
 from shards.format.label_table import LabelTable, read_labels
 from shards.format.layout import TABLE, Manifest, check_size, shard_name
+from shards.format.sample_table import rows_in_use
 from shards.images.decoding import decode
 from shards.storage.cache_settings import CacheSettings
 from shards.storage.opening import Where, open_place
@@ -101,7 +102,7 @@ class ShardSet:
             manifest, near = open_near(place, cache or CacheSettings())
             _allow_open_files(place.url, len(manifest.shards))
             with near.open_table() as file:
-                table = _read_table(file, place / TABLE, manifest)
+                table = rows_in_use(read_columns(file, _COLUMNS), place, manifest)
             return cls(place.url, manifest, table, near, read_labels(place, manifest))
         folder = place.local
         manifest = Manifest.load(place)
@@ -112,7 +113,7 @@ class ShardSet:
             raise UserError(
                 f"'{folder / TABLE}' is missing; run the same `fastssl shard` command again to mend it."
             )
-        table = _read_table(folder / TABLE, place / TABLE, manifest)
+        table = rows_in_use(read_columns(folder / TABLE, _COLUMNS), place, manifest)
         return cls(folder, manifest, table, None, read_labels(place, manifest))
 
     def __len__(self) -> int:
@@ -238,16 +239,6 @@ class ShardSet:
         if self.near is not None:
             return self.near.open(shard)
         return open(Path(self.folder) / shard_name(shard), "rb")
-
-
-def _read_table(file: Path | IO[bytes], where: str, manifest: Manifest) -> pa.Table:
-    table = read_columns(file, _COLUMNS)
-    if table.num_rows != manifest.num_samples:
-        raise UserError(
-            f"'{where}' has {table.num_rows} samples, the manifest {manifest.num_samples}; the files are of different conversions: "
-            "convert to a new folder."
-        )
-    return table
 
 
 def _open_subset(

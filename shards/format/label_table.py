@@ -38,6 +38,12 @@ class LabelTable:
         given = self.labels[start : start + len(own)]
         return np.concatenate([given, own[len(given) :].astype(np.int64)])
 
+    def on(self, batch: pa.RecordBatch, start: int) -> pa.RecordBatch:
+        """A batch of the sample table, from sample `start` on, with these labels in its column `label`."""
+        labels = self.over(batch["label"].fill_null(-1).to_numpy(), start).astype(np.int32)
+        at = batch.schema.get_field_index("label")
+        return batch.set_column(at, "label", pa.array(labels, mask=labels < 0))
+
 
 def read_labels(place: Place, manifest: Manifest) -> LabelTable:
     """The labels that were given to a shard folder, and its classes. Raise UserError where the file is damaged or of other shards."""
@@ -74,8 +80,10 @@ def _read(place: Place, manifest: Manifest) -> LabelTable:
     with pq.ParquetFile(io.BytesIO(data)) as parquet:
         about = json.loads(parquet.schema_arrow.metadata[_ABOUT])
         labels = integers(parquet.read(["label"])["label"], -1).astype(np.int64)
-    if len(labels) != manifest.num_samples or about["options_sha256"] != manifest.options_sha256:
+    # The labels of a folder that has grown since are those of its first samples.
+    if len(labels) != manifest.num_samples_at(about["options_sha256"]):
         raise UserError(
             f"labels {len(labels):,} samples of another conversion, '{place.url}' has {manifest.num_samples:,}"
         )
-    return LabelTable(about["classes"], labels)
+    # One of the two begins the other: a folder that grew may have more classes than its labels, or fewer.
+    return LabelTable(max(manifest.classes, about["classes"], key=len), labels)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from shards.format import layout
 from shards.format.label_table import read_labels
 from shards.format.layout import Manifest
+from shards.format.sample_table import rows_in_use
 from shards.storage.opening import Where, open_place
 
 PERCENTILES = (0, 1, 25, 50, 75, 99, 100)
@@ -81,11 +82,11 @@ def inspect(folder: Where) -> Overview:
     given = read_labels(place, manifest)
     with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
         names = parquet.schema_arrow.names
-        table = parquet.read(columns=[*_COLUMNS, "duplicate_of"])
+        table = rows_in_use(parquet.read(columns=[*_COLUMNS, "duplicate_of"]), place, manifest)
         extra = []
         for name in names:
             if name not in layout.SCHEMA.names:
-                column = parquet.read(columns=[name])[name]
+                column = parquet.read(columns=[name])[name].slice(0, manifest.num_samples)
                 extra.append((name, str(column.type), column.null_count, _values(column)))
     kinds = zip(*(table[name].to_pylist() for name in ("ext", "channels", "dtype")), strict=True)
     return Overview(

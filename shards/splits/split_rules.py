@@ -17,12 +17,12 @@ from shards.format.columns import hash_values
 from shards.format.equal_hashes import first_of_equal
 from shards.format.label_table import read_labels
 from shards.format.layout import Manifest
+from shards.format.sample_table import table_batches
 from shards.splits import assignment
 from shards.splits.assignment import NONE, SIDES, Hashes, Ids
 from shards.splits.split_lists import read_lists, sides_of_lists
 from shards.storage.place import Place
 
-BATCH_ROWS = 1 << 16
 NO_GROUPS = "none"
 MAX_STRATA = 100_000
 _GROUP = np.uint64(0x67726F7570)  # keeps a group's name apart from a sample's of the same letters
@@ -117,17 +117,11 @@ def apply(place: Place, rule: SplitRule) -> Division:
 
 def read_batches(place: Place, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Columns of the sample table, piece by piece; `label` with the labels that were given later."""
-    given = read_labels(place, Manifest.load(place)) if "label" in columns else None
-    start = 0
-    with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
-        for batch in parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
-            if given:
-                own = batch["label"].fill_null(-1).to_numpy()
-                labels = given.over(own, start).astype(np.int32)
-                at = batch.schema.get_field_index("label")
-                batch = batch.set_column(at, "label", pa.array(labels, mask=labels < 0))
-            yield batch
-            start += batch.num_rows
+    manifest, start = Manifest.load(place), 0
+    given = read_labels(place, manifest) if "label" in columns else None
+    for batch in table_batches(place, manifest, columns):
+        yield batch if given is None else given.on(batch, start)
+        start += batch.num_rows
 
 
 def _by_shares(place: Place, rule: SplitRule, least: Hashes, group: Ids) -> npt.NDArray[np.int8]:

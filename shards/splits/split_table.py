@@ -65,9 +65,12 @@ def split(folder: Where, rule: SplitRule, name: str = DEFAULT, *, overwrite: boo
         )
         if before and not same and not overwrite:
             was = (about or {}).get(name, {}).get("rule", {})
+            how = f"made differently{_difference(was, rule)}"
+            divided = len(before.get(name, ()))
+            if divided < manifest.num_samples:
+                how = f"of the first {divided:,} of its {manifest.num_samples:,} samples; the others were appended and are in no split"
             raise UserError(
-                f"'{place.url}' has a split '{name}' already, made differently{_difference(was, rule)}: give another --name, or "
-                "--overwrite."
+                f"'{place.url}' has a split '{name}' already, {how}: give another --name, or --overwrite."
             )
         entry = {
             "rule": dataclasses.asdict(rule),
@@ -97,8 +100,12 @@ def _as_columns(made: Division, rule: SplitRule, name: str) -> dict[str, pa.Arra
 
 
 def _write(place: Place, columns: dict[str, Any], about: dict[str, Any]) -> None:
-    num_samples = len(next(iter(columns.values())))
-    ordered = {key: columns[key] for key in sorted(columns)}
+    num_samples = max(map(len, columns.values()))
+    # Samples that were appended after a split was made are in none of its parts.
+    ordered = {
+        key: pa.concat_arrays([column, pa.nulls(num_samples - len(column), column.type)])
+        for key, column in sorted(columns.items())
+    }
     table = pa.table({"sample_id": pa.array(np.arange(num_samples)), **ordered})
     table = table.replace_schema_metadata({_ABOUT: json.dumps(about, sort_keys=True)})
     place.write(layout.SPLITS, sealed(table))
@@ -135,8 +142,9 @@ def _told(place: Place, manifest: Manifest | None) -> dict[str, Any]:
         about = json.loads(parquet.schema_arrow.metadata[_ABOUT])
     if manifest is None:
         return about
-    of_others = any(entry["options_sha256"] != manifest.options_sha256 for entry in about.values())
-    if num_samples != manifest.num_samples or of_others:
+    # A folder may have grown since: the samples that came later are in no split.
+    known = [manifest.num_samples_at(entry["options_sha256"]) or 0 for entry in about.values()]
+    if 0 in known or num_samples != max(known):
         raise UserError(
             f"divides {num_samples:,} samples of another conversion, '{place.url}' has {manifest.num_samples:,}"
         )
