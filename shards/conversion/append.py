@@ -26,12 +26,14 @@ from shards.format.label_table import read_labels
 from shards.format.layout import Appended, Manifest
 from shards.format.sample_table import table_batches
 from shards.images.policy import Policy
+from shards.images.proof import BadImage, prove
 from shards.sources.source import Source
 from shards.storage.place import Place
 
 Ids = npt.NDArray[np.int64]
 _SHARD_FILE = re.compile(r"shard-(\d{6,})\.(tar|idx)")
 SHOWN = 3
+NUM_TRIED = 8
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,20 @@ class Base:
             self._refuse("channels", sorted(was), sorted(channels))
         if not dtypes <= set(self.manifest.dtypes):
             self._refuse("elements of", sorted(self.manifest.dtypes), sorted(dtypes))
+
+    def try_first(self, source: Source, plan: Plan, policy: Policy) -> None:
+        """Give an append up before its work where already the first image does not go with the others. Raise UserError then."""
+        for row in plan.rows(plan.first_shard).slice(0, NUM_TRIED).to_pylist():
+            try:
+                stored = prove(source.read(row).data, row["source"], policy)
+            except BadImage:
+                continue
+            try:
+                self.check_kinds({stored.channels}, {stored.dtype})
+            except UserError:
+                self.give_up(plan)
+                raise
+            return
 
     def entry(self, plan: Plan) -> Appended:
         """What the manifest says of the images that a plan appended."""

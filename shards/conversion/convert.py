@@ -78,10 +78,6 @@ class Part:
             raise UserError(f"The part is '{text}', but it must be I/N with 0 <= I < N, such as 0/8.")
         return cls(int(index), int(count))
 
-    def shards(self, num_shards: int) -> range:
-        """The numbers of this part's shards."""
-        return range(self.index, num_shards, self.count)
-
 
 def convert(
     source: Source | str | os.PathLike,
@@ -169,6 +165,8 @@ def convert(
                     if base:
                         base.clear()
                     plan = write_plan(place, survey, settings, plan_number, base.classes if base else ())
+                    if base:
+                        base.try_first(source, plan, policy)
             run = _Run(source, place, plan, policy, workers, cluster, report, base)
             return run.part(part) if part else run.whole()
 

@@ -26,6 +26,7 @@ from shards import (
     verify,
 )
 from shards.commands.shard_command import run
+from shards.conversion import append as appending
 from shards.conversion.convert import Part
 from shards.format import layout
 from shards.format.layout import Manifest
@@ -231,6 +232,17 @@ def test_images_that_do_not_go_with_the_others_are_refused_with_both_values(
         assert fingerprints(folder) == before
     with pytest.raises(UserError, match=r"holds no manifest.json"):
         convert(begun / "second", tmp_path / "empty", append=True)
+
+
+def test_a_contradiction_shows_before_the_work_and_after_it(folder: Path, tmp_path: Path, monkeypatch):
+    images(tmp_path / "mostly", range(50, 56))
+    np.save(tmp_path / "mostly" / "x.npy", np.zeros((8, 8, 4), np.uint8))
+    before = fingerprints(folder)
+    for tried in (7, 0):  # one of the first images, or found only when all shards are made
+        monkeypatch.setattr(appending, "NUM_TRIED", tried)
+        with pytest.raises(UserError, match=r"has \[3, 4\]" if not tried else r"has \[(4|3, 4)\]"):
+            convert(tmp_path / "mostly", folder, append=True)
+        assert fingerprints(folder) == before
 
 
 def test_columns_are_joined_by_name_and_a_type_that_differs_is_refused(tmp_path: Path):
