@@ -91,10 +91,10 @@ def label(
             return (batch[column] for batch in table_batches(place, manifest, [column]))
 
         which, found = _match(names, rows, manifest.num_samples)
-        new = class_order(set(rows.labels) - set(before.classes))
+        new = class_order({rows.labels[i] for i in np.flatnonzero(found)} - set(before.classes))
         classes = [*before.classes, *new]
         number = {name: index for index, name in enumerate(classes)}
-        ids = np.array([number[name] for name in rows.labels], np.int64)
+        ids = np.array([number.get(name, -1) for name in rows.labels], np.int64)
         own = [batch["label"].fill_null(-1).to_numpy() for batch in table_batches(place, manifest, ["label"])]
         had = before.over(np.concatenate(own))
         given = which >= 0

@@ -134,6 +134,7 @@ def test_what_does_not_fit_is_counted_and_named(bare: Path, tmp_path: Path, caps
     done = label(bare, table, dry_run=True)
     assert (done.labelled, done.repeated, done.empty, done.unknown, done.without) == (1, 1, 1, 2, 11)
     assert done.unknown_names == ["gone.jpg", "away.jpg"]
+    assert done.new_classes == ["a"]  # no sample is b
     assert done.without_names == sources[1:4]
     assert not (bare / layout.LABELS).exists()
     run([str(bare), str(table)])
