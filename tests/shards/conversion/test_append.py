@@ -1,10 +1,7 @@
 """`convert(..., append=True)`: old files stay, new samples follow, and whatever kills it leaves the old set or the new one."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,30 +27,13 @@ from shards.conversion import append as appending
 from shards.conversion.convert import Part
 from shards.format import layout
 from shards.format.layout import Manifest
-from tests.pictures import encoded, fingerprints, photo, picture
-
-ROOT = Path(__file__).parents[3]
-
-
-def images(root: Path, seeds: range, *classes: str) -> Path:
-    for i in seeds:
-        path = root / (classes[i % len(classes)] if classes else ".") / f"{i:03d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(picture(i, (24, 16)), "JPEG"))
-    return root
+from tests.pictures import encoded, fingerprints, photo
+from tests.shards.growing import begin, images
 
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """first/: 14 images of bee and ant; second/: 10 of cow and ant, one of them inside first, and one that is broken."""
-    root = tmp_path_factory.mktemp("append")
-    images(root / "first", range(14), "bee", "ant")
-    images(root / "second", range(20, 29), "cow", "ant")
-    shutil.copy(root / "first" / "bee" / "004.jpg", root / "second" / "cow" / "again.jpg")
-    (root / "second" / "cow" / "broken.jpg").write_bytes(b"text")
-    (root / "first" / "ant" / "broken.jpg").write_bytes(b"text")
-    convert(root / "first", root / "shards", samples_per_shard=5)
-    return root
+    return begin(tmp_path_factory.mktemp("append"))
 
 
 @pytest.fixture
@@ -364,88 +344,3 @@ def test_what_was_begun_is_finished_or_given_up(begun: Path, folder: Path, tmp_p
     assert {
         name: sum_ for name, sum_ in fingerprints(folder).items() if name in before and name.endswith(".tar")
     } == {name: sum_ for name, sum_ in before.items() if name.endswith(".tar")}
-
-
-# Each line names a copy of the folder and the step at which a fork that appends to it is killed.
-FORKS = """
-import os, signal, sys
-import pyarrow as pa
-from shards.conversion import convert, shard_maker
-from shards.commands import shard_command
-from shards.format import checksums, columns, equal_hashes
-
-pa.set_cpu_count(1)
-
-def append(dest, kill_at):
-    steps = 0
-    def stepping(function):
-        def run(*args, **options):
-            nonlocal steps
-            steps += 1
-            if steps == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **options)
-        return run
-    os.fsync, os.replace = stepping(lambda descriptor: None), stepping(os.replace)
-    shard_maker.prove = stepping(shard_maker.prove)
-    convert.convert(sys.argv[1], dest, append=True, workers=0, dedupe="drop", samples_per_shard=5)
-    return steps
-
-for line in sys.stdin:
-    dest, kill_at = line.rsplit(" ", 1)
-    child = os.fork()
-    if child == 0:
-        steps = append(dest, int(kill_at))
-        os._exit(steps)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-def test_killed_at_any_step_the_old_or_the_new_set_is_read_and_the_same_command_finishes(
-    begun: Path, tmp_path: Path
-):
-    convert(begun / "first", tmp_path / "old", samples_per_shard=5, workers=0, dedupe="drop")
-    shutil.copytree(tmp_path / "old", tmp_path / "whole")
-    program = subprocess.Popen(
-        [sys.executable, "-c", FORKS, str(begun / "second")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert program.stdin
-    assert program.stdout
-
-    def forked(dest: Path, kill_at: int) -> int:
-        assert program.stdin
-        assert program.stdout
-        program.stdin.write(f"{dest} {kill_at}\n")
-        program.stdin.flush()
-        return int(program.stdout.readline())
-
-    with program:
-        num_steps = forked(tmp_path / "whole", 0)
-        wanted = fingerprints(tmp_path / "whole")
-        sets = {14: ShardSet.open(tmp_path / "old"), 23: ShardSet.open(tmp_path / "whole")}
-        seen, between = set(), 0
-        assert 40 < num_steps < 120
-        # The last steps write table, checksums and manifest.
-        for kill_at in (*range(1, num_steps - 12, 4), *range(num_steps - 12, num_steps + 1)):
-            dest = tmp_path / f"at-{kill_at}"
-            shutil.copytree(tmp_path / "old", dest)
-            assert forked(dest, kill_at) == -9
-            shards = ShardSet.open(dest)
-            seen.add(len(shards))
-            told = sets[len(shards)]
-            assert [shards.read(i) for i in range(len(shards))] == [told.read(i) for i in range(len(told))]
-            assert shards.labels.tolist() == told.labels.tolist()
-            assert inspect(dest).manifest.num_samples == len(shards) == len(inspect(dest).widths)
-            split(dest, SplitRule(val=0.5), "half")
-            assert sum(len(open_split(dest, f"half/{name}")) for name in ("train", "val")) == len(shards)
-            verdict = verify(dest)
-            assert not verdict.damaged, verdict.findings
-            between += pq.read_metadata(dest / layout.TABLE).num_rows > len(shards)
-            (dest / layout.SPLITS).unlink()
-            convert(begun / "second", dest, append=True, workers=0, dedupe="drop", samples_per_shard=5)
-            assert {n: s for n, s in fingerprints(dest).items() if n != f"{layout.LOCK}-splits"} == wanted
-            shutil.rmtree(dest)
-        assert seen == {14, 23}
-        assert between >= 2
-        program.stdin.close()
