@@ -28,6 +28,7 @@ from pipelines.streaming.cache import (
 )
 from pipelines.streaming.shard_prefetch import ShardPrefetch
 from pipelines.streaming.stream import SlotMaker, default_threads, stream
+from shards.dataset.shard_set import ShardSet
 
 # Those of `LoaderOptions` that mean something for views which are not drawn.
 _OPTIONS = ("device", "mask_ignore", "masks", "reuse_memory", "threads", "value_range")

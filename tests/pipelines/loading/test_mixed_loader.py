@@ -118,6 +118,10 @@ def test_batches_are_the_same_for_every_number_of_ranks_and_after_a_resume(both,
             for v in range(2):
                 assert torch.equal(torch.cat([part[step][1][v] for part in parts]), views[v])
 
+    kept = taken(open_loader(list(both), SMALL, batch=6, seed=1, weights=weights, cache="ram"), epoch=2)
+    assert [ids for ids, _ in kept] == [ids for ids, _ in whole]
+    assert all(torch.equal(a[1][0], b[1][0]) for a, b in zip(kept, whole, strict=True))
+
     loader = open_loader(list(both), SMALL, batch=6, seed=1, weights=weights, rank=1, world=2)
     loader.set_epoch(2)
     batches = iter(loader)
