@@ -18,6 +18,10 @@ COMMANDS = {
         "shards.commands.shard_command",
         "Turn folders, lists, tars or rasters into WebDataset shards, each image proven to decode",
     ),
+    "label": (
+        "shards.commands.label_command",
+        "Label finished shards from a table, by key or source, without touching them",
+    ),
     "split": (
         "shards.commands.split_command",
         "Divide shards into train, val, test and nested label fractions, without leaks",

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from shards.checking.repair import Repair, repair
     from shards.checking.verify import VerifyResult, verify
     from shards.conversion.convert import Part, ProgressReport, convert
+    from shards.conversion.labelling import Labelling, label
+    from shards.dataset.mixed_set import MixedShardSet
     from shards.dataset.order import block_order, epoch_order
     from shards.dataset.shard_set import ShardSample, ShardSet
     from shards.errors import UserError
@@ -39,8 +41,10 @@ __all__ = [
     "CacheSettings",
     "Damage",
     "Division",
+    "Labelling",
     "ListOptions",
     "Manifest",
+    "MixedShardSet",
     "Overview",
     "Part",
     "Policy",
@@ -59,6 +63,7 @@ __all__ = [
     "convert",
     "epoch_order",
     "inspect",
+    "label",
     "open_source",
     "open_split",
     "repair",
@@ -70,6 +75,8 @@ _HOMES = {
     "shards.checking.repair": ("Repair", "repair"),
     "shards.checking.verify": ("VerifyResult", "verify"),
     "shards.conversion.convert": ("Part", "ProgressReport", "convert"),
+    "shards.conversion.labelling": ("Labelling", "label"),
+    "shards.dataset.mixed_set": ("MixedShardSet",),
     "shards.dataset.order": ("block_order", "epoch_order"),
     "shards.dataset.shard_set": ("ShardSample", "ShardSet"),
     "shards.errors": ("UserError",),

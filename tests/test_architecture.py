@@ -81,6 +81,7 @@ SETTINGS = {
     "pipelines/loading/loader_options.py": ("ViewSettings", "LoaderOptions"),
     "shards/commands/split_command.py": ("Split",),
     "shards/commands/verify_command.py": ("Verify",),
+    "shards/commands/label_command.py": ("Label",),
     "shards/commands/inspect_command.py": ("Inspect",),
     "fastssl/bench/conversion/bench_shard.py": ("BenchShard",),
     "fastssl/bench/conversion/bench_plan.py": ("BenchPlan",),

@@ -15,10 +15,10 @@ from fastssl.core.distributed import choose_device
 from fastssl.evaluation.features import (
     backbone_encoder,
     check_labels,
-    check_same_classes,
     extract,
     labelled_ids,
     pixel_encoder,
+    query_labels,
 )
 from fastssl.evaluation.knn import KS, classify
 from fastssl.models.backbones import build_backbone
@@ -76,9 +76,10 @@ def evaluate_knn(
     ids = [labelled_ids(found, max_samples) for found in sets]
     for found, used in zip(sets, ids, strict=True):
         check_labels(found, used)
-    check_same_classes(sets[0], sets[-1])
     classes = sets[0].classes
-    labels = [torch.from_numpy(found.labels[used]) for found, used in zip(sets, ids, strict=True)]
+    labels = [
+        torch.from_numpy(query_labels(sets[0], found)[used]) for found, used in zip(sets, ids, strict=True)
+    ]
 
     bf16, name = use_bf16(cfg.train.precision, place), cfg.model.backbone
     encoders = {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.evaluation_views import eval_batches
 from pipelines.streaming.cache import Samples
+from shards.dataset.mixed_set import MixedShardSet, labels_by_name
 from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
@@ -38,13 +39,19 @@ def check_labels(shards: ShardSet, ids: np.ndarray, *, where: str = "", otherwis
         )
 
 
-def check_same_classes(bank: ShardSet, queries: ShardSet) -> None:
-    """Raise UserError unless a label means the same class in both sets."""
-    if queries.classes != bank.classes:
+def query_labels(bank: ShardSet, queries: ShardSet) -> np.ndarray:
+    """Return the labels of all query samples as classes of the bank, joined by their names: int64 (num_samples,), -1 for none.
+
+    Raises:
+        UserError: the two do not have the same classes; where the bank is a mix, it may have more of them.
+    """
+    same = set(queries.classes) == set(bank.classes)
+    if not same and not (isinstance(bank, MixedShardSet) and set(queries.classes) <= set(bank.classes)):
         raise UserError(
             f"'{bank.folder}' and '{queries.folder}' have different classes ({len(bank.classes)} and "
             f"{len(queries.classes)}): kNN needs the same class folders in both."
         )
+    return labels_by_name(queries, bank.classes)
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastssl.evaluation.features import (
     backbone_encoder,
     check_labels,
-    check_same_classes,
     extract,
     labelled_ids,
+    query_labels,
 )
 from fastssl.evaluation.knn import KNNConfig, classify
 from fastssl.evaluation.linear_probe import probe_accuracy
@@ -22,7 +22,7 @@ from pipelines.loading.evaluation_views import eval_cache
 from pipelines.streaming.cache import Samples, fill_ahead
 from pipelines.streaming.stream import default_threads
 from shards.dataset.shard_set import ShardSet
-from shards.splits.split_table import open_split
+from shards.splits.split_table import open_split, reopen
 
 
 class OnlineEvaluation:
@@ -39,10 +39,14 @@ class OnlineEvaluation:
     ):
         self._probe = cfg.linear
         self._recipe, self._device, self._bf16, self._threads = recipe, device, bf16, threads
-        where, near = cfg.shards or training.folder, training.near and training.near.settings
-        self._bank = open_split(where, cfg.split, near) if cfg.shards or cfg.split else training
-        test = cfg.test_shards or (where if cfg.test_split else "")
-        self._queries = open_split(test, cfg.test_split, near) if test else None
+        near = training.near and training.near.settings
+
+        def opened(where: str, split: str) -> ShardSet:
+            return open_split(where, split, near) if where else reopen(training, split)
+
+        self._bank = opened(cfg.shards, cfg.split) if cfg.shards or cfg.split else training
+        test = cfg.test_shards or cfg.shards
+        self._queries = opened(test, cfg.test_split) if cfg.test_shards or cfg.test_split else None
         self._bank_ids = labelled_ids(self._bank, cfg.max_samples)
         self._query_ids = labelled_ids(self._queries, cfg.max_samples) if self._queries else None
         for name, shards, ids in (
@@ -52,7 +56,7 @@ class OnlineEvaluation:
             if shards is not None and ids is not None:
                 check_labels(shards, ids, where=f"knn.{name}: ", otherwise=", or set --knn.every 0")
         if self._queries:
-            check_same_classes(self._bank, self._queries)
+            self._query_labels = query_labels(self._bank, self._queries)
         self._samples: dict[ShardSet, Samples] = {}
         self._own: list[tuple[Samples, np.ndarray]] = []
         self.k = min(cfg.k, len(self._bank_ids) - (0 if self._queries else 1))
@@ -96,7 +100,7 @@ class OnlineEvaluation:
     def evaluate(self, backbone: nn.Module) -> dict[str, float]:
         """Return accuracies in [0, 1] of the backbone as it is now: `knn_accuracy` and, if asked for, `linear_accuracy`."""
 
-        def features(shards: ShardSet, ids) -> tuple[Tensor, Tensor]:
+        def features(shards: ShardSet, ids, labels) -> tuple[Tensor, Tensor]:
             encode = backbone_encoder(backbone, self._device, self._bf16)
             found = extract(
                 shards,
@@ -107,10 +111,12 @@ class OnlineEvaluation:
                 threads=self._threads,
                 samples=self._samples.get(shards),
             )
-            return found, torch.from_numpy(shards.labels[ids])
+            return found, torch.from_numpy(labels[ids])
 
-        bank = features(self._bank, self._bank_ids)
-        queries = features(self._queries, self._query_ids) if self._queries else (None, None)
+        bank = features(self._bank, self._bank_ids, self._bank.labels)
+        queries = (None, None)
+        if self._queries:
+            queries = features(self._queries, self._query_ids, self._query_labels)
         result = classify(
             *bank, *queries, num_classes=len(self._bank.classes), ks=(self.k,), device=self._device
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.loading.loader_options import LoaderOptions, ViewSettings
 from shards.dataset.shard_set import ShardSet
-from shards.splits.split_table import open_split
+from shards.splits.split_table import open_mix
 from shards.storage.cache_settings import CacheSettings
 from shards.units import parse_bytes
 
@@ -16,8 +16,10 @@ from shards.units import parse_bytes
 class ShardsConfig:
     """Where the samples come from."""
 
-    shards: str = ""
-    """Folder of shards that `fastssl shard` made, or its URL, such as s3://bucket/shards."""
+    shards: str | tuple[str, ...] = ""
+    """Folder of shards that `fastssl shard` made, or its URL, such as s3://bucket/shards; or several folders, one after the other."""
+    weights: tuple[float, ...] = ()
+    """How much of an epoch each of several folders gives, such as 1 3; empty: each sample of all of them once."""
     split: str = ""
     """Part of the shards that `fastssl split` made, such as train or labelled-0.1; empty: all of them."""
     cache_dir: str = ""
@@ -30,8 +32,9 @@ class ShardsConfig:
             parse_bytes(self.cache_bytes)
 
     def open(self) -> ShardSet:
-        """Return the samples to train on; UserError as `open_split`."""
-        return open_split(self.shards, self.split, CacheSettings(self.cache_dir, self.cache_bytes))
+        """Return the samples to train on; UserError as `open_mix`."""
+        folders = (self.shards,) if isinstance(self.shards, str) else self.shards
+        return open_mix(folders, self.split, self.weights, CacheSettings(self.cache_dir, self.cache_bytes))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from pipelines.augment.channels import fit_recipe
 from pipelines.augment.draws import eval_draws
 from pipelines.augment.recipe import Recipe, get_recipe
 from pipelines.engines.fused_engine import FusedEngine
-from pipelines.loading.loader import open_shards
+from pipelines.loading.loader import Folder, open_shards
 from pipelines.loading.loader_options import make_options
 from pipelines.loading.mask_slot import with_masks
 from pipelines.loading.slots import host_slots, view_shapes
@@ -36,7 +35,7 @@ _OPTIONS = ("device", "mask_ignore", "masks", "reuse_memory", "threads", "value_
 
 
 def eval_batches(
-    shards: str | os.PathLike | ShardSet,
+    shards: Folder | Sequence[Folder],
     recipe: str | Recipe,
     sample_ids: np.ndarray | None = None,
     *,
@@ -48,7 +47,7 @@ def eval_batches(
     """Yield the fixed evaluation view of the given samples, in their order; the last batch may be smaller.
 
     Args:
-        shards: folder of shards, its URL, or an open `ShardSet`.
+        shards: folder of shards, its URL, or an open `ShardSet`; or several, one after the other.
         recipe: a `Recipe`, or the name of a preset; its `size`, `eval_crop`, mean, std and value range count.
         sample_ids: int64 (N,); without them all samples in use, in the order in which they are stored.
         batch: samples in a batch.

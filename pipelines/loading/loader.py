@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -22,32 +22,36 @@ from pipelines.streaming.batch import Batch, BatchRequest
 from pipelines.streaming.cache import Samples, fill_ahead
 from pipelines.streaming.shard_prefetch import ShardPrefetch, ShardUses, choose_window
 from pipelines.streaming.stream import SlotMaker, default_threads, exact_device, stream
-from shards.dataset.order import block_order, epoch_order, rank_positions, steps_per_epoch
+from shards.dataset.order import block_order, rank_positions, steps_per_epoch
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from shards.splits.split_table import open_split
+from shards.splits.split_table import open_mix, reopen
+
+Folder = str | os.PathLike | ShardSet
 
 __all__ = ["Batch", "Loader", "default_threads", "open_loader", "open_shards"]
 
 
 def open_loader(
-    shards: str | os.PathLike | ShardSet,
+    shards: Folder | Sequence[Folder],
     recipe: str | Recipe,
     *,
     batch: int,
     seed: int = 0,
     split: str = "",
+    weights: Sequence[float] = (),
     options: LoaderOptions | None = None,
     **keywords: Any,
 ) -> Loader:
     """Open the training loader of one process.
 
     Args:
-        shards: folder of shards, its URL, or an open `ShardSet`.
+        shards: folder of shards, its URL, or an open `ShardSet`; or several folders, which are read as one set.
         recipe: what happens to the images: a `Recipe`, or the name of a preset in `RECIPES`.
         batch: samples per step over all ranks; must divide by `world`.
         seed: decides order and draws together with the epoch.
         split: part of the shards that `fastssl split` made, such as train; empty: all of them.
+        weights: how much of an epoch each of several folders gives; empty: each sample once. See `MixedShardSet`.
         options: how the loader works.
         keywords: fields of `LoaderOptions`, on top of `options`: engine, threads, rank, world, device, cache, masks, ...
 
@@ -61,7 +65,7 @@ def open_loader(
         if not isinstance(value, int | np.integer) or not least <= value < 2**63:
             raise UserError(f"{name} is {value!r}, but it must be a whole number of {least} or more.")
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
-    shards = open_shards(shards, split)
+    shards = open_shards(shards, split, weights)
     # Names both numbers where the batch does not divide.
     rank_positions(0, batch, options.rank, options.world)
     if len(shards) < batch:
@@ -82,21 +86,24 @@ def open_loader(
     return Loader(samples, make_slots, recipe, bad, batch=batch, seed=seed, options=options, window=window)
 
 
-def open_shards(shards: str | os.PathLike | ShardSet, split: str = "") -> ShardSet:
-    """Return the samples of a folder, of a URL or of an open `ShardSet`, or those of one split of it.
+def open_shards(
+    shards: Folder | Sequence[Folder], split: str = "", weights: Sequence[float] = ()
+) -> ShardSet:
+    """Return the samples of a folder, of a URL, of an open `ShardSet` or of several of these, or those of one split of them.
 
     Raises:
-        UserError: as `open_split`, or the set is that of another split already.
+        UserError: as `open_mix`, or the set is that of another split already.
     """
-    if not isinstance(shards, ShardSet):
-        return open_split(shards, split)
+    if weights or not isinstance(shards, ShardSet):
+        several = [shards] if isinstance(shards, str | os.PathLike | ShardSet) else shards
+        return open_mix(several, split, weights)
     if not split or split == shards.split:
         return shards
     if shards.split:
         raise UserError(
             f"split is '{split}', but the ShardSet of '{shards.folder}' is that of the split '{shards.split}': give the folder."
         )
-    return open_split(shards.folder, split, shards.near and shards.near.settings)
+    return reopen(shards, split)
 
 
 class Loader:
@@ -249,17 +256,18 @@ class Loader:
         return stream(self._samples, slots, self._requests(start, stop), threads, self.bad)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Return the sample ids of an epoch, in the order of all ranks together: int64 (len(shards),).
+        """Return the sample ids of an epoch, in the order of all ranks together: int64 (len(shards),)."""
+        return self._order(epoch)[0]
 
-        The order is one of positions among the samples in use, so that of a split does not depend on what lies outside of it.
-        """
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sample ids of an epoch, and the numbers that key their draws."""
         shards = self.shards
-        if self._window:
-            ends = np.cumsum([shard.num_samples for shard in shards.manifest.shards])
-            inside = np.searchsorted(shards.ids, ends)
-            return shards.ids[block_order(np.diff(inside, prepend=0), self.seed, epoch, self._window)]
-        order = epoch_order(len(shards), self.seed, epoch)
-        return shards.ids[order] if shards.split else order
+        if not self._window:
+            return shards.epoch_ids(self.seed, epoch)
+        ends = np.cumsum([shard.num_samples for shard in shards.manifest.shards])
+        inside = np.searchsorted(shards.ids, ends)
+        ids = shards.ids[block_order(np.diff(inside, prepend=0), self.seed, epoch, self._window)]
+        return ids, ids
 
     def _requests(self, start: int, stop: int) -> Iterator[BatchRequest]:
         """Yield what to make at each step. The next epoch's order is made in a thread while this epoch lasts."""
@@ -268,9 +276,9 @@ class Loader:
         first, last = start // self.steps_per_epoch, (stop - 1) // self.steps_per_epoch
         prefetch = ShardPrefetch(self.shards, self._window)
 
-        def plan(epoch: int) -> tuple[np.ndarray, ShardUses | None]:
-            order = self.order(epoch)
-            return order, prefetch.uses(order[: self.steps_per_epoch * self.batch])
+        def plan(epoch: int) -> tuple[tuple[np.ndarray, np.ndarray], ShardUses | None]:
+            order = self._order(epoch)
+            return order, prefetch.uses(order[0][: self.steps_per_epoch * self.batch])
 
         with ThreadPoolExecutor(1, thread_name_prefix="order") as pool:
             coming = pool.submit(plan, first)
@@ -283,8 +291,7 @@ class Loader:
                     at = (step - begin) * self.batch
                     then = coming.result()[1] if epoch < last and coming.done() else None
                     prefetch.at(uses, at, at + self.batch, then)
-                    ids = order[
-                        rank_positions(step - begin, self.batch, self.options.rank, self.options.world)
-                    ]
+                    own = rank_positions(step - begin, self.batch, self.options.rank, self.options.world)
+                    ids, keys = (numbers[own] for numbers in order)
                     widths, heights = self.shards.widths[ids], self.shards.heights[ids]
-                    yield BatchRequest(ids, draw(self.recipe, self.seed, epoch, ids, widths, heights), epoch)
+                    yield BatchRequest(ids, draw(self.recipe, self.seed, epoch, keys, widths, heights), epoch)

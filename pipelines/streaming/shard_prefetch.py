@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from shards.dataset.mixed_set import MixedShardSet
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.units import human_size
@@ -20,6 +21,8 @@ def choose_window(shards: ShardSet, order: str, block_shards: int) -> tuple[int,
     Raises:
         UserError: the cache of remote shards is too small for the order.
     """
+    if order == "blocks" and isinstance(shards, MixedShardSet) and shards.weights:
+        raise UserError("data.order blocks does not go with data.weights: leave one of them out.")
     window = block_shards if order == "blocks" or (order == "auto" and shards.near is not None) else 0
     if shards.near is None:
         return window, ""

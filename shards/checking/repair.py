@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -12,8 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 import pyarrow as pa
 
 from shards.checking.damage import Damage, grouped, walk
+from shards.checking.scratch import Scratch, copy_file, same_file
 from shards.checking.shard_checker import read_rows
 from shards.checking.verify import Promise, VerifyResult
+from shards.conversion.append import Base
 from shards.conversion.convert import SMALL, number
 from shards.conversion.listing import SCRATCH, Survey
 from shards.conversion.merge import by_shard, merge, read_dropped, write_dropped
@@ -25,6 +26,7 @@ from shards.cpus import available_cpus
 from shards.errors import UserError
 from shards.format import layout
 from shards.format.checksums import index_of, sha256_of, write_sums
+from shards.format.label_table import WAY_OUT as LABEL_AGAIN
 from shards.format.layout import Manifest, ShardFile
 from shards.format.tar_writer import write_index
 from shards.images.policy import Policy
@@ -36,6 +38,7 @@ from shards.storage.opening import Where, open_place
 from shards.storage.place import Place
 
 _SHOWN = 3
+_GIVEN = {layout.SPLITS: WAY_OUT, layout.LABELS: LABEL_AGAIN}
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class _Work:
             if index_of(file.name) in self.damaged and file.name not in tars:
                 self._mend_index(file)
         merged = self.damaged & {layout.TABLE, layout.MANIFEST, layout.QUARANTINE, layout.DROPPED}
-        needing = [*tars, *sorted(merged | (self.damaged & {layout.PLAN}))]
+        needing = [*tars, *sorted(merged | self.damaged.intersection(self.promise.plans))]
         if needing and self.source is None:
             what = "is made again from the images: give --source and the options that `fastssl shard` had"
             self.result.failed.extend(Damage(name, "failed", what) for name in needing)
@@ -119,8 +122,8 @@ class _Work:
         handled = {*self.result.mended, *(finding.file for finding in self.result.failed)}
         for name in sorted(self.damaged - handled):
             what = "cannot be mended; move it out of the folder"
-            if name == layout.SPLITS:
-                what = f"is not made from the images. {WAY_OUT.rstrip('.')}"
+            if name in _GIVEN:
+                what = f"is not made from the images. {_GIVEN[name].rstrip('.')}"
             self.result.failed.append(Damage(name, "failed", what))
         return self.result
 
@@ -130,7 +133,7 @@ class _Work:
         for name in place.names():
             if name.startswith(SCRATCH):
                 place.remove_tree(name)
-        if self.promise.manifest and layout.TABLE not in self.damaged:
+        if self.promise.manifest and layout.TABLE not in self.damaged and not self.promise.appending:
             place.remove_tree(layout.ROWS)
 
     def _mend_index(self, file: ShardFile) -> None:
@@ -148,58 +151,87 @@ class _Work:
         place = self.place
         # Beside the shards, where there is room for one of them; `SCRATCH` is what a killed run's litter is known by.
         with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}repair-", dir=place.local) as folder:
-            scratch = LocalPlace(folder)
-            plan = self._plan(source, scratch)
-            if plan is None:
-                return
-            _check_kind(source, plan)
-            wanted = {number(file): file for file in self.promise.files}
-            todo = range(plan.num_shards) if merged else sorted(map(number, tars.values()))
-            if layout.DROPPED in merged:
-                self._make(source, scratch, plan, {}, todo, {}, {})
-                write_dropped(scratch, plan)
-                self._take(scratch, layout.DROPPED)
-            else:
-                _copy(place, layout.DROPPED, scratch)
-            dropped = by_shard(read_dropped(scratch), plan.settings.samples_per_shard)
-            hurt = {number(file): file for file in tars.values()}
-            self._make(source, scratch, plan, dropped, todo, wanted, hurt)
-            failed = {finding.file for finding in self.result.failed}
-            for name in tars:
-                if name not in failed:
-                    self.result.mended.append(name)
-                    if index_of(name) in self.damaged:
-                        self.result.mended.append(index_of(name))
-                elif index_of(name) in self.damaged:
-                    what = "is made from its tar, which cannot be made"
-                    self.result.failed.append(Damage(index_of(name), "failed", what))
+            scratch = Scratch(folder, place)
+            plans = [self._plan(source, scratch, number) for number in range(len(self.promise.plans))]
+            fitting = [plan for plan in plans if plan and self._fits(source, plan, tars, len(plans) > 1)]
+            if len(fitting) < len(plans):
+                sources = ", ".join(repr(plan.settings.source) for plan in plans if plan)
+                what = f"is made of all that the folder holds, at once: {sources}; restore it from a copy"
+                self.result.failed.extend(Damage(name, "failed", what) for name in sorted(merged) if sources)
+                merged = set()
+            for plan in fitting:
+                self._remake_plan(source, scratch, plan, tars, merged)
             if merged - {layout.DROPPED}:
-                self._merge(scratch, plan, merged - {layout.DROPPED})
+                self._merge(scratch, fitting, merged - {layout.DROPPED})
 
-    def _plan(self, source: Source, scratch: Place) -> Plan | None:
-        """The plan, made again where it is damaged; None where that cannot be."""
-        place, manifest = self.place, self.promise.manifest
-        if layout.PLAN not in self.damaged:
-            return read_plan(place)
+    def _remake_plan(
+        self, source: Source, scratch: LocalPlace, plan: Plan, tars: dict[str, ShardFile], merged: set[str]
+    ) -> None:
+        """Make the shards of one plan that are needed."""
+        place = self.place
+        wanted = {number(file): file for file in self.promise.files}
+        hurt = {number(file): file for file in tars.values() if number(file) in plan.shards}
+        todo = plan.shards if merged else sorted(hurt)
+        name = layout.dropped_name(plan.number)
+        if name in merged:
+            self._make(source, scratch, plan, {}, todo, {}, {})
+            write_dropped(scratch, plan)
+            self._take(scratch, name)
+        else:
+            copy_file(place, name, scratch)
+        dropped = by_shard(read_dropped(scratch, plan.number), plan.settings.samples_per_shard)
+        self._make(source, scratch, plan, dropped, todo, wanted, hurt)
+        failed = {finding.file for finding in self.result.failed}
+        for tar in (file.name for file in hurt.values()):
+            if tar not in failed:
+                self.result.mended.append(tar)
+                if index_of(tar) in self.damaged:
+                    self.result.mended.append(index_of(tar))
+            elif index_of(tar) in self.damaged:
+                what = "is made from its tar, which cannot be made"
+                self.result.failed.append(Damage(index_of(tar), "failed", what))
+
+    def _fits(self, source: Source, plan: Plan, tars: dict[str, ShardFile], several: bool) -> bool:
+        """Whether a plan was made of this source; of several plans those of others are passed over, and their shards told."""
+        if not several:
+            _check_kind(source, plan)
+            return True
+        was, now = plan.settings, json.loads(json.dumps(source.settings()))
+        if (was.kind, was.source, was.source_settings) == (source.kind, source.name, now):
+            return True
+        what = f"is made of '{was.source}' ({was.kind}): give that as --source, with the options that it had"
+        of_plan = (tar for tar, file in tars.items() if number(file) in plan.shards)
+        self.result.failed.extend(Damage(tar, "failed", what) for tar in of_plan)
+        return False
+
+    def _plan(self, source: Source, scratch: Place, plan_number: int) -> Plan | None:
+        """A plan, made again where it is damaged; None where that cannot be."""
+        place, manifest, name = self.place, self.promise.manifest, layout.plan_name(plan_number)
+        if name not in self.damaged:
+            return read_plan(place, plan_number)
         if manifest is None or layout.MANIFEST in self.damaged:
             what = "plan and manifest are both damaged: convert to a new folder"
-            self.result.failed.append(Damage(layout.PLAN, "failed", what))
+            self.result.failed.append(Damage(name, "failed", what))
             return None
         policy = Policy(**manifest.store)
-        with Survey(source, manifest.seed, scratch.local) as survey:
+        of, after, classes = manifest, {}, []
+        if plan_number:
+            of = manifest.appended[plan_number - 1]
+            after, classes = {"options_sha256": of.before, "first_shard": of.first_shard}, manifest.classes
+        with Survey(source, of.seed, scratch.local) as survey:
             settings = settings_for(
-                source, survey.listing, manifest.seed, manifest.samples_per_shard, policy, manifest.dedupe
+                source, survey.listing, of.seed, of.samples_per_shard, policy, manifest.dedupe, after
             )
-            settings = replace(settings, source=manifest.source)
-            if settings.sha256() != manifest.options_sha256:
+            settings = replace(settings, source=of.source)
+            if settings.sha256() != manifest.identities[plan_number]:
                 what = (
                     f"cannot be made again: names, sizes or labels of '{source.name}' have changed since the conversion, or other "
                     "options were given"
                 )
-                self.result.failed.append(Damage(layout.PLAN, "failed", what))
+                self.result.failed.append(Damage(name, "failed", what))
                 return None
-            plan = write_plan(scratch, survey, settings)
-        self._take(scratch, layout.PLAN)
+            plan = write_plan(scratch, survey, settings, plan_number, classes)
+        self._take(scratch, name)
         return replace(plan, place=place)
 
     def _make(
@@ -233,13 +265,16 @@ class _Work:
             self.result.failed.append(Damage(**json.loads(path.read_text())))
             path.unlink()
 
-    def _merge(self, scratch: Place, plan: Plan, wanted: set[str]) -> None:
+    def _merge(self, scratch: Place, plans: list[Plan], wanted: set[str]) -> None:
         if self.result.failed:
             for name in sorted(wanted):
                 what = "needs every shard, and some cannot be made again"
                 self.result.failed.append(Damage(name, "failed", what))
             return
-        merge(scratch, plan).save(scratch)
+        made = merge(scratch, plans[0])
+        for plan in plans[1:]:
+            made = merge(scratch, plan, Base(scratch, made, plans[: plan.number], []))
+        made.save(scratch)
         for name in sorted(wanted):
             self._take(scratch, name)
 
@@ -252,7 +287,7 @@ class _Work:
             what = "was made again, but differs from its SHA-256: the images that are refused have changed"
             self.result.failed.append(Damage(name, "failed", what))
             return
-        _copy(scratch, name, self.place)
+        copy_file(scratch, name, self.place)
         self.result.mended.append(name)
         if not same:
             self.damaged.add(layout.SUMS)
@@ -294,9 +329,9 @@ class _Remaker:
             text = json.dumps(asdict(Damage(tar, "failed", what)))
             scratch.write(f"failed-{shard:09d}.json", text.encode())
         elif shard in self.hurt:
-            _copy(scratch, tar, self.place)
-            if not _same(scratch, self.place, index):
-                _copy(scratch, index, self.place)
+            copy_file(scratch, tar, self.place)
+            if not same_file(scratch, self.place, index):
+                copy_file(scratch, index, self.place)
         scratch.remove(tar)
         scratch.remove(index)
 
@@ -339,15 +374,3 @@ def _check_kind(source: Source, plan: Plan) -> None:
                 f"'{plan.place.url}' was made with {name} {then.get(name)!r}, now it is {now.get(name)!r}; give --source the "
                 "options that `fastssl shard` had."
             )
-
-
-def _same(one: Place, other: Place, name: str) -> bool:
-    return one.exists(name) and other.exists(name) and one.read(name) == other.read(name)
-
-
-def _copy(source: Place, name: str, dest: Place) -> None:
-    """Copies a file, whole or not at all; nothing where it is missing."""
-    if not source.exists(name):
-        return
-    with source.open(name) as file:
-        dest.write(name, lambda out: shutil.copyfileobj(file, out, 1 << 20))

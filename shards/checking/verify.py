@@ -23,6 +23,8 @@ from shards.errors import UserError, nearest
 from shards.format import layout
 from shards.format.checksums import Sums, index_of, read_sums, sha256_of
 from shards.format.columns import read_columns
+from shards.format.label_table import WAY_OUT as LABEL_AGAIN
+from shards.format.label_table import labels_fault
 from shards.format.layout import Manifest, ShardFile
 from shards.images.policy import MAX_PIXELS, Policy
 from shards.splits.split_table import WAY_OUT, splits_fault
@@ -66,6 +68,7 @@ class Promise:
     files: list[ShardFile]
     classes: list[str] | None
     findings: list[Damage]  # about these two themselves
+    appending: bool = False  # whether images are being appended, or were until that was interrupted
 
     @classmethod
     def read(cls, place: Place) -> Promise:
@@ -87,6 +90,14 @@ class Promise:
                 elif "format version" in str(error) and _agrees(place, sums, layout.MANIFEST):
                     raise
                 findings.append(Damage(layout.MANIFEST, kind, what))
+        appending = manifest is not None and layout.is_appending(place, manifest)
+        if manifest and appending:
+            begun = layout.plan_name(len(manifest.identities))
+            what = "of an append that is unfinished: the same `fastssl shard ... --append` finishes it"
+            findings.append(Damage(begun, "stale", what))
+            if sums and begun in sums.by_name:
+                # They are those of the folder to come, and the manifest of that is written last.
+                return cls(place, manifest, None, manifest.shards, manifest.classes, findings, appending)
         if sums is None:
             what = "there are no checksums of the files that are no shards"
             findings.append(Damage(layout.SUMS, "missing", what))
@@ -95,12 +106,22 @@ class Promise:
         elif manifest and not _agrees(place, sums, layout.MANIFEST):
             findings.append(Damage(layout.MANIFEST, "json", _manifest_fault(place, manifest, sums)))
         files = _files(place, manifest, sums)
-        classes = manifest.classes if manifest and not findings else None
-        return cls(place, manifest, sums, files, classes, findings)
+        sound = all(finding.harmless for finding in findings)
+        classes = manifest.classes if manifest and sound else None
+        return cls(place, manifest, sums, files, classes, findings, appending)
 
     def sum_of(self, name: str) -> str | None:
         """The SHA-256 that a file must have; None where that is not known."""
         return self.sums.by_name.get(name) if self.sums and self.sums.is_whole else None
+
+    @property
+    def plans(self) -> list[str]:
+        """The file names of the plans, by the manifest or, where that cannot be read, by the checksums."""
+        known = self.sums.by_name if self.sums else {}
+        count = (
+            len(self.manifest.identities) if self.manifest else sum(name.startswith("plan") for name in known)
+        )
+        return [layout.plan_name(number) for number in range(max(1, count))]
 
     def starts(self) -> list[int]:
         """The first sample id of each shard."""
@@ -199,16 +220,18 @@ def _lengths(promise: Promise) -> Iterator[Damage]:
 def _other_files(promise: Promise, *, read: bool) -> Iterator[Damage]:
     """Table, plan, quarantine and splits; `read`: by their checksums, not just their presence."""
     place = promise.place
-    expected = {layout.TABLE, layout.PLAN, layout.QUARANTINE}
-    if promise.sum_of(layout.DROPPED):
-        expected.add(layout.DROPPED)
+    expected = {layout.TABLE, layout.QUARANTINE, *promise.plans}
+    dropped = {layout.dropped_name(number) for number in range(len(promise.plans))}
+    expected |= {name for name in dropped if promise.sum_of(name)}
     for name in sorted(expected):
         if not place.exists(name):
             yield Damage(name, "missing", "the file is missing")
             continue
         wanted = promise.sum_of(name)
-        agrees = not read or wanted is None or sha256_of(place, name) == wanted
-        fault = _fault_of(promise, name) if read or name == layout.TABLE else ""
+        # Both may hold what is to be appended, behind what the manifest counts.
+        grows = promise.appending and name in (layout.TABLE, layout.QUARANTINE)
+        agrees = grows or not read or wanted is None or sha256_of(place, name) == wanted
+        fault = _fault_of(promise, name, grows) if read or name == layout.TABLE else ""
         kind = "json" if name == layout.QUARANTINE else "table"
         if fault:
             yield Damage(name, kind, fault)
@@ -217,26 +240,34 @@ def _other_files(promise: Promise, *, read: bool) -> Iterator[Damage]:
     fault = splits_fault(place, promise.manifest) if read else ""
     if fault:
         yield Damage(layout.SPLITS, "table", f"{fault}. {WAY_OUT.rstrip('.')}")
+    fault = labels_fault(place, promise.manifest) if read and promise.manifest else ""
+    if fault:
+        yield Damage(layout.LABELS, "table", f"{fault}. {LABEL_AGAIN.rstrip('.')}")
 
 
-def _fault_of(promise: Promise, name: str) -> str:
+def _fault_of(promise: Promise, name: str, grows: bool) -> str:
     """What is wrong inside of a file, as far as the other files tell."""
     place, manifest = promise.place, promise.manifest
     try:
-        if name == layout.PLAN:
-            settings = read_plan(place).settings
-            if manifest and settings.sha256() != manifest.options_sha256:
+        if name in promise.plans:
+            number = promise.plans.index(name)
+            settings = read_plan(place, number).settings
+            if manifest and settings.sha256() != manifest.identities[number]:
                 return "is of another conversion than the manifest: their settings differ"
             wanted, what = settings.num_images, "images"
         elif name == layout.QUARANTINE:
             with place.open(name) as file:
-                return _quarantine_fault(file, manifest)
+                return _quarantine_fault(file, manifest, grows)
         else:
             wanted, what = sum(file.num_samples for file in promise.files), "samples"
-            if name == layout.DROPPED:
+            if name.startswith("dropped"):
                 wanted = -1
         with place.open(name) as file, pq.ParquetFile(file) as parquet:
-            if wanted >= 0 and parquet.metadata.num_rows != wanted:
+            if (
+                wanted >= 0
+                and parquet.metadata.num_rows != wanted
+                and not (grows and parquet.metadata.num_rows > wanted)
+            ):
                 return f"has {parquet.metadata.num_rows:,} rows, but there are {wanted:,} {what}"
             for group in range(parquet.num_row_groups) if promise.sum_of(name) is None else ():
                 parquet.read_row_group(group)
@@ -245,7 +276,7 @@ def _fault_of(promise: Promise, name: str) -> str:
     return ""
 
 
-def _quarantine_fault(lines: Iterable[bytes], manifest: Manifest | None) -> str:
+def _quarantine_fault(lines: Iterable[bytes], manifest: Manifest | None, grows: bool) -> str:
     number = 0
     for number, line in enumerate(lines, 1):
         try:
@@ -254,7 +285,7 @@ def _quarantine_fault(lines: Iterable[bytes], manifest: Manifest | None) -> str:
         except (ValueError, TypeError):
             pass
         return f"line {number} is damaged"
-    if manifest and number != manifest.num_quarantined:
+    if manifest and number != manifest.num_quarantined and not (grows and number > manifest.num_quarantined):
         return f"has {number:,} lines, but the manifest counts {manifest.num_quarantined:,} refused images"
     return ""
 
@@ -266,11 +297,11 @@ def _stale(promise: Promise) -> Iterator[Damage]:
     for name in promise.place.names():
         if is_unfinished(name) or name.startswith(SCRATCH):
             yield Damage(name, "stale", "left by a run that was killed")
-        elif _SHARD_FILE.fullmatch(name) and name not in known:
+        elif _SHARD_FILE.fullmatch(name) and name not in known and not promise.appending:
             yield Damage(
                 name, "table", "is none of this conversion's shards, but readers of *.tar would take it"
             )
-    if promise.place.names(layout.ROWS):
+    if promise.place.names(layout.ROWS) and not promise.appending:
         yield Damage(layout.ROWS, "stale", "left by a run that was killed")
 
 

@@ -76,6 +76,13 @@ def _print(console: Console, place: Place, overview: Overview) -> None:
         ("samples", f"{manifest.num_samples:,}"),
         ("shards", f"{len(manifest.shards):,}, {human_size(manifest.bytes)}"),
         ("source", f"{manifest.source} ({manifest.kind}), seed {manifest.seed}"),
+        *(
+            (
+                "appended",
+                f"{part.source} ({part.kind}), seed {part.seed}, from sample {part.num_samples_before:,} on",
+            )
+            for part in manifest.appended
+        ),
         ("classes", _classes_line(overview)),
         ("masks", f"{manifest.num_masks:,}" if manifest.num_masks else "none"),
         ("groups", f"{overview.num_groups:,}" if overview.num_groups else "none"),

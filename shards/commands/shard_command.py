@@ -57,6 +57,8 @@ class Shard:
     options: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
     part: Annotated[str, tyro.conf.arg(metavar="I/N")] = ""
     """I/N: make every N-th shard, from the I-th on, and do not merge; for job arrays. The command without --part merges."""
+    append: bool = False
+    """Add the images to the finished shards in DEST, in new shards behind them. Ids of samples and numbers of classes stay."""
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -81,7 +83,7 @@ def shard(args: Shard) -> None:
 
     from shards.commands.progress import ConversionScreen
     from shards.conversion.convert import Part, convert
-    from shards.format.layout import MANIFEST
+    from shards.format.layout import MANIFEST, SPLITS, Manifest
     from shards.sources.source_kinds import open_source
     from shards.storage.opening import open_place
 
@@ -91,7 +93,7 @@ def shard(args: Shard) -> None:
     part = Part.parse(args.part) if args.part else None
     if args.engine != "ray" and args.ray_address != "auto":
         raise UserError(f"--ray-address {args.ray_address} goes with --engine ray.")
-    was_complete = dest.exists(MANIFEST)
+    before = Manifest.load(dest) if dest.exists(MANIFEST) else None
     start_s = time.monotonic()
     with ConversionScreen(console, args.source, args.policy) as screen:
         manifest = convert(
@@ -103,6 +105,7 @@ def shard(args: Shard) -> None:
             policy=args.policy,
             dedupe=args.dedupe,
             part=part,
+            append=args.append,
             ray_address=args.ray_address if args.engine == "ray" else None,
             report=screen,
         )
@@ -111,7 +114,7 @@ def shard(args: Shard) -> None:
             f"Part {args.part} is done. When all parts are, the same command without --part merges them.",
             markup=False,
         )
-    elif screen.num_shards == 0 and was_complete:
+    elif screen.num_shards == 0 and before == manifest:
         console.print(
             f"{args.dest} is complete: {manifest.num_samples:,} images in {len(manifest.shards):,} shards. "
             "Nothing to do.",
@@ -119,6 +122,11 @@ def shard(args: Shard) -> None:
         )
     else:
         _print_summary(console, dest, manifest, screen.num_converted, time.monotonic() - start_s)
+        if args.append and dest.exists(SPLITS):
+            console.print(
+                f"The new images are in no split yet: `fastssl split {args.dest} ... --overwrite` divides all of them.",
+                markup=False,
+            )
 
 
 def _print_summary(

@@ -100,13 +100,14 @@ def _show(console: Console, args: Split, rule: SplitRule, made: Division) -> Non
     from rich.text import Text
 
     from shards.format import layout
+    from shards.format.label_table import read_labels
     from shards.format.layout import Manifest
     from shards.splits.split_rules import fraction_name
     from shards.splits.split_table import DEFAULT
     from shards.storage.opening import open_place
 
     place = open_place(args.shards)
-    classes = Manifest.load(place).classes
+    classes = read_labels(place, Manifest.load(place)).classes
     prefix = "" if args.name == DEFAULT else f"{args.name}/"
     parts: dict[str, np.ndarray] = {name: made.sides == i for i, name in enumerate(made.names)}
     parts = {name: inside for name, inside in parts.items() if inside.any()}

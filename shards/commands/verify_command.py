@@ -73,7 +73,7 @@ def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
     from shards.checking.repair import check_repairable, repair
     from shards.checking.verify import verify
     from shards.errors import UserError, nearest
-    from shards.format.layout import SPLITS
+    from shards.format.layout import LABELS, SPLITS
     from shards.storage.atomic_files import atomic_write, check_output
     from shards.storage.opening import open_place
 
@@ -100,7 +100,7 @@ def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
     _print(console, args.shards, verdict)
     still_damaged = verdict.damaged
     if not args.repair and any(
-        not finding.harmless and finding.file != SPLITS for finding in verdict.findings
+        not finding.harmless and finding.file not in (SPLITS, LABELS) for finding in verdict.findings
     ):
         way_out = "with the options that `fastssl shard` had, makes the damaged files again."
         console.print(f"fastssl verify {args.shards} --repair --source SOURCE, {way_out}", markup=False)

@@ -7,10 +7,12 @@ of processes on any number of machines: the files are the same, byte for byte.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from shards.conversion.append import SHOWN, Base, rows_of
 from shards.conversion.listing import SCRATCH, Survey
 from shards.conversion.merge import by_shard, merge, read_dropped, write_dropped
 from shards.conversion.ray_workers import Cluster, connect
@@ -21,6 +23,7 @@ from shards.cpus import available_cpus
 from shards.errors import UserError, nearest
 from shards.format import layout
 from shards.format.checksums import write_sums
+from shards.format.columns import read_columns
 from shards.format.layout import Manifest, ShardFile
 from shards.images.policy import Policy
 from shards.sources.source import Source
@@ -75,10 +78,6 @@ class Part:
             raise UserError(f"The part is '{text}', but it must be I/N with 0 <= I < N, such as 0/8.")
         return cls(int(index), int(count))
 
-    def shards(self, num_shards: int) -> range:
-        """The numbers of this part's shards."""
-        return range(self.index, num_shards, self.count)
-
 
 def convert(
     source: Source | str | os.PathLike,
@@ -90,6 +89,7 @@ def convert(
     policy: Policy | None = None,
     dedupe: str = "mark",
     part: Part | None = None,
+    append: bool = False,
     ray_address: str | None = None,
     report: ProgressReport | None = None,
 ) -> Manifest | None:
@@ -102,6 +102,9 @@ def convert(
         samples_per_shard: None for 64 shards of 128 to 4096.
         policy: what is stored, and what is refused.
         dedupe: images with the same pixels as an earlier one are marked in the table, dropped, or kept unmarked.
+        append: add the images to finished shards, in new shards behind them; policy and dedupe must be those of the folder. No file
+            that holds images is touched: samples keep their ids, classes their numbers. The same call again finishes an append that
+            was interrupted; until then the folder is what it was.
         part: makes some of the shards only; when all parts are done, the same call without `part` merges them.
         ray_address: of a Ray cluster, whose nodes make the shards, at most `workers` at a time; see `ray_workers.connect`.
 
@@ -133,7 +136,11 @@ def convert(
                 for name in place.names():
                     if name.startswith(SCRATCH):
                         place.remove_tree(name)
-            planned = place.exists(layout.PLAN)
+            base = Base.read(place) if append else None
+            plan_number = base.number if base else 0
+            planned = place.exists(layout.plan_name(plan_number))
+            if base:
+                base.check(source, policy, dedupe)
 
             def listed(num_images: int) -> None:
                 report.listed(num_images)
@@ -141,13 +148,26 @@ def convert(
                     warm_up()
 
             with Survey(source, seed, place.local, listed, keep=not planned) as survey:
-                settings = settings_for(source, survey.listing, seed, samples_per_shard, policy, dedupe)
+                listing = survey.listing
+                done = base.inside(source, listing) if base and not planned else None
+                size, after = samples_per_shard, {}
+                if done:
+                    # Appended, or converted, already: what is missing of its shards is made again.
+                    base, plan_number, planned = None, done.number, True
+                    size, after = size or done.settings.samples_per_shard, done.settings.after
+                elif base:
+                    size, after = base.samples_per_shard(size, listing.num_images), base.after
+                settings = settings_for(source, listing, seed, size, policy, dedupe, after)
                 if planned:
-                    plan = read_plan(place)
+                    plan = read_plan(place, plan_number)
                     check_same(plan, settings)
                 else:
-                    plan = write_plan(place, survey, settings)
-            run = _Run(source, place, plan, policy, workers, cluster, report)
+                    if base:
+                        base.clear()
+                    plan = write_plan(place, survey, settings, plan_number, base.classes if base else ())
+                    if base:
+                        base.try_first(source, plan, policy)
+            run = _Run(source, place, plan, policy, workers, cluster, report, base)
             return run.part(part) if part else run.whole()
 
 
@@ -163,7 +183,9 @@ class _Run:
         workers: int | None,
         cluster: Cluster | None,
         report: ProgressReport,
+        base: Base | None = None,
     ):
+        self.base = base
         self.source = source
         self.dest = dest
         self.plan = plan
@@ -175,43 +197,75 @@ class _Run:
 
     def part(self, part: Part) -> None:
         """Make the unfinished shards of a part; merge nothing."""
-        if self.dest.exists(layout.MANIFEST):
+        if not self.base and self.dest.exists(layout.MANIFEST):
             self.report.planned(self.plan, self.source, 0)
             return
-        own = part.shards(self.plan.num_shards)
+        own = self.plan.shards[part.index :: part.count]
         self._remove_unfinished(own)
         self._make(self._unfinished(own, None), {}, own)
 
     def whole(self) -> Manifest:
         """Make what is missing, merge, and return the manifest."""
         dest, plan = self.dest, self.plan
+        finished = Manifest.load(dest) if dest.exists(layout.MANIFEST) and not self.base else None
         if not (dest.exists(layout.TABLE) and dest.exists(layout.QUARANTINE)):
+            if finished and finished.appended:
+                Base.read(dest)  # says what to do: these files are made of all that was appended
             dest.remove(layout.MANIFEST)
-        finished = Manifest.load(dest) if dest.exists(layout.MANIFEST) else None
+            finished = None
         dest.remove_unfinished(layout.ROWS)
-        dropped = by_shard(read_dropped(dest), plan.settings.samples_per_shard)
-        every = range(plan.num_shards)
+        dropped = by_shard(read_dropped(dest, plan.number), plan.settings.samples_per_shard)
+        every = plan.shards
         if finished:
-            todo = [number(file) for file in finished.shards if not is_whole(dest, file)]
+            own = (file for file in finished.shards if number(file) in plan.shards)
+            todo = [number(file) for file in own if not is_whole(dest, file)]
             self._make(todo, dropped, every)
             self._check_mended(finished, todo)
             manifest = finished
         else:
-            counts = None if not dest.exists(layout.DROPPED) else {s: len(d) for s, d in dropped.items()}
+            decided = dest.exists(layout.dropped_name(plan.number))
+            counts = {s: len(d) for s, d in dropped.items()} if decided else None
             self._make(self._unfinished(every, counts), dropped, every)
             if plan.settings.dedupe == "drop" and counts is None:
-                write_dropped(dest, plan)
-                dropped = by_shard(read_dropped(dest), plan.settings.samples_per_shard)
+                write_dropped(dest, plan, self.base)
+                dropped = by_shard(read_dropped(dest, plan.number), plan.settings.samples_per_shard)
                 if dropped:
                     self.report.say(
                         f"{sum(map(len, dropped.values())):,} duplicates: making {len(dropped):,} shards without them"
                     )
                 self._make(sorted(dropped), dropped, every)
-            manifest = merge(dest, plan)
+            manifest = merge(dest, plan, self.base)
             write_sums(dest, manifest)
             manifest.save(dest)
-        dest.remove_tree(layout.ROWS)
+            if self.base:
+                self._tell_duplicates(self.base, manifest)
+        # The marks of an append that waits to be finished lie there, too.
+        if not layout.is_appending(dest, manifest):
+            dest.remove_tree(layout.ROWS)
         return manifest
+
+    def _tell_duplicates(self, base: Base, manifest: Manifest) -> None:
+        """Name the first appended images whose pixels the folder has already."""
+        num = manifest.num_duplicates - base.manifest.num_duplicates
+        if not num:
+            return
+        if self.plan.settings.dedupe == "drop":
+            with self.dest.open(layout.dropped_name(self.plan.number)) as file:
+                table = read_columns(file, ["source", "same_as"])
+            pairs = list(zip(*table.slice(0, SHOWN).to_pydict().values(), strict=True))
+        else:
+            now = Base(self.dest, manifest, base.plans, [])
+            columns, first = ["sample_id", "source", "duplicate_of"], base.manifest.num_samples
+            rows = (batch.slice(max(0, first - batch["sample_id"][0].as_py())) for batch in now.rows(columns))
+            again = (row for batch in rows for row in batch.to_pylist() if row["duplicate_of"] is not None)
+            found = list(itertools.islice(again, SHOWN))
+            names = rows_of(now, {row["duplicate_of"] for row in found}, ["source"])
+            pairs = [(row["source"], names[row["duplicate_of"]]["source"]) for row in found]
+        shown = ", ".join(f"'{one}' = '{other}'" for one, other in pairs) + (
+            " ..." if num > len(pairs) else ""
+        )
+        what = "left out" if self.plan.settings.dedupe == "drop" else "marked in the table"
+        self.report.say(f"{num:,} of the new images have the pixels of earlier ones, {what}: {shown}")
 
     def _unfinished(self, shards: range, num_dropped: dict[int, int] | None) -> list[int]:
         """Those that do not lie there whole, or, where drops are decided, not without those of their own.

@@ -108,17 +108,19 @@ class PixelHashes:
     def _decoded(self, files: _Files, numbers: list[int]) -> list[str]:
         def hash_of(number: int) -> str:
             known = files.whole[number]
-            return known or self._hash_stored(*files.places[number])
+            return known or hash_stored(self._dest, *files.places[number])
 
         with ThreadPoolExecutor(available_cpus()) as threads:  # decoding lets go of the interpreter
             return list(threads.map(hash_of, numbers))
 
-    def _hash_stored(self, shard: int, offset: int, size: int) -> str:
-        data = self._dest.read_range(layout.shard_name(shard), offset, size)
-        header = simple_header(data, 1 << 62)
-        pixels = None if header is None else simple_jpeg(data, header)
-        assert pixels is not None, f"{layout.shard_name(shard)} at {offset}: a JPEG that was proven"
-        return pixels_hash(pixels)
+
+def hash_stored(dest: Place, shard: int, offset: int, size: int) -> str:
+    """The hash of all pixels of a JPEG that lies in a shard and was kept as it was."""
+    data = dest.read_range(layout.shard_name(shard), offset, size)
+    header = simple_header(data, 1 << 62)
+    pixels = None if header is None else simple_jpeg(data, header)
+    assert pixels is not None, f"{layout.shard_name(shard)} at {offset}: a JPEG that was proven"
+    return pixels_hash(pixels)
 
 
 @dataclass(frozen=True)

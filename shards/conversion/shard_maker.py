@@ -83,6 +83,8 @@ class _Work:
         # Other formats, and scaled images, are decoded anyhow, and have nothing that the small copy of a JPEG can be compared with.
         self._small = maker.plan.all_jpeg and policy.store in ("keep", "jpeg") and not policy.short_side
         self._every = max(1, settings.num_images // STATISTICS_IMAGES)
+        # Appended images are compared with earlier ones by either hash.
+        self._both = bool(settings.after)
         self._planned = planned.to_pylist()
 
     def samples(self) -> Iterator[Sample]:
@@ -124,7 +126,7 @@ class _Work:
     def _depth(self, position: int) -> Depth:
         if not self._small:
             return "pixels"
-        return "small" if position % self._every else "both"
+        return "small" if position % self._every and not self._both else "both"
 
     def locate(self, entries: list[Entry]) -> None:
         """Enter where each sample's files lie in the tar."""

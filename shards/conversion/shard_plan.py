@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from shards.conversion.listing import Listing, Survey
 from shards.errors import UserError
-from shards.format.layout import FORMAT_VERSION, PLAN
+from shards.format.layout import FORMAT_VERSION, plan_name
 from shards.images.policy import Policy
 from shards.sources.source import ENTRIES, Source
 from shards.storage.place import Place
@@ -40,10 +40,19 @@ class Settings:
     store: dict[str, Any]
     source_settings: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    # Of images that are appended: `options_sha256` of the folder before, and `first_shard`, the number of the first new one.
+    after: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """All settings as JSON; the same settings give the same text."""
+        facts = dataclasses.asdict(self)
+        if not self.after:
+            del facts["after"]
+        return json.dumps(facts, sort_keys=True)
 
     def sha256(self) -> str:
         """One hash of all settings, hexadecimal."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -55,24 +64,34 @@ class Plan:
     classes: list[str]
     num_bytes: int  # of the sources, as listed
     all_jpeg: bool  # by their names
+    number: int = 0  # 0 of the folder's first images, 1 of the first that were appended, ...
 
     @property
     def num_shards(self) -> int:
         return -(-self.settings.num_images // self.settings.samples_per_shard)
 
+    @property
+    def first_shard(self) -> int:
+        return self.settings.after.get("first_shard", 0)
+
+    @property
+    def shards(self) -> range:
+        """The numbers of the shards. Position p of the plan lies in shard p // samples_per_shard, whatever the first one is."""
+        return range(self.first_shard, self.first_shard + self.num_shards)
+
     def num_rows(self, shard: int) -> int:
         """The number of images planned for a shard: `samples_per_shard`, and in the last what is left."""
         size = self.settings.samples_per_shard
-        return min(size, self.settings.num_images - shard * size)
+        return min(size, self.settings.num_images - (shard - self.first_shard) * size)
 
     def rows(self, shard: int) -> pa.Table:
         """The shard's rows: the columns of PLANNED and the source's extra columns."""
-        with self.place.open(PLAN) as file, pq.ParquetFile(file) as parquet:
-            return parquet.read_row_group(shard, use_threads=False)
+        with self.place.open(plan_name(self.number)) as file, pq.ParquetFile(file) as parquet:
+            return parquet.read_row_group(shard - self.first_shard, use_threads=False)
 
     def extra_fields(self) -> list[pa.Field]:
         """The source's own columns."""
-        with self.place.open(PLAN) as file:
+        with self.place.open(plan_name(self.number)) as file:
             schema = pq.read_schema(file)
         return extra_fields(schema)
 
@@ -88,7 +107,13 @@ def default_samples_per_shard(num_images: int) -> int:
 
 
 def settings_for(
-    source: Source, listing: Listing, seed: int, samples_per_shard: int | None, policy: Policy, dedupe: str
+    source: Source,
+    listing: Listing,
+    seed: int,
+    samples_per_shard: int | None,
+    policy: Policy,
+    dedupe: str,
+    after: dict[str, Any] | None = None,
 ) -> Settings:
     """The settings of a conversion; the source counts by its own name, wherever it lies."""
     return Settings(
@@ -101,25 +126,33 @@ def settings_for(
         dedupe=dedupe,
         store=dataclasses.asdict(policy),
         source_settings=source.settings(),
+        after=after or {},
     )
 
 
-def write_plan(place: Place, survey: Survey, settings: Settings) -> Plan:
-    """Write `plan.parquet`, one row group a shard, from the survey's entries in their order."""
-    classes = survey.listing.classes
+def write_plan(
+    place: Place, survey: Survey, settings: Settings, number: int = 0, known_classes: Sequence[str] = ()
+) -> Plan:
+    """Write plan `number`, one row group a shard, from the survey's entries in their order.
+
+    `known_classes` come first, with the numbers that they have.
+    """
+    new = [name for name in survey.listing.classes if name not in set(known_classes)]
+    classes = [*known_classes, *new]
     about = {
-        "settings": json.dumps(dataclasses.asdict(settings), sort_keys=True),
+        "settings": settings.to_json(),
         "classes": json.dumps(classes),
         "num_bytes": str(survey.listing.num_bytes),
         "all_jpeg": json.dumps(survey.listing.all_jpeg),
     }
     names = pa.array(classes, pa.string())
+    first = settings.after.get("first_shard", 0) * settings.samples_per_shard
 
     def write(file: BinaryIO) -> None:
         writer = None
         for position, table in _in_shards(survey.ordered(), settings.samples_per_shard):
             labels = pc.index_in(table["label"], names)  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
-            positions = pa.array(np.arange(position, position + table.num_rows))
+            positions = pa.array(first + np.arange(position, position + table.num_rows))
             extra = [column for column in table.schema if column.name not in ENTRIES.names]
             schema = pa.schema([*PLANNED, *extra], metadata=about)
             columns = {"position": positions, "label": labels}
@@ -131,8 +164,8 @@ def write_plan(place: Place, survey: Survey, settings: Settings) -> Plan:
         assert writer is not None, "a listing is never empty"
         writer.close()
 
-    place.write(PLAN, write)
-    return Plan(place, settings, classes, survey.listing.num_bytes, survey.listing.all_jpeg)
+    place.write(plan_name(number), write)
+    return Plan(place, settings, classes, survey.listing.num_bytes, survey.listing.all_jpeg, number)
 
 
 def _in_shards(tables: Iterator[pa.Table], size: int) -> Iterator[tuple[int, pa.Table]]:
@@ -155,17 +188,19 @@ def _in_shards(tables: Iterator[pa.Table], size: int) -> Iterator[tuple[int, pa.
         yield position, pa.concat_tables(held)
 
 
-def read_plan(place: Place) -> Plan:
-    """Read the settings of `plan.parquet`, not its rows; raise UserError when it is damaged."""
+def read_plan(place: Place, number: int = 0) -> Plan:
+    """Read the settings of plan `number`, not its rows; raise UserError when it is damaged."""
     try:
-        with place.open(PLAN) as file:
+        with place.open(plan_name(number)) as file:
             about = pq.read_schema(file).metadata
         settings = Settings(**json.loads(about[b"settings"]))
         all_jpeg = json.loads(about.get(b"all_jpeg", b"false"))
-        return Plan(place, settings, json.loads(about[b"classes"]), int(about[b"num_bytes"]), all_jpeg)
+        return Plan(
+            place, settings, json.loads(about[b"classes"]), int(about[b"num_bytes"]), all_jpeg, number
+        )
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"'{place / PLAN}' is damaged or of another version ({error}); convert to a new folder."
+            f"'{place / plan_name(number)}' is damaged or of another version ({error}); convert to a new folder."
         ) from error
 
 
@@ -173,6 +208,9 @@ def check_same(plan: Plan, wanted: Settings) -> None:
     """Raise UserError, naming the first setting that differs, unless the plan was made with `wanted`."""
     way_out = "Give a new DEST, or delete this one."
     where = f"'{plan.place.url}' was begun with"
+    if plan.number:
+        way_out = f"Finish it as it was begun; or, where it is not finished, delete '{plan_name(plan.number)}' to give it up."
+        where = f"'{plan.place.url}' was appended to with"
     for name, was, now in _differences(dataclasses.asdict(plan.settings), dataclasses.asdict(wanted)):
         if name == "listing":
             raise UserError(

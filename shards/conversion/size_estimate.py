@@ -26,7 +26,7 @@ class Estimate:
 def estimate(source: Source, plan: Plan, policy: Policy, todo: int) -> Estimate:
     """Convert the plan's first images on trial, and reckon with their average for the `todo` shards to be made."""
     sizes = []
-    rows = plan.rows(0).slice(0, NUM_TRIED).to_pylist()
+    rows = plan.rows(plan.first_shard).slice(0, NUM_TRIED).to_pylist()
     for row, found in zip(rows, source.read_all(rows), strict=True):
         if isinstance(found, BadImage):
             continue

@@ -1,5 +1,8 @@
 """The global order of samples: a pure function of (seed, epoch, number of samples), and each rank's part."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,6 +13,7 @@ from shards.errors import UserError
 EPOCH_TAG = 0x65706F6368
 PLAN_TAG = 0x706C616E
 SHARD_TAG = 0x7368617264
+MIX_TAG = 0x6D6978  # of the first of several sets; the others count on from it
 _BLOCK = 1 << 15  # keys hashed at a time: the passes over them then stay in a cache
 
 
@@ -53,6 +57,35 @@ def block_order(
     return order
 
 
+def mixed_shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """How many samples of each set an epoch takes: the sum of `sizes` by `weights`, rounded by largest remainder (ties: the first)."""
+    total, whole = sum(sizes), math.fsum(weights)
+    exact = [total * weight / whole for weight in weights]
+    shares = [math.floor(share) for share in exact]
+    by_rest = sorted(range(len(sizes)), key=lambda k: (shares[k] - exact[k], k))
+    for k in by_rest[: total - sum(shares)]:
+        shares[k] += 1
+    return shares
+
+
+def mixed_order(sizes: Sequence[int], shares: Sequence[int], seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order of an epoch over several sets that are taken by `shares`: (sum of shares,) int64.
+
+    A set's samples follow each other through all epochs in permutations of their own, one after the other, so none is taken again
+    before all others were; an epoch takes the next `shares[k]` of set k, and shuffles what all sets gave. A value is a position in
+    the concatenation of the sets, plus, for the r-th repetition of a sample within the epoch, r times the sum of `sizes`.
+    """
+    total, start, taken = sum(sizes), 0, []
+    for k, (size, share) in enumerate(zip(sizes, shares, strict=True)):
+        first, last = epoch * share // size, ((epoch + 1) * share - 1) // size
+        passes = [epoch_order(size, seed, number, MIX_TAG + k) for number in range(first, last + 1)]
+        following = np.concatenate(passes)[epoch * share - first * size :][:share]
+        taken.append(start + following + total * _occurrence(following))
+        start += size
+    order = np.concatenate(taken)
+    return order[epoch_order(len(order), seed, epoch)]
+
+
 def steps_per_epoch(num_samples: int, batch: int) -> int:
     """The number of whole global batches in an epoch; the rest (fewer than `batch` samples) is dropped."""
     if batch < 1:
@@ -77,6 +110,16 @@ def rank_positions(step: int, batch: int, rank: int, world: int) -> slice:
         )
     start = step * batch
     return slice(start + rank * batch // world, start + (rank + 1) * batch // world)
+
+
+def _occurrence(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How often each value stands before it already, (N,)."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    counts = np.empty_like(values)
+    counts[order] = np.arange(len(values)) - np.repeat(first, np.diff(np.r_[first, len(values)]))
+    return counts
 
 
 def _keys(count: int, seed: int, epoch: int, tag: int) -> npt.NDArray[np.uint64]:

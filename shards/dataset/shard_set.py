@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import mmap
 import operator
 import sys
@@ -16,9 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from shards.dataset.order import epoch_order
 from shards.errors import UserError
 from shards.format.columns import integers, read_columns
+from shards.format.label_table import LabelTable, read_labels
 from shards.format.layout import TABLE, Manifest, check_size, shard_name
+from shards.format.sample_table import rows_in_use
 from shards.images.decoding import decode
 from shards.storage.cache_settings import CacheSettings
 from shards.storage.opening import Where, open_place
@@ -58,14 +62,22 @@ class ShardSet:
     counts the samples in use. `folder` is a Path, or the URL of remote shards.
     """
 
-    def __init__(self, folder: Path | str, manifest: Manifest, table: pa.Table, near: Near | None = None):
+    def __init__(
+        self,
+        folder: Path | str,
+        manifest: Manifest,
+        table: pa.Table,
+        near: Near | None = None,
+        given: LabelTable | None = None,
+    ):
         self.folder = folder
-        self.manifest = manifest
+        self.manifest = dataclasses.replace(manifest, classes=given.classes) if given else manifest
         self.num_samples = manifest.num_samples
         self.split = ""
         self._ids: npt.NDArray[np.int64] | None = None
-        self.classes = manifest.classes
-        self.labels = integers(table["label"], -1).astype(np.int64)
+        self.classes = self.manifest.classes
+        labels = integers(table["label"], -1).astype(np.int64)
+        self.labels = given.over(labels) if given else labels
         self.widths = integers(table["width"])
         self.heights = integers(table["height"])
         self.sizes = integers(table["size"])
@@ -90,7 +102,8 @@ class ShardSet:
             manifest, near = open_near(place, cache or CacheSettings())
             _allow_open_files(place.url, len(manifest.shards))
             with near.open_table() as file:
-                return cls(place.url, manifest, _read_table(file, place / TABLE, manifest), near)
+                table = rows_in_use(read_columns(file, _COLUMNS), place, manifest)
+            return cls(place.url, manifest, table, near, read_labels(place, manifest))
         folder = place.local
         manifest = Manifest.load(place)
         _allow_open_files(place.url, len(manifest.shards))
@@ -100,7 +113,8 @@ class ShardSet:
             raise UserError(
                 f"'{folder / TABLE}' is missing; run the same `fastssl shard` command again to mend it."
             )
-        return cls(folder, manifest, _read_table(folder / TABLE, place / TABLE, manifest))
+        table = rows_in_use(read_columns(folder / TABLE, _COLUMNS), place, manifest)
+        return cls(folder, manifest, table, None, read_labels(place, manifest))
 
     def __len__(self) -> int:
         return self.num_samples if self._ids is None else len(self._ids)
@@ -139,6 +153,15 @@ class ShardSet:
         part = copy.copy(self)  # shares the columns and the maps
         part._ids, part.split = ids, split
         return part
+
+    def epoch_ids(self, seed: int, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The samples of an epoch in their order, and the numbers that key their draws; int64 (len(self),) each.
+
+        The order is one of positions among the samples in use, so that of a split does not depend on what lies outside of it.
+        """
+        order = epoch_order(len(self), seed, epoch)
+        ids = order if self._ids is None else self._ids[order]
+        return ids, ids
 
     def read(self, sample_id: int) -> memoryview:
         """The encoded image, read-only and without a copy; IndexError outside 0..num_samples-1."""
@@ -216,16 +239,6 @@ class ShardSet:
         if self.near is not None:
             return self.near.open(shard)
         return open(Path(self.folder) / shard_name(shard), "rb")
-
-
-def _read_table(file: Path | IO[bytes], where: str, manifest: Manifest) -> pa.Table:
-    table = read_columns(file, _COLUMNS)
-    if table.num_rows != manifest.num_samples:
-        raise UserError(
-            f"'{where}' has {table.num_rows} samples, the manifest {manifest.num_samples}; the files are of different conversions: "
-            "convert to a new folder."
-        )
-    return table
 
 
 def _open_subset(

@@ -28,7 +28,9 @@ def write_sums(dest: Place, manifest: Manifest) -> None:
     digests = {file.name: file.sha256 for file in manifest.shards}
     for file in manifest.shards:
         digests[index_of(file.name)] = file.index_sha256
-    for name in (layout.PLAN, layout.TABLE, layout.QUARANTINE, layout.DROPPED):
+    plans = range(len(manifest.identities))
+    of_plans = (name(k) for k in plans for name in (layout.plan_name, layout.dropped_name))
+    for name in (layout.TABLE, layout.QUARANTINE, *of_plans):
         if dest.exists(name):
             digests[name] = sha256_of(dest, name)
     digests[layout.MANIFEST] = hashlib.sha256(manifest.to_bytes()).hexdigest()

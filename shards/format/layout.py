@@ -24,6 +24,7 @@ PLAN = "plan.parquet"
 QUARANTINE = "quarantine.jsonl"
 DROPPED = "dropped.parquet"
 SPLITS = "splits.parquet"
+LABELS = "labels.parquet"
 SUMS = "SHA256SUMS"
 ROWS = ".rows"
 LOCK = ".lock"
@@ -71,6 +72,16 @@ def rows_name(shard: int) -> str:
     return f"shard-{shard:06d}.parquet"
 
 
+def plan_name(number: int) -> str:
+    """The file name of a plan: `plan.parquet`, and `plan-001.parquet` of the first images that were appended."""
+    return f"plan-{number:03d}.parquet" if number else PLAN
+
+
+def dropped_name(number: int) -> str:
+    """The file name of what plan `number` left out: `dropped.parquet`, `dropped-001.parquet`, ..."""
+    return f"dropped-{number:03d}.parquet" if number else DROPPED
+
+
 def sample_key(position: int) -> str:
     """The key of the sample at this position of the plan: digits only, so no reader splits it wrongly."""
     return f"{position:09d}"
@@ -96,6 +107,19 @@ class ShardFile:
 
 
 @dataclass(frozen=True)
+class Appended:
+    """Images that were appended: where they came from, how they were planned, and what the folder was before."""
+
+    source: str
+    kind: str
+    seed: int
+    samples_per_shard: int
+    first_shard: int
+    before: str  # options_sha256 of the folder then
+    num_samples_before: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The facts of a finished shard folder; written last, so its presence means that the folder is whole."""
 
@@ -118,6 +142,7 @@ class Manifest:
     statistics: dict[str, Any]  # per channel mean, std, percentiles: shards.images.channel_statistics
     shards: list[ShardFile]
     options_sha256: str
+    appended: list[Appended] = dataclasses.field(default_factory=list)
     tool_version: str = dataclasses.field(default_factory=tool_version)
     format_version: int = FORMAT_VERSION
 
@@ -130,7 +155,8 @@ class Manifest:
             version = fields["format_version"]
             if version == FORMAT_VERSION:
                 shards = [ShardFile(**shard) for shard in fields.pop("shards")]
-                return cls(shards=shards, **fields)
+                appended = [Appended(**part) for part in fields.pop("appended", [])]
+                return cls(shards=shards, appended=appended, **fields)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(_no_manifest(place)) from None
         except (ValueError, KeyError, TypeError) as error:
@@ -142,12 +168,30 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The content of `manifest.json`; the same facts give the same bytes."""
-        text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
+        facts = dataclasses.asdict(self)
+        if not self.appended:
+            del facts["appended"]
+        text = json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False)
         return (text + "\n").encode()
+
+    @property
+    def identities(self) -> list[str]:
+        """`options_sha256` of the folder after each of its plans; the last is its own."""
+        return [*(part.before for part in self.appended), self.options_sha256]
+
+    def num_samples_at(self, identity: str) -> int | None:
+        """The samples that the folder had when its `options_sha256` was this; None where it never was."""
+        known = {part.before: part.num_samples_before for part in self.appended}
+        return ({self.options_sha256: self.num_samples} | known).get(identity)
 
     def save(self, folder: str | os.PathLike | Place) -> None:
         """Write `manifest.json`, atomically."""
         open_place(folder).write(MANIFEST, self.to_bytes())
+
+
+def is_appending(place: Place, manifest: Manifest) -> bool:
+    """Whether images are being appended to a folder, or were until that was interrupted."""
+    return place.exists(plan_name(len(manifest.identities)))
 
 
 def check_size(where: str, found_bytes: int | None, expected_bytes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,45 @@ class Statistics:
             f"{dtype}/{channels}": _summary(dtype, counts)
             for (dtype, channels), counts in sorted(self._all().items())
         }
+
+
+def join_summaries(parts: Sequence[tuple[dict[str, Any], int]]) -> dict[str, Any]:
+    """The summary of several sets of images together, from the summary and the number of images of each.
+
+    A set counts by its images, whose kinds it divides by the pixels counted. Mean and std are those of all; percentiles are
+    interpolated between those known, and so lie between the sets' own.
+    """
+    joined: dict[str, Any] = {}
+    for kind in sorted({kind for summary, _ in parts for kind in summary}):
+        found, shares = [], []
+        for summary, num_images in parts:
+            if kind in summary:
+                found.append(summary[kind])
+                shares.append(
+                    num_images * summary[kind]["pixels"] / sum(f["pixels"] for f in summary.values())
+                )
+        weights = np.array(shares)[:, None] / sum(shares)
+        means, stds = (np.array([facts[name] for facts in found]) for name in ("mean", "std"))
+        mean = (weights * means).sum(axis=0)
+        std = np.sqrt((weights * (stds**2 + (means - mean) ** 2)).sum(axis=0))
+        joined[kind] = {"mean": mean.round(6).tolist(), "std": std.round(6).tolist()}
+        joined[kind]["pixels"] = sum(facts["pixels"] for facts in found)
+        # (sets, percentiles, channels)
+        values = np.array([[facts[f"p{p}"] for p in PERCENTILES] for facts in found])
+        columns = [_joined_percentiles(values[:, :, c], weights[:, 0]) for c in range(values.shape[2])]
+        joined[kind] |= {
+            f"p{p}": row for p, row in zip(PERCENTILES, np.transpose(columns).tolist(), strict=True)
+        }
+    return joined
+
+
+def _joined_percentiles(values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> list[float]:
+    """The PERCENTILES of a mixture of distributions, given by theirs (sets, percentiles)."""
+    if len(values) == 1:
+        return values[0].tolist()
+    at = np.unique(values)
+    shares = [np.interp(at, own, PERCENTILES, left=0, right=100) for own in values]
+    return np.interp(PERCENTILES, weights @ np.array(shares), at).round(6).tolist()
 
 
 def _summary(dtype: str, counts: npt.NDArray[np.int64]) -> dict[str, Any]:

@@ -107,7 +107,8 @@ def draw_overview(place: Place, overview: Overview, num_samples: int, seed: int,
         axis = figure.add_subplot(grid[number // columns, number % columns])
         axis.imshow(_squared(_picture(place, row)), interpolation="nearest", aspect="equal")
         axis.set_axis_off()
-        label = manifest.classes[row["label"]] if row["label"] is not None else f"sample {row['sample_id']}"
+        index = int(overview.labels[sample_id])
+        label = manifest.classes[index] if index >= 0 else f"sample {sample_id}"
         below = {"transform": axis.transAxes, "ha": "center", "va": "top"}
         axis.text(0.5, -0.03, _short(label, 22), fontsize=8, color=_INK, weight="bold", **below)
         axis.text(0.5, -0.15, _short(row["source"], 28), fontsize=6.5, color=_FAINT, **below)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from shards.format import layout
+from shards.format.label_table import read_labels
 from shards.format.layout import Manifest
+from shards.format.sample_table import rows_in_use
 from shards.storage.opening import Where, open_place
 
 PERCENTILES = (0, 1, 25, 50, 75, 99, 100)
@@ -77,21 +79,22 @@ def inspect(folder: Where) -> Overview:
     """Describe a finished shard folder from its manifest and table. Raise UserError where it is unfinished."""
     place = open_place(folder)
     manifest = Manifest.load(place)
+    given = read_labels(place, manifest)
     with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
         names = parquet.schema_arrow.names
-        table = parquet.read(columns=[*_COLUMNS, "duplicate_of"])
+        table = rows_in_use(parquet.read(columns=[*_COLUMNS, "duplicate_of"]), place, manifest)
         extra = []
         for name in names:
             if name not in layout.SCHEMA.names:
-                column = parquet.read(columns=[name])[name]
+                column = parquet.read(columns=[name])[name].slice(0, manifest.num_samples)
                 extra.append((name, str(column.type), column.null_count, _values(column)))
     kinds = zip(*(table[name].to_pylist() for name in ("ext", "channels", "dtype")), strict=True)
     return Overview(
-        manifest,
+        replace(manifest, classes=given.classes),
         table["width"].to_numpy(),
         table["height"].to_numpy(),
         table["size"].to_numpy(),
-        table["label"].fill_null(-1).to_numpy().astype(np.int64),
+        given.over(table["label"].fill_null(-1).to_numpy()),
         Counter(kinds),
         _counts(table["stored"]),
         len(table["group"].drop_null().unique()),

@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 from shards.errors import UserError
 from shards.format import layout
 from shards.format.columns import read_columns
+from shards.format.label_table import read_labels
 from shards.format.layout import Manifest
+from shards.format.sample_table import table_batches
 from shards.format.tar_reader import BLOCK
 from shards.sources import source
 from shards.sources.file_set import may_be_folder
@@ -56,19 +58,21 @@ class ShardFolderSource(Source):
             raise UserError(
                 f"'{self.place / layout.TABLE}' is missing; run the command that made it again to mend it."
             )
-        self._num_samples = manifest.num_samples
-        self.classes = manifest.classes  # of a part, too: a label is an index into them
+        self._manifest = manifest
+        self._given = read_labels(self.place, manifest)
+        self.classes = self._given.classes  # of a part, too: a label is an index into them
         self._only = None if only is None else np.unique(only)
         if self._only is not None:
-            _check_ids(self._only, self._num_samples, self.place.url)
+            _check_ids(self._only, manifest.num_samples, self.place.url)
         with self.place.open(layout.TABLE) as file:
             schema = pq.read_schema(file)
         self.extra_schema = pa.schema([column for column in schema if column.name not in layout.SCHEMA.names])
 
     def describe(self) -> list[str]:
         """How many of the samples are taken."""
-        taken = self._num_samples if self._only is None else len(self._only)
-        return [f"Finished shards: {taken:,} of their {self._num_samples:,} samples, read in place."]
+        num_samples = self._manifest.num_samples
+        taken = num_samples if self._only is None else len(self._only)
+        return [f"Finished shards: {taken:,} of their {num_samples:,} samples, read in place."]
 
     def entries(self) -> Iterator[pa.RecordBatch]:
         """See `Source.entries`: the sample table, in batches."""
@@ -85,30 +89,32 @@ class ShardFolderSource(Source):
             "group",
             "source",
         ]
-        with self.place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(
-                source.BATCH_ROWS, columns=[*wanted, *self.extra_schema.names], use_threads=False
-            ):
-                if self._only is not None:
-                    batch = batch.filter(pa.array(np.isin(batch["sample_id"].to_numpy(), self._only)))
-                if not batch.num_rows:
-                    continue
-                known = batch["mask_offset"].is_valid()
-                masks = _pc.binary_join_element_wise(batch["key"], layout.MASK_EXT, ".")
-                spans = pa.array(
-                    [np.array(span) for span in _spans(batch, "mask_offset", "mask_size")],
-                    pa.list_(pa.int64()),
-                )
-                columns = {name: batch[name] for name in ("source", "group", *self.extra_schema.names)}
-                columns |= {
-                    "path": _paths(batch["shard"]),
-                    "window": pa.array(list(_spans(batch, "offset", "size")), pa.list_(pa.int64())),
-                    "bytes": batch["size"],
-                    "label": classes.take(batch["label"]),
-                    "mask": _pc.if_else(known, masks, pa.scalar(None, pa.string())),
-                    "mask_window": _pc.if_else(known, spans, pa.scalar(None, pa.list_(pa.int64()))),
-                }
-                yield entry_batch(columns, self.extra_schema)
+        start = 0
+        names = [*wanted, *self.extra_schema.names]
+        for batch in table_batches(self.place, self._manifest, names, source.BATCH_ROWS):
+            num_rows = batch.num_rows
+            batch = self._given.on(batch, start)
+            start += num_rows
+            if self._only is not None:
+                batch = batch.filter(pa.array(np.isin(batch["sample_id"].to_numpy(), self._only)))
+            if not batch.num_rows:
+                continue
+            known = batch["mask_offset"].is_valid()
+            masks = _pc.binary_join_element_wise(batch["key"], layout.MASK_EXT, ".")
+            spans = pa.array(
+                [np.array(span) for span in _spans(batch, "mask_offset", "mask_size")],
+                pa.list_(pa.int64()),
+            )
+            columns = {name: batch[name] for name in ("source", "group", *self.extra_schema.names)}
+            columns |= {
+                "path": _paths(batch["shard"]),
+                "window": pa.array(list(_spans(batch, "offset", "size")), pa.list_(pa.int64())),
+                "bytes": batch["size"],
+                "label": classes.take(batch["label"]),
+                "mask": _pc.if_else(known, masks, pa.scalar(None, pa.string())),
+                "mask_window": _pc.if_else(known, spans, pa.scalar(None, pa.list_(pa.int64()))),
+            }
+            yield entry_batch(columns, self.extra_schema)
 
     def read(self, row: dict[str, Any]) -> Picture:
         """The stored image and mask, and what the JSON knows beyond the table."""

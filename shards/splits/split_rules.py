@@ -15,12 +15,14 @@ from shards.errors import UserError, nearest
 from shards.format import layout
 from shards.format.columns import hash_values
 from shards.format.equal_hashes import first_of_equal
+from shards.format.label_table import read_labels
+from shards.format.layout import Manifest
+from shards.format.sample_table import table_batches
 from shards.splits import assignment
 from shards.splits.assignment import NONE, SIDES, Hashes, Ids
 from shards.splits.split_lists import read_lists, sides_of_lists
 from shards.storage.place import Place
 
-BATCH_ROWS = 1 << 16
 NO_GROUPS = "none"
 MAX_STRATA = 100_000
 _GROUP = np.uint64(0x67726F7570)  # keeps a group's name apart from a sample's of the same letters
@@ -114,9 +116,12 @@ def apply(place: Place, rule: SplitRule) -> Division:
 
 
 def read_batches(place: Place, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Columns of the sample table, piece by piece."""
-    with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
-        yield from parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
+    """Columns of the sample table, piece by piece; `label` with the labels that were given later."""
+    manifest, start = Manifest.load(place), 0
+    given = read_labels(place, manifest) if "label" in columns else None
+    for batch in table_batches(place, manifest, columns):
+        yield batch if given is None else given.on(batch, start)
+        start += batch.num_rows
 
 
 def _by_shares(place: Place, rule: SplitRule, least: Hashes, group: Ids) -> npt.NDArray[np.int8]:
@@ -176,7 +181,7 @@ def _about_labels(
 ) -> list[str]:
     inside = (sides == _train(splits)) & (labels >= 0)
     total = int(inside.sum())
-    classes = layout.Manifest.load(place).classes
+    classes = read_labels(place, Manifest.load(place)).classes
     if not total:
         raise UserError(f"--labelled: none of the images in train of '{place.url}' has a label.")
     notes = []

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from shards.dataset.mixed_set import MixedShardSet
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError, nearest
 from shards.format import layout
@@ -63,9 +65,12 @@ def split(folder: Where, rule: SplitRule, name: str = DEFAULT, *, overwrite: boo
         )
         if before and not same and not overwrite:
             was = (about or {}).get(name, {}).get("rule", {})
+            how = f"made differently{_difference(was, rule)}"
+            divided = len(before.get(name, ()))
+            if divided < manifest.num_samples:
+                how = f"of the first {divided:,} of its {manifest.num_samples:,} samples; the others were appended and are in no split"
             raise UserError(
-                f"'{place.url}' has a split '{name}' already, made differently{_difference(was, rule)}: give another --name, or "
-                "--overwrite."
+                f"'{place.url}' has a split '{name}' already, {how}: give another --name, or --overwrite."
             )
         entry = {
             "rule": dataclasses.asdict(rule),
@@ -95,8 +100,12 @@ def _as_columns(made: Division, rule: SplitRule, name: str) -> dict[str, pa.Arra
 
 
 def _write(place: Place, columns: dict[str, Any], about: dict[str, Any]) -> None:
-    num_samples = len(next(iter(columns.values())))
-    ordered = {key: columns[key] for key in sorted(columns)}
+    num_samples = max(map(len, columns.values()))
+    # Samples that were appended after a split was made are in none of its parts.
+    ordered = {
+        key: pa.concat_arrays([column, pa.nulls(num_samples - len(column), column.type)])
+        for key, column in sorted(columns.items())
+    }
     table = pa.table({"sample_id": pa.array(np.arange(num_samples)), **ordered})
     table = table.replace_schema_metadata({_ABOUT: json.dumps(about, sort_keys=True)})
     place.write(layout.SPLITS, sealed(table))
@@ -133,8 +142,9 @@ def _told(place: Place, manifest: Manifest | None) -> dict[str, Any]:
         about = json.loads(parquet.schema_arrow.metadata[_ABOUT])
     if manifest is None:
         return about
-    of_others = any(entry["options_sha256"] != manifest.options_sha256 for entry in about.values())
-    if num_samples != manifest.num_samples or of_others:
+    # A folder may have grown since: the samples that came later are in no split.
+    known = [manifest.num_samples_at(entry["options_sha256"]) or 0 for entry in about.values()]
+    if 0 in known or num_samples != max(known):
         raise UserError(
             f"divides {num_samples:,} samples of another conversion, '{place.url}' has {manifest.num_samples:,}"
         )
@@ -191,3 +201,31 @@ def open_split(folder: Where, split: str = "", cache: CacheSettings | None = Non
     if not len(ids):
         raise UserError(f"The split '{split}' of '{place.url}' is empty.")
     return shards.subset(ids, split)
+
+
+def reopen(shards: ShardSet, split: str) -> ShardSet:
+    """Another split of the same folder, or of each folder of a mix. Raise UserError as `open_split` does."""
+    if isinstance(shards, MixedShardSet):
+        return MixedShardSet([reopen(part, split) for part in shards.parts], shards.weights)
+    return open_split(shards.folder, split, shards.near and shards.near.settings)
+
+
+def open_mix(
+    folders: Sequence[Where | ShardSet],
+    split: str = "",
+    weights: Sequence[float] = (),
+    cache: CacheSettings | None = None,
+) -> ShardSet:
+    """Open several shard folders as one set, all of each or its samples of one split; a single folder as `open_split` does.
+
+    `weights`: how much of an epoch each set gives, see `MixedShardSet`; nothing for each sample once. Raise UserError as `open_split`
+    does, for sets that do not go together, and for weights that are not one number above 0 for each.
+    """
+    sets = [
+        f if isinstance(f, ShardSet) and not split else open_split(_where(f), split, cache) for f in folders
+    ]
+    return sets[0] if len(sets) == 1 and not weights else MixedShardSet(sets, weights)
+
+
+def _where(folder: Where | ShardSet) -> Where:
+    return folder.folder if isinstance(folder, ShardSet) else folder

@@ -1,0 +1,240 @@
+"""Append images to a finished shard folder: what must go together, and which of them are inside already."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shards.conversion.duplicates import hash_stored
+from shards.conversion.listing import Listing
+from shards.conversion.shard_maker import SMALL_HASH, read_rows
+from shards.conversion.shard_plan import Plan, default_samples_per_shard, read_plan
+from shards.cpus import available_cpus
+from shards.errors import UserError
+from shards.format import layout
+from shards.format.label_table import read_labels
+from shards.format.layout import Appended, Manifest
+from shards.format.sample_table import table_batches
+from shards.images.policy import Policy
+from shards.images.proof import BadImage, prove
+from shards.sources.source import Source
+from shards.storage.place import Place
+
+Ids = npt.NDArray[np.int64]
+_SHARD_FILE = re.compile(r"shard-(\d{6,})\.(tar|idx)")
+SHOWN = 3
+NUM_TRIED = 8
+
+
+@dataclass(frozen=True)
+class Base:
+    """The finished set that images are appended to: its manifest, the plans of its images, its classes with those given later."""
+
+    place: Place
+    manifest: Manifest
+    plans: list[Plan]
+    classes: list[str]
+
+    @classmethod
+    def read(cls, place: Place) -> Base:
+        """Raise UserError where the folder is unfinished or its table is missing."""
+        manifest = Manifest.load(place)
+        for name in (layout.TABLE, layout.QUARANTINE):
+            if not place.exists(name):
+                raise UserError(
+                    f"'{place / name}' is missing: `fastssl verify {place.url} --repair` mends it, then append."
+                )
+        plans = [read_plan(place, number) for number in range(len(manifest.identities))]
+        return cls(place, manifest, plans, read_labels(place, manifest).classes)
+
+    @property
+    def number(self) -> int:
+        """The number of the plan that comes next."""
+        return len(self.plans)
+
+    @property
+    def after(self) -> dict[str, Any]:
+        """What the plan that comes next notes of its place: `Settings.after`."""
+        return {"options_sha256": self.manifest.options_sha256, "first_shard": self.plans[-1].shards.stop}
+
+    def inside(self, source: Source, listing: Listing) -> Plan | None:
+        """The plan that took in exactly these images already, by their names, sizes and labels."""
+        for plan in self.plans:
+            was = plan.settings
+            if (was.kind, was.source, was.listing) == (source.kind, source.name, listing.digest):
+                return plan
+        return None
+
+    def samples_per_shard(self, wanted: int | None, num_images: int) -> int:
+        """The images in a new shard: not fewer than in the last ones, so that each has a key of its own."""
+        least = self.plans[-1].settings.samples_per_shard
+        if wanted is not None and wanted < least:
+            raise UserError(
+                f"--samples-per-shard is {wanted}, but '{self.place.url}' has {least} in a shard: appended ones may not be "
+                "smaller."
+            )
+        return wanted or max(least, default_samples_per_shard(num_images))
+
+    def check(self, source: Source, policy: Policy, dedupe: str) -> None:
+        """Raise UserError, with both values, where images would be stored in another way, or a column has another type."""
+        was, now = self.manifest.store, dataclasses.asdict(policy)
+        for name in {**was, **now}:
+            if was.get(name) != now.get(name):
+                self._refuse(name.replace("_", " "), was.get(name), now.get(name))
+        if self.manifest.dedupe != dedupe:
+            self._refuse("--dedupe", self.manifest.dedupe, dedupe)
+        known = {column.name: column.type for column in self.schema()}
+        for column in source.extra_schema:
+            if known.get(column.name, column.type) != column.type:
+                self._refuse(f"a column '{column.name}' of", str(known[column.name]), str(column.type))
+
+    def _refuse(self, what: str, was: Any, now: Any) -> None:
+        raise UserError(
+            f"'{self.place.url}' was made with {what} {was!r}, and what is appended has {now!r}: give the same, or a new DEST."
+        )
+
+    def schema(self) -> pa.Schema:
+        """The columns of the sample table."""
+        with self.place.open(layout.TABLE) as file:
+            return pq.read_schema(file)
+
+    def rows(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows of the sample table, in batches."""
+        return table_batches(self.place, self.manifest, columns)
+
+    def clear(self) -> None:
+        """Remove what an append that was given up has left: its shards and their rows."""
+        first = self.plans[-1].shards.stop
+        self.place.remove_tree(layout.ROWS)
+        self.place.remove(layout.dropped_name(self.number))
+        for name in self.place.names():
+            found = _SHARD_FILE.fullmatch(name)
+            if found and int(found.group(1)) >= first:
+                self.place.remove(name)
+
+    def give_up(self, plan: Plan) -> None:
+        """Remove an append that cannot be finished: the folder is as before."""
+        self.clear()
+        self.place.remove(layout.plan_name(plan.number))
+
+    def check_kinds(self, channels: set[int], dtypes: set[str]) -> None:
+        """Raise UserError, with both values, where a batch could not hold old and new images."""
+        was = set(self.manifest.channels)
+        if not (channels <= was or channels | was <= {1, 3}):
+            self._refuse("channels", sorted(was), sorted(channels))
+        if not dtypes <= set(self.manifest.dtypes):
+            self._refuse("elements of", sorted(self.manifest.dtypes), sorted(dtypes))
+
+    def try_first(self, source: Source, plan: Plan, policy: Policy) -> None:
+        """Give an append up before its work where already the first image does not go with the others. Raise UserError then."""
+        for row in plan.rows(plan.first_shard).slice(0, NUM_TRIED).to_pylist():
+            try:
+                stored = prove(source.read(row).data, row["source"], policy)
+            except BadImage:
+                continue
+            try:
+                self.check_kinds({stored.channels}, {stored.dtype})
+            except UserError:
+                self.give_up(plan)
+                raise
+            return
+
+    def entry(self, plan: Plan) -> Appended:
+        """What the manifest says of the images that a plan appended."""
+        settings = plan.settings
+        return Appended(
+            settings.source,
+            settings.kind,
+            settings.seed,
+            settings.samples_per_shard,
+            plan.first_shard,
+            self.manifest.options_sha256,
+            self.manifest.num_samples,
+        )
+
+
+class AppendedHashes:
+    """Hashes of the pixels of appended samples, equal to each other's and to earlier samples' where the pixels are.
+
+    `first_equals`: for each new sample, in shard order, the id of the first sample of the folder with the same pixels, or -1 where it
+    is itself the first; (M,). An earlier sample whose hash is that of its small copy is decoded where the small copy of a new one
+    is the same and the file is not. One case is missed: an earlier JPEG with an equal in a new file of another format.
+    """
+
+    def __init__(self, base: Base, made: list[int]):
+        start = base.manifest.num_samples
+        columns = ["pixels_hash", SMALL_HASH, "sha256"]
+        rows = pa.concat_tables([read_rows(base.place, shard, columns) for shard in made])
+        whole, small, files = (rows[name].to_pylist() for name in columns)
+        # By the hash of all pixels, which each appended image has.
+        earlier = self._earlier(base, whole, small, files)
+        self._texts = [earlier[text][1] if text in earlier else text for text in whole]
+        self.first_equals = np.full(len(whole), -1, np.int64)
+        first: dict[str, int] = {text: sample for text, (sample, _) in earlier.items()}
+        for i, text in enumerate(whole):
+            found = first.setdefault(text, start + i)
+            if found != start + i:
+                self.first_equals[i] = found
+        self._start = start
+
+    def of(self, start: int, rows: pa.Table) -> pa.Array:
+        """The hashes of the rows of a shard, of which the first is sample `start`."""
+        at = start - self._start
+        return pa.array(self._texts[at : at + rows.num_rows], pa.string())
+
+    @staticmethod
+    def _earlier(
+        base: Base, whole: list[str], small: list[str | None], files: list[str]
+    ) -> dict[str, tuple[int, str]]:
+        """For the hashes of all pixels that earlier samples have too: the first such sample, and the hash that the table has of it."""
+        wanted = pa.array(sorted({*whole, *filter(None, small)}))
+        ids, start = np.full(len(wanted), -1, np.int64), 0
+        for batch in base.rows(["pixels_hash"]):
+            at = pc.index_in(batch["pixels_hash"], wanted)  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+            here, which = np.flatnonzero(np.asarray(at.is_valid()))[::-1], at.drop_null().to_numpy()[::-1]
+            new = ids[which] < 0
+            ids[which[new]] = start + here[new]  # of several the first stays
+            start += batch.num_rows
+        inside = {text: int(i) for text, i in zip(wanted.to_pylist(), ids, strict=True) if i >= 0}
+        found = {text: (inside[text], text) for text in whole if text in inside}
+        doubtful = {
+            i: inside[text]
+            for i, text in enumerate(small)
+            if text in inside and whole[i] not in found and text is not None
+        }
+        known = rows_of(base, set(doubtful.values()), ["shard", "offset", "size", "sha256", "ext", "stored"])
+
+        def same(i: int) -> bool:
+            row = known[doubtful[i]]
+            if row["sha256"] == files[i]:
+                return True
+            # The pixels that a re-encoded image had before are not there any more; the same ones gave the same file.
+            kept = row["ext"] == "jpg" and row["stored"].startswith("kept")
+            return kept and hash_stored(base.place, row["shard"], row["offset"], row["size"]) == whole[i]
+
+        with ThreadPoolExecutor(available_cpus()) as threads:
+            answers = list(threads.map(same, doubtful))
+        for i, answer in zip(doubtful, answers, strict=True):
+            if answer:
+                found[whole[i]] = (doubtful[i], str(small[i]))
+        return found
+
+
+def rows_of(base: Base, ids: set[int], columns: list[str]) -> dict[int, dict[str, Any]]:
+    """Some rows of the sample table, by their ids."""
+    found: dict[int, dict[str, Any]] = {}
+    wanted = np.array(sorted(ids), np.int64)
+    for batch in base.rows(["sample_id", *columns]) if ids else ():
+        inside = np.isin(batch["sample_id"].to_numpy(), wanted)
+        found |= {row["sample_id"]: row for row in batch.filter(pa.array(inside)).to_pylist()}
+    return found

@@ -1,0 +1,265 @@
+"""Give labels to finished shards from a table: `labels.parquet` beside them, the tars and the sample table stay as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute
+
+from shards.conversion.listing import MAX_CLASSES, class_order
+from shards.errors import UserError
+from shards.format import layout
+from shards.format.label_table import LabelTable, read_labels, write_labels
+from shards.format.layout import Manifest
+from shards.format.sample_table import table_batches
+from shards.sources.file_list import USUAL, choose
+from shards.sources.file_set import names_file, split_url
+from shards.sources.table_reader import TABLE_SUFFIXES, ListFile, open_list
+from shards.storage.opening import Where, open_place
+
+SHOWN = 3  # names of each kind
+_KEY_DIGITS = len(layout.sample_key(0))
+_pc = pyarrow.compute
+Names = Callable[[], Iterator[pa.Array]]
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """What a table of labels did to a shard folder.
+
+    labelled: samples that it gave a label; changed: those of them that had another one, or none, before; new_classes: names that no
+    sample had before; empty: rows without a label; repeated: rows that say again what an earlier row says; unknown: names that are
+    no sample's; without: samples that have no label now. Of the last two there are the first few names, too.
+    """
+
+    labelled: int
+    changed: int
+    new_classes: list[str]
+    empty: int
+    repeated: int
+    unknown: int
+    unknown_names: list[str]
+    without: int
+    without_names: list[str]
+
+
+def label(
+    folder: Where,
+    table: str | os.PathLike,
+    *,
+    key_column: str = "",
+    source_column: str = "",
+    label_column: str = "",
+    dry_run: bool = False,
+) -> Labelling:
+    """Label the samples of a finished shard folder from a table (.csv, .tsv, .parquet), one row a sample; return what that did.
+
+    A row names its sample by the key or by the source, as `samples.parquet` has them; the file name alone will do for a source where
+    only one has it. Samples that the table does not name keep the label that they have. Labels are class names: known ones keep
+    their number, new ones follow.
+
+    Args:
+        key_column, source_column: the column that names the samples; without either a column `key`, `source`, or one that usually
+            holds paths.
+        label_column: the column of the class names; empty: a usual one, such as `label`.
+        dry_run: write nothing.
+
+    Raises:
+        UserError: a sample is given two different labels, no row names a sample, a name means several samples, the columns are
+            not there, or the folder is unfinished or cannot be written.
+    """
+    place = open_place(folder)
+    if not dry_run:
+        place.check_writable("label the shards where they lie on a disk or in a store")
+    with contextlib.nullcontext() if dry_run else place.lock(layout.LOCK):
+        manifest = Manifest.load(place)
+        before = read_labels(place, manifest)
+        rows = _read(os.fspath(table), key_column, source_column, label_column)
+        if len(set(rows.labels)) > MAX_CLASSES:
+            raise UserError(
+                f"'{rows.where}' has more than {MAX_CLASSES:,} different labels: choose another --label-column."
+            )
+        column = "key" if rows.by_key else "source"
+
+        def names() -> Iterator[pa.Array]:
+            return (batch[column] for batch in table_batches(place, manifest, [column]))
+
+        which, found = _match(names, rows, manifest.num_samples)
+        new = class_order({rows.labels[i] for i in np.flatnonzero(found)} - set(before.classes))
+        classes = [*before.classes, *new]
+        number = {name: index for index, name in enumerate(classes)}
+        ids = np.array([number.get(name, -1) for name in rows.labels], np.int64)
+        own = [batch["label"].fill_null(-1).to_numpy() for batch in table_batches(place, manifest, ["label"])]
+        had = before.over(np.concatenate(own))
+        given = which >= 0
+        labels = np.where(given, ids[which], had)
+        if not dry_run:
+            write_labels(place, manifest, LabelTable(classes, labels))
+        missing = np.flatnonzero(labels < 0)
+        unknown = np.flatnonzero(~found)
+        return Labelling(
+            labelled=int(given.sum()),
+            changed=int((given & (labels != had)).sum()),
+            new_classes=new,
+            empty=rows.empty,
+            repeated=rows.repeated,
+            unknown=len(unknown),
+            unknown_names=[rows.names[i] for i in unknown[:SHOWN]],
+            without=len(missing),
+            without_names=_at(names, missing[:SHOWN]),
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a table says, each name once: `names` and `labels` go together, `lines` says where."""
+
+    where: str
+    row_word: str
+    by_key: bool
+    names: list[str]
+    labels: list[str]
+    lines: list[int]
+    empty: int
+    repeated: int
+
+    def contradiction(self, one: int, other: int) -> UserError:
+        """The message about two rows that mean one sample."""
+        return UserError(
+            f"'{self.where}': '{self.names[other]}' has the label '{self.labels[one]}' in {self.row_word} {self.lines[one]} and "
+            f"'{self.labels[other]}' in {self.row_word} {self.lines[other]}: remove one of the two. Nothing was changed."
+        )
+
+
+def _read(where: str, key_column: str, source_column: str, label_column: str) -> _Rows:
+    if not names_file(where, TABLE_SUFFIXES):
+        raise UserError(
+            f"'{where}' is no table of labels: a file that ends in {', '.join(TABLE_SUFFIXES)} is wanted."
+        )
+    folder, name = split_url(where)
+    place = open_place(folder)
+    if not place.exists(name):
+        raise UserError(f"There is no file '{where}'.")
+    listed = open_list(place, name, where)
+    by_key, names_in = _id_column(listed, key_column, source_column)
+    labels_in = choose(listed, "label", label_column)
+    if labels_in is None or labels_in == names_in:
+        raise UserError(
+            f"'{where}' has no column named {', '.join(USUAL['label'][:4])} or the like; give --label-column NAME. It has: "
+            f"{', '.join(listed.columns)}."
+        )
+    seen: dict[str, int] = {}
+    names, labels, lines, empty, repeated = [], [], [], 0, 0
+    rows = _Rows(where, listed.row_word, by_key, names, labels, lines, 0, 0)
+    for batch in listed.rows([names_in, labels_in], {}):
+        pairs = zip(*(batch.columns[c].to_pylist() for c in (names_in, labels_in)), strict=True)
+        for line, (text, label) in zip(batch.first_lines, pairs, strict=True):
+            if text is None:
+                raise UserError(
+                    f"'{where}', {listed.row_word} {line}: the cell of the column '{names_in}' is empty."
+                )
+            if label is None:
+                empty += 1
+                continue
+            # A program that took the keys for numbers left out their zeros.
+            text = text.zfill(_KEY_DIGITS) if by_key and text.isdecimal() else text
+            first = seen.setdefault(text, len(names))
+            if first == len(names) or labels[first] != label:
+                names.append(text)
+                labels.append(label)
+                lines.append(line)
+                if first < len(names) - 1:
+                    raise rows.contradiction(first, len(names) - 1)
+            else:
+                repeated += 1
+    if not names:
+        raise UserError(f"'{where}' gives no labels: {empty:,} rows, all of them without one.")
+    return _Rows(where, listed.row_word, by_key, names, labels, lines, empty, repeated)
+
+
+def _id_column(listed: ListFile, key_column: str, source_column: str) -> tuple[bool, str]:
+    """Whether a table names samples by their keys, and the column that does."""
+    if key_column and source_column:
+        raise UserError("--key-column and --source-column both say which sample a row means: give one.")
+    wanted, flag = (key_column, "--key-column") if key_column else (source_column, "--source-column")
+    if wanted:
+        if wanted not in listed.columns:
+            raise UserError(
+                f"'{listed.where}' has no column '{wanted}' ({flag}). It has: {', '.join(listed.columns)}."
+            )
+        return bool(key_column), wanted
+    lowered = {name.lower(): name for name in reversed(list(listed.columns))}
+    for usual in ("key", "source", *USUAL["path"]):
+        if usual in lowered:
+            return usual == "key", lowered[usual]
+    raise UserError(
+        f"'{listed.where}' has no column named key, source, path or the like; give --key-column or --source-column. It has: "
+        f"{', '.join(listed.columns)}."
+    )
+
+
+def _match(
+    names: Names, rows: _Rows, num_samples: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """For each sample the row that means it, or -1, (num_samples,); and for each row whether it means any, (num_rows,)."""
+    which = np.full(num_samples, -1, np.int64)
+    found = np.zeros(len(rows.names), bool)
+    wanted = pa.array(rows.names)
+    for ids, at in _found(names(), wanted):
+        which[ids] = at
+        found[at] = True
+    short = np.flatnonzero(~found)
+    if len(short) and not rows.by_key:
+        several = np.zeros(len(rows.names), np.int64)
+        last_parts = (_last_part(batch) for batch in names())
+        for ids, at in _found(last_parts, wanted.take(pa.array(short))):
+            at = short[at]
+            np.add.at(several, at, 1)
+            for sample, row in zip(ids.tolist(), at.tolist(), strict=True):
+                if which[sample] >= 0 and rows.labels[which[sample]] != rows.labels[row]:
+                    raise rows.contradiction(int(which[sample]), row)
+            which[ids], found[at] = at, True
+        if (several > 1).any():
+            row = int(np.flatnonzero(several > 1)[0])
+            raise UserError(
+                f"'{rows.where}', {rows.row_word} {rows.lines[row]}: '{rows.names[row]}' means {several[row]} samples, which "
+                "differ in their folders: give whole names, as in the column 'source' of samples.parquet. Nothing was changed."
+            )
+    if not found.any():
+        column = "key" if rows.by_key else "source"
+        example = next(names())[0].as_py()
+        raise UserError(
+            f"Not one of the {len(rows.names):,} names in '{rows.where}' is a sample's {column}, such as '{rows.names[0]}'; one of "
+            f"these is '{example}'. Choose the column with --key-column or --source-column."
+        )
+    return which, found
+
+
+def _found(
+    batches: Iterator[pa.Array], wanted: pa.Array
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Sample ids, and the places among `wanted` of their names, for the samples that are wanted."""
+    start = 0
+    for batch in batches:
+        at = _pc.index_in(batch, wanted)  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+        yield start + np.flatnonzero(np.asarray(at.is_valid())), at.drop_null().to_numpy().astype(np.int64)
+        start += len(batch)
+
+
+def _last_part(names: pa.Array) -> pa.Array:
+    return _pc.replace_substring_regex(names, "^.*/", "")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _at(names: Names, ids: npt.NDArray[np.int64]) -> list[str]:
+    """The names of some samples, by their ids."""
+    found, start = [], 0
+    for batch in names() if len(ids) else ():
+        found += [batch[int(i) - start].as_py() for i in ids if start <= i < start + len(batch)]
+        start += len(batch)
+    return found
