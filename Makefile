@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 
 # No test of equality may be skipped for want of something that this file installs (tests/needs.py).
 test: $(VENV)/.installed-dev $(VENV)/interpreter/.installed
-	FASTSSL_TEST_ALL=1 $(BIN)/python -m pytest
+	FASTSSL_TEST_ALL=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("package", "block"), BLOCKS, ids=[f"block {i}" for i in range(len(BLOCKS))])
 def test_a_block_of_the_page_runs(package: str, block: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
     if package:
-        # No dependency of ours: its absence hides nothing.
         needs.module(package)
+        # Those of another library, of which a user is told once.
+        warnings.simplefilter("ignore")
     monkeypatch.chdir(folder)
     exec(compile(block, "docs/python.md", "exec"), {"__name__": "__main__"})
 

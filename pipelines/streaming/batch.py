@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +36,14 @@ class Batch:
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.sample_ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the batch with views and masks on a device, as trainers ask of a batch; views that a GPU makes lazily stay there."""
+        masks = [tensor.to(device, non_blocking=non_blocking) for tensor in self.masks]
+        views = self.views
+        if not isinstance(views, LazyViews):
+            views = [view.to(device, non_blocking=non_blocking) for view in views]
+        return replace(self, views=views, masks=masks)
 
     def __repr__(self) -> str:
         views = f"{len(self.views)} lazy" if isinstance(self.views, LazyViews) else _tell(self.views)
