@@ -115,7 +115,8 @@ class Meters:
 class MetricsLog:
     """metrics.jsonl: one JSON object a line; a resume cuts it back to the checkpoint's step.
 
-    `last` is the newest row from before, empty where there was none; `highest` holds the highest value of each metric so far.
+    `last` is the newest row from before, empty where there was none; `highest` holds the highest value of each metric so far,
+    without the rows of step 0, where nothing is trained. A run that starts at step 0 starts with an empty log.
     """
 
     def __init__(self, path: Path, resume_step: int):
@@ -127,7 +128,7 @@ class MetricsLog:
             rows = [
                 row
                 for row in map(_parse, path.read_text().splitlines())
-                if row and row["step"] <= resume_step
+                if row and resume_step and row["step"] <= resume_step
             ]
             self.last = rows[-1] if rows else {}
             for row in rows:
@@ -147,7 +148,7 @@ class MetricsLog:
             os.fsync(file.fileno())
 
     def _note(self, row: dict[str, Any]) -> None:
-        for name, value in row.items():
+        for name, value in row.items() if row["step"] else ():
             self.highest[name] = max(value, self.highest.get(name, value))
 
     @contextmanager

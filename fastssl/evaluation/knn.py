@@ -24,7 +24,7 @@ class KNNConfig:
     """Online evaluation: accuracy of kNN and of a linear classifier on labelled shards during pretraining."""
 
     every: int = 0
-    """Evaluate every N epochs, and after the last one; 0: never."""
+    """Evaluate before the first step, every N epochs, and after the last one; 0: never."""
     shards: str = ""
     """Labelled shards whose samples vote. Empty: the training shards, whose labels are used for this evaluation only."""
     test_shards: str = ""

@@ -97,6 +97,13 @@ class OnlineEvaluation:
         for samples, ids in self._own:
             fill_ahead(samples, self._threads or default_threads(), progress, ids)
 
+    @property
+    def chance(self) -> float:
+        """Return the accuracy, in [0, 1], of naming the voters' largest class for every sample that is classified."""
+        voters = self._bank.labels[self._bank_ids]
+        asked = self._query_labels[self._query_ids] if self._queries else voters
+        return float((asked == np.bincount(voters).argmax()).mean())
+
     def evaluate(self, backbone: nn.Module) -> dict[str, float]:
         """Return accuracies in [0, 1] of the backbone as it is now: `knn_accuracy` and, if asked for, `linear_accuracy`."""
 

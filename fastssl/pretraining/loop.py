@@ -125,7 +125,10 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
             return
         with meters.paused():
             found = online.evaluate(training.method.backbone)
-            folder.save_best(training.weights(), found["knn_accuracy"])
+            if epoch:
+                folder.save_best(training.weights(), found["knn_accuracy"])
+            else:
+                found["knn_chance"] = online.chance
         screen.say(f"epoch {epoch}/{train.epochs}  {online.describe(found)}")
         folder.write({"step": training.done, "epoch": epoch, **found})
 
@@ -138,6 +141,9 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
         return Summary(training.done, seconds, rate, path, signal)
 
     with screen, stop, closing(batches):
+        # What the untrained network reaches: the line that later accuracies are compared with.
+        if not start:
+            evaluate(0)
         # A run that was stopped right after the save at an epoch's end has not evaluated that epoch yet.
         if folder.log and start and due(start, steps_per_epoch) and "knn_accuracy" not in folder.log.last:
             evaluate(start // steps_per_epoch)

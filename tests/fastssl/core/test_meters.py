@@ -115,10 +115,19 @@ def test_a_resumed_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_log_anew_has_no_rows(tmp_path: Path) -> None:
+    """Not even that of step 0, which a run that was killed before its first checkpoint writes again."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 2, "loss": 1}\n[]\n{"loss": 1}\n')
+    path.write_text('{"step": 0, "knn_accuracy": 0.3}\n{"step": 2, "loss": 1}\n[]\n{"loss": 1}\n')
     assert MetricsLog(path, 0).last == {}
     assert path.read_text() == ""
+
+
+def test_the_untrained_network_is_not_the_best_so_far(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write({"step": 0, "knn_accuracy": 0.9})
+    log.write({"step": 2, "knn_accuracy": 0.3})
+    assert log.highest["knn_accuracy"] == 0.3
+    assert MetricsLog(tmp_path / "metrics.jsonl", 2).highest["knn_accuracy"] == 0.3
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from fastssl.core import checkpoint
 from fastssl.core.distributed import Dist, cleanup
 from fastssl.core.meters import ProgressDisplay
 from fastssl.core.schedules import lr_at
+from fastssl.evaluation.online_evaluation import OnlineEvaluation
 from fastssl.methods import MoCoV3
 from fastssl.models.backbones import build_backbone
 from fastssl.pretraining import build, trainer
@@ -96,9 +97,12 @@ def test_metrics_hold_the_promised_fields(finished: Path) -> None:
         assert 0 <= row["data_wait"] <= 1
 
 
-def test_online_knn_rows_stand_at_the_ends_of_epochs(finished: Path) -> None:
+def test_online_knn_rows_stand_before_the_first_step_and_at_the_ends_of_epochs(finished: Path) -> None:
     tests = [row for row in rows(finished) if "knn_accuracy" in row]
-    assert [(row["step"], row["epoch"]) for row in tests] == [(STEPS, 1), (2 * STEPS, 2), (TOTAL, 3)]
+    assert [(row["step"], row["epoch"]) for row in tests] == [(0, 0), (STEPS, 1), (2 * STEPS, 2), (TOTAL, 3)]
+    assert rows(finished)[0]["step"] == 0
+    # Three classes of 20 pictures each.
+    assert [row.get("knn_chance") for row in tests] == [pytest.approx(1 / 3, abs=1e-6), None, None, None]
     # A share of 60 queries.
     assert all(0 <= row["knn_accuracy"] <= 1 for row in tests)
     assert all(
@@ -110,7 +114,33 @@ def test_online_knn_rows_stand_at_the_ends_of_epochs(finished: Path) -> None:
 
 def test_online_knn_comes_every_few_epochs_and_at_the_end(shards: Path, tmp_path: Path) -> None:
     train(resolve(shards, tmp_path / "run", {"knn": {"every": 2}}))
-    assert [row["epoch"] for row in rows(tmp_path / "run") if "knn_accuracy" in row] == [2, 3]
+    assert [row["epoch"] for row in rows(tmp_path / "run") if "knn_accuracy" in row] == [0, 2, 3]
+
+
+def test_the_untrained_network_is_evaluated_and_the_run_keeps_its_bits(shards: Path, tmp_path: Path) -> None:
+    """Random depths would show it if the evaluation took a random number, BatchNorm if it left the training mode."""
+    for model in ({}, TINY_VIT):
+        ends = []
+        for every in (0, 1):
+            run = tmp_path / f"{len(model)} {every}"
+            resolved = resolve(shards, run, model, {"train": {"epochs": 1}, "knn": {"every": every, "k": 5}})
+            train(resolved)
+            ends.append(newest(run))
+        for part in ("method", "optimizer", "rng", "meters"):
+            assert differences(ends[0][part], ends[1][part], part) == []
+        torch.manual_seed(0)
+        untrained = MoCoV3(
+            build_backbone(resolved.config.model, resolved.config.recipe.size), resolved.config.method
+        )
+        online = OnlineEvaluation(
+            resolved.config.knn,
+            resolved.config.recipe,
+            ShardSet.open(shards),
+            torch.device("cpu"),
+            bf16=False,
+        )
+        expected = online.evaluate(untrained.backbone)["knn_accuracy"]
+        assert rows(run)[0]["knn_accuracy"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_online_knn_on_shards_of_their_own(shards: Path, unlabelled_shards: Path, tmp_path: Path) -> None:
@@ -120,7 +150,7 @@ def test_online_knn_on_shards_of_their_own(shards: Path, unlabelled_shards: Path
     }
     train(resolve(unlabelled_shards, tmp_path / "run", on_itself))
     # Each query's nearest neighbour is itself.
-    assert [row["knn_accuracy"] for row in rows(tmp_path / "run") if "knn_accuracy" in row] == [1.0]
+    assert [row["knn_accuracy"] for row in rows(tmp_path / "run") if "knn_accuracy" in row] == [1.0, 1.0]
     for section in ({}, {"test_shards": str(unlabelled_shards), "shards": str(shards)}):
         with pytest.raises(UserError, match=r"0 labelled samples, but kNN needs at least 2.*--knn.every 0"):
             train(resolve(unlabelled_shards, tmp_path / "none", {"knn": {"every": 1, **section}}))
@@ -395,4 +425,4 @@ def test_two_processes_train_one_model(shards: Path, tmp_path: Path) -> None:
     # Only the first writes.
     assert (tmp_path / "of rank 0" / "metrics.jsonl").exists()
     assert not (tmp_path / "of rank 1").exists()
-    assert [row["step"] for row in rows(tmp_path / "of rank 0")] == [2, 4, 6, 7, 7, 8, 10, 12, 14, 14, 14]
+    assert [row["step"] for row in rows(tmp_path / "of rank 0")] == [0, 2, 4, 6, 7, 7, 8, 10, 12, 14, 14, 14]

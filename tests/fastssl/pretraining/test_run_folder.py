@@ -133,7 +133,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 
 
 def test_the_best_weights_are_kept(finished: Path) -> None:
-    accuracies = {row["step"]: row["knn_accuracy"] for row in rows(finished) if "knn_accuracy" in row}
+    accuracies = {
+        row["step"]: row["knn_accuracy"] for row in rows(finished) if "knn_accuracy" in row and row["step"]
+    }
     step = max(accuracies, key=lambda s: accuracies[s])  # the first of equals
     best = checkpoint.load(finished / "checkpoints" / "best.pt")
     assert best["step"] == step
