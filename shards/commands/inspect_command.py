@@ -24,7 +24,7 @@ MAX_SAMPLES = 128
 class Inspect:
     """Show what shards hold: counts, classes, sizes, formats, channel statistics, duplicates, what was refused.
 
-    With --out, a picture too: samples drawn at random with their labels and masks, above histograms.
+    With --out, a picture too: samples drawn at random with their labels and masks (--no-masks: without), above histograms.
     """
 
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
@@ -35,6 +35,8 @@ class Inspect:
     """Samples in the picture, 1 to 128."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Which samples are drawn."""
+    masks: bool = True
+    """Draw the masks of samples that have one."""
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +65,9 @@ def inspect_command(args: Inspect) -> None:
     console = Console(highlight=False, soft_wrap=True)
     _print(console, place, overview)
     if args.out:
-        atomic_write(args.out, lambda file: draw_overview(place, overview, args.samples, args.seed, file))
+        atomic_write(
+            args.out, lambda file: draw_overview(place, overview, args.samples, args.seed, file, args.masks)
+        )
         console.print(f"Drawn: {args.out}", markup=False)
 
 
@@ -157,17 +161,17 @@ def _classes(overview: Overview) -> tuple[str, list[str], list[tuple[str, ...]]]
 
 
 def _channels(overview: Overview) -> tuple[str, list[str], list[tuple[str, ...]]]:
-    """The manifest's statistics, a line a channel."""
+    """The manifest's statistics in the values that are stored, a line a channel."""
     from shards.images.channel_statistics import PERCENTILES
 
     rows = []
-    for kind, about in overview.manifest.statistics.items():
+    for kind, about in overview.pixel_values().items():
         for channel, (mean, std) in enumerate(zip(about["mean"], about["std"], strict=True)):
             shares = [about[f"p{percent}"][channel] for percent in PERCENTILES]
             numbers = map(_number, (mean, std, *shares))
             rows.append((kind if channel == 0 else "", f"{channel + 1}", *numbers))
     heads = ["", "ch.", "mean", "std", *(f"{percent} %" for percent in PERCENTILES)]
-    return "Pixel values (integers as shares of their range)", heads, rows
+    return "Pixel values, as stored", heads, rows
 
 
 def _size(name: str, value: float) -> str:
@@ -177,9 +181,11 @@ def _size(name: str, value: float) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Three digits; of shares below 0.01 four behind the point, so that nine of them stand in 80 columns."""
+    """Three digits, or all before the point; below 0.01 four behind it, so that nine of them stand in 80 columns."""
     if value is None:
         return ""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.1e}"
     return f"{value:.4f}" if 0.0001 <= abs(value) < 0.01 else f"{value:.3g}"
 
 

@@ -63,6 +63,17 @@ class Overview:
         """Samples of each class, (num_classes,)."""
         return np.bincount(self.labels[self.labels >= 0], minlength=len(self.manifest.classes))
 
+    def pixel_values(self) -> dict[str, dict[str, list[float]]]:
+        """The manifest's statistics by "dtype/channels", in the values that are stored: mean, std, p1 to p99, each by channel."""
+        found = {}
+        for kind, facts in self.manifest.statistics.items():
+            dtype = np.dtype(kind.partition("/")[0])
+            full = np.iinfo(dtype).max if dtype.kind == "u" else 1
+            found[kind] = {
+                name: [full * value for value in values] for name, values in facts.items() if name != "pixels"
+            }
+        return found
+
     def percentiles(self) -> dict[str, npt.NDArray[np.float64]]:
         """The PERCENTILES of each distribution, by its name."""
         of = {

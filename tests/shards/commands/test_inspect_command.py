@@ -5,12 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fastssl.cli import main
 from shards.conversion.convert import convert
 from shards.images.pixels import write_npy
-from shards.overview.contact_sheet import THUMB, thumbnail, with_mask
+from shards.overview.contact_sheet import (
+    THUMB,
+    draw_histogram,
+    histogram_range,
+    overview_figure,
+    thumbnail,
+)
+from shards.overview.mask_overlay import class_colour
 from shards.overview.summary import inspect
 from shards.sources.source_kinds import open_source
 from shards.storage.opening import open_place
@@ -71,7 +80,8 @@ def test_the_tables_tell_them(folder: Path, capsys: pytest.CaptureFixture, monke
     ):
         assert wanted in lines
     mean = json.loads((folder / "manifest.json").read_text())["statistics"]["uint8/3"]["mean"][0]
-    assert any(line.startswith(f"uint8/3 1 {mean:.3g} ") for line in lines)
+    # In the values that are stored, 0 to 255.
+    assert any(line.startswith(f"uint8/3 1 {255 * mean:.3g} ") for line in lines)
 
 
 def test_the_picture_is_drawn_the_same_again(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -103,14 +113,107 @@ def test_deep_images_are_stretched_between_their_percentiles():
     assert max(thumbnail(write_npy(np.zeros((900, 400, 5), np.uint16)), "npy").shape) <= THUMB
 
 
-def test_a_mask_colours_what_is_not_zero():
-    mask = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8))
-    grey = np.full((2, 2, 3), 100, np.uint8)
-    shown = with_mask(grey, encoded(mask, "PNG"))
-    assert shown[0, 0].tolist() == [100, 100, 100]
-    assert shown[0, 1].tolist() == [165, 78, 85]  # half of (230, 57, 70)
-    assert np.array_equal(shown[0, 1], shown[1, 1])
-    assert not np.array_equal(shown[0, 1], shown[1, 0])
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 arrays of 2 channels of 16 bits with values 1000 to 1255 and twice as much; masks of classes 1, 3 and 255."""
+    root = tmp_path_factory.mktemp("deep")
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    ramp = np.arange(1000, 1256, dtype=np.uint16).reshape(16, 16)
+    for i in range(4):
+        np.save(root / "images" / f"{i}.npy", np.stack([np.roll(ramp, i), 2 * ramp], axis=2))
+        mask = np.zeros((16, 16), np.uint8)
+        mask[:4], mask[4:8], mask[8:10] = 1, 3, 255
+        Image.fromarray(mask).save(root / "masks" / f"{i}.png")
+    assert (
+        main(
+            [
+                "shard",
+                str(root / "images"),
+                str(root / "out"),
+                "--masks",
+                str(root / "masks"),
+                "--workers",
+                "0",
+            ]
+        )
+        == 0
+    )
+    return root / "out"
+
+
+def panels(figure: Figure) -> dict[str, Axes]:
+    """The axes below the samples, by the first words of their titles."""
+    return {axis.get_title("left").split(":")[0]: axis for axis in figure.axes if axis.get_title("left")}
+
+
+def test_pixel_values_stand_in_stored_values(deep: Path, capsys: pytest.CaptureFixture):
+    assert main(["inspect", str(deep)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    [first] = [line.split() for line in lines if line.startswith("uint16/2 1 ")]
+    assert first[2] in ("1,127", "1,128")  # the mean of 1000 to 1255 is 1127.5
+    assert (first[4], first[-1]) == ("1,002", "1,253")
+    place = open_place(deep)
+    axis = panels(overview_figure(place, inspect(place), 2, 0))["Pixel values as stored, uint16"]
+    lines, bars = (one.get_segments() for one in axis.collections)
+    assert [np.round(segment[:, 0]).tolist() for segment in lines] == [[1002, 1253], [2004, 2506]]
+    assert [np.round(segment[:, 0]).tolist() for segment in bars] == [[1063, 1191], [2126, 2382]]
+    assert axis.get_xlim()[0] == 0
+
+
+def test_masks_have_a_legend_and_can_be_left_out(deep: Path, tmp_path: Path):
+    place = open_place(deep)
+    figure = overview_figure(place, inspect(place), 2, 0)
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["class 1", "class 3", "255 (ignored)"]
+    colours = [
+        tuple(round(255 * part) for part in patch.get_facecolor()[:3]) for patch in legend.get_patches()
+    ]
+    assert colours == [class_colour(index) for index in (1, 3, 255)]
+    plain = overview_figure(place, inspect(place), 2, 0, masks=False)
+    assert not plain.legends
+    shown, free = (np.asarray(one.axes[0].images[0].get_array()).astype(int) for one in (figure, plain))
+    changed = (shown != free).any(axis=2)
+    assert changed[:8].all()
+    assert not changed[10:].any()
+    for options in ([], ["--no-masks"]):
+        assert main(["inspect", str(deep), "--out", str(tmp_path / f"{len(options)}.png"), *options]) == 0
+    assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
+
+
+def test_what_is_alike_in_all_samples_has_no_histogram(deep: Path):
+    place = open_place(deep)
+    figure = overview_figure(place, inspect(place), 2, 0)
+    assert list(panels(figure)) == ["Formats", "Pixel values as stored, uint16"]
+    told = " ".join(text.get_text() for text in figure.texts)
+    assert "alike in all samples: shorter side 16 pixels, width / height 1, stored image" in told
+
+
+def test_few_far_values_are_cut_from_a_histogram_and_told():
+    values = np.concatenate([np.arange(60, 80).repeat(50), [3, 2000, 3000]])
+    axis = Figure().subplots()
+    draw_histogram(axis, values, "Side", lambda value: f"{value:g} px")
+    assert histogram_range(values) == (60, 79, False)
+    assert sum(bar.get_height() for bar in axis.patches) == 1000
+    assert {bar.get_height() for bar in axis.patches} == {50}
+    assert axis.get_xlabel() == "1 below 60 px not shown\n2 above 79 px not shown"
+    assert axis.get_title("left") == f"Side: median {np.median(values):g} px"
+    assert axis.get_yscale() == "linear"
+
+
+def test_one_value_that_dominates_is_counted_logarithmically():
+    values = np.array([512] * 98 + [400, 700])
+    axis = Figure().subplots()
+    draw_histogram(axis, values, "Side", str)
+    assert axis.get_yscale() == "log"
+    assert axis.get_xlabel() == "counts on a logarithmic axis"
+    assert sum(bar.get_height() for bar in axis.patches) == 100
+
+
+def test_values_over_orders_of_magnitude_have_a_logarithmic_axis():
+    values = np.geomspace(1, 1e4, 500)
+    assert histogram_range(values) == (1, pytest.approx(1e4), True)
+    assert histogram_range(np.linspace(100, 200, 500)) == (100, 200, False)
 
 
 @pytest.mark.parametrize("options", [["--samples", "0"], ["--out", "a.jpg"], ["--out", "nowhere/a.png"]])
