@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -22,8 +22,9 @@ RECIPE_FLAG = "--recipe."
 class Preview:
     """Draw originals beside the views that training would see, as a PNG.
 
-    --ops shows each operation of the recipe alone, with the value drawn; --engines shows how much engines differ. Settings of the
-    recipe are overridden as for pretrain: --recipe.crop-scale 0.2 1. Masks, if any, are drawn over originals and views.
+    --ops shows each operation of the recipe alone, with the value drawn; --engines shows how much engines differ. Boxes on the
+    originals are the crops of the views framed in the same colour. Settings of the recipe are overridden as for pretrain:
+    --recipe.crop-scale 0.2 1. Masks, if any, are drawn over originals and views.
     """
 
     shards: Annotated[str, tyro.conf.Positional]
@@ -47,7 +48,13 @@ class Preview:
     cell: int = 144
     """Side of each picture on the sheet, in pixels."""
     seed: int = 0
-    """Seed of the run."""
+    """Seed of the run, which decides what is drawn for each view."""
+    samples: Annotated[str, tyro.conf.arg(metavar="ID,ID,...")] = ""
+    """Ids of the images to show, separated by commas, such as 3,17; empty: --rows images chosen by --samples-seed."""
+    samples_seed: int = 0
+    """Which images are shown, whatever is drawn for them."""
+    masks: bool = True
+    """Draw masks over originals and views."""
     split: str = ""
     """Split of the shards to show (`fastssl split`); empty: all."""
     engine: EngineName = "fused"
@@ -63,7 +70,7 @@ def run(argv: list[str]) -> int:
     rest, changes = _take_recipe_flags(argv)
     args = tyro.cli(Preview, prog="fastssl preview", args=rest)
     check_output(args.out, "--out")
-    check_least(args, rows=1, epochs=1, size=0, cell=96)
+    check_least(args, rows=1, epochs=1, size=0, cell=96, seed=0, samples_seed=0)
     compared = [name for name in args.engines.split(",") if name]
     for name in compared:
         if name not in engine_names():
@@ -77,25 +84,39 @@ def run(argv: list[str]) -> int:
 
     recipe = _recipe(args, changes)
     shards, out = open_split(args.shards, args.split), Path(args.out)
-    how: dict[str, Any] = {
-        "rows": args.rows,
-        "cell": args.cell,
-        "seed": args.seed,
-        "bands": args.bands,
-        "value_range": args.value_range,
-    }
-    shown = f"{min(args.rows, len(shards))} images"
+    options = preview_sheets.SheetOptions(
+        rows=args.rows,
+        cell=args.cell,
+        seed=args.seed,
+        samples=_ids(args.samples),
+        samples_seed=args.samples_seed,
+        engine=args.engine,
+        bands=args.bands,
+        value_range=args.value_range,
+        masks=args.masks,
+        recipe_name=" ".join([args.recipe, *changes]),
+    )
+    shown = f"{len(options.samples) or min(args.rows, len(shards))} images"
     if compared:
-        preview_sheets.engines_sheet(shards, recipe, out, compared, **how)
+        preview_sheets.engines_sheet(shards, recipe, out, compared, options)
         print(f"{shown} by {', '.join(compared)}: {out}")
     elif args.ops:
-        preview_sheets.operations_sheet(shards, recipe, out, engine=args.engine, **how)
+        preview_sheets.operations_sheet(shards, recipe, out, options)
         print(f"{shown}, each operation by itself: {out}")
     else:
-        preview_sheets.contact_sheet(shards, recipe, out, epochs=args.epochs, engine=args.engine, **how)
+        preview_sheets.contact_sheet(shards, recipe, out, options, epochs=args.epochs)
         local = f" and {recipe.local_views} at {recipe.local_size} px" if recipe.local_views else ""
         print(f"{shown}, {args.epochs} epochs of {recipe.num_views} views at {recipe.size} px{local}: {out}")
     return 0
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(
+            f"--samples is '{text}', but it must be ids separated by commas, such as 3,17."
+        ) from None
 
 
 def _take_recipe_flags(argv: list[str]) -> tuple[list[str], list[str]]:

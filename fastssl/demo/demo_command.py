@@ -182,11 +182,12 @@ def _convert(out: Path) -> float:
 
 
 def _preview(out: Path, args: Demo) -> None:
-    from pipelines.previews.preview_sheets import contact_sheet
+    from pipelines.previews.preview_sheets import SheetOptions, contact_sheet
     from shards.dataset.shard_set import ShardSet
 
     recipe = configuration(out, args).config.recipe
-    contact_sheet(ShardSet.open(out / "train-shards"), recipe, out / "views.png", seed=args.seed)
+    options = SheetOptions(seed=args.seed, recipe_name="of the demo")
+    contact_sheet(ShardSet.open(out / "train-shards"), recipe, out / "views.png", options)
 
 
 def _with_epochs(out: Path, args: Demo) -> Demo:

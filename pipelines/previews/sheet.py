@@ -11,57 +11,129 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.augment.channels import FULL, HIGH, LOW, gain_and_offset
 from pipelines.augment.recipe import Recipe
-from pipelines.loading.masks import NO_MASK
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
+from shards.overview.mask_overlay import overlay, resized
 from shards.storage.atomic_files import atomic_write
 
-GAP, HEAD, FOOT = 6, 26, 18
+# Pixels: between cells, two lines of title, headings, a caption, the legend below.
+GAP, TITLE, HEAD, FOOT, LEGEND = 6, 44, 26, 20, 26
 PAPER, INK, FAINT, BACK = (255, 255, 255), (20, 20, 20), (110, 110, 110), (238, 238, 238)
-MASK_SHARE = 0.5  # of a class's colour over the picture
+FRAME = 2  # pixels, of frames around pictures and of boxes
+Colour = tuple[int, int, int]
+# Left, top, right, bottom in pixels of a picture, the last two exclusive; and the colour of its line.
+Box = tuple[tuple[int, int, int, int], Colour]
 
 
 class Sheet:
-    """A grid of square cells with headings above the columns and a caption under each cell."""
+    """A grid of square cells below a title, with headings above the columns and a caption under each cell."""
 
-    def __init__(self, heads: Sequence[str], rows: int, cell: int):
+    def __init__(self, title: tuple[str, str], heads: Sequence[str], rows: int, cell: int):
+        """`title`: two lines, the second in smaller letters."""
         self.cell = cell
-        size = (GAP + len(heads) * (cell + GAP), HEAD + rows * (cell + FOOT + GAP))
+        bottom = TITLE + HEAD + rows * (cell + FOOT + GAP)
+        size = (GAP + len(heads) * (cell + GAP), bottom + LEGEND)
         self._image = Image.new("RGB", size, PAPER)
         self._pen = ImageDraw.Draw(self._image)
+        # Of the row of the legend: where it is, and how many pixels are used.
+        self._bottom, self._used = bottom, GAP
+        self._font = ImageFont.load_default(12)
+        for (y, largest, colour), line in zip(((5, 15, INK), (26, 12, FAINT)), title, strict=True):
+            self._write((GAP, y), line, colour, size[0] - 2 * GAP, largest)
         for column, head in enumerate(heads):
-            self._write((GAP + column * (cell + GAP), 7), head, INK)
+            self._write((self.corner(0, column)[0], TITLE + 7), head, INK, cell)
 
-    def put(self, row: int, column: int, picture: Image.Image, caption: str = "") -> None:
-        """Draw a picture in its cell, smaller where it is too large and enlarged by a whole factor where it is small."""
-        x, y = GAP + column * (self.cell + GAP), HEAD + row * (self.cell + FOOT + GAP)
-        self._image.paste(self._fit(picture), (x, y))
-        self._write((x, y + self.cell + 1), caption, FAINT)
+    def corner(self, row: int, column: int) -> tuple[int, int]:
+        """Return x and y of a cell's first pixel."""
+        return GAP + column * (self.cell + GAP), TITLE + HEAD + row * (self.cell + FOOT + GAP)
+
+    def put(
+        self,
+        row: int,
+        column: int,
+        picture: Image.Image,
+        caption: str = "",
+        *,
+        mask: np.ndarray | None = None,
+        frame: Colour | None = None,
+        boxes: Sequence[Box] = (),
+    ) -> None:
+        """Draw a picture in its cell, smaller where it is too large and enlarged by a whole factor where it is small.
+
+        Args:
+            mask: class indices (H, W) of the picture, laid over it.
+            frame: colour of a line around the picture.
+            boxes: rectangles drawn on the picture.
+        """
+        x, y = self.corner(row, column)
+        scaled = self._scaled(picture)
+        if mask is not None:
+            scaled = Image.fromarray(overlay(np.asarray(scaled), resized(mask, scaled.height, scaled.width)))
+        pen = ImageDraw.Draw(scaled)
+        across, down = scaled.width / picture.width, scaled.height / picture.height
+        for (left, top, right, bottom), colour in boxes:
+            ends = (round(right * across) - 1, round(bottom * down) - 1)
+            start = (min(round(left * across), ends[0]), min(round(top * down), ends[1]))
+            pen.rectangle((start, ends), outline=colour, width=FRAME)
+        self._image.paste(BACK, (x, y, x + self.cell, y + self.cell))
+        left, top = x + (self.cell - scaled.width) // 2, y + (self.cell - scaled.height) // 2
+        self._image.paste(scaled, (left, top))
+        if frame is not None:
+            end = (left + scaled.width + FRAME - 1, top + scaled.height + FRAME - 1)
+            self._pen.rectangle(((left - FRAME, top - FRAME), end), outline=frame, width=FRAME)
+        self._write((x, y + self.cell + 3), caption, FAINT, self.cell)
+
+    def legend(self, entries: Sequence[tuple[str, Colour]]) -> None:
+        """Draw names with their colours in the row below the cells, as many as fit."""
+        for text, colour in entries:
+            width = 20 + round(self._pen.textlength(text, self._font)) + 14
+            if self._used + width <= self._image.width:
+                x, y = self._used, self._bottom
+                self._pen.rectangle((x, y + 4, x + 14, y + 16), fill=colour)
+                self._pen.text((x + 20, y + 3), text, INK, self._font)
+                self._used += width
+
+    def scale(self, colours: np.ndarray, low: str, high: str) -> None:
+        """Draw the colours (N, 3), uint8, of a scale in the row below the cells, from `low` to `high`."""
+        y, width = self._bottom, min(200, self._image.width // 3)
+        strip = Image.fromarray(colours[None].repeat(12, axis=0)).resize((width, 12))
+        x = self._used + round(self._pen.textlength(low, self._font)) + 6
+        self._pen.text((self._used, y + 3), low, INK, self._font)
+        self._image.paste(strip, (x, y + 4))
+        self._used = x + width + 6
+        self._write((self._used, y + 3), high, INK, self._image.width - self._used)
+        self._used += round(self._pen.textlength(high, self._font)) + 20
 
     def save(self, path: Path) -> Path:
         """Write a PNG; the same pictures give the same bytes."""
-        atomic_write(path, lambda file: self._image.save(file, format="PNG"))
+        image = self._image if self._used > GAP else self._image.crop((0, 0, self._image.width, self._bottom))
+        atomic_write(path, lambda file: image.save(file, format="PNG"))
         return path
 
-    def _write(self, place: tuple[int, int], text: str, colour: tuple[int, int, int]) -> None:
-        """Return a text in the largest size that fits the cell, or what fits of it."""
-        fonts = [ImageFont.load_default(size) for size in (12, 11, 10, 9, 8)]
-        font = next((f for f in fonts if self._pen.textlength(text, f) <= self.cell), fonts[-1])
-        while text and self._pen.textlength(text, font) > self.cell:
+    def _write(
+        self, place: tuple[int, int], text: str, colour: Colour, width: int, largest: int = 12
+    ) -> None:
+        """Write a text in the largest size that fits the width, or what fits of it."""
+        fonts = [ImageFont.load_default(size) for size in range(largest, 7, -1)]
+        font = next((f for f in fonts if self._pen.textlength(text, f) <= width), fonts[-1])
+        while text and self._pen.textlength(text, font) > width:
             text = text[:-1]
         self._pen.text(place, text, colour, font)
 
-    def _fit(self, picture: Image.Image) -> Image.Image:
+    def _scaled(self, picture: Image.Image) -> Image.Image:
         cell = self.cell
         if max(picture.size) > cell:
             scale = cell / max(picture.size)
             size = tuple(max(1, round(side * scale)) for side in picture.size)
-            picture = picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+            return picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
         factor = max(1, cell // max(picture.size))
-        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-        out = Image.new("RGB", (cell, cell), BACK)
-        out.paste(picture, ((cell - picture.width) // 2, (cell - picture.height) // 2))
-        return out
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def frame_colours(count: int) -> list[Colour]:
+    """Return so many colours, RGB 0 to 255, with hues as far apart as they can be."""
+    parts = (colorsys.hsv_to_rgb(number / count, 0.85, 0.95) for number in range(count))
+    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in parts]
 
 
 class Display:
@@ -98,24 +170,10 @@ class Display:
         mean, std = (np.array(x)[:, None, None] for x in (self._recipe.mean, self._recipe.std))
         return self._picture(view * std + mean)
 
-    def difference(self, view: np.ndarray, other: np.ndarray, times: float) -> tuple[Image.Image, float]:
-        """Return how far two views are apart, amplified; and the mean over pixels and channels in levels of 255."""
-        apart = np.abs(view - other) * np.array(self._recipe.std)[:, None, None]
-        levels = np.clip(apart[self._bands] * 255 * times, 0, 255).round().astype(np.uint8)
-        return Image.fromarray(levels.transpose(1, 2, 0)), float(apart.mean() * 255)
+    def difference(self, view: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Return how far two views (C, S, S) are apart in levels of 255: (C, S, S)."""
+        return np.abs(view - other) * np.array(self._recipe.std)[:, None, None] * 255
 
     def _picture(self, levels: np.ndarray) -> Image.Image:
         shown = ((np.nan_to_num(levels) - self._low) / self._span)[self._bands]
         return Image.fromarray((np.clip(shown, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
-
-
-def overlay(picture: Image.Image, mask: np.ndarray) -> Image.Image:
-    """Return a picture with a mask (H, W) of its size over it: a colour a class, none for class 0 and where there is no mask."""
-    pixels = np.asarray(picture).astype(np.float32)
-    for label in np.unique(mask):
-        if label not in (0, NO_MASK):
-            # Hues a golden section apart: no two of the first dozens are alike.
-            colour = np.array(colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.9, 1.0), dtype=np.float32) * 255
-            where = mask == label
-            pixels[where] = (1 - MASK_SHARE) * pixels[where] + MASK_SHARE * colour
-    return Image.fromarray(pixels.round().astype(np.uint8))

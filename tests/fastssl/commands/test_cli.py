@@ -326,6 +326,7 @@ def test_preview_draws_a_preset_or_a_configuration(
         ),
         (["--ops", "--size", "32"], "2 images, each operation by itself"),
         (["--engines", "reference,fused", "--size", "32"], "2 images by reference, fused"),
+        (["--samples", "3,17,5", "--no-masks", "--size", "32"], "3 images, 3 epochs of 2 views"),
     ],
 )
 def test_preview_shows_operations_and_engines(
@@ -343,6 +344,15 @@ def test_preview_names_engines_it_cannot_compare(told, shards: Path) -> None:
         assert told("preview", shards, *flags).startswith("--engines needs two or more names")
     told_of = told("preview", shards, "--recipe.crop-scal", "0.1")
     assert "Did you mean 'recipe.crop_scale'" in told_of
+
+
+def test_preview_names_samples_that_are_none(told, shards: Path) -> None:
+    assert told("preview", shards, "--samples", "3;4") == (
+        "--samples is '3;4', but it must be ids separated by commas, such as 3,17."
+    )
+    assert "--samples names 60, which is not among the 60 samples" in told(
+        "preview", shards, "--samples", "60"
+    )
 
 
 def test_preview_names_unknown_recipes(told, shards: Path) -> None:

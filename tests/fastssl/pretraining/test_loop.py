@@ -14,7 +14,6 @@ from fastssl.core import checkpoint
 from fastssl.core.distributed import Dist, cleanup
 from fastssl.core.meters import ProgressDisplay
 from fastssl.core.schedules import lr_at
-from fastssl.evaluation.online_evaluation import OnlineEvaluation
 from fastssl.methods import MoCoV3
 from fastssl.models.backbones import build_backbone
 from fastssl.pretraining import build, trainer
@@ -26,7 +25,7 @@ from pipelines.loading.loader import Loader
 from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from tests.fastssl.runs import BATCH, NUM_IMAGES, STEPS, TINY_VIT, TOTAL, differences, newest, resolve, rows
+from tests.fastssl.runs import BATCH, STEPS, TINY_VIT, TOTAL, differences, newest, resolve, rows
 from tests.gloo import _free_port, run_ranks
 from tests.needs import HANGS_S
 
@@ -95,65 +94,6 @@ def test_metrics_hold_the_promised_fields(finished: Path) -> None:
         assert row["stand_ins"] == 0
         assert row["images_per_s"] > 0
         assert 0 <= row["data_wait"] <= 1
-
-
-def test_online_knn_rows_stand_before_the_first_step_and_at_the_ends_of_epochs(finished: Path) -> None:
-    tests = [row for row in rows(finished) if "knn_accuracy" in row]
-    assert [(row["step"], row["epoch"]) for row in tests] == [(0, 0), (STEPS, 1), (2 * STEPS, 2), (TOTAL, 3)]
-    assert rows(finished)[0]["step"] == 0
-    # Three classes of 20 pictures each.
-    assert [row.get("knn_chance") for row in tests] == [pytest.approx(1 / 3, abs=1e-6), None, None, None]
-    # A share of 60 queries.
-    assert all(0 <= row["knn_accuracy"] <= 1 for row in tests)
-    assert all(
-        row["knn_accuracy"] * NUM_IMAGES == pytest.approx(round(row["knn_accuracy"] * NUM_IMAGES), abs=1e-3)
-        for row in tests
-    )
-    assert all(0 <= row["linear_accuracy"] <= 1 for row in tests)
-
-
-def test_online_knn_comes_every_few_epochs_and_at_the_end(shards: Path, tmp_path: Path) -> None:
-    train(resolve(shards, tmp_path / "run", {"knn": {"every": 2}}))
-    assert [row["epoch"] for row in rows(tmp_path / "run") if "knn_accuracy" in row] == [0, 2, 3]
-
-
-def test_the_untrained_network_is_evaluated_and_the_run_keeps_its_bits(shards: Path, tmp_path: Path) -> None:
-    """Random depths would show it if the evaluation took a random number, BatchNorm if it left the training mode."""
-    for model in ({}, TINY_VIT):
-        ends = []
-        for every in (0, 1):
-            run = tmp_path / f"{len(model)} {every}"
-            resolved = resolve(shards, run, model, {"train": {"epochs": 1}, "knn": {"every": every, "k": 5}})
-            train(resolved)
-            ends.append(newest(run))
-        for part in ("method", "optimizer", "rng", "meters"):
-            assert differences(ends[0][part], ends[1][part], part) == []
-        torch.manual_seed(0)
-        untrained = MoCoV3(
-            build_backbone(resolved.config.model, resolved.config.recipe.size), resolved.config.method
-        )
-        online = OnlineEvaluation(
-            resolved.config.knn,
-            resolved.config.recipe,
-            ShardSet.open(shards),
-            torch.device("cpu"),
-            bf16=False,
-        )
-        expected = online.evaluate(untrained.backbone)["knn_accuracy"]
-        assert rows(run)[0]["knn_accuracy"] == pytest.approx(expected, abs=1e-6)
-
-
-def test_online_knn_on_shards_of_their_own(shards: Path, unlabelled_shards: Path, tmp_path: Path) -> None:
-    on_itself = {
-        "knn": {"every": 1, "shards": str(shards), "test_shards": str(shards), "k": 1},
-        "train": {"epochs": 1},
-    }
-    train(resolve(unlabelled_shards, tmp_path / "run", on_itself))
-    # Each query's nearest neighbour is itself.
-    assert [row["knn_accuracy"] for row in rows(tmp_path / "run") if "knn_accuracy" in row] == [1.0, 1.0]
-    for section in ({}, {"test_shards": str(unlabelled_shards), "shards": str(shards)}):
-        with pytest.raises(UserError, match=r"0 labelled samples, but kNN needs at least 2.*--knn.every 0"):
-            train(resolve(unlabelled_shards, tmp_path / "none", {"knn": {"every": 1, **section}}))
 
 
 def test_the_run_folder_holds_its_configuration(shards: Path, finished: Path) -> None:

@@ -8,28 +8,35 @@ from pipelines.augment.draws import draw
 from pipelines.augment.operations import OPERATIONS
 from pipelines.augment.recipe import RECIPES, Recipe
 from pipelines.previews.preview_sheets import (
+    SheetOptions,
     columns,
     contact_sheet,
+    crop_box,
     describe,
     engines_sheet,
+    heat,
     operations_sheet,
+    scale_end,
 )
-from pipelines.previews.sheet import overlay
+from pipelines.previews.sheet import FOOT, FRAME, GAP, HEAD, LEGEND, TITLE, Sheet, frame_colours
 from shards.conversion.convert import convert
+from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.images.mask_images import MaskFolder
+from shards.overview.mask_overlay import class_colour
 from shards.sources.image_folder import FolderSource
 from shards.storage.opening import open_place
 from tests.pictures import photo
 from tests.pipelines.augment.test_channels import bands, save
 
-CELL, STEP = 100, 106
+CELL, STEP, TOP, DOWN = 100, 100 + GAP, TITLE + HEAD, 100 + GAP + FOOT
+ONE = SheetOptions(rows=1, cell=CELL)
 
 
 def cell(sheet: np.ndarray, row: int, column: int) -> np.ndarray:
     """The pixels of one picture."""
-    y, x = 26 + 124 * row, 6 + STEP * column
+    y, x = TOP + DOWN * row, GAP + STEP * column
     return sheet[y : y + CELL, x : x + CELL]
 
 
@@ -40,19 +47,21 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_sheet_shows_originals_and_views(shard_set, tmp_path):
     recipe = Recipe(size=32)
-    path = contact_sheet(shard_set, recipe, tmp_path / "views.png", rows=3, epochs=2, cell=100)
+    path = contact_sheet(shard_set, recipe, tmp_path / "views.png", SheetOptions(rows=3, cell=CELL), epochs=2)
     with Image.open(path) as sheet:
         assert sheet.format == "PNG"
-        assert sheet.size == (6 + 5 * 106, 26 + 3 * 124)
+        assert sheet.size == (GAP + 5 * STEP, TOP + 3 * DOWN)
         pixels = np.asarray(sheet)
-    cells = [pixels[30:110, 10 + 106 * column : 90 + 106 * column] for column in range(5)]
+    cells = [cell(pixels, 0, column) for column in range(5)]
     assert all(cell.std() > 5 for cell in cells)
     assert all((cells[i] != cells[i + 1]).any() for i in range(4))
 
 
 def test_same_seed_same_bytes(shard_set, tmp_path):
     a, b = (
-        contact_sheet(shard_set, RECIPES["satellite"], tmp_path / f"{n}.png", rows=2).read_bytes()
+        contact_sheet(
+            shard_set, RECIPES["satellite"], tmp_path / f"{n}.png", SheetOptions(rows=2)
+        ).read_bytes()
         for n in "ab"
     )
     assert a == b
@@ -85,8 +94,8 @@ def test_operations_are_shown_one_by_one(shard_set, tmp_path):
     )
     ops = columns(recipe)
     assert [column for _, column in ops] == [c for op in OPERATIONS.values() for c in op.columns]
-    sheet = pixels(operations_sheet(shard_set, recipe, tmp_path / "ops.png", rows=1, cell=CELL))
-    assert sheet.shape[1] == 6 + STEP * (2 + len(ops))
+    sheet = pixels(operations_sheet(shard_set, recipe, tmp_path / "ops.png", ONE))
+    assert sheet.shape[1] == GAP + STEP * (2 + len(ops))
     centre = cell(sheet, 0, 1)
     shown = {f"{op.title} {op.fields[0]}": cell(sheet, 0, 2 + i) for i, (_, op) in enumerate(ops)}
     assert all((picture != centre).any() for name, picture in shown.items())
@@ -100,20 +109,19 @@ def test_operations_are_shown_one_by_one(shard_set, tmp_path):
 
 
 def test_operations_that_a_recipe_lacks_have_no_column(shard_set, tmp_path):
-    sheet = pixels(operations_sheet(shard_set, RECIPES["linear"], tmp_path / "ops.png", rows=1, cell=CELL))
-    assert sheet.shape[1] == 6 + STEP * 4  # original, centre, crop, mirror
+    sheet = pixels(operations_sheet(shard_set, RECIPES["linear"], tmp_path / "ops.png", ONE))
+    assert sheet.shape[1] == GAP + STEP * 4  # original, centre, crop, mirror
 
 
 def test_engines_are_compared_with_the_first(shard_set, tmp_path):
     recipe = Recipe(size=32)
-    path = engines_sheet(
-        shard_set, recipe, tmp_path / "e.png", ("reference", "fused", "reference"), rows=2, cell=CELL
-    )
+    engines, options = ("reference", "fused", "reference"), SheetOptions(rows=2, cell=CELL)
+    path = engines_sheet(shard_set, recipe, tmp_path / "e.png", engines, options)
     sheet = pixels(path)
-    assert sheet.shape[1] == 6 + STEP * (1 + 2 * 5)
+    assert sheet.shape[:2] == (TOP + 2 * DOWN + LEGEND, GAP + STEP * (1 + 2 * 5))
     for row in range(2):
-        assert cell(sheet, row, 3)[8:-8, 8:-8].max() < 60, "a level or two, eight times"
-        assert cell(sheet, row, 5)[8:-8, 8:-8].max() == 0, "the reference with itself"
+        same = cell(sheet, row, 5)[8:-8, 8:-8]
+        assert (same == heat(np.zeros(1), 1)).all(), "the reference with itself"
         np.testing.assert_array_equal(cell(sheet, row, 4), cell(sheet, row, 1))
 
 
@@ -127,21 +135,22 @@ def test_many_channels_are_stretched_and_chosen(tmp_path):
                     shards,
                     recipe,
                     tmp_path / "b.png",
-                    cell=CELL,
+                    SheetOptions(cell=CELL, bands=chosen, value_range=value_range),
                     epochs=1,
-                    bands=chosen,
-                    value_range=value_range,
                 )
             )
             for chosen in ((), (1, 2, 3), (3, 2, 1))
         ]
         np.testing.assert_array_equal(sheets[0], sheets[1])
         first, swapped = cell(sheets[1], 0, 0), cell(sheets[2], 0, 0)
-        np.testing.assert_array_equal(first, swapped[:, :, ::-1])
+        # All but the boxes of the crops.
+        boxes = [(first == colour).all(axis=2) for colour in frame_colours(2)]
+        first, swapped = first[~boxes[0] & ~boxes[1]], swapped[~boxes[0] & ~boxes[1]]
+        np.testing.assert_array_equal(first, swapped[:, ::-1])
         assert first.min() < 10
         assert first.max() > 245
     with pytest.raises(UserError, match="--bands is 1 2 6, but it must be three of the channels 1 to 5"):
-        contact_sheet(shards, recipe, tmp_path / "b.png", bands=(1, 2, 6))
+        contact_sheet(shards, recipe, tmp_path / "b.png", SheetOptions(bands=(1, 2, 6)))
 
 
 def test_masks_lie_over_originals_and_views(tmp_path):
@@ -154,14 +163,129 @@ def test_masks_lie_over_originals_and_views(tmp_path):
     source = FolderSource(open_place(tmp_path / "source"), MaskFolder(open_place(tmp_path / "masks")))
     convert(source, tmp_path / "shards", workers=0)
     shards = ShardSet.open(tmp_path / "shards")
-    sheet = pixels(contact_sheet(shards, RECIPES["eval"], tmp_path / "m.png", cell=CELL, epochs=1))
     original = np.asarray(photo(100, 100))
-    changed = (cell(sheet, 0, 0) != original).any(axis=2)
-    np.testing.assert_array_equal(changed, labels == 1)
+    sheets = [
+        pixels(
+            contact_sheet(
+                shards, RECIPES["eval"], tmp_path / "m.png", SheetOptions(cell=CELL, masks=masks), epochs=1
+            )
+        )
+        for masks in (True, False)
+    ]
+    inside = np.zeros((100, 100), dtype=bool)
+    # Without the box of the crop.
+    inside[15:-15, 15:-15] = True
+    masked, plain = ((cell(sheet, 0, 0) != original).any(axis=2) for sheet in sheets)
+    np.testing.assert_array_equal(masked[inside], labels[inside] == 1)
+    assert not plain[inside].any()
+    # The row of the legend: its first square has the colour of class 1.
+    assert sheets[0].shape[0] == sheets[1].shape[0] + LEGEND
+    assert tuple(sheets[0][TOP + DOWN + 8, GAP + 5]) == class_colour(1)
 
 
-def test_a_mask_without_classes_changes_nothing():
-    picture = photo(8, 8)
-    for empty in (0, 255):
-        same = overlay(picture, np.full((8, 8), empty, dtype=np.uint8))
-        np.testing.assert_array_equal(np.asarray(same), np.asarray(picture))
+def ring(shape: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
+    """The pixels of a rectangle's line, FRAME wide, as a mask."""
+    left, top, right, bottom = box
+    out = np.zeros(shape, dtype=bool)
+    out[top:bottom, left:right] = True
+    out[top + FRAME : bottom - FRAME, left + FRAME : right - FRAME] = False
+    return out
+
+
+def test_the_box_on_the_original_is_the_crop_that_is_drawn(tmp_path):
+    (tmp_path / "source").mkdir()
+    photo(100, 80).save(tmp_path / "source" / "a.png")
+    convert(tmp_path / "source", tmp_path / "shards", workers=0)
+    shards = ShardSet.open(tmp_path / "shards")
+    recipe = Recipe(size=100, num_views=1, blur_p=(0.5,), solarize_p=(0.0,))
+    for seed in (0, 5):
+        options = SheetOptions(cell=CELL, seed=seed)
+        sheet = pixels(contact_sheet(shards, recipe, tmp_path / "b.png", options, epochs=1))
+        record = draw(recipe, seed, 0, np.array([0]), np.array([100]), np.array([80]))[0, 0]
+        left, top = int(record["left"]), int(record["top"])
+        box = (left, top, left + int(record["width"]), top + int(record["height"]))
+        assert crop_box(record) == box
+        # The original of 100 x 80 stands 10 pixels below the cell's upper edge.
+        [colour] = frame_colours(1)
+        original = cell(sheet, 0, 0)[10:90]
+        changed = (original != np.asarray(photo(100, 80))).any(axis=2)
+        np.testing.assert_array_equal(changed, ring((80, 100), box))
+        assert (original[ring((80, 100), box)] == colour).all()
+        # The view's frame, around its cell, has the same colour.
+        framed = sheet[TOP - FRAME : TOP + CELL + FRAME, GAP + STEP - FRAME : GAP + STEP + CELL + FRAME]
+        assert (framed[ring(framed.shape[:2], (0, 0, 104, 104))] == colour).all()
+
+
+def test_a_box_is_scaled_with_its_picture(tmp_path):
+    sheet = Sheet(("", ""), ["a"], 1, CELL)
+    gray = Image.new("RGB", (400, 200), (9, 9, 9))
+    sheet.put(0, 0, gray, boxes=[((40, 20, 240, 120), (255, 0, 0))])
+    shown = cell(pixels(sheet.save(tmp_path / "s.png")), 0, 0)[25:75]
+    np.testing.assert_array_equal((shown == (255, 0, 0)).all(axis=2), ring((50, 100), (10, 5, 60, 30)))
+
+
+def titles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, str], list[str]]]:
+    """What sheets get as title and captions of originals."""
+    made = []
+    start, put = Sheet.__init__, Sheet.put
+
+    def started(self, title, *args):
+        made.append((title, []))
+        start(self, title, *args)
+
+    def captioned(self, row, column, picture, caption="", **more):
+        if column == 0:
+            made[-1][1].append(caption.split(":")[0])
+        put(self, row, column, picture, caption, **more)
+
+    monkeypatch.setattr(Sheet, "__init__", started)
+    monkeypatch.setattr(Sheet, "put", captioned)
+    return made
+
+
+def test_samples_are_chosen_apart_from_the_draws(shard_set, tmp_path, monkeypatch):
+    made = titles(monkeypatch)
+    for options in (
+        SheetOptions(rows=3, recipe_name="linear"),
+        SheetOptions(rows=3, seed=9),
+        SheetOptions(rows=3, samples_seed=1),
+        SheetOptions(rows=3, samples=(5, 2)),
+    ):
+        contact_sheet(shard_set, RECIPES["linear"], tmp_path / "s.png", options, epochs=1)
+    [first, other_draws, other_samples, named] = [ids for _, ids in made]
+    assert first == other_draws == [str(i) for i in epoch_order(len(shard_set), 0, 0)[:3]]
+    assert other_samples == [str(i) for i in epoch_order(len(shard_set), 1, 0)[:3]]
+    assert named == ["5", "2"]
+    assert made[0][0] == (
+        f"Recipe linear: {shard_set.folder}",
+        "draws of seed 0 · views by fused · samples chosen by seed 0",
+    )
+    assert made[1][0][1].startswith("draws of seed 9 ·")
+    assert made[3][0][1].endswith("samples as named")
+    with pytest.raises(
+        UserError, match=rf"--samples names 999, which is not among the {len(shard_set)} samples of"
+    ):
+        contact_sheet(shard_set, RECIPES["linear"], tmp_path / "s.png", SheetOptions(samples=(1, 999)))
+
+
+def test_a_split_shows_its_own_samples_and_is_in_the_title(shard_set, tmp_path, monkeypatch):
+    made = titles(monkeypatch)
+    part = shard_set.subset(np.array([1, 4]), "val")
+    contact_sheet(part, RECIPES["linear"], tmp_path / "s.png", epochs=1)
+    assert set(made[0][1]) == {"4", "1"}
+    assert made[0][0][0].endswith(", split val")
+    with pytest.raises(UserError, match="the split 'val' of"):
+        contact_sheet(part, RECIPES["linear"], tmp_path / "s.png", SheetOptions(samples=(2,)))
+
+
+def test_the_scale_of_differences_covers_them_and_its_colours_rise():
+    assert scale_end([np.zeros((3, 4, 4))]) == 1
+    assert scale_end([np.full((3, 4, 4), 1.5), np.full((3, 4, 4), 2.5)]) == 4
+    assert scale_end([np.full((3, 4, 4), 300.0)]) == 255
+    # One pixel of 2,000 does not stretch it.
+    assert scale_end([np.append(np.full(1999, 0.5), 200.0)]) == 1
+    colours = heat(np.array([0.0, 1.0, 2.0, 4.0, 9.0]), 4)
+    assert colours.dtype == np.uint8
+    assert colours.shape == (5, 3)
+    assert (np.diff(colours[:4].astype(int).sum(axis=1)) > 0).all()
+    assert (colours[3] == colours[4]).all()

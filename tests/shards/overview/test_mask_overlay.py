@@ -13,6 +13,7 @@ def mixed(index: int, share: float) -> list[int]:
 
 def test_a_class_is_filled_so_that_the_picture_shows_and_outlined():
     mask = np.zeros((12, 12), np.uint8)
+    assert (overlay(PICTURE, mask) == PICTURE).all()
     mask[2:8, 3:9] = 2
     shown = overlay(PICTURE, mask)
     assert (shown[mask == 0] == 100).all()
