@@ -94,7 +94,7 @@ def run(argv: list[str]) -> int:
         bands=args.bands,
         value_range=args.value_range,
         masks=args.masks,
-        recipe_name=" ".join([args.recipe, *changes]),
+        recipe_name=" ".join([args.recipe or args.config or "moco_v3", *changes]),
     )
     shown = f"{len(options.samples) or min(args.rows, len(shards))} images"
     if compared:

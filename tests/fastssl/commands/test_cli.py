@@ -287,7 +287,7 @@ def test_mistakes_in_flags_end_with_2(flags: list, config, capsys: pytest.Captur
     assert "Traceback" not in err
 
 
-# ---------------------------------------------------------------- eval and preview
+# ---------------------------------------------------------------- eval and outputs
 
 
 def test_eval_needs_labels(told, finished: Path, unlabelled_shards: Path) -> None:
@@ -303,70 +303,6 @@ def test_eval_needs_a_checkpoint(told, shards: Path, tmp_path: Path) -> None:
     assert f"There is no checkpoint at '{tmp_path / 'none'}'" in told(
         "eval", "knn", tmp_path / "none", "--shards", shards
     )
-
-
-def test_preview_draws_a_preset_or_a_configuration(
-    config, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--rows", "2", "--epochs", "1"]
-    for recipe, size in (("moco_v3", "32"), (str(config()), "16")):
-        out = tmp_path / f"{size}.png"
-        more = ["--size", "32"] if recipe == "moco_v3" else []
-        assert main(["preview", str(shards), "--recipe", recipe, "--out", str(out), *flags, *more]) == 0
-        assert f"2 images, 1 epochs of 2 views at {size} px: {out}" in capsys.readouterr().out
-        assert out.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        (
-            ["--recipe", "dino", "--epochs", "1", "--recipe.local-views", "1", "--recipe.size", "32"],
-            "1 epochs of 2 views at 32 px and 1 at 96 px",
-        ),
-        (["--ops", "--size", "32"], "2 images, each operation by itself"),
-        (["--engines", "reference,fused", "--size", "32"], "2 images by reference, fused"),
-        (["--samples", "3,17,5", "--no-masks", "--size", "32"], "3 images, 3 epochs of 2 views"),
-    ],
-)
-def test_preview_shows_operations_and_engines(
-    flags: list, line: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "sheet.png"
-    assert main(["preview", str(shards), "--rows", "2", "--out", str(out), *flags]) == 0
-    assert line in capsys.readouterr().out
-    assert out.read_bytes().startswith(b"\x89PNG")
-
-
-def test_preview_names_engines_it_cannot_compare(told, shards: Path) -> None:
-    assert "Did you mean 'fused'" in told("preview", shards, "--engines", "fussed,reference")
-    for flags in (("--engines", "fused"), ("--engines", "fused,reference", "--ops")):
-        assert told("preview", shards, *flags).startswith("--engines needs two or more names")
-    told_of = told("preview", shards, "--recipe.crop-scal", "0.1")
-    assert "Did you mean 'recipe.crop_scale'" in told_of
-
-
-def test_preview_names_samples_that_are_none(told, shards: Path) -> None:
-    assert told("preview", shards, "--samples", "3;4") == (
-        "--samples is '3;4', but it must be ids separated by commas, such as 3,17."
-    )
-    assert "--samples names 60, which is not among the 60 samples" in told(
-        "preview", shards, "--samples", "60"
-    )
-
-
-def test_preview_names_unknown_recipes(told, shards: Path) -> None:
-    assert (
-        told("preview", shards, "--recipe", "satelite")
-        == "There is no recipe called 'satelite'. Did you mean 'satellite'?"
-    )
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "least"), [("--rows", 0, 1), ("--epochs", 0, 1), ("--size", -1, 0), ("--rows", -3, 1)]
-)
-def test_preview_names_impossible_numbers(flag: str, value: int, least: int, told, shards: Path) -> None:
-    assert told("preview", shards, flag, value) == f"{flag} is {value}, but it must be at least {least}."
 
 
 def test_outputs_are_checked_before_the_work(told, tmp_path: Path) -> None:
