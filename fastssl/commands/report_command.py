@@ -33,7 +33,8 @@ def _one_is_chance(rows: Rows) -> dict[str, float]:
 def _one_key_of_n(rows: Rows) -> dict[str, float]:
     """`ce_norm` is ce / ln N."""
     log_n = next((row["ce"] / row["ce_norm"] for row in rows if row.get("ce") and row.get("ce_norm")), None)
-    return {} if log_n is None else {"chance": math.exp(-log_n)}
+    # A whole number, whatever the digits of the log.
+    return {} if log_n is None else {"chance": 1 / round(math.exp(log_n))}
 
 
 def _row_of_step_0(metric: str) -> Callable[[Rows], dict[str, float]]:
@@ -76,7 +77,7 @@ PANELS = {
     "feature_std": Panel("spread of the features", "a fall to 0 is collapse", least_top=1.1),
     "rank_me": Panel("rank of the features (RankMe)", "a fall is collapse"),
     "grad_norm": Panel("norm of the gradient", "before clipping"),
-    "teacher_distance": Panel("distance of teacher and student", "share of the student's length", True, 0.1),
+    "teacher_distance": Panel("distance of teacher and student", "share of the student's length", True, 0.01),
     "lr": Panel("learning rate"),
     "images_per_s": Panel("images/s"),
     "data_wait": Panel("waiting for data", "share of the time; near 0 is good", True, 0.2),

@@ -68,6 +68,9 @@ def test_small_values_do_not_fill_their_axis():
 
 def test_chance_of_the_contrastive_accuracy_is_one_of_the_keys():
     rows = [{"step": 1, "epoch": 1, "ce": 0.5 * math.log(64), "ce_norm": 0.5, "acc": 0.5}]
+    # The six digits of a log give the same line.
+    other = [{**rows[0], "ce": 0.345678 * math.log(64), "ce_norm": 0.345679}]
+    assert legend(panels(curves({"a": rows, "b": other}))["contrastive accuracy"])[2:] == ["chance 1.6 %"]
     axes = panels(curves({"a": rows}))
     assert legend(axes["contrastive accuracy"]) == ["last 50.0 %", "chance 1.6 %"]
     assert axes["contrastive accuracy"].get_lines()[1].get_ydata()[0] == pytest.approx(1 / 64)
