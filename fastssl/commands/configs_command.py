@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from shards.command_line import parse
+
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
@@ -28,7 +30,7 @@ class Configs:
 
 def run(argv: list[str]) -> int:
     """Run the command."""
-    args = tyro.cli(Configs, prog="fastssl configs", args=argv)
+    args = parse(Configs, "fastssl configs", argv)
     from fastssl.pretraining.packaged_configs import packaged
     from shards.errors import UserError, nearest
     from shards.storage.atomic_files import atomic_write, check_output

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from pipelines.engines.engine_table import EngineName, engine_names
+from shards.command_line import Name, Names, Shards, parse
 from shards.errors import UserError, check_least, nearest
 from shards.storage.atomic_files import check_output
 
@@ -26,17 +27,17 @@ class Preview:
     recipe are overridden as for pretrain: --recipe.crop-scale 0.2 1. Masks, if any, are drawn over originals and views.
     """
 
-    shards: Annotated[str, tyro.conf.Positional]
+    shards: Annotated[Shards, tyro.conf.Positional]
     """Folder of shards."""
-    recipe: str = ""
+    recipe: Name = ""
     """Name of a preset, or a configuration with a recipe, by name or file; without: moco_v3, or the recipe of --config."""
-    config: str = ""
+    config: Annotated[str, tyro.conf.arg(metavar="CONFIG")] = ""
     """Configuration whose views are shown, by name or file: --config laptop --recipe satellite shows what pretrain then sees."""
-    out: str = "views.png"
+    out: Annotated[str, tyro.conf.arg(metavar="FILE.png")] = "views.png"
     """PNG file to write."""
     ops: bool = False
     """Show each operation alone instead of the views."""
-    engines: str = ""
+    engines: Names = ""
     """Compare engines instead, each with the first one: names separated by commas, such as reference,fused,kornia."""
     rows: int = 6
     """Number of images."""
@@ -48,7 +49,7 @@ class Preview:
     """Side of each picture on the sheet, in pixels."""
     seed: int = 0
     """Seed of the run."""
-    split: str = ""
+    split: Name = ""
     """Split of the shards to show (`fastssl split`); empty: all."""
     engine: EngineName = "fused"
     """Engine that makes the views."""
@@ -61,7 +62,7 @@ class Preview:
 def run(argv: list[str]) -> int:
     """Run the command."""
     rest, changes = _take_recipe_flags(argv)
-    args = tyro.cli(Preview, prog="fastssl preview", args=rest)
+    args = parse(Preview, "fastssl preview", rest)
     check_output(args.out, "--out")
     check_least(args, rows=1, epochs=1, size=0, cell=96)
     compared = [name for name in args.engines.split(",") if name]

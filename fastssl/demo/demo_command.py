@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
+from shards.command_line import Folder, parse
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Demo:
     augmented views; pretrain a small ResNet with MoCo v3, without labels; and evaluate by kNN how well it tells the classes apart.
     """
 
-    out: str = "demo"
+    out: Folder = "demo"
     """Folder for all files of the demo."""
     tiles: int = 500
     """Tiles of each class to pretrain on; a fifth of this number is drawn to test on."""
@@ -70,7 +70,7 @@ class Steps:
 
 def run(argv: list[str]) -> int:
     """Run the demo and return the exit code: 130 or 143 where a signal stopped it."""
-    args = tyro.cli(Demo, prog="fastssl demo", args=argv)
+    args = parse(Demo, "fastssl demo", argv)
     from shards.errors import UserError
 
     if args.tiles < 20:

@@ -55,7 +55,7 @@ def train(resolved: Resolved, *, resume: bool | Path = False) -> Summary:
     ranks = distributed.setup(settings.device, timeout_s=1800)
     if not cfg.data.shards:
         raise UserError(
-            "No shards to train on: give --data.shards DIR, the folder that `fastssl shard` made."
+            "No shards to train on: give --data.shards SHARDS, the folder that `fastssl shard` made."
         )
     if cfg.data.masks:
         raise UserError("data.masks is for segmentation, and pretraining uses no masks: leave it out.")

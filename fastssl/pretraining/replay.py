@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from shards.command_line import File, Shards, parse
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ class Replay:
     A run writes FILE, with its weights and the batch's sample ids and draws, when such a step stops it or is skipped.
     """
 
-    file: Annotated[str, tyro.conf.Positional]
+    file: Annotated[File, tyro.conf.Positional]
     """A nonfinite-step-*.pt in a run's folder."""
-    shards: str = ""
+    shards: Shards = ""
     """Folder of the run's shards, if they have moved since."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
@@ -48,7 +49,7 @@ class Replay:
 
 def run(argv: list[str]) -> int:
     """Run the command."""
-    args = tyro.cli(Replay, prog="fastssl replay", args=argv)
+    args = parse(Replay, "fastssl replay", argv)
     for line in replay(args):
         print(line)
     return 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from shards.command_line import parse
 from shards.errors import UserError
 from shards.images.policy import Policy
 from shards.sources.source_options import SourceOptions
@@ -69,7 +70,7 @@ def run(argv: Sequence[str] | None = None) -> None:
             f"There are {len(paths)} paths, not SOURCE and DEST only. Put a pattern in quotes, so that the shell leaves it; of images "
             f"give the folder, '{os.path.dirname(paths[0]) or '.'}'."
         )
-    args = tyro.cli(Shard, prog="fastssl shard", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    args = parse(Shard, "fastssl shard", argv, config=(tyro.conf.OmitArgPrefixes,))
     try:
         shard(args)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from shards.command_line import parse
 from shards.errors import UserError
 
 if TYPE_CHECKING:  # imported where used: the help reads this file too
@@ -57,7 +58,7 @@ class Split:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Parse the arguments after `fastssl split` and run it; UserError passes."""
-    args = tyro.cli(Split, prog="fastssl split", args=argv)
+    args = parse(Split, "fastssl split", argv)
     from rich.console import Console
 
     from shards.splits.split_rules import SplitRule

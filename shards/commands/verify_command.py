@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from shards.command_line import parse
+
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from collections.abc import Iterator
 
@@ -53,10 +55,10 @@ class Verify:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Parse the arguments after `fastssl verify` and run it; return the exit code. UserError passes."""
-    args, source_options = tyro.cli(
+    args, source_options = parse(
         Verify,
-        prog="fastssl verify",
-        args=argv,
+        "fastssl verify",
+        argv,
         config=(tyro.conf.FlagCreatePairsOff,),
         return_unknown_args=True,
     )
@@ -121,7 +123,7 @@ def _open_source(args: Verify, options: Sequence[str]) -> Source:
     from shards.sources.source_kinds import open_source
 
     words = [args.source, args.shards, *options]
-    shard = tyro.cli(Shard, prog="fastssl shard", args=words, config=(tyro.conf.OmitArgPrefixes,))
+    shard = parse(Shard, "fastssl shard", words, config=(tyro.conf.OmitArgPrefixes,))
     return open_source(shard.source, shard.options)
 
 

@@ -18,6 +18,7 @@ from fastssl.bench.conversion.writers import Task, Turn, litdata, only, ours, pr
 from fastssl.bench.report import Row, Stopwatch, brief, busy, error_line, machine, write_report
 from fastssl.bench.screen import make_table, say_written, show
 from fastssl.bench.turns import take_turns
+from shards.command_line import File, Folder, parse
 from shards.errors import UserError, check_least
 from shards.storage.atomic_files import check_output
 
@@ -32,7 +33,7 @@ class BenchShard:
     are read once before, so that the page cache is warm.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[Folder, tyro.conf.Positional]
     """Folder of JPEG files, all of them undamaged."""
     images: int = 10_000
     """Images a turn; if the folder holds fewer, they are used several times under other names."""
@@ -40,11 +41,11 @@ class BenchShard:
     """Processes of each writer; 0: one per core."""
     repeats: int = 3
     """Times each writer is measured, after one turn to warm up."""
-    out: str = ""
+    out: Folder = ""
     """Folder for the output, which is removed afterwards; empty: the system's temporary folder."""
     peers: bool = True
     """Measure webdataset and litdata too."""
-    json: str = ""
+    json: File = ""
     """JSON file for the results."""
 
 
@@ -92,7 +93,7 @@ WRITERS = [
 
 def run(argv: list[str]) -> int:
     """Run the sub-command."""
-    args = tyro.cli(BenchShard, prog="fastssl bench shard", args=argv, config=(tyro.conf.FlagConversionOff,))
+    args = parse(BenchShard, "fastssl bench shard", argv, config=(tyro.conf.FlagConversionOff,))
     if args.json:
         check_output(args.json, "--json")
     check_least(args, images=1, workers=0, repeats=1)

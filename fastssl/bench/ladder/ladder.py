@@ -18,17 +18,21 @@ if TYPE_CHECKING:
     from fastssl.bench.ladder.verdict import Switches, Verdict
     from fastssl.pretraining.run_config import Resolved
 
-USAGE = """usage: fastssl bench CONFIG [--data.shards DIR] [--rows NAMES] [--quick] [--json FILE] [--section.key value ...]
+USAGE = """usage: fastssl bench CONFIG [--data.shards SHARDS] [--rows NAMES] [--quick]
+                            [--json FILE] [--section.key value ...]
 
-Measure a configuration rung by rung on this machine, in one process: the full step on synthetic views, the loader and end to end, the
-step's parts, read, decode, to device, augment; then name the bottleneck and the switch to try. train.batch is the batch of this one
-device. Without --data.shards only the step is measured. A row that fails gives the reason, and the exit code is 1.
-  --rows       rows to measure, names with commas, or all: those that this device and these shards allow (all)
+Measure each part of a run on this machine, in one process: the full step on
+synthetic views, the loader and end to end, the step's parts, read, decode, to
+device, augment. Then name the bottleneck and the setting to try. train.batch is
+the batch of this one device. Without --data.shards only the step is measured.
+A row that fails gives the reason, and the exit code is 1.
+  --rows NAMES  rows to measure, names with commas, or all: those that this
+                device and these shards allow (all)
 {rows}
-  --quick      few steps, no comparisons: half a minute instead of minutes
-  --steps      steps of one measurement (20)
-  --repeats    measurements of each row (3)
-  --json       file for the results, rewritten after each row"""
+  --quick       few steps, no comparisons: half a minute instead of minutes
+  --steps N     steps of one measurement (20)
+  --repeats N   measurements of each row (3)
+  --json FILE   file for the results, rewritten after each row"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def usage() -> str:
     """Return the text of `fastssl bench CONFIG --help`."""
     from fastssl.bench.ladder.ladder_rows import GROUPS
 
-    rows = "\n".join(f"                 {name:16}{text}" for name, text in GROUPS.items())
+    rows = "\n".join(f"    {name:16}{text}" for name, text in GROUPS.items())
     return USAGE.format(rows=rows)
 
 

@@ -66,12 +66,12 @@ GROUPS = {
     "end_gpu": "both with --data.augment-on gpu",
     "end_decode": "both with --data.augment-on gpu and --data.decode gpu",
     "end_one_stream": "both with --data.side-stream False",
-    "augment": "the full step, with views made from decoded images",
+    "augment": "the full step, with views from decoded images",
     "parts": "student, teacher, EMA + optimizer",
     "data": "read, decode, to device, augment",
     "ema": "the EMA, and the EMA as a Python loop",
-    "compile": "the full step eager if the run compiles it, else compiled",
-    "plain": "a step as in MoCo v3's code, and one with PyTorch's faster parts",
+    "compile": "the full step, eager where the run compiles it, or compiled",
+    "plain": "a step as in MoCo v3's code, one with newer PyTorch",
     "lightly": "a step built from lightly's blocks",
 }
 WITH_SHARDS = frozenset({*ENDINGS, "augment", "data"})

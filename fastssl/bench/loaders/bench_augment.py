@@ -12,6 +12,7 @@ import tyro
 from fastssl.bench.guard import exit_code
 from fastssl.bench.report import Row, brief, busy, machine, write_measured
 from fastssl.bench.screen import make_table, say_written, show
+from shards.command_line import File, Name, Names, parse
 from shards.errors import UserError, check_least
 from shards.storage.atomic_files import check_output
 
@@ -29,11 +30,11 @@ class BenchAugment:
     reason in its row; the others are measured all the same, and the exit code is 1.
     """
 
-    shards: Annotated[str, tyro.conf.Positional] = ""
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[SHARDS]")] = ""
     """Folder of shards with the images; empty: generated pictures of ImageNet's sizes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that holds the decoded images and makes the views."""
-    recipe: str = "moco_v3"
+    recipe: Name = "moco_v3"
     """Name of a preset."""
     size: int = 224
     """Side of the views in pixels."""
@@ -47,16 +48,16 @@ class BenchAugment:
     """Times each engine is measured, in turns."""
     seconds: float = 2.0
     """Shortest length of a measurement, in seconds."""
-    engines: str = "all"
+    engines: Names = "all"
     """Engines to measure: all that run on the device, or names with commas: triton, torch, fused, kornia, kornia-modules, dali-graph,
     torchvision-v2."""
-    json: str = ""
+    json: File = ""
     """JSON file for the results, a list with a row for each engine; rewritten after each measurement."""
 
 
 def run(argv: list[str]) -> int:
     """Run the sub-command."""
-    args = tyro.cli(BenchAugment, prog="fastssl bench augment", args=argv)
+    args = parse(BenchAugment, "fastssl bench augment", argv)
     if args.json:
         check_output(args.json, "--json")
     _check(args)

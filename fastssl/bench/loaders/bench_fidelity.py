@@ -10,6 +10,7 @@ import tyro
 
 from fastssl.bench.report import versions, write_rows
 from fastssl.bench.screen import make_table, say, say_written
+from shards.command_line import File, Name, Names, Shards, parse
 from shards.errors import UserError, check_least, nearest
 from shards.storage.atomic_files import check_output
 
@@ -24,23 +25,23 @@ class BenchFidelity:
     Both get the same draws. Figures are mean absolute differences in levels of 0..255, over all pixels and channels.
     """
 
-    shards: Annotated[str, tyro.conf.Positional]
+    shards: Annotated[Shards, tyro.conf.Positional]
     """Folder of shards of 8-bit images."""
-    recipe: str = "moco_v3"
+    recipe: Name = "moco_v3"
     """Name of a preset, whose ranges are drawn from."""
     size: int = 224
     """Side of the views in pixels."""
     images: int = 64
     """Number of images of the shards; generated edge cases are measured as well."""
-    engines: str = "fused,dali,kornia"
+    engines: Names = "fused,dali,kornia"
     """Engines to measure, with commas."""
-    json: str = ""
+    json: File = ""
     """JSON file for the results: a list of rows."""
 
 
 def run(argv: list[str]) -> int:
     """Run the sub-command."""
-    args = tyro.cli(BenchFidelity, prog="fastssl bench fidelity", args=argv)
+    args = parse(BenchFidelity, "fastssl bench fidelity", argv)
     if args.json:
         check_output(args.json, "--json")
     check_least(args, size=1, images=1)

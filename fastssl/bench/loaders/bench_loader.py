@@ -18,6 +18,7 @@ from fastssl.bench.loaders.work import MeasuredLoader, Work
 from fastssl.bench.report import PeakMemory, Row, Stopwatch, brief, busy, machine, write_measured
 from fastssl.bench.screen import make_table, say_written, show
 from fastssl.bench.turns import take_turns
+from shards.command_line import File, Name, Names, Shards, parse
 from shards.errors import UserError, check_least, nearest
 from shards.storage.atomic_files import check_output
 
@@ -36,9 +37,9 @@ class BenchLoader:
     A source image counts once, however many views are made of it. All images are read once before, so that the page cache is warm.
     """
 
-    shards: Annotated[str, tyro.conf.Positional]
+    shards: Annotated[Shards, tyro.conf.Positional]
     """Folder of shards."""
-    recipe: str = "moco_v3"
+    recipe: Name = "moco_v3"
     """Name of a preset."""
     size: int = 224
     """Side of the views in pixels."""
@@ -52,20 +53,20 @@ class BenchLoader:
     """Shortest length of a measurement, in seconds."""
     images: int = 2048
     """Number of images, used again and again; fewer if the shards hold fewer."""
-    engines: str = "all"
+    engines: Names = "all"
     """Our engines to measure: all, none, or names with commas: fused, dali, kornia, reference."""
-    peers: str = "all"
+    peers: Names = "all"
     """Other loaders to measure: all, none, or names with commas: moco-v3, torchvision-v2, lightly, webdataset, dali-graph,
     dali-decode, kornia-modules, ffcv."""
     scaling: bool = False
     """Also measure our engines on the CPU in 1, 2, 4 ... threads: rows such as fused (1)."""
-    json: str = ""
+    json: File = ""
     """JSON file for the results, a list with a row for each loader; rewritten after each measurement."""
 
 
 def run(argv: list[str]) -> int:
     """Run the sub-command."""
-    args = tyro.cli(BenchLoader, prog="fastssl bench loader", args=argv)
+    args = parse(BenchLoader, "fastssl bench loader", argv)
     if args.json:
         check_output(args.json, "--json")
     check(args)

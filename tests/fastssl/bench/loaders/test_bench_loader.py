@@ -300,7 +300,7 @@ def test_unknown_subcommand_and_help(capsys):
         bench_command.run(["loadr"])
     assert bench_command.run(["--help"]) == 0
     assert bench_command.run(["run.yaml", "--help"]) == 0
-    assert "usage: fastssl bench CONFIG [--data.shards DIR]" in capsys.readouterr().out
+    assert "usage: fastssl bench CONFIG [--data.shards SHARDS]" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------- report
