@@ -20,7 +20,7 @@ COMMANDS = {
     ),
     "label": (
         "shards.commands.label_command",
-        "Label finished shards from a table, by key or source, without touching them",
+        "Label finished shards from a table, without changing them",
     ),
     "split": (
         "shards.commands.split_command",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from shards.command_line import parse
+
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from shards.conversion.labelling import Labelling
 
@@ -38,7 +40,7 @@ class Label:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Parse the arguments after `fastssl label` and run it; UserError passes."""
-    args = tyro.cli(Label, prog="fastssl label", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    args = parse(Label, "fastssl label", argv, config=(tyro.conf.FlagCreatePairsOff,))
     from shards.conversion.labelling import label
 
     names = ("key_column", "source_column", "label_column", "dry_run")

@@ -15,8 +15,9 @@ from typing import Annotated, Any
 import tyro
 
 from fastssl.bench.conversion.writers import Task, Turn, litdata, only, ours, proof, smaller, webdataset
+from fastssl.bench.guard import exit_code
 from fastssl.bench.report import Row, Stopwatch, brief, busy, error_line, machine, write_report
-from fastssl.bench.screen import make_table, say_written, show
+from fastssl.bench.screen import Stoppable, make_table, say_written, show
 from fastssl.bench.turns import take_turns
 from shards.command_line import File, Folder, parse
 from shards.errors import UserError, check_least
@@ -111,7 +112,7 @@ def run(argv: list[str]) -> int:
         context = multiprocessing.get_context("spawn")
         with context.Pool(workers, initializer=_prepare, initargs=([str(folder / files[0])],)) as pool:
             task = Task(folder, files, workers, pool)
-            with console.status("") as status:
+            with Stoppable(console) as measuring, console.status("") as status:
 
                 def turn(number: int, writer: MeasuredWriter, row: Row) -> None:
                     status.update(
@@ -119,7 +120,7 @@ def run(argv: list[str]) -> int:
                     )
                     measure(writer, task, Path(scratch), row, keep=number > 0)
 
-                take_turns(range(args.repeats + 1), writers, rows, turn)
+                take_turns(range(args.repeats + 1), writers, rows, turn, console)
     by_name = {row.name: row for row in rows}
     for writer, row in zip(writers, rows, strict=True):
         row.compare(by_name.get(writer.base))
@@ -136,9 +137,9 @@ def run(argv: list[str]) -> int:
             "page_cache": "warm",
         }
         del settings["json"], settings["out"]
-        write_report(args.json, "shard", where, settings, rows)
+        write_report(args.json, "shard", where, settings, rows, complete=not measuring.stopped)
     say_written(console, args.json)
-    return 0
+    return exit_code(rows, stopped=measuring.stopped)
 
 
 def measure(writer: MeasuredWriter, task: Task, scratch: Path, row: Row, *, keep: bool) -> None:
@@ -186,7 +187,10 @@ def _gather(source: Path, folder: Path, num_images: int) -> tuple[Path, list[str
 def _prepare(paths: list[str]) -> None:
     """Import and use, in each process, what the turns will use."""
     import contextlib
+    import signal
 
+    # Ctrl-C is for the process that measures, which ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(ImportError):
         import webdataset  # noqa: F401
     for path in paths:
@@ -199,14 +203,13 @@ def _show(
 ) -> None:
     title = f"{args.images:,} JPEG files of {num_bytes / 1000:,.0f} kB, {workers} processes"
     table = make_table(title, "", ("images/s", "spread", "of its\nbase", "core ms", "of its\nbase"))
-    for number, row in enumerate(rows, 1):
-        name = f"{row.name} [dim]{number}[/]"
+    for row in rows:
         if row.images_per_s is None:
-            table.add_row(name, "failed")
+            table.add_row(row.name, row.why_not)
             continue
         ratio = "" if row.ratio is None else f"{row.ratio:.0%}"
         cpu_ratio = f"{row.more['cpu_ratio']:.0%}" if row.more.get("cpu_ratio") else ""
-        table.add_row(name, brief(row.images_per_s), row.spread(), ratio, f"{row.core_ms:.2f}", cpu_ratio)
+        table.add_row(row.name, brief(row.images_per_s), row.spread(), ratio, f"{row.core_ms:.2f}", cpu_ratio)
     show(
         console,
         table,

@@ -89,7 +89,7 @@ def run(argv: list[str]) -> int:
 
 
 def report(resolved: Resolved, options: Options) -> int:
-    """Measure, show and write a configuration's ladder; return 1 if a row failed, else 0.
+    """Measure, show and write a configuration's ladder; return 130 if Ctrl-C stopped it, 1 if a row failed, else 0.
 
     Raises:
         UserError: the model does not fit in the memory of the device, or the shards hold fewer images than a batch.
@@ -105,7 +105,7 @@ def report(resolved: Resolved, options: Options) -> int:
     from fastssl.bench.ladder.step_rungs import build
     from fastssl.bench.ladder.verdict import judge
     from fastssl.bench.report import machine, write_report
-    from fastssl.bench.screen import say_written
+    from fastssl.bench.screen import Stoppable, say_written
     from fastssl.core.distributed import choose_device
     from fastssl.core.out_of_memory import bracketed_cause
     from fastssl.pretraining.build import follow_shards
@@ -150,7 +150,7 @@ def report(resolved: Resolved, options: Options) -> int:
         kinds = {"compiled": ladder.compiled, "can_compile": ladder.can_compile}
         return judge(rates, dataclasses.replace(allowed, **kinds), ladder.contention)
 
-    def save(ladder: Ladder) -> None:
+    def save(ladder: Ladder, *, complete: bool = False) -> None:
         if options.json:
             verdict = judged(ladder)
             more = {
@@ -159,18 +159,21 @@ def report(resolved: Resolved, options: Options) -> int:
                 "conclusion": verdict.sentence,
             }
             known = settings | {"compiled": ladder.compiled}
-            write_report(options.json, "ladder", where, known, list(ladder.rows.values()), **more)
+            rows = list(ladder.rows.values())
+            write_report(options.json, "ladder", where, known, rows, complete=complete, **more)
 
     ladder = Ladder(resolved, trainee, clock, Guard(device, no_memory), top, save)
     del trainee
-    ladder.measure(groups)
-    # Others' steps take longer.
-    fewer = Clock(device, train.batch, max(1, options.steps // 2), options.repeats, console)
-    ladder.each(peer_rows(resolved, fewer, groups))
+    with Stoppable(console) as measuring:
+        ladder.measure(groups)
+        # Others' steps take longer.
+        fewer = Clock(device, train.batch, max(1, options.steps // 2), options.repeats, console)
+        ladder.each(peer_rows(resolved, fewer, groups))
+    save(ladder, complete=not measuring.stopped)
     known = facts | {"compiled": ladder.compiled}
     show(console, ladder, judged(ladder), where, known)
     say_written(console, options.json)
-    return exit_code(ladder.rows.values())
+    return exit_code(ladder.rows.values(), stopped=measuring.stopped)
 
 
 def choose_groups(resolved: Resolved, device: torch.device, options: Options) -> list[str]:

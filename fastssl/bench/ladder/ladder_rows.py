@@ -19,7 +19,9 @@ from fastssl.bench.ladder.step_peers import STEP_PEERS, ema_loop, ema_pairs
 from fastssl.bench.ladder.step_rungs import FORWARDS, Trainee, step_rows, step_views
 from fastssl.bench.ladder.verdict import (
     AUGMENT,
+    COMPILED,
     DECODE,
+    EAGER,
     END_TO_END,
     FULL,
     FULL_AUGMENT,
@@ -32,10 +34,10 @@ from fastssl.bench.ladder.verdict import (
     UPDATE,
 )
 from fastssl.bench.report import Row
+from fastssl.bench.screen import say_row
 from fastssl.pretraining.build import compile_blocks, has_compiler
 from fastssl.pretraining.run_config import Resolved
 
-EAGER, COMPILED = "full step, eager", "full step, compiled"
 EMA, EMA_LOOP = "EMA", "EMA as a Python loop"
 
 
@@ -183,6 +185,7 @@ class Ladder:
                 full.compare(row)
         if row.name == EMA_LOOP:
             self._rows[EMA].compare(row)
+        say_row(self.clock.console, row)
         self._save(self)
 
     def _clear(self) -> None:

@@ -15,8 +15,8 @@ import tyro
 
 from fastssl.bench.guard import Guard, exit_code
 from fastssl.bench.loaders.work import MeasuredLoader, Work
-from fastssl.bench.report import PeakMemory, Row, Stopwatch, brief, busy, machine, write_measured
-from fastssl.bench.screen import make_table, say_written, show
+from fastssl.bench.report import PeakMemory, Row, Stopwatch, brief, busy, figure, machine, write_measured
+from fastssl.bench.screen import Stoppable, make_table, say_row, say_written, show
 from fastssl.bench.turns import take_turns
 from shards.command_line import File, Name, Names, Shards, parse
 from shards.errors import UserError, check_least, nearest
@@ -116,7 +116,12 @@ def run(argv: list[str]) -> int:
         "images": len(sample_ids),
         "page_cache": "warm",
     }
-    with console.status("") as status:
+
+    def save(*, complete: bool) -> None:
+        if args.json:
+            write_measured(args.json, where, settings, rows, complete=complete)
+
+    with Stoppable(console) as measuring, console.status("") as status:
 
         def turn(number: int, loader: MeasuredLoader, row: Row) -> None:
             status.update(f"measuring {loader.name}, {number} of {args.repeats}")
@@ -124,13 +129,15 @@ def run(argv: list[str]) -> int:
             for each in rows:
                 if each.fidelity:
                     each.compare(base)
-            if args.json:
-                write_measured(args.json, where, settings, rows)
+            save(complete=False)
 
-        take_turns(range(1, args.repeats + 1), loaders, rows, turn)
+        for row in failed.values():
+            say_row(console, row)
+        take_turns(range(1, args.repeats + 1), loaders, rows, turn, console)
+    save(complete=not measuring.stopped)
     _show(console, rows, work, where, args)
     say_written(console, args.json)
-    return exit_code(rows)
+    return exit_code(rows, stopped=measuring.stopped)
 
 
 def check(args: BenchLoader) -> None:
@@ -176,8 +183,10 @@ def measure(
         with PeakMemory() as memory, contextlib.closing(loader.open(work)) as batches:
             for _ in range(2):
                 spend(batches, min(WARM_UP_S, seconds))
-            row.add(*spend(batches, seconds))
+            measured = spend(batches, seconds)
+        # All figures at once, so that Ctrl-C leaves no half of them.
         row.more["peak_memory_bytes"] = max(memory.most_bytes, row.more.get("peak_memory_bytes", 0))
+        row.add(*measured)
 
     guard.run([row], turn)
 
@@ -340,20 +349,15 @@ def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: Ben
     title = f"{len(ids):,} images of {width} x {height}, {recipe.num_views} views of {recipe.size} px, recipe {args.recipe}"
     figures = ("images\nper s", "spread", f"vs\n{MOCO_V3}", "cores", "core\nms", "GB")
     table = make_table(title, "loader", figures, "fidelity")
-    for number, row in enumerate(rows, 1):
-        name = f"{row.name} [dim]{number}[/]"
+    for row in rows:
         if row.images_per_s is None:
-            table.add_row(name, "failed", "", "", "", "", "", row.fidelity)
+            table.add_row(row.name, *[""] * len(figures), row.why_not)
             continue
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         table.add_row(
-            name,
+            row.name,
             brief(row.images_per_s),
             row.spread(),
-            ratio,
-            f"{row.cpu_cores:.2f}",
-            f"{row.core_ms:.2f}",
-            f"{row.more['peak_memory_bytes'] / 1e9:.1f}",
+            *map(figure, (row.ratio, row.cpu_cores, row.core_ms, row.more["peak_memory_bytes"] / 1e9)),
             row.fidelity or "[dim]part only[/]",
         )
     show(

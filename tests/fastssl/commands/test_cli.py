@@ -197,7 +197,9 @@ def test_folders_without_images(told, tmp_path: Path) -> None:
 
 
 def test_no_shards_to_train_on(told, config, tmp_path: Path) -> None:
-    assert "give --data.shards SHARDS, the folder that `fastssl shard` made" in told("pretrain", config(data=""))
+    assert "give --data.shards SHARDS, the folder that `fastssl shard` made" in told(
+        "pretrain", config(data="")
+    )
     assert str(tmp_path / "none") in told("pretrain", config(data=tmp_path / "none"))
     assert not (tmp_path / "run").exists()
 

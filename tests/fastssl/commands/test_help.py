@@ -30,6 +30,7 @@ METAVARS = {
         "NAME",
         "NAMES",
         "SETTINGS",
+        "TABLE",
     ),
     *(
         "N",
