@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,7 +49,7 @@ def run(argv: list[str]) -> int:
         raise UserError(f"'{out}' exists and is not overwritten: name another file.")
     check_output(out, "FILE")
     atomic_write(out, known[name].read_bytes())
-    print(f"{out}\nRun it: fastssl pretrain {out} --data.shards SHARDS")
+    print(f"{out}\nnext: fastssl pretrain {shlex.quote(str(out))} --data.shards SHARDS")
     return 0
 
 

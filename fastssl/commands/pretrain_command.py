@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
+
+from shards.units import plural
 
 USAGE = """usage: fastssl pretrain [CONFIG] [--recipe NAME] [--gpus all]
                         [--resume [CHECKPOINT]] [--section.key value ...]
@@ -70,12 +73,17 @@ def run(argv: list[str]) -> int:
         )
         return 128 + summary.interrupted
     if summary.images_per_s == 0:
-        print(f"This run is already complete ({summary.steps} steps). Weights: {summary.checkpoint}")
+        print(
+            f"This run is already complete ({plural(summary.steps, 'step')}). Weights: {summary.checkpoint}"
+        )
         return 0
     print(
-        f"Done: {summary.steps} steps, {summary.seconds:,.0f} s, {summary.images_per_s:,.0f} images/s. Weights: {summary.checkpoint}"
+        f"Done: {plural(summary.steps, 'step')}, {summary.seconds:,.0f} s, {summary.images_per_s:,.0f} images/s. "
+        f"Weights: {summary.checkpoint}"
     )
-    print(f"Evaluate them: fastssl eval knn {resolved.config.train.out} --shards LABELLED_SHARDS")
+    print(
+        f"next: fastssl eval knn {shlex.quote(str(resolved.config.train.out))} --shards SHARDS (any with labels)"
+    )
     return 0
 
 

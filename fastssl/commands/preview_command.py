@@ -12,6 +12,7 @@ from pipelines.engines.engine_table import EngineName, engine_names
 from shards.command_line import Name, Names, Shards, parse
 from shards.errors import UserError, check_least, nearest
 from shards.storage.atomic_files import check_output
+from shards.units import plural
 
 if TYPE_CHECKING:
     from pipelines.augment.recipe import Recipe
@@ -85,7 +86,7 @@ def run(argv: list[str]) -> int:
         "bands": args.bands,
         "value_range": args.value_range,
     }
-    shown = f"{min(args.rows, len(shards))} images"
+    shown = plural(min(args.rows, len(shards)), "image")
     if compared:
         preview_sheets.engines_sheet(shards, recipe, out, compared, **how)
         print(f"{shown} by {', '.join(compared)}: {out}")
@@ -95,7 +96,9 @@ def run(argv: list[str]) -> int:
     else:
         preview_sheets.contact_sheet(shards, recipe, out, epochs=args.epochs, engine=args.engine, **how)
         local = f" and {recipe.local_views} at {recipe.local_size} px" if recipe.local_views else ""
-        print(f"{shown}, {args.epochs} epochs of {recipe.num_views} views at {recipe.size} px{local}: {out}")
+        print(
+            f"{shown}, {plural(args.epochs, 'epoch')} of {plural(recipe.num_views, 'view')} at {recipe.size} px{local}: {out}"
+        )
     return 0
 
 

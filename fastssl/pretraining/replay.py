@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
@@ -208,7 +209,7 @@ def replay(args: Replay) -> list[str]:
             )
         elif dtype != torch.float32 and not broken:
             lines.append(
-                f"Check whether it also fails in float32: fastssl replay {args.file} --precision fp32"
+                f"Check whether it also fails in float32: fastssl replay {shlex.quote(args.file)} --precision fp32"
             )
         return lines
 

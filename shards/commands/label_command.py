@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from shards.command_line import parse
+from shards.units import plural
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from shards.conversion.labelling import Labelling
@@ -56,7 +57,9 @@ def sentences(args: Label, done: Labelling) -> list[str]:
         return ", ".join(f"'{name}'" for name in names) + (" ..." if count > len(names) else "")
 
     verb = "would be labelled" if args.dry_run else "are labelled"
-    lines = [f"{done.labelled:,} samples of {args.shards} {verb} from {args.table}; {done.changed:,} change."]
+    lines = [
+        f"{plural(done.labelled, 'sample')} of {args.shards} {verb} from {args.table}; {done.changed:,} change."
+    ]
     if done.new_classes:
         lines.append(
             f"New classes: {len(done.new_classes):,}, {some(done.new_classes[:3], len(done.new_classes))}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Any
 
@@ -28,6 +29,7 @@ class ConversionScreen(ProgressReport):
         self._console = console
         self._source = source
         self._policy = policy
+        self._noun = "image"
         self._first: int | None = None
         self._next_s = time.monotonic() + PLAIN_INTERVAL_S
         columns = (
@@ -55,20 +57,20 @@ class ConversionScreen(ProgressReport):
         if self._bar:
             self._bar.update(self._task, completed=num_images)
         else:
-            self._plain(f"{num_images:,} images found so far")
+            self._plain(f"{plural(num_images, self._noun)} found so far")
 
     def planned(self, plan: Plan, source: Source, todo: int) -> None:
         if self.num_shards >= 0:  # a second round, without the duplicates
             self._first = None
             return
-        self.num_shards = todo
+        self.num_shards, self._noun = todo, source.noun
         classes = plan.classes
         labels = f" in {plural(len(classes), 'class', 'classes')}" if classes else ""
-        self.say(f"Found {plural(plan.settings.num_images, 'image')}{labels} in {self._source}")
+        self.say(f"Found {plural(plan.settings.num_images, source.noun)}{labels} in {self._source}")
         if source.kind == "folder" and looks_like_splits(classes):
             self._warn(
                 f"the folders {', '.join(classes)} look like splits, but are taken as classes. To keep them apart, convert each: "
-                f"fastssl shard {self._source.rstrip('/')}/{classes[0]} ..."
+                f"fastssl shard {shlex.quote(self._source.rstrip('/') + '/' + classes[0])} ..."
             )
         for text in source.describe():
             self.say(text)
@@ -101,11 +103,11 @@ class ConversionScreen(ProgressReport):
                 description="Converting",
                 completed=done,
                 total=total,
-                speed=f"{speed:,.0f} images/s" if speed else "",
+                speed=f"{speed:,.0f} {self._noun}s/s" if speed else "",
                 quarantined=refused,
             )
         else:
-            self._plain(f"{done:,} of {total:,} images, {quarantined:,} quarantined")
+            self._plain(f"{done:,} of {plural(total, self._noun)}, {quarantined:,} quarantined")
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -115,8 +116,7 @@ def _show(console: Console, args: Split, rule: SplitRule, made: Division) -> Non
     if (made.sides < 0).any():
         parts["in none"] = made.sides < 0
     parts |= {fraction_name(share): made.fractions <= share for share in rule.labelled}
-    title = Text(place / layout.SPLITS + (f", {prefix}..." if prefix else ""))
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for name in parts:
         table.add_column(Text(name), justify="right")
@@ -132,6 +132,9 @@ def _show(console: Console, args: Split, rule: SplitRule, made: Division) -> Non
     unlabelled = [int((inside & (made.labels < 0)).sum()) for inside in parts.values()]
     if classes and any(unlabelled):
         table.add_row("no label", *(f"{num:,}" for num in unlabelled), style="dim")
+    # Above the table, whose title would break within a long path.
+    where = place / layout.SPLITS + (f", {prefix}..." if prefix else "")
+    console.print(where, style="italic", markup=False, soft_wrap=True)
     console.print(table)
     if len(classes) > _SHOWN_CLASSES:
         console.print(f"{len(classes) - _SHOWN_CLASSES:,} more classes are not shown.", markup=False)
@@ -139,7 +142,7 @@ def _show(console: Console, args: Split, rule: SplitRule, made: Division) -> Non
         console.print(note, markup=False)
     if "train" in made.names:
         console.print(
-            f"Use: fastssl pretrain CONFIG --data.shards {args.shards} --data.split {prefix}train",
+            f"next: fastssl pretrain --data.shards {shlex.quote(args.shards)} --data.split {shlex.quote(prefix + 'train')}",
             markup=False,
             soft_wrap=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -105,7 +106,9 @@ def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
         not finding.harmless and finding.file not in (SPLITS, LABELS) for finding in verdict.findings
     ):
         way_out = "with the options that `fastssl shard` had, makes the damaged files again."
-        console.print(f"fastssl verify {args.shards} --repair --source SOURCE, {way_out}", markup=False)
+        console.print(
+            f"fastssl verify {shlex.quote(args.shards)} --repair --source SOURCE, {way_out}", markup=False
+        )
     if args.repair and verdict.findings:
         with _bar(console, "Making again", "images") as progress:
             done = repair(place, verdict, source, workers=args.workers, progress=progress)

@@ -54,15 +54,16 @@ class Policy:
             )
 
     def describe(self) -> list[str]:
-        """What will be done, a sentence each, for the start of a run."""
-        lines = [self._about_store()]
+        """What will be done other than by default, a sentence each, for the start of a run; the summary counts what was done."""
+        lines = []
+        if (self.store, self.quality) != ("keep", 95):
+            lines.append(self._about_store())
         if self.short_side:
             lines.append(
                 f"Images whose shorter side has more than {self.short_side} pixels are scaled down to it."
             )
-        lines += [_ALPHA[self.alpha], _DEEP[self.deep]]
-        if self.store != "npy":
-            lines.append("Images not of 1 or 3 channels are stored as NumPy arrays: nothing is lost.")
+        lines += [_ALPHA[self.alpha]] if self.alpha != "white" else []
+        lines += [_DEEP[self.deep]] if self.deep != "keep" else []
         if self.animated == "first":
             lines.append("Of animations and several pages the first is taken.")
         if self.cmyk == "refuse":

@@ -58,6 +58,8 @@ class Source:
     searched: Place | None = None
     extra_schema: pa.Schema = pa.schema([])
     classes: Sequence[str] = ()
+    noun = "image"
+    """What an entry is called on the screen."""
 
     def settings(self) -> dict[str, Any]:
         """All that decides the shards' bytes beside the listing of the entries: JSON values."""

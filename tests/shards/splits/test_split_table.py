@@ -55,7 +55,7 @@ def test_a_table_and_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert lines[0].endswith(layout.SPLITS)
     assert "train val test labelled-0.1 labelled-0.5" in lines
     assert "images 42 6 12 4 21" in lines
-    assert f"Use: fastssl pretrain CONFIG --data.shards {folder} --data.split train" in lines
+    assert f"next: fastssl pretrain --data.shards {folder} --data.split train" in lines
     train, val, test, few, half = parts(folder, "train", "val", "test", "labelled-0.1", "labelled-0.5")
     assert sorted([*train, *val, *test]) == list(range(60))
     assert few < half < train

@@ -52,8 +52,9 @@ def config_file(tmp_path: Path) -> str:
 
 def test_a_step_that_is_the_slower_side():
     assert told().sentence == (
-        "The step is the bottleneck, and in it student forward + backward: no setting makes it faster as it is: use a smaller --model.backbone or "
-        "--recipe.size, or more devices; the loader makes 6,000 images/s, the step 3,000, together 2,940: 98% of what they allow."
+        "The step is the bottleneck, and in it student forward + backward: no setting makes it faster as it is: use a smaller "
+        "--model.backbone or --recipe.size, or more devices; the loader makes 6,000 images/s, the step 3,000, together 2,940: 98% "
+        "of what they allow."
     )
     assert (told().bottleneck, told().overlap, told().contention) == (verdict.STUDENT, 0.98, 1.0)
 
