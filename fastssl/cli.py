@@ -7,6 +7,7 @@ import warnings
 from importlib import import_module
 
 from fastssl import __version__
+from shards.terminal import wrapped
 
 # name: (module with run(argv), one line of help)
 COMMANDS = {
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         # Of a warning a user needs the sentence, not the place in the source.
-        warnings.formatwarning = lambda message, *place: f"fastssl: note: {message}\n"
+        warnings.formatwarning = lambda message, *place: wrapped(f"fastssl: note: {message}\n", sys.stderr)
     if not argv:
         print(usage())
         print("fastssl: give a command, such as `fastssl demo`.", file=sys.stderr)
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"There is no command '{argv[0]}'.{nearest(argv[0], COMMANDS)}")
         return import_module(COMMANDS[argv[0]][0]).run(argv[1:]) or 0
     except UserError as error:
-        print(f"fastssl: {error}", file=sys.stderr)
+        print(wrapped(f"fastssl: {error}", sys.stderr), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastssl: interrupted.", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from shards.command_line import parse
+from shards.terminal import wrapped
 from shards.units import plural
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
@@ -47,7 +49,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     names = ("key_column", "source_column", "label_column", "dry_run")
     done = label(args.shards, args.table, **{name: getattr(args, name) for name in names})
     for line in sentences(args, done):
-        print(line)
+        print(wrapped(line, sys.stdout))
 
 
 def sentences(args: Label, done: Labelling) -> list[str]:

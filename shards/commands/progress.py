@@ -15,6 +15,7 @@ from shards.conversion.size_estimate import estimate
 from shards.images.policy import Policy
 from shards.sources.file_set import looks_like_splits
 from shards.sources.source import Source
+from shards.terminal import wrapped
 from shards.units import human_size, plural
 
 PLAIN_INTERVAL_S = 30.0
@@ -110,10 +111,10 @@ class ConversionScreen(ProgressReport):
             self._plain(f"{done:,} of {plural(total, self._noun)}, {quarantined:,} quarantined")
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(wrapped(text, self._console), markup=False)
 
     def _warn(self, text: str) -> None:
-        self._console.print(f"Warning: {text}", style="yellow", markup=False)
+        self._console.print(wrapped(f"Warning: {text}", self._console), style="yellow", markup=False)
 
     def _plain(self, text: str) -> None:
         if time.monotonic() >= self._next_s:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from shards.command_line import parse
+from shards.terminal import wrapped
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from collections.abc import Iterator
@@ -198,7 +199,8 @@ def _print(console: Console, folder: str, verdict: VerifyResult) -> None:
         text = f"{folder} is DAMAGED: {len(files):,} {noun}{hurt} of {about} ({speed})."
         console.print(text, style="red", markup=False)
     else:
-        console.print(f"{folder} is whole: {looked}. {about} ({speed}).", style="green", markup=False)
+        told = f"{folder} is whole: {looked}. {about} ({speed})."
+        console.print(wrapped(told, console), style="green", markup=False)
 
 
 def _table(findings: list[Damage]):

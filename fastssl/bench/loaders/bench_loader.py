@@ -21,6 +21,7 @@ from fastssl.bench.turns import take_turns
 from shards.command_line import File, Name, Names, Shards, parse
 from shards.errors import UserError, check_least, nearest
 from shards.storage.atomic_files import check_output
+from shards.units import plural
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -364,8 +365,8 @@ def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: Ben
         console,
         table,
         rows,
-        f"{where['cpu']}, {where['cores']} cores{busy(where)}; {work.threads} threads or worker processes, "
-        f"batches of {work.batch}; median and spread of {args.repeats} turns of {args.seconds:g} s after "
+        f"{where['cpu']}, {where['cores']} cores{busy(where)}; {plural(work.threads, 'thread')} or worker processes, "
+        f"batches of {work.batch}; median and spread of {plural(args.repeats, 'turn')} of {args.seconds:g} s after "
         "warm-up, page cache warm. cores, core ms: CPU time per second, per image. GB: peak memory of all processes "
         "together. The fidelity of our engines is measured: exact is within half a gray level of PIL on average, close within two.",
     )
