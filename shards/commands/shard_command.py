@@ -33,7 +33,7 @@ _SHOWN_REASONS = 5
 class Shard:
     """Convert images to WebDataset shards.
 
-    In a folder of images the folders directly below it become class labels, which pretraining does not need; docs/sources.md tells of
+    In a folder of images the folders directly below it become class labels, which pretraining does not need; docs/sources.md describes
     lists, tars and rasters. Every image is decoded once as a proof;
     broken ones are set aside and listed in DEST/quarantine.jsonl. The same command again finishes an interrupted conversion, with the
     same bytes.
@@ -47,7 +47,8 @@ class Shard:
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Decides the order of the samples in the shards."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Processes to use; 0 for none beside this one. None: one a CPU. With --engine ray: shards at a time, None for two a CPU."""
+    """Number of worker processes; 0: work in this process. None: one per CPU. With --engine ray: shards at a time, by default
+    two per CPU."""
     engine: Literal["local", "ray"] = "local"
     """Where shards are made: in processes of this machine, or on all nodes of a running Ray cluster."""
     ray_address: Annotated[str, tyro.conf.arg(metavar="auto|HOST:PORT")] = "auto"

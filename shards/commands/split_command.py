@@ -26,7 +26,7 @@ class Split:
     """Divide a shard folder into train, val, test and nested label fractions, in SHARDS/splits.parquet.
 
     Where an image goes is decided by a hash of the seed and its name, so it hardly moves when images are added. Images with the
-    same pixels and images of one group are never torn apart. `fastssl pretrain ... --data.split train` and
+    same pixels and images of one group always stay together. `fastssl pretrain ... --data.split train` and
     `fastssl eval knn ... --split train --test-split val` use what this makes.
     """
 
@@ -45,8 +45,8 @@ class Split:
     stratify: Annotated[str, tyro.conf.arg(metavar="COLUMN")] = ""
     """Give val and test their share of each value of this column; label for the classes. A group counts by its most frequent value."""
     method: Literal["exact", "stable"] = "exact"
-    """exact: as near to the shares as the groups allow; few images change sides when images are added. stable: none ever does, for
-    each group's name decides alone, and the shares are met in the mean."""
+    """exact: as close to the shares as the groups allow; few images change sides when images are added. stable: no image ever does,
+    because each group's name alone decides, and the shares are met on average."""
     by_list: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")] = ()
     """Files with the names of images, a line each, instead of shares: train.txt makes the split train, dev=names.txt the split dev."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0

@@ -33,7 +33,7 @@ _SHOWN_PER_FILE = 8
 class Verify:
     """Check shards: every byte of every file against its SHA-256.
 
-    Says which sample is damaged, and what of it. Exit code 0: all is well, or is again; 1: something is damaged.
+    Names each damaged sample and its damaged part. Exit code 0: nothing is damaged, or all was repaired; 1: something is damaged.
 
     --repair makes damaged shards again, byte for byte, from the images: give --source SOURCE and with it the options that
     `fastssl shard` had, such as --masks or --tile. What cannot be made with the same bytes stays as it is.
@@ -46,11 +46,11 @@ class Verify:
     decode: bool = False
     """Decode every image and mask, too."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Processes to use; 0 for none beside this one. None: one a CPU."""
+    """Number of worker processes; 0: work in this process. None: one per CPU."""
     repair: bool = False
-    """Mend what is damaged, and remove what killed runs left. Without --source: only indexes and checksums."""
+    """Repair what is damaged, and remove what killed runs left. Without --source: only indexes and checksums."""
     source: Annotated[str, tyro.conf.arg(metavar="SOURCE")] = ""
-    """With --repair: what the shards were made of, wherever it lies now."""
+    """With --repair: the source that the shards were made from, at its present place."""
     json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Write all findings to this file, too."""
 

@@ -1,6 +1,7 @@
 """Sentences on a terminal break between words, and nowhere else."""
 
 import io
+import itertools
 import random
 
 import pytest
@@ -25,7 +26,7 @@ def test_lines_break_between_words(terminal) -> None:
         assert " ".join(lines).split(" ") == words
         assert max(map(len, lines)) <= 40
         # No line is shorter than it must be: the next word did not fit.
-        for line, after in zip(lines, lines[1:], strict=False):
+        for line, after in itertools.pairwise(lines):
             assert len(line) + 1 + len(after.split(" ")[0]) > 40
 
 

@@ -235,7 +235,7 @@ def test_a_shard_whose_bytes_changed_since(told, config, shards: Path, tmp_path:
     assert "does not decode" in sentence
     assert "delete '" in sentence
     assert "shard-00000" in sentence
-    assert sentence.endswith("run the same `fastssl shard` command again, which makes it anew.")
+    assert sentence.endswith("run the same `fastssl shard` command again, which makes it again.")
     assert told("preview", broken, "--out", tmp_path / "views.png") != ""
 
 

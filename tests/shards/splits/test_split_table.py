@@ -157,7 +157,7 @@ def test_lists_that_tear_twins_are_told_of(
     (tmp_path / "train.txt").write_text("scene00_t0.png\n")
     (tmp_path / "val.txt").write_text("scene14_t3.png\n")
     run([str(folder), "--by-list", str(tmp_path / "train.txt"), str(tmp_path / "val.txt")])
-    assert "The lists tear 1 groups apart" in " ".join(capsys.readouterr().out.split())
+    assert "The lists put images of 1 group" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
