@@ -7,24 +7,25 @@ import warnings
 from importlib import import_module
 
 from fastssl import __version__
+from shards.terminal import wrapped
 
 # name: (module with run(argv), one line of help)
 COMMANDS = {
     "demo": (
         "fastssl.demo.demo_command",
-        "See it work: draw a small data set, shard, preview, pretrain and evaluate it (5 minutes on a CPU)",
+        "See it work in 5 minutes on a CPU: draw images, pretrain, evaluate",
     ),
     "shard": (
         "shards.commands.shard_command",
-        "Turn folders, lists, tars or rasters into WebDataset shards, each image proven to decode",
+        "Convert folders, lists, tars or rasters to WebDataset shards",
     ),
     "label": (
         "shards.commands.label_command",
-        "Label finished shards from a table, by key or source, without touching them",
+        "Label finished shards from a table, without changing them",
     ),
     "split": (
         "shards.commands.split_command",
-        "Divide shards into train, val, test and nested label fractions, without leaks",
+        "Divide shards into train, val, test and label fractions",
     ),
     "verify": (
         "shards.commands.verify_command",
@@ -32,26 +33,26 @@ COMMANDS = {
     ),
     "inspect": (
         "shards.commands.inspect_command",
-        "Show what shards contain: tables, and a contact sheet with histograms",
+        "Show what shards contain: tables, pictures and histograms",
     ),
     "preview": (
         "fastssl.commands.preview_command",
-        "Draw originals beside the views that a recipe makes of them, as a PNG",
+        "Draw originals beside their augmented views, as a PNG",
     ),
     "configs": ("fastssl.commands.configs_command", "List the packaged configurations, or copy one"),
     "pretrain": ("fastssl.commands.pretrain_command", "Pretrain a backbone on shards, without labels"),
     "launch": (
         "fastssl.commands.launch_command",
-        "Start a run on a cluster: launch slurm, which saves, requeues and continues by itself",
+        "Start a run on a cluster that requeues itself: launch slurm",
     ),
     "eval": ("fastssl.commands.eval_command", "Evaluate a checkpoint: eval knn"),
     "doctor": (
         "fastssl.doctor.doctor_command",
-        "Check driver, GPUs, compiler, limits, disk and a data set, and say what to do about each fault",
+        "Check driver, GPUs, compiler, limits, disk and a data set",
     ),
     "replay": (
         "fastssl.pretraining.replay",
-        "Repeat a step that was not finite, and say where it went wrong",
+        "Repeat a step that was not finite, and find where it failed",
     ),
     "report": (
         "fastssl.commands.report_command",
@@ -59,7 +60,7 @@ COMMANDS = {
     ),
     "bench": (
         "fastssl.bench.bench_command",
-        "Find what limits a run, rung by rung: bench CONFIG; compare loaders: bench loader; measure a GPU: bench gpu",
+        "Find what limits a run: bench CONFIG; compare loaders: bench loader",
     ),
 }
 
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         # Of a warning a user needs the sentence, not the place in the source.
-        warnings.formatwarning = lambda message, *place: f"fastssl: note: {message}\n"
+        warnings.formatwarning = lambda message, *place: wrapped(f"fastssl: note: {message}\n", sys.stderr)
     if not argv:
         print(usage())
         print("fastssl: give a command, such as `fastssl demo`.", file=sys.stderr)
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"There is no command '{argv[0]}'.{nearest(argv[0], COMMANDS)}")
         return import_module(COMMANDS[argv[0]][0]).run(argv[1:]) or 0
     except UserError as error:
-        print(f"fastssl: {error}", file=sys.stderr)
+        print(wrapped(f"fastssl: {error}", sys.stderr), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastssl: interrupted.", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Fill the tables of Markdown pages from the JSON of benchmarks: python docs/results/make_table.py README.md docs/engines.md.
 
 A table stands between `<!-- table docs/benchmarks/FILE.json -->` and `<!-- end -->`; its form is that of the benchmark which wrote the
-file. FILE may be a pattern with `*`: the latest such file of a GPU, and as long as there is none, the page stays as it is.
+file. FILE may be a pattern with `*`: the latest such file of a GPU. As long as there is none, the place is empty; a caption after
+FILE, `<!-- table FILE | CAPTION -->`, appears with the table.
 """
 
 import json
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- table (\S+)(?: \| ([^\n]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(report: list[dict] | dict) -> str:
@@ -35,7 +36,10 @@ def fill(text: str, root: Path = ROOT) -> str:
 
     def made(found: re.Match[str]) -> str:
         path = _latest(root, found[2])
-        return found[0] if path is None else found[1] + table(json.loads(path.read_text())) + "\n" + found[3]
+        if path is None:
+            return found[1] + found[4]
+        caption = f"\n{found[3]}\n\n" if found[3] else ""
+        return found[1] + caption + table(json.loads(path.read_text())) + "\n" + found[4]
 
     return PLACE.sub(made, text)
 

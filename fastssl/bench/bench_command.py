@@ -15,16 +15,25 @@ SUBCOMMANDS = {
     "start": "fastssl.bench.loaders.bench_start",
     "gpu": "fastssl.bench.gpu.gpu_command",
 }
-USAGE = """usage: fastssl bench CONFIG [options]            what limits a run, rung by rung, and the switch to try
-       fastssl bench loader SHARDS [options]     images per second from shards to views, beside other loaders
-       fastssl bench augment [SHARDS] [options]  time from decoded images to views on a GPU or a CPU, beside other libraries
-       fastssl bench fidelity SHARDS [options]   difference of each engine's views to the reference, in gray levels
-       fastssl bench shard FOLDER [options]      images per second from JPEG files to shards, beside other writers
-       fastssl bench plan [options]              time and memory of planning for 10 million images
-       fastssl bench start SHARDS [options]      time and memory to the first batch of a million samples
-       fastssl bench gpu [--first] [options]     all GPU tests and measurements, within a time limit
+USAGE = """usage: fastssl bench CONFIG [options]
+           what limits a run, part by part, and the setting to try
+       fastssl bench loader SHARDS [options]
+           images per second from shards to views, beside other loaders
+       fastssl bench augment [SHARDS] [options]
+           time from decoded images to views, beside other libraries
+       fastssl bench fidelity SHARDS [options]
+           difference of each engine's views to the reference, in gray levels
+       fastssl bench shard FOLDER [options]
+           images per second from JPEG files to shards, beside other writers
+       fastssl bench plan [options]
+           time and memory of planning for 10 million images
+       fastssl bench start SHARDS [options]
+           time and memory to the first batch of a million samples
+       fastssl bench gpu [--first] [options]
+           all GPU tests and measurements, within a time limit
 
-`fastssl bench CONFIG --help`, `fastssl bench loader --help` and so on list the options."""
+`fastssl bench CONFIG --help`, `fastssl bench loader --help` and so on list the
+options."""
 
 
 def run(argv: list[str]) -> int:

@@ -88,6 +88,6 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or is_out_of_memory(error)
 
 
-def exit_code(rows: Iterable[Row]) -> int:
-    """Return 1 if the measurement of a row failed, 0 if all rows ran or cannot run here."""
-    return int(any(row.failure for row in rows))
+def exit_code(rows: Iterable[Row], *, stopped: bool = False) -> int:
+    """Return 130 if Ctrl-C stopped the measurements, 1 if that of a row failed, 0 if all rows ran or cannot run here."""
+    return 130 if stopped else int(any(row.failure for row in rows))

@@ -36,6 +36,9 @@ _VERSIONS = {
 }
 
 
+NOT_INSTALLED = "not installed"
+
+
 @dataclass
 class Row:
     """One line of a report: its rates and what they are compared with, or the reason why there are none."""
@@ -61,6 +64,21 @@ class Row:
     def images_per_s(self) -> float | None:
         """Median of the repeats; None where nothing was measured."""
         return statistics.median(self.rates) if self.rates else None
+
+    @property
+    def why_not(self) -> str:
+        """Return in a word or two why there is no rate, for a table; empty where there is one."""
+        if self.rates:
+            return ""
+        if self.failure:
+            return "failed"
+        return (
+            NOT_INSTALLED
+            if self.error.startswith(NOT_INSTALLED)
+            else "cannot run"
+            if self.error
+            else "not reached"
+        )
 
     @property
     def cpu_cores(self) -> float | None:
@@ -117,6 +135,11 @@ def brief(rate: float) -> str:
     if rate >= 10_000:
         return f"{rate / 1000:,.0f}k"
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def figure(value: float | None) -> str:
+    """Return a number other than a rate in at most five characters below a million; empty for None."""
+    return "" if value is None else f"{value:.2f}" if value < 10 else brief(value)
 
 
 class Stopwatch:
@@ -236,7 +259,7 @@ def error_line(error: Exception) -> str:
 
     A long message keeps both ends: DALI gives the cause first, DataLoader's workers give it last.
     """
-    kind = "not installed" if isinstance(error, ImportError) else type(error).__name__
+    kind = NOT_INSTALLED if isinstance(error, ImportError) else type(error).__name__
     text = " ".join(str(error).split())
     if len(text) > 320:
         text = f"{text[:160]} ... {text[-160:]}"
@@ -255,9 +278,15 @@ def write_report(
     machine: dict[str, Any],
     settings: dict[str, Any],
     rows: Sequence[Row],
+    *,
+    complete: bool = True,
     **more: Any,
 ) -> None:
-    """Write a report as JSON, atomically; raise UserError if the folder is missing or cannot be written."""
+    """Write a report as JSON, atomically, marked `incomplete` where not all was measured.
+
+    Raises:
+        UserError: the folder is missing or cannot be written.
+    """
     report = {
         "kind": kind,
         "date": today(),
@@ -266,6 +295,7 @@ def write_report(
         "settings": settings,
         "rows": [row.as_json() for row in rows],
         **more,
+        **mark(complete),
     }
     _write(path, report)
 
@@ -275,10 +305,27 @@ def write_rows(path: str, rows: Sequence[dict[str, Any]]) -> None:
     _write(path, list(rows))
 
 
-def write_measured(path: str, machine: dict[str, Any], settings: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write rows as `write_rows` does, each with the date, versions, machine and settings of its measurement."""
-    shared = {"date": today(), "versions": versions(), "machine": machine, "settings": settings}
+def write_measured(
+    path: str,
+    machine: dict[str, Any],
+    settings: dict[str, Any],
+    rows: Sequence[Row],
+    *,
+    complete: bool = True,
+) -> None:
+    """Write rows as `write_rows` does, each with the date, versions, machine and settings of its measurement.
+
+    Where not all was measured, each is marked `incomplete`.
+    """
+    shared = {"date": today(), "versions": versions(), "machine": machine, "settings": settings} | mark(
+        complete
+    )
     write_rows(path, [row.as_json() | shared for row in rows])
+
+
+def mark(complete: bool) -> dict[str, bool]:
+    """Return what marks a report as incomplete; nothing for one that is complete."""
+    return {} if complete else {"incomplete": True}
 
 
 def _write(path: str, values: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from fastssl.bench.report import Row
+from fastssl.bench.report import NOT_INSTALLED, Row, brief
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,19 +27,51 @@ def make_table(title: str, first: str, figures: Iterable[str], last: str = "") -
 
 
 def show(console: Console, table: Table, rows: Sequence[Row], explanation: str) -> None:
-    """Print the table, why some rows have no figure, what the columns mean, and the numbered notes of the rows."""
+    """Print the table, why some rows have no figure, what the columns mean, and the notes of the rows."""
     console.print(table)
     show_failures(console, rows)
     say(console, explanation)
-    for number, row in enumerate(rows, 1):
-        say(console, f"{number} {row.note}.")
+    for row in rows:
+        say(console, f"{row.name}: {row.note}.")
 
 
 def show_failures(console: Console, rows: Iterable[Row]) -> None:
     """Print why each row without a figure has none."""
     for row in rows:
         if row.error:
-            console.print(f"{row.name} could not be measured: {row.error}", style="yellow", markup=False)
+            console.print(reason(row), style="yellow", markup=False)
+
+
+def reason(row: Row) -> str:
+    """Return a sentence about a row without a figure."""
+    if row.why_not == NOT_INSTALLED:
+        return f"{row.name} is {row.error}"
+    return f"{row.name} {'failed' if row.failure else 'was not measured'}: {row.error}"
+
+
+def say_row(console: Console, row: Row, turn: str = "") -> None:
+    """Print the figure of a row, the newest one of its turns where `turn` is given, or the reason why it has none."""
+    if row.error:
+        console.print(reason(row), style="yellow", markup=False)
+    elif rate := row.rates[-1] if turn and row.rates else row.images_per_s:
+        console.print(f"{turn}{row.name}: {brief(rate)} images/s", markup=False)
+
+
+class Stoppable:
+    """Measure in this context: Ctrl-C ends the measurements, and what there is of them is kept."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.stopped = False
+
+    def __enter__(self) -> Stoppable:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self.stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if self.stopped:
+            self._console.print("Stopped. This was measured until then:")
+        return self.stopped
 
 
 def say(console: Console, text: str) -> None:
@@ -50,4 +82,4 @@ def say(console: Console, text: str) -> None:
 def say_written(console: Console, path: str) -> None:
     """Say where the results are, if they were written to a file."""
     if path:
-        console.print(f"[dim]Written to {path}[/]")
+        console.print(f"Written to {path}", style="dim", markup=False, soft_wrap=True)

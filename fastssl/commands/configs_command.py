@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from shards.command_line import parse
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -28,7 +31,7 @@ class Configs:
 
 def run(argv: list[str]) -> int:
     """Run the command."""
-    args = tyro.cli(Configs, prog="fastssl configs", args=argv)
+    args = parse(Configs, "fastssl configs", argv)
     from fastssl.pretraining.packaged_configs import packaged
     from shards.errors import UserError, nearest
     from shards.storage.atomic_files import atomic_write, check_output
@@ -46,7 +49,7 @@ def run(argv: list[str]) -> int:
         raise UserError(f"'{out}' exists and is not overwritten: name another file.")
     check_output(out, "FILE")
     atomic_write(out, known[name].read_bytes())
-    print(f"{out}\nRun it: fastssl pretrain {out} --data.shards SHARDS")
+    print(f"{out}\nnext: fastssl pretrain {shlex.quote(str(out))} --data.shards SHARDS")
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from shards.command_line import File, Name, Shards, parse
 from shards.errors import UserError, nearest
 from shards.storage.atomic_files import atomic_write, check_output
 
@@ -22,15 +23,15 @@ class EvalKNN:
     Raw pixels and the same backbone before training are measured, too: what the checkpoint has learned is the difference.
     """
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A .pt file, or the folder of a run (its newest checkpoint is taken)."""
-    shards: str
+    shards: Shards
     """Labelled shards whose samples vote."""
-    test_shards: str = ""
+    test_shards: Shards = ""
     """Labelled shards to classify. Empty: each sample of --shards is classified by all the others (leave one out)."""
-    split: str = ""
+    split: Name = ""
     """Split of --shards whose samples vote (`fastssl split`), such as train or labelled-0.01; empty: all."""
-    test_split: str = ""
+    test_split: Name = ""
     """Split to classify, such as val: of --test-shards, or where that is empty of --shards."""
     ks: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of neighbours; clamped to the number there are."""
@@ -40,7 +41,7 @@ class EvalKNN:
     """Also measure raw pixels and the untrained backbone."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
-    json: str = ""
+    json: File = ""
     """Also write the results to this JSON file."""
 
 
@@ -48,7 +49,8 @@ def run(argv: list[str]) -> int:
     """Run the command."""
     if argv and argv[0] in ("-h", "--help"):
         print(
-            "usage: fastssl eval knn CHECKPOINT --shards LABELLED [options]     (fastssl eval knn --help explains them)"
+            "usage: fastssl eval knn CHECKPOINT --shards SHARDS [options]\n\n"
+            "`fastssl eval knn --help` explains the options."
         )
         return 0
     if not argv:
@@ -57,7 +59,7 @@ def run(argv: list[str]) -> int:
         )
     if argv[0] not in TESTS:
         raise UserError(f"There is no test '{argv[0]}'.{nearest(argv[0], TESTS)}")
-    args = tyro.cli(EvalKNN, prog="fastssl eval knn", args=argv[1:], config=(tyro.conf.FlagConversionOff,))
+    args = parse(EvalKNN, "fastssl eval knn", argv[1:], config=(tyro.conf.FlagConversionOff,))
     if args.json:
         check_output(args.json, "--json")
     from fastssl.core.checkpoint import find_checkpoint

@@ -16,21 +16,25 @@ from shards.errors import UserError, check_least
 
 USAGE = """usage: fastssl launch slurm CONFIG [options] [--section.key value ...]
 
-Submit `fastssl pretrain CONFIG --resume` to Slurm, one process per GPU. Before its time is up the run saves, requeues itself and
-continues where it was; Slurm requeues a preempted run. Needs submitit (pip install submitit).
+Submit `fastssl pretrain CONFIG --resume` to Slurm, one process per GPU. Before
+its time is up the run saves, requeues itself and continues where it was; Slurm
+requeues a preempted run. Needs submitit (pip install submitit).
   --nodes N           number of machines (1)
   --gpus N            GPUs of each machine (8)
   --hours H           time limit of one job (24)
-  --partition NAME    also --account, --qos, --constraint: passed to Slurm unchanged
+  --partition NAME    passed to Slurm unchanged; also --account, --qos and
+                      --constraint
   --cpus-per-gpu N    cores of each process (8)
   --save-before S     save this many seconds before the time limit (300)
   --max-requeues N    how often the job is requeued at most (100)
-  --setup LINE        a shell line to run first, such as 'module load cuda'; may be repeated
-  --folder DIR        folder for Slurm's output, visible to all nodes (runs/slurm)
+  --setup LINE        a shell line to run first, such as 'module load cuda'; may
+                      be repeated
+  --folder FOLDER     folder for Slurm's output, seen by all nodes (runs/slurm)
   --dry-run           print the sbatch script, submit nothing
-  --local             run it here and now with submitit's local executor, to try it
+  --local             run on this machine, with submitit's local executor
 
-  fastssl launch slurm configs/moco_v3_vit_base.yaml --nodes 8 --gpus 8 --partition gpu --data.shards imagenet-shards/"""
+  fastssl launch slurm moco_v3_vit_base --nodes 8 --gpus 8 \\
+      --partition gpu --data.shards imagenet-shards/"""
 
 # Exit code of `fastssl pretrain` after it has saved on Slurm's warning.
 REQUEUE = 128 + signal.SIGUSR1
@@ -170,7 +174,7 @@ def check(path: str, overrides: list[str], args: argparse.Namespace) -> None:
             f"set --train.batch {near}."
         )
     if not cfg.data.shards:
-        raise UserError("No shards to train on: give --data.shards DIR, which all nodes must see.")
+        raise UserError("No shards to train on: give --data.shards SHARDS, which all nodes must see.")
     if args.nodes == 1:
         cfg.data.open()  # raises for shards that are missing or incomplete
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
+
+from shards.terminal import wrapped
+from shards.units import plural
 
 USAGE = """usage: fastssl pretrain [CONFIG] [--recipe NAME] [--gpus all]
                         [--resume [CHECKPOINT]] [--section.key value ...]
@@ -65,17 +69,17 @@ def run(argv: list[str]) -> int:
     if not is_main_process():
         return 128 + summary.interrupted if summary.interrupted else 0
     if summary.interrupted:
-        print(
-            f"Stopped after step {summary.steps}, saved as {summary.checkpoint}. To continue, add --resume to the same command."
-        )
+        stopped = f"Stopped after step {summary.steps}, saved as {summary.checkpoint}."
+        print(wrapped(f"{stopped} To continue, add --resume to the same command.", sys.stdout))
         return 128 + summary.interrupted
     if summary.images_per_s == 0:
-        print(f"This run is already complete ({summary.steps} steps). Weights: {summary.checkpoint}")
+        print(
+            f"This run is already complete ({plural(summary.steps, 'step')}). Weights: {summary.checkpoint}"
+        )
         return 0
-    print(
-        f"Done: {summary.steps} steps, {summary.seconds:,.0f} s, {summary.images_per_s:,.0f} images/s. Weights: {summary.checkpoint}"
-    )
-    print(f"Evaluate them: fastssl eval knn {resolved.config.train.out} --shards LABELLED_SHARDS")
+    done = f"Done: {plural(summary.steps, 'step')}, {summary.seconds:,.0f} s, {summary.images_per_s:,.0f} images/s."
+    print(wrapped(f"{done} Weights: {summary.checkpoint}", sys.stdout))
+    print(f"next: fastssl eval knn {shlex.quote(str(resolved.config.train.out))} --shards SHARDS")
     return 0
 
 
@@ -97,4 +101,4 @@ def is_main_process() -> bool:
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """Print a warning as one line, from one process, without the place in the source."""
     if is_main_process():
-        print(f"fastssl: note: {message}", file=sys.stderr)
+        print(wrapped(f"fastssl: note: {message}", sys.stderr), file=sys.stderr)

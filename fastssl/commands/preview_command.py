@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from pipelines.engines.engine_table import EngineName, engine_names
+from shards.command_line import Name, Names, Shards, parse
 from shards.errors import UserError, check_least, nearest
 from shards.storage.atomic_files import check_output
+from shards.units import plural
 
 if TYPE_CHECKING:
     from pipelines.augment.recipe import Recipe
@@ -27,17 +29,17 @@ class Preview:
     --recipe.crop-scale 0.2 1. Masks, if any, are drawn over originals and views.
     """
 
-    shards: Annotated[str, tyro.conf.Positional]
+    shards: Annotated[Shards, tyro.conf.Positional]
     """Folder of shards."""
-    recipe: str = ""
+    recipe: Name = ""
     """Name of a preset, or a configuration with a recipe, by name or file; without: moco_v3, or the recipe of --config."""
-    config: str = ""
+    config: Annotated[str, tyro.conf.arg(metavar="CONFIG")] = ""
     """Configuration whose views are shown, by name or file: --config laptop --recipe satellite shows what pretrain then sees."""
-    out: str = "views.png"
+    out: Annotated[str, tyro.conf.arg(metavar="FILE.png")] = "views.png"
     """PNG file to write."""
     ops: bool = False
     """Show each operation alone instead of the views."""
-    engines: str = ""
+    engines: Names = ""
     """Compare engines instead, each with the first one: names separated by commas, such as reference,fused,kornia."""
     rows: int = 6
     """Number of images."""
@@ -55,7 +57,7 @@ class Preview:
     """Which images are shown, whatever is drawn for them."""
     masks: bool = True
     """Draw masks over originals and views."""
-    split: str = ""
+    split: Name = ""
     """Split of the shards to show (`fastssl split`); empty: all."""
     engine: EngineName = "fused"
     """Engine that makes the views."""
@@ -68,7 +70,7 @@ class Preview:
 def run(argv: list[str]) -> int:
     """Run the command."""
     rest, changes = _take_recipe_flags(argv)
-    args = tyro.cli(Preview, prog="fastssl preview", args=rest)
+    args = parse(Preview, "fastssl preview", rest)
     check_output(args.out, "--out")
     check_least(args, rows=1, epochs=1, size=0, cell=96, seed=0, samples_seed=0)
     compared = [name for name in args.engines.split(",") if name]
@@ -96,7 +98,7 @@ def run(argv: list[str]) -> int:
         masks=args.masks,
         recipe_name=" ".join([args.recipe or args.config or "moco_v3", *changes]),
     )
-    shown = f"{len(options.samples) or min(args.rows, len(shards))} images"
+    shown = plural(len(options.samples) or min(args.rows, len(shards)), "image")
     if compared:
         preview_sheets.engines_sheet(shards, recipe, out, compared, options)
         print(f"{shown} by {', '.join(compared)}: {out}")
@@ -106,7 +108,9 @@ def run(argv: list[str]) -> int:
     else:
         preview_sheets.contact_sheet(shards, recipe, out, options, epochs=args.epochs)
         local = f" and {recipe.local_views} at {recipe.local_size} px" if recipe.local_views else ""
-        print(f"{shown}, {args.epochs} epochs of {recipe.num_views} views at {recipe.size} px{local}: {out}")
+        print(
+            f"{shown}, {plural(args.epochs, 'epoch')} of {plural(recipe.num_views, 'view')} at {recipe.size} px{local}: {out}"
+        )
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from shards.command_line import parse
 from shards.errors import UserError
 from shards.storage.atomic_files import atomic_write, check_output
 
@@ -95,15 +96,15 @@ STYLES = ("-", (0, (4, 2.5)), (0, (1, 1.6)), (0, (6, 2, 1, 2)))
 class RunReport:
     """Draw the curves of runs in one PNG: whether they learn or collapse, and how fast they are."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders (train.out)."""
-    out: str = "report.png"
+    out: Annotated[str, tyro.conf.arg(metavar="FILE.png")] = "report.png"
     """PNG file to write."""
 
 
 def run(argv: list[str]) -> int:
     """Run the command."""
-    args = tyro.cli(RunReport, prog="fastssl report", args=argv)
+    args = parse(RunReport, "fastssl report", argv)
     if not args.runs:
         raise UserError("Name at least one run folder: fastssl report RUN --out report.png")
     check_output(args.out, "--out")

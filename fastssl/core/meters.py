@@ -13,11 +13,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from fastssl.core.distributed import mean_over_ranks, rank, world
 from shards.errors import UserError
 from shards.storage.atomic_files import atomic_write
+from shards.terminal import wrapped
+from shards.units import human_time
 
 
 class Meters:
@@ -182,8 +191,9 @@ SHOWN = {
     "images_per_s": "{:,.0f} img/s",
     "data_wait": "wait {:.0%}",
 }
-# Columns from which on all values fit beside the bar.
+# Columns from which on all values fit beside the bar; in fewer columns it shows those of NARROW. A test draws the longest ones.
 WIDE = 120
+NARROW = ("ce_norm", "acc", "images_per_s")
 
 
 class ProgressDisplay:
@@ -196,20 +206,26 @@ class ProgressDisplay:
         self.console = Console(quiet=not show, highlight=False)
         self._live = show and self.console.is_terminal
         self._total = total_steps
+        self._done = done_steps
+        self._began_s = 0.0
         # The first line comes at once.
         self._spoke_s = -self.QUIET_S
-        self._bar = Progress(
+        self._bar = self._progress(TextColumn("{task.fields[status]}"))
+        self._task = self._bar.add_task("pretrain", total=total_steps, completed=done_steps, status="")
+
+    def _progress(self, *more: ProgressColumn) -> Progress:
+        return Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24 if self.console.width >= WIDE else 8),
+            BarColumn(bar_width=12 if self.console.width >= WIDE else 6),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[status]}"),
+            *more,
             console=self.console,
             disable=not self._live,
         )
-        self._task = self._bar.add_task("pretrain", total=total_steps, completed=done_steps, status="")
 
     def __enter__(self) -> ProgressDisplay:
+        self._began_s = time.perf_counter()
         self._bar.start()
         return self
 
@@ -221,9 +237,10 @@ class ProgressDisplay:
         self._bar.update(self._task, completed=step)
 
     def log(self, step: int, epoch: int, epochs: int, values: dict[str, float]) -> None:
-        """Show the newest metrics."""
-        narrow = ("loss", "acc", "images_per_s")
+        """Show the newest metrics. Without a terminal: now and then, and after the last step, with the time that is left."""
         wide = self.console.width >= WIDE or not self._live
+        # Of the two, a share of chance can be read without knowing the size of the batch.
+        narrow = NARROW if "ce_norm" in values else ("loss", *NARROW)
         # A value may be missing: there are no means where every step was skipped.
         status = "  ".join(
             text.format(values[name])
@@ -231,21 +248,17 @@ class ProgressDisplay:
             if name in values and (wide or name in narrow)
         )
         self._bar.update(self._task, description=f"epoch {epoch + 1}/{epochs}", status=status)
-        if not self._live and time.perf_counter() - self._spoke_s >= self.QUIET_S:
-            self._spoke_s = time.perf_counter()
-            self.say(f"epoch {epoch + 1}/{epochs}  step {step}/{self._total}  {status}")
+        now_s = time.perf_counter()
+        if not self._live and (step == self._total or now_s - self._spoke_s >= self.QUIET_S):
+            self._spoke_s = now_s
+            left_s = (now_s - self._began_s) / max(1, step - self._done) * (self._total - step)
+            left = f"  {human_time(left_s)} left" if step < self._total else ""
+            self.say(f"epoch {epoch + 1}/{epochs}  step {step}/{self._total}  {status}{left}")
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """Give what shows a count before the first step: it takes what is done and the total."""
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24 if self.console.width >= WIDE else 8),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=self.console,
-            disable=not self._live,
-        )
+        bar = self._progress()
         task, spoke_s = bar.add_task(what), -self.QUIET_S
 
         def show(done: int, total: int) -> None:
@@ -260,4 +273,4 @@ class ProgressDisplay:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(wrapped(text, self.console), markup=False, soft_wrap=True)

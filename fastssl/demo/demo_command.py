@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
+from shards.command_line import Folder, parse
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Demo:
     augmented views; pretrain a small ResNet with MoCo v3, without labels; and evaluate by kNN how well it tells the classes apart.
     """
 
-    out: str = "demo"
+    out: Folder = "demo"
     """Folder for all files of the demo."""
     tiles: int = 500
     """Tiles of each class to pretrain on; a fifth of this number is drawn to test on."""
@@ -68,9 +69,13 @@ class Steps:
         self.seconds[title] = time.perf_counter() - began
 
 
+def _command(*words: str | int | Path) -> str:
+    return shlex.join(["fastssl", *map(str, words)])
+
+
 def run(argv: list[str]) -> int:
     """Run the demo and return the exit code: 130 or 143 where a signal stopped it."""
-    args = tyro.cli(Demo, prog="fastssl demo", args=argv)
+    args = parse(Demo, "fastssl demo", argv)
     from shards.errors import UserError
 
     if args.tiles < 20:
@@ -84,15 +89,24 @@ def run(argv: list[str]) -> int:
     with steps.step(f"Draw {5 * args.tiles + 5 * (args.tiles // 5):,} synthetic aerial tiles"):
         _draw(out, args)
     with steps.step(
-        "Convert them to shards", f"fastssl shard {out / 'train' / 'images'} {out / 'train-shards'}"
+        "Convert them to shards", _command("shard", out / "train" / "images", out / "train-shards")
     ):
         images_per_s = _convert(out)
     with steps.step(
         "Look at the views",
-        f"fastssl preview {out / 'train-shards'} --recipe satellite --size {args.size} --out {out / 'views.png'}",
+        _command(
+            "preview",
+            out / "train-shards",
+            "--recipe",
+            "satellite",
+            "--size",
+            args.size,
+            "--out",
+            out / "views.png",
+        ),
     ):
         _preview(out, args)
-    with steps.step("Pretrain without labels", f"fastssl pretrain {out / 'run' / 'config.yaml'}"):
+    with steps.step("Pretrain without labels", _command("pretrain", out / "run" / "config.yaml")):
         from fastssl.pretraining.run import pretrain
 
         summary = pretrain(configuration(out, _with_epochs(out, args)), resume=True)
@@ -101,7 +115,9 @@ def run(argv: list[str]) -> int:
         return 128 + summary.interrupted
     with steps.step(
         "Evaluate what it learned",
-        f"fastssl eval knn {out / 'run'} --shards {out / 'train-shards'} --test-shards {out / 'test-shards'}",
+        _command(
+            "eval", "knn", out / "run", "--shards", out / "train-shards", "--test-shards", out / "test-shards"
+        ),
     ):
         report = _evaluate(out, summary.checkpoint)
     _summarise(out, steps, report, images_per_s, summary)

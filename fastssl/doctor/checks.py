@@ -12,6 +12,7 @@ from typing import Literal
 
 from fastssl.doctor.facts import JPEG_DECODERS, Facts, Gpu
 from shards.commands.progress import human_size
+from shards.units import plural
 
 GB = 10**9
 
@@ -163,7 +164,9 @@ def check_rasters(facts: Facts) -> Iterator[Diagnosis]:
 
 def check_cores(facts: Facts) -> Iterator[Diagnosis]:
     """The control group allows as much time as there are cores, and there are some for each GPU."""
-    found = f"{facts.cpus} cores" + ("" if facts.cpu_quota is None else f", a quota of {facts.cpu_quota:g}")
+    found = plural(facts.cpus, "core") + (
+        "" if facts.cpu_quota is None else f", a quota of {facts.cpu_quota:g}"
+    )
     usable = min(facts.cpus, facts.cpu_quota or facts.cpus)
     if facts.cpu_quota is not None and facts.cpu_quota < facts.cpus - 0.5:
         threads = max(1, int(facts.cpu_quota))
@@ -243,7 +246,10 @@ def check_data(facts: Facts) -> Iterator[Diagnosis]:
         way_out = "`fastssl verify` names everything that is wrong with a folder of shards"
         yield Diagnosis("shards", "bad", data.error, way_out)
         return
-    found = f"{data.num_samples:,} images in {data.num_shards:,} shards, {human_size(data.bytes)}; every shard has its size"
+    found = (
+        f"{plural(data.num_samples, 'image')} in {plural(data.num_shards, 'shard')}, {human_size(data.bytes)}; "
+        "every shard has its size"
+    )
     yield Diagnosis("shards", "ok", found)
 
 

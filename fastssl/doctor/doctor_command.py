@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from shards.command_line import File, Folder, parse
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -24,15 +26,15 @@ class Doctor:
 
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[SHARDS]")] = ""
     """A folder of shards to check as well; images are not read (`fastssl verify` reads every byte)."""
-    out: str = "."
+    out: Folder = "."
     """Where runs will be written: the room on its disk is checked."""
-    json: str = ""
+    json: File = ""
     """Also write the facts and the findings to this JSON file."""
 
 
 def run(argv: list[str]) -> int:
     """Run the command."""
-    args = tyro.cli(Doctor, prog="fastssl doctor", args=argv)
+    args = parse(Doctor, "fastssl doctor", argv)
     from rich.console import Console
 
     from fastssl.doctor.checks import examine

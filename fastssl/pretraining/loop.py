@@ -24,6 +24,7 @@ from fastssl.pretraining.trainer import Training
 from pipelines.loading.loader import Loader, open_loader
 from pipelines.streaming.machine_memory import free_memory
 from shards.errors import UserError
+from shards.units import plural
 
 if TYPE_CHECKING:
     from fastssl.pretraining.run_config import Resolved
@@ -55,7 +56,7 @@ def train(resolved: Resolved, *, resume: bool | Path = False) -> Summary:
     ranks = distributed.setup(settings.device, timeout_s=1800)
     if not cfg.data.shards:
         raise UserError(
-            "No shards to train on: give --data.shards DIR, the folder that `fastssl shard` made."
+            "No shards to train on: give --data.shards SHARDS, the folder that `fastssl shard` made."
         )
     if cfg.data.masks:
         raise UserError("data.masks is for segmentation, and pretraining uses no masks: leave it out.")
@@ -201,9 +202,9 @@ def _greet(screen: ProgressDisplay, training: Training, loader: Loader) -> None:
     cfg = training.resolved.config
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[training.dtype]
     screen.say(
-        f"{training.resolved.method_name} {cfg.model.backbone} on {len(loader.shards):,} images at {cfg.recipe.size} px: "
-        f"batch {loader.batch} on {loader.options.world} x {loader.options.device}, {name}, {cfg.train.epochs} epochs of "
-        f"{loader.steps_per_epoch} steps"
+        f"{training.resolved.method_name} {cfg.model.backbone} on {plural(len(loader.shards), 'image')} at {cfg.recipe.size} px: "
+        f"batch {loader.batch} on {loader.options.world} x {loader.options.device}, {name}, {plural(cfg.train.epochs, 'epoch')} of "
+        f"{plural(loader.steps_per_epoch, 'step')}"
     )
     if loader.note:
         screen.say(loader.note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from shards.command_line import File, Shards, parse
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,9 +36,9 @@ class Replay:
     A run writes FILE, with its weights and the batch's sample ids and draws, when such a step stops it or is skipped.
     """
 
-    file: Annotated[str, tyro.conf.Positional]
+    file: Annotated[File, tyro.conf.Positional]
     """A nonfinite-step-*.pt in a run's folder."""
-    shards: str = ""
+    shards: Shards = ""
     """Folder of the run's shards, if they have moved since."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
@@ -48,7 +50,7 @@ class Replay:
 
 def run(argv: list[str]) -> int:
     """Run the command."""
-    args = tyro.cli(Replay, prog="fastssl replay", args=argv)
+    args = parse(Replay, "fastssl replay", argv)
     for line in replay(args):
         print(line)
     return 0
@@ -207,7 +209,7 @@ def replay(args: Replay) -> list[str]:
             )
         elif dtype != torch.float32 and not broken:
             lines.append(
-                f"Check whether it also fails in float32: fastssl replay {args.file} --precision fp32"
+                f"Check whether it also fails in float32: fastssl replay {shlex.quote(args.file)} --precision fp32"
             )
         return lines
 

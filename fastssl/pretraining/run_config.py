@@ -195,16 +195,18 @@ def _renamed(named: dict[str, Any]) -> dict[str, Any]:
 def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:
     import tyro
 
+    from shards.command_line import parse
+
     description = (
         f"All settings, with the values of the file. Besides these: --{RECIPE} NAME ({', '.join(RECIPES)}) and "
         f"--{METHOD_NAME} NAME ({', '.join(METHODS)})."
     )
-    return tyro.cli(
+    return parse(
         RunConfig,
-        prog=prog,
+        prog,
+        _spell_booleans(tokens, default),
         description=description,
         default=default,
-        args=_spell_booleans(tokens, default),
         config=(tyro.conf.FlagConversionOff,),
     )
 

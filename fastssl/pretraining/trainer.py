@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,14 +170,15 @@ class Training:
             path = folder.path / f"nonfinite-step-{bad.step:09d}.pt"
             distributed.on_main(lambda: capture(path, bad, self.weights(), self.shards))
             if train.nonfinite == "stop":
-                raise self._diverged(f"{bad}, replay it with `fastssl replay {path}`")
+                raise self._diverged(f"{bad}, replay it with `fastssl replay {shlex.quote(str(path))}`")
             if bad.skipped > train.max_skipped:
                 raise self._diverged(
                     f"{bad}, and {bad.skipped} steps of the run had to be skipped, more than train.max_skipped ({train.max_skipped})"
                 )
             if self.ranks.is_main:
                 warnings.warn(
-                    f"{bad}: skipped. Replay it with `fastssl replay {path}` ({bad.skipped} skipped in this run so far).",
+                    f"{bad}: skipped. Replay it with `fastssl replay {shlex.quote(str(path))}` "
+                    f"({bad.skipped} skipped in this run so far).",
                     stacklevel=2,
                 )
         if to_save and not all(bool(p.isfinite().all()) for p in self.method.parameters()):

@@ -112,7 +112,7 @@ def bad_sample(shards: ShardSet, sample_id: int, error: Exception | None = None)
     why = f" ({_reason(error)})" if error is not None else ""
     return (
         f"sample {sample_id} of '{shards.folder}' (made from '{shards.name(sample_id)}') does not decode{why}, but did when it was "
-        f"converted: delete '{shards.shard_path(sample_id)}' and run the same `fastssl shard` command again, which makes it anew."
+        f"converted: delete '{shards.shard_path(sample_id)}' and run the same `fastssl shard` command again, which makes it again."
     )
 
 

@@ -30,6 +30,7 @@ from shards.format.layout import ShardFile
 from shards.format.tar_writer import Member, index_lines
 from shards.images.policy import Policy
 from shards.storage.place import Place
+from shards.units import plural
 
 _TOLD_BY_JSON = ("source", "width", "height")
 
@@ -63,7 +64,9 @@ class Checker:
         file = self.files[number]
         length = self.place.size(file.name)
         if length is None:
-            yield Damage(file.name, "missing", f"the shard is missing, {file.num_samples:,} samples with it")
+            yield Damage(
+                file.name, "missing", f"the shard is missing, {plural(file.num_samples, 'sample')} with it"
+            )
         else:
             with self.place.open(file.name) as tar:
                 yield from self._check_tar(number, tar, length, count)

@@ -31,6 +31,7 @@ from shards.splits.split_table import WAY_OUT, splits_fault
 from shards.storage.atomic_files import is_unfinished
 from shards.storage.opening import Where, open_place
 from shards.storage.place import Place
+from shards.units import plural
 
 LEVELS = ("fast", "hash", "decode")
 SMALL_BYTES = 64 << 20  # below, starting processes takes longer than reading
@@ -208,7 +209,7 @@ def _lengths(promise: Promise) -> Iterator[Damage]:
     for file in promise.files:
         length = promise.place.size(file.name) if sizes is None else sizes.get(file.name)
         if length is None:
-            what = f"the shard is missing, {file.num_samples:,} samples with it"
+            what = f"the shard is missing, {plural(file.num_samples, 'sample')} with it"
             yield Damage(file.name, "missing", what)
         elif length != file.bytes >= 0:
             yield Damage(file.name, "length", f"has {length:,} bytes and should have {file.bytes:,}")

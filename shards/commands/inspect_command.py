@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from shards.command_line import parse
 from shards.units import human_size
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
@@ -41,7 +42,7 @@ class Inspect:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Parse the arguments after `fastssl inspect` and run it. UserError passes."""
-    inspect_command(tyro.cli(Inspect, prog="fastssl inspect", args=argv))
+    inspect_command(parse(Inspect, "fastssl inspect", argv))
 
 
 def inspect_command(args: Inspect) -> None:

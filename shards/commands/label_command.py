@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from shards.command_line import parse
+from shards.terminal import wrapped
+from shards.units import plural
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from shards.conversion.labelling import Labelling
@@ -38,13 +43,13 @@ class Label:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Parse the arguments after `fastssl label` and run it; UserError passes."""
-    args = tyro.cli(Label, prog="fastssl label", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    args = parse(Label, "fastssl label", argv, config=(tyro.conf.FlagCreatePairsOff,))
     from shards.conversion.labelling import label
 
     names = ("key_column", "source_column", "label_column", "dry_run")
     done = label(args.shards, args.table, **{name: getattr(args, name) for name in names})
     for line in sentences(args, done):
-        print(line)
+        print(wrapped(line, sys.stdout))
 
 
 def sentences(args: Label, done: Labelling) -> list[str]:
@@ -54,7 +59,9 @@ def sentences(args: Label, done: Labelling) -> list[str]:
         return ", ".join(f"'{name}'" for name in names) + (" ..." if count > len(names) else "")
 
     verb = "would be labelled" if args.dry_run else "are labelled"
-    lines = [f"{done.labelled:,} samples of {args.shards} {verb} from {args.table}; {done.changed:,} change."]
+    lines = [
+        f"{plural(done.labelled, 'sample')} of {args.shards} {verb} from {args.table}; {done.changed:,} change."
+    ]
     if done.new_classes:
         lines.append(
             f"New classes: {len(done.new_classes):,}, {some(done.new_classes[:3], len(done.new_classes))}."

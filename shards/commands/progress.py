@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from shards.conversion.size_estimate import estimate
 from shards.images.policy import Policy
 from shards.sources.file_set import looks_like_splits
 from shards.sources.source import Source
+from shards.terminal import wrapped
 from shards.units import human_size, plural
 
 PLAIN_INTERVAL_S = 30.0
@@ -28,6 +30,7 @@ class ConversionScreen(ProgressReport):
         self._console = console
         self._source = source
         self._policy = policy
+        self._noun = "image"
         self._first: int | None = None
         self._next_s = time.monotonic() + PLAIN_INTERVAL_S
         columns = (
@@ -55,20 +58,20 @@ class ConversionScreen(ProgressReport):
         if self._bar:
             self._bar.update(self._task, completed=num_images)
         else:
-            self._plain(f"{num_images:,} images found so far")
+            self._plain(f"{plural(num_images, self._noun)} found so far")
 
     def planned(self, plan: Plan, source: Source, todo: int) -> None:
         if self.num_shards >= 0:  # a second round, without the duplicates
             self._first = None
             return
-        self.num_shards = todo
+        self.num_shards, self._noun = todo, source.noun
         classes = plan.classes
         labels = f" in {plural(len(classes), 'class', 'classes')}" if classes else ""
-        self.say(f"Found {plural(plan.settings.num_images, 'image')}{labels} in {self._source}")
+        self.say(f"Found {plural(plan.settings.num_images, source.noun)}{labels} in {self._source}")
         if source.kind == "folder" and looks_like_splits(classes):
             self._warn(
                 f"the folders {', '.join(classes)} look like splits, but are taken as classes. To keep them apart, convert each: "
-                f"fastssl shard {self._source.rstrip('/')}/{classes[0]} ..."
+                f"fastssl shard {shlex.quote(self._source.rstrip('/') + '/' + classes[0])} ..."
             )
         for text in source.describe():
             self.say(text)
@@ -101,17 +104,17 @@ class ConversionScreen(ProgressReport):
                 description="Converting",
                 completed=done,
                 total=total,
-                speed=f"{speed:,.0f} images/s" if speed else "",
+                speed=f"{speed:,.0f} {self._noun}s/s" if speed else "",
                 quarantined=refused,
             )
         else:
-            self._plain(f"{done:,} of {total:,} images, {quarantined:,} quarantined")
+            self._plain(f"{done:,} of {plural(total, self._noun)}, {quarantined:,} quarantined")
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(wrapped(text, self._console), markup=False)
 
     def _warn(self, text: str) -> None:
-        self._console.print(f"Warning: {text}", style="yellow", markup=False)
+        self._console.print(wrapped(f"Warning: {text}", self._console), style="yellow", markup=False)
 
     def _plain(self, text: str) -> None:
         if time.monotonic() >= self._next_s:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from shards.command_line import parse
 from shards.errors import UserError
 from shards.images.policy import Policy
 from shards.sources.source_options import SourceOptions
+from shards.units import human_size, plural
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from rich.console import Console
@@ -30,7 +33,7 @@ _SHOWN_REASONS = 5
 class Shard:
     """Convert images to WebDataset shards.
 
-    In a folder of images the folders directly below it become class labels, which pretraining does not need; docs/sources.md tells of
+    In a folder of images the folders directly below it become class labels, which pretraining does not need; docs/sources.md describes
     lists, tars and rasters. Every image is decoded once as a proof;
     broken ones are set aside and listed in DEST/quarantine.jsonl. The same command again finishes an interrupted conversion, with the
     same bytes.
@@ -44,7 +47,8 @@ class Shard:
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Decides the order of the samples in the shards."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Processes to use; 0 for none beside this one. None: one a CPU. With --engine ray: shards at a time, None for two a CPU."""
+    """Number of worker processes; 0: work in this process. None: one per CPU. With --engine ray: shards at a time, by default
+    two per CPU."""
     engine: Literal["local", "ray"] = "local"
     """Where shards are made: in processes of this machine, or on all nodes of a running Ray cluster."""
     ray_address: Annotated[str, tyro.conf.arg(metavar="auto|HOST:PORT")] = "auto"
@@ -69,7 +73,7 @@ def run(argv: Sequence[str] | None = None) -> None:
             f"There are {len(paths)} paths, not SOURCE and DEST only. Put a pattern in quotes, so that the shell leaves it; of images "
             f"give the folder, '{os.path.dirname(paths[0]) or '.'}'."
         )
-    args = tyro.cli(Shard, prog="fastssl shard", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    args = parse(Shard, "fastssl shard", argv, config=(tyro.conf.OmitArgPrefixes,))
     try:
         shard(args)
     except KeyboardInterrupt:
@@ -116,34 +120,34 @@ def shard(args: Shard) -> None:
         )
     elif screen.num_shards == 0 and before == manifest:
         console.print(
-            f"{args.dest} is complete: {manifest.num_samples:,} images in {len(manifest.shards):,} shards. "
-            "Nothing to do.",
+            f"{args.dest} is complete: {plural(manifest.num_samples, source.noun)} in "
+            f"{plural(len(manifest.shards), 'shard')}. Nothing to do.",
             markup=False,
         )
     else:
-        _print_summary(console, dest, manifest, screen.num_converted, time.monotonic() - start_s)
+        _print_summary(console, dest, manifest, source.noun, screen.num_converted, time.monotonic() - start_s)
         if args.append and dest.exists(SPLITS):
             console.print(
-                f"The new images are in no split yet: `fastssl split {args.dest} ... --overwrite` divides all of them.",
+                f"The new images are in no split yet: `fastssl split {shlex.quote(args.dest)} ... --overwrite` divides all of them.",
                 markup=False,
             )
+    if manifest is not None:
+        console.print(f"next: fastssl inspect {shlex.quote(args.dest)} --out overview.png", markup=False)
+        console.print(f"      fastssl pretrain --data.shards {shlex.quote(args.dest)}", markup=False)
 
 
 def _print_summary(
-    console: Console, dest: Place, manifest: Manifest, num_converted: int, duration_s: float
+    console: Console, dest: Place, manifest: Manifest, noun: str, num_converted: int, duration_s: float
 ) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from shards.format import layout
-    from shards.units import human_size
 
-    table = Table(
-        title=Text(dest.url), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
-    )
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("images", f"{manifest.num_samples:,}")
+    table.add_row(f"{noun}s", f"{manifest.num_samples:,}")
     if manifest.dtypes != ["uint8"] or not set(manifest.channels) <= {1, 3}:
         table.add_row("channels", f"{', '.join(map(str, manifest.channels))} of {', '.join(manifest.dtypes)}")
     table.add_row("classes", f"{len(manifest.classes):,}" if manifest.classes else "none: no labels")
@@ -159,11 +163,13 @@ def _print_summary(
     table.add_row("quarantined", f"{manifest.num_quarantined:,}" if manifest.num_quarantined else "none")
     for reason, count in reasons(dest).most_common(_SHOWN_REASONS):
         table.add_row("", Text(f"{count:,}: {reason}"))
-    if manifest.num_quarantined:
-        table.add_row("", Text(f"listed in {dest / layout.QUARANTINE}"))
-    speed = f", {num_converted / max(duration_s, 1e-9):,.0f} images/s" if num_converted else ""
+    speed = f", {num_converted / max(duration_s, 1e-9):,.0f} {noun}s/s" if num_converted else ""
     table.add_row("time", f"{duration_s:,.1f} s{speed}")
+    # Paths stand outside of the table, which would cut them.
+    console.print(dest.url, style="bold", markup=False)
     console.print(table)
+    if manifest.num_quarantined:
+        console.print(f"Quarantined {noun}s are listed in {dest / layout.QUARANTINE}", markup=False)
 
 
 def changes(dest: Place) -> Counter[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from shards.command_line import parse
 from shards.errors import UserError
 
 if TYPE_CHECKING:  # imported where used: the help reads this file too
@@ -24,7 +26,7 @@ class Split:
     """Divide a shard folder into train, val, test and nested label fractions, in SHARDS/splits.parquet.
 
     Where an image goes is decided by a hash of the seed and its name, so it hardly moves when images are added. Images with the
-    same pixels and images of one group are never torn apart. `fastssl pretrain ... --data.split train` and
+    same pixels and images of one group always stay together. `fastssl pretrain ... --data.split train` and
     `fastssl eval knn ... --split train --test-split val` use what this makes.
     """
 
@@ -43,8 +45,8 @@ class Split:
     stratify: Annotated[str, tyro.conf.arg(metavar="COLUMN")] = ""
     """Give val and test their share of each value of this column; label for the classes. A group counts by its most frequent value."""
     method: Literal["exact", "stable"] = "exact"
-    """exact: as near to the shares as the groups allow; few images change sides when images are added. stable: none ever does, for
-    each group's name decides alone, and the shares are met in the mean."""
+    """exact: as close to the shares as the groups allow; few images change sides when images are added. stable: no image ever does,
+    because each group's name alone decides, and the shares are met on average."""
     by_list: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")] = ()
     """Files with the names of images, a line each, instead of shares: train.txt makes the split train, dev=names.txt the split dev."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -57,7 +59,7 @@ class Split:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Parse the arguments after `fastssl split` and run it; UserError passes."""
-    args = tyro.cli(Split, prog="fastssl split", args=argv)
+    args = parse(Split, "fastssl split", argv)
     from rich.console import Console
 
     from shards.splits.split_rules import SplitRule
@@ -114,8 +116,7 @@ def _show(console: Console, args: Split, rule: SplitRule, made: Division) -> Non
     if (made.sides < 0).any():
         parts["in none"] = made.sides < 0
     parts |= {fraction_name(share): made.fractions <= share for share in rule.labelled}
-    title = Text(place / layout.SPLITS + (f", {prefix}..." if prefix else ""))
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for name in parts:
         table.add_column(Text(name), justify="right")
@@ -131,6 +132,9 @@ def _show(console: Console, args: Split, rule: SplitRule, made: Division) -> Non
     unlabelled = [int((inside & (made.labels < 0)).sum()) for inside in parts.values()]
     if classes and any(unlabelled):
         table.add_row("no label", *(f"{num:,}" for num in unlabelled), style="dim")
+    # Above the table, whose title would break within a long path.
+    where = place / layout.SPLITS + (f", {prefix}..." if prefix else "")
+    console.print(where, style="italic", markup=False, soft_wrap=True)
     console.print(table)
     if len(classes) > _SHOWN_CLASSES:
         console.print(f"{len(classes) - _SHOWN_CLASSES:,} more classes are not shown.", markup=False)
@@ -138,7 +142,7 @@ def _show(console: Console, args: Split, rule: SplitRule, made: Division) -> Non
         console.print(note, markup=False)
     if "train" in made.names:
         console.print(
-            f"Use: fastssl pretrain CONFIG --data.shards {args.shards} --data.split {prefix}train",
+            f"next: fastssl pretrain --data.shards {shlex.quote(args.shards)} --data.split {shlex.quote(prefix + 'train')}",
             markup=False,
             soft_wrap=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from shards.command_line import parse
+from shards.terminal import wrapped
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from collections.abc import Iterator
@@ -29,7 +33,7 @@ _SHOWN_PER_FILE = 8
 class Verify:
     """Check shards: every byte of every file against its SHA-256.
 
-    Says which sample is damaged, and what of it. Exit code 0: all is well, or is again; 1: something is damaged.
+    Names each damaged sample and its damaged part. Exit code 0: nothing is damaged, or all was repaired; 1: something is damaged.
 
     --repair makes damaged shards again, byte for byte, from the images: give --source SOURCE and with it the options that
     `fastssl shard` had, such as --masks or --tile. What cannot be made with the same bytes stays as it is.
@@ -42,21 +46,21 @@ class Verify:
     decode: bool = False
     """Decode every image and mask, too."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Processes to use; 0 for none beside this one. None: one a CPU."""
+    """Number of worker processes; 0: work in this process. None: one per CPU."""
     repair: bool = False
-    """Mend what is damaged, and remove what killed runs left. Without --source: only indexes and checksums."""
+    """Repair what is damaged, and remove what killed runs left. Without --source: only indexes and checksums."""
     source: Annotated[str, tyro.conf.arg(metavar="SOURCE")] = ""
-    """With --repair: what the shards were made of, wherever it lies now."""
+    """With --repair: the source that the shards were made from, at its present place."""
     json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Write all findings to this file, too."""
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Parse the arguments after `fastssl verify` and run it; return the exit code. UserError passes."""
-    args, source_options = tyro.cli(
+    args, source_options = parse(
         Verify,
-        prog="fastssl verify",
-        args=argv,
+        "fastssl verify",
+        argv,
         config=(tyro.conf.FlagCreatePairsOff,),
         return_unknown_args=True,
     )
@@ -103,7 +107,9 @@ def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
         not finding.harmless and finding.file not in (SPLITS, LABELS) for finding in verdict.findings
     ):
         way_out = "with the options that `fastssl shard` had, makes the damaged files again."
-        console.print(f"fastssl verify {args.shards} --repair --source SOURCE, {way_out}", markup=False)
+        console.print(
+            f"fastssl verify {shlex.quote(args.shards)} --repair --source SOURCE, {way_out}", markup=False
+        )
     if args.repair and verdict.findings:
         with _bar(console, "Making again", "images") as progress:
             done = repair(place, verdict, source, workers=args.workers, progress=progress)
@@ -121,7 +127,7 @@ def _open_source(args: Verify, options: Sequence[str]) -> Source:
     from shards.sources.source_kinds import open_source
 
     words = [args.source, args.shards, *options]
-    shard = tyro.cli(Shard, prog="fastssl shard", args=words, config=(tyro.conf.OmitArgPrefixes,))
+    shard = parse(Shard, "fastssl shard", words, config=(tyro.conf.OmitArgPrefixes,))
     return open_source(shard.source, shard.options)
 
 
@@ -193,7 +199,8 @@ def _print(console: Console, folder: str, verdict: VerifyResult) -> None:
         text = f"{folder} is DAMAGED: {len(files):,} {noun}{hurt} of {about} ({speed})."
         console.print(text, style="red", markup=False)
     else:
-        console.print(f"{folder} is whole: {looked}. {about} ({speed}).", style="green", markup=False)
+        told = f"{folder} is whole: {looked}. {about} ({speed})."
+        console.print(wrapped(told, console), style="green", markup=False)
 
 
 def _table(findings: list[Damage]):

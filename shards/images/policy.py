@@ -12,12 +12,12 @@ MAX_PIXELS = 178_956_970  # where Pillow, too, suspects a decompression bomb
 
 @dataclass(frozen=True)
 class Policy:
-    """What is stored, and what is refused. The defaults change no pixel that is not in the way of some decoder."""
+    """What is stored, and what is refused. The defaults change only images that some decoders cannot read as they are."""
 
     store: Literal["keep", "jpeg", "png", "webp", "npy"] = "keep"
-    """keep leaves clean files as they are, byte for byte; the others re-encode all that is not yet so (png, npy: without loss)."""
+    """keep leaves clean files as they are, byte for byte; the others re-encode files of another format (png, npy: without loss)."""
     short_side: int = 0
-    """Scale larger images down until the shorter side has so many pixels (antialiased; masks: nearest); 0 keeps sizes."""
+    """Scale larger images down until the shorter side has this many pixels (antialiased; masks: nearest); 0: keep sizes."""
     quality: int = 95
     """Of JPEG and WebP, where something is re-encoded: 1 to 100."""
     alpha: Literal["white", "black", "drop", "keep", "refuse"] = "white"
@@ -54,15 +54,16 @@ class Policy:
             )
 
     def describe(self) -> list[str]:
-        """What will be done, a sentence each, for the start of a run."""
-        lines = [self._about_store()]
+        """What will be done other than by default, a sentence each, for the start of a run; the summary counts what was done."""
+        lines = []
+        if (self.store, self.quality) != ("keep", 95):
+            lines.append(self._about_store())
         if self.short_side:
             lines.append(
                 f"Images whose shorter side has more than {self.short_side} pixels are scaled down to it."
             )
-        lines += [_ALPHA[self.alpha], _DEEP[self.deep]]
-        if self.store != "npy":
-            lines.append("Images not of 1 or 3 channels are stored as NumPy arrays: nothing is lost.")
+        lines += [_ALPHA[self.alpha]] if self.alpha != "white" else []
+        lines += [_DEEP[self.deep]] if self.deep != "keep" else []
         if self.animated == "first":
             lines.append("Of animations and several pages the first is taken.")
         if self.cmyk == "refuse":

@@ -268,7 +268,7 @@ def _reading(place: Place, name: str) -> Iterator[None]:
     except Exception as error:  # rasterio raises several kinds
         if not place.is_there():
             raise UserError(
-                f"The folder '{place.url}' has gone away; bring it back and run the same command again."
+                f"The folder '{place.url}' is no longer there; bring it back and run the same command again."
             ) from error
         raise BadImage(f"cannot be read as a raster: {_words(error, place, name)}") from error
     finally:

@@ -65,6 +65,7 @@ class RasterSource(Source):
         self._scenes = scenes or RasterFiles(where, options.band_numbers())
         self.kind, self.place, self.name = self._scenes.kind, self._scenes.place, self._scenes.name
         self.searched = self._scenes.searched
+        self.noun = "tile" if options.tile else "image"
         self.extra_schema = pa.schema([*_GEOREFERENCE, *self._scenes.extra_schema])
         self._clear()
 

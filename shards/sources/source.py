@@ -58,6 +58,8 @@ class Source:
     searched: Place | None = None
     extra_schema: pa.Schema = pa.schema([])
     classes: Sequence[str] = ()
+    noun = "image"
+    """What an entry is called on the screen."""
 
     def settings(self) -> dict[str, Any]:
         """All that decides the shards' bytes beside the listing of the entries: JSON values."""
@@ -148,6 +150,6 @@ def read_file(place: Place, name: str, planned_bytes: int, offset: int | None = 
         # One bad file is set aside; a disk that went away must not set aside all the rest.
         if not place.is_there():
             raise UserError(
-                f"The folder '{place.url}' has gone away; bring it back and run the same command again."
+                f"The folder '{place.url}' is no longer there; bring it back and run the same command again."
             ) from error
         raise BadImage(f"cannot be read: {error.strerror or error}") from error

@@ -28,7 +28,7 @@ class ListOptions:
     mask_column: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
     """Column of the masks' paths. Left out: mask or the like, where there is one; none: no masks."""
     group_column: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
-    """Column of what a split must not tear apart. Left out: group, where there is one; none: no groups."""
+    """Column of groups that a split must keep together. Left out: group, where there is one; none: no groups."""
     root: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
     """Folder or URL that relative paths start from. Left out: the folder of the list."""
 
@@ -56,7 +56,7 @@ class RasterOptions:
     stride: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Pixels from one tile's begin to the next one's; 0: as --tile, so that they do not overlap."""
     edge: Literal["drop", "pad", "shift"] = "drop"
-    """At the right and lower edge: tiles that stick out are dropped, padded with nodata, or shifted back inside."""
+    """At the right and lower edge: tiles that reach beyond it are dropped, padded with nodata, or shifted back inside."""
     nodata_max: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.5
     """Tiles with a larger share of pixels without data are quarantined: 0 to 1."""
     bands: Annotated[str, tyro.conf.arg(metavar="N,N,..|NAME,..")] = ""

@@ -22,6 +22,7 @@ from shards.splits import assignment
 from shards.splits.assignment import NONE, SIDES, Hashes, Ids
 from shards.splits.split_lists import read_lists, sides_of_lists
 from shards.storage.place import Place
+from shards.units import plural
 
 NO_GROUPS = "none"
 MAX_STRATA = 100_000
@@ -145,7 +146,7 @@ def _check_none_is_empty(rule: SplitRule, sides: npt.NDArray[np.int8], num_group
     for side, share in enumerate((1.0, rule.val, rule.test)):
         if share and not (sides == side).any():
             raise UserError(
-                f"{SIDES[side]} would be empty: {len(sides):,} images in {num_groups:,} groups that may not be torn apart do not "
+                f"{SIDES[side]} would be empty: {len(sides):,} images in {num_groups:,} groups that stay together do not "
                 f"give a share of {share:g}. Give a larger one, or finer groups (--group-by)."
             )
 
@@ -166,8 +167,7 @@ def _torn(sides: npt.NDArray[np.int8], group: Ids) -> list[str]:
     if not split.any():
         return []
     return [
-        f"The lists tear {int(split.sum()):,} groups apart (images with the same pixels, or of one group): their images lie in "
-        "several splits."
+        f"The lists put images of {plural(int(split.sum()), 'group')} (the same pixels, or the same group) into different splits."
     ]
 
 

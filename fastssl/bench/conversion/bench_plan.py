@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
 from fastssl.bench.fresh import in_fresh_process
 from fastssl.bench.report import busy, machine, write_report
 from fastssl.bench.screen import say, say_written
 from fastssl.core.peak_memory import peak_bytes
+from shards.command_line import File, Folder, parse
 from shards.errors import UserError, check_least
 from shards.sources.source import BATCH_ROWS, Source, entry_batch
 from shards.storage.atomic_files import check_output
@@ -36,9 +35,9 @@ class BenchPlan:
 
     entries: int = 10_000_000
     """Images to plan for."""
-    out: str = ""
+    out: Folder = ""
     """Folder for the plan, which is removed afterwards; empty: the system's temporary folder."""
-    json: str = ""
+    json: File = ""
     """JSON file for the results."""
 
 
@@ -63,7 +62,7 @@ class Names(Source):
 
 def run(argv: list[str]) -> int:
     """Run the sub-command."""
-    args = tyro.cli(BenchPlan, prog="fastssl bench plan", args=argv)
+    args = parse(BenchPlan, "fastssl bench plan", argv)
     if args.json:
         check_output(args.json, "--json")
     check_least(args, entries=1)

@@ -15,9 +15,11 @@ from typing import Annotated, Any
 import tyro
 
 from fastssl.bench.conversion.writers import Task, Turn, litdata, only, ours, proof, smaller, webdataset
+from fastssl.bench.guard import exit_code
 from fastssl.bench.report import Row, Stopwatch, brief, busy, error_line, machine, write_report
-from fastssl.bench.screen import make_table, say_written, show
+from fastssl.bench.screen import Stoppable, make_table, say_written, show
 from fastssl.bench.turns import take_turns
+from shards.command_line import File, Folder, parse
 from shards.errors import UserError, check_least
 from shards.storage.atomic_files import check_output
 
@@ -32,7 +34,7 @@ class BenchShard:
     are read once before, so that the page cache is warm.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[Folder, tyro.conf.Positional]
     """Folder of JPEG files, all of them undamaged."""
     images: int = 10_000
     """Images a turn; if the folder holds fewer, they are used several times under other names."""
@@ -40,11 +42,11 @@ class BenchShard:
     """Processes of each writer; 0: one per core."""
     repeats: int = 3
     """Times each writer is measured, after one turn to warm up."""
-    out: str = ""
+    out: Folder = ""
     """Folder for the output, which is removed afterwards; empty: the system's temporary folder."""
     peers: bool = True
     """Measure webdataset and litdata too."""
-    json: str = ""
+    json: File = ""
     """JSON file for the results."""
 
 
@@ -92,7 +94,7 @@ WRITERS = [
 
 def run(argv: list[str]) -> int:
     """Run the sub-command."""
-    args = tyro.cli(BenchShard, prog="fastssl bench shard", args=argv, config=(tyro.conf.FlagConversionOff,))
+    args = parse(BenchShard, "fastssl bench shard", argv, config=(tyro.conf.FlagConversionOff,))
     if args.json:
         check_output(args.json, "--json")
     check_least(args, images=1, workers=0, repeats=1)
@@ -110,7 +112,7 @@ def run(argv: list[str]) -> int:
         context = multiprocessing.get_context("spawn")
         with context.Pool(workers, initializer=_prepare, initargs=([str(folder / files[0])],)) as pool:
             task = Task(folder, files, workers, pool)
-            with console.status("") as status:
+            with Stoppable(console) as measuring, console.status("") as status:
 
                 def turn(number: int, writer: MeasuredWriter, row: Row) -> None:
                     status.update(
@@ -118,7 +120,7 @@ def run(argv: list[str]) -> int:
                     )
                     measure(writer, task, Path(scratch), row, keep=number > 0)
 
-                take_turns(range(args.repeats + 1), writers, rows, turn)
+                take_turns(range(args.repeats + 1), writers, rows, turn, console)
     by_name = {row.name: row for row in rows}
     for writer, row in zip(writers, rows, strict=True):
         row.compare(by_name.get(writer.base))
@@ -135,9 +137,9 @@ def run(argv: list[str]) -> int:
             "page_cache": "warm",
         }
         del settings["json"], settings["out"]
-        write_report(args.json, "shard", where, settings, rows)
+        write_report(args.json, "shard", where, settings, rows, complete=not measuring.stopped)
     say_written(console, args.json)
-    return 0
+    return exit_code(rows, stopped=measuring.stopped)
 
 
 def measure(writer: MeasuredWriter, task: Task, scratch: Path, row: Row, *, keep: bool) -> None:
@@ -185,7 +187,10 @@ def _gather(source: Path, folder: Path, num_images: int) -> tuple[Path, list[str
 def _prepare(paths: list[str]) -> None:
     """Import and use, in each process, what the turns will use."""
     import contextlib
+    import signal
 
+    # Ctrl-C is for the process that measures, which ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(ImportError):
         import webdataset  # noqa: F401
     for path in paths:
@@ -198,14 +203,13 @@ def _show(
 ) -> None:
     title = f"{args.images:,} JPEG files of {num_bytes / 1000:,.0f} kB, {workers} processes"
     table = make_table(title, "", ("images/s", "spread", "of its\nbase", "core ms", "of its\nbase"))
-    for number, row in enumerate(rows, 1):
-        name = f"{row.name} [dim]{number}[/]"
+    for row in rows:
         if row.images_per_s is None:
-            table.add_row(name, "failed")
+            table.add_row(row.name, row.why_not)
             continue
         ratio = "" if row.ratio is None else f"{row.ratio:.0%}"
         cpu_ratio = f"{row.more['cpu_ratio']:.0%}" if row.more.get("cpu_ratio") else ""
-        table.add_row(name, brief(row.images_per_s), row.spread(), ratio, f"{row.core_ms:.2f}", cpu_ratio)
+        table.add_row(row.name, brief(row.images_per_s), row.spread(), ratio, f"{row.core_ms:.2f}", cpu_ratio)
     show(
         console,
         table,

@@ -38,12 +38,14 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "fastssl bench gpu",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Run the tests that need a GPU and measure views, loaders, training steps and memory on it, the most\n"
-        "informative first. Each stage has its own time limit. A job that fails is named, the others run, and the exit\n"
-        "code is 1. Nothing is installed.",
+        description="Run the tests that need a GPU and measure views, loaders, training steps and\n"
+        "memory on it, the most informative first. Each stage has its own time limit. A\n"
+        "job that fails is named, the others run, and the exit code is 1. Nothing is\n"
+        "installed.",
         epilog=f"stages, in the order in which they run:\n{stages}\n\n"
-        "Results are dated JSON files in --out, one a stage, and results.tgz, which holds all of them with the logs and is\n"
-        "rewritten after each stage. The last lines show each goal and its figure: met, missed, or why it is not known.",
+        "Results are dated JSON files in --out, one for each stage, and results.tgz,\n"
+        "which holds all of them with the logs and is rewritten after each stage. The\n"
+        "last lines show each goal and its figure: met, missed, or why it is not known.",
     )
     made.add_argument(
         "--first",
@@ -56,29 +58,51 @@ def parser() -> argparse.ArgumentParser:
         metavar="STAGE",
         help="only these stages and those they need; verdict judges the files in --out",
     )
-    made.add_argument("--seconds", type=float, help="time limit of the whole command, in seconds")
     made.add_argument(
-        "--out", type=Path, default=Path("docs/benchmarks"), help="folder for results (%(default)s)"
+        "--seconds", type=float, metavar="S", help="time limit of the whole command, in seconds"
+    )
+    made.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        default=Path("docs/benchmarks"),
+        help="folder for results (%(default)s)",
     )
     made.add_argument(
         "--work",
         type=Path,
+        metavar="FOLDER",
         default=Path(tempfile.gettempdir()) / "fastssl-bench-gpu",
         help="folder for photographs, shards and compiled kernels, which later calls use again (%(default)s)",
     )
     made.add_argument(
-        "--shards", type=Path, help="folder of shards to measure with, instead of generated photographs"
+        "--shards",
+        type=Path,
+        metavar="SHARDS",
+        help="folder of shards to measure with, instead of generated photographs",
     )
     made.add_argument(
-        "--images", type=int, default=Sizes.images, help="number of generated photographs (%(default)s)"
+        "--images",
+        type=int,
+        metavar="N",
+        default=Sizes.images,
+        help="number of generated photographs (%(default)s)",
     )
     made.add_argument(
-        "--scale", type=float, default=1.0, help="share of each batch size, such as 0.05 on a CPU"
+        "--scale",
+        type=float,
+        metavar="SHARE",
+        default=1.0,
+        help="share of each batch size, such as 0.05 on a CPU",
     )
-    made.add_argument("--extra", default="", help="settings for every job with a configuration")
+    made.add_argument(
+        "--extra", default="", metavar="SETTINGS", help="settings for every job with a configuration"
+    )
     made.add_argument("--tiny", action="store_true", help="smallest sizes, to test the command itself")
     made.add_argument(
-        "--gpu", help="with --only verdict: the device that the files were measured on (this machine's)"
+        "--gpu",
+        metavar="NAME",
+        help="with --only verdict: the device that the files were measured on (this machine's)",
     )
     return made
 

@@ -299,13 +299,13 @@ STAGES: dict[str, Callable[[CheckSetup], Lanes]] = {
     "loader_peers": _loader_peers,
 }
 MEANINGS = {
-    "facts": "versions, rates of copies and products, first imports and compiles",
+    "facts": "versions, copies, products, first imports and compiles",
     "tests": "the tests that need a GPU, one process per file",
     "images": "generate photographs and their shards, once",
     "warm": "compile each model once, for its measurements",
-    **dict.fromkeys(MODELS, "a model's step, end to end, and a step as in MoCo v3's code"),
+    **dict.fromkeys(MODELS, "a model's step, end to end, and MoCo v3's own step"),
     "augment": "views from decoded images, beside other libraries",
-    **{f"{name}_more": "the model's views and decoding on the GPU, and the step's parts" for name in MODELS},
+    **{f"{name}_more": "views and decoding on the GPU, and the step's parts" for name in MODELS},
     "memory": "peaks of the configurations for small cards",
     "loader": "from JPEGs to views",
     "switches_resnet50": "each speed switch by itself",

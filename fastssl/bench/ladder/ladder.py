@@ -18,17 +18,21 @@ if TYPE_CHECKING:
     from fastssl.bench.ladder.verdict import Switches, Verdict
     from fastssl.pretraining.run_config import Resolved
 
-USAGE = """usage: fastssl bench CONFIG [--data.shards DIR] [--rows NAMES] [--quick] [--json FILE] [--section.key value ...]
+USAGE = """usage: fastssl bench CONFIG [--data.shards SHARDS] [--rows NAMES] [--quick]
+                            [--json FILE] [--section.key value ...]
 
-Measure a configuration rung by rung on this machine, in one process: the full step on synthetic views, the loader and end to end, the
-step's parts, read, decode, to device, augment; then name the bottleneck and the switch to try. train.batch is the batch of this one
-device. Without --data.shards only the step is measured. A row that fails gives the reason, and the exit code is 1.
-  --rows       rows to measure, names with commas, or all: those that this device and these shards allow (all)
+Measure each part of a run on this machine, in one process: the full step on
+synthetic views, the loader and end to end, the step's parts, read, decode, to
+device, augment. Then name the bottleneck and the setting to try. train.batch is
+the batch of this one device. Without --data.shards only the step is measured.
+A row that fails gives the reason, and the exit code is 1.
+  --rows NAMES  rows to measure, names with commas, or all: those that this
+                device and these shards allow (all)
 {rows}
-  --quick      few steps, no comparisons: half a minute instead of minutes
-  --steps      steps of one measurement (20)
-  --repeats    measurements of each row (3)
-  --json       file for the results, rewritten after each row"""
+  --quick       few steps, no comparisons: half a minute instead of minutes
+  --steps N     steps of one measurement (20)
+  --repeats N   measurements of each row (3)
+  --json FILE   file for the results, rewritten after each row"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def usage() -> str:
     """Return the text of `fastssl bench CONFIG --help`."""
     from fastssl.bench.ladder.ladder_rows import GROUPS
 
-    rows = "\n".join(f"                 {name:16}{text}" for name, text in GROUPS.items())
+    rows = "\n".join(f"    {name:16}{text}" for name, text in GROUPS.items())
     return USAGE.format(rows=rows)
 
 
@@ -85,7 +89,7 @@ def run(argv: list[str]) -> int:
 
 
 def report(resolved: Resolved, options: Options) -> int:
-    """Measure, show and write a configuration's ladder; return 1 if a row failed, else 0.
+    """Measure, show and write a configuration's ladder; return 130 if Ctrl-C stopped it, 1 if a row failed, else 0.
 
     Raises:
         UserError: the model does not fit in the memory of the device, or the shards hold fewer images than a batch.
@@ -101,7 +105,7 @@ def report(resolved: Resolved, options: Options) -> int:
     from fastssl.bench.ladder.step_rungs import build
     from fastssl.bench.ladder.verdict import judge
     from fastssl.bench.report import machine, write_report
-    from fastssl.bench.screen import say_written
+    from fastssl.bench.screen import Stoppable, say_written
     from fastssl.core.distributed import choose_device
     from fastssl.core.out_of_memory import bracketed_cause
     from fastssl.pretraining.build import follow_shards
@@ -146,7 +150,7 @@ def report(resolved: Resolved, options: Options) -> int:
         kinds = {"compiled": ladder.compiled, "can_compile": ladder.can_compile}
         return judge(rates, dataclasses.replace(allowed, **kinds), ladder.contention)
 
-    def save(ladder: Ladder) -> None:
+    def save(ladder: Ladder, *, complete: bool = False) -> None:
         if options.json:
             verdict = judged(ladder)
             more = {
@@ -155,18 +159,21 @@ def report(resolved: Resolved, options: Options) -> int:
                 "conclusion": verdict.sentence,
             }
             known = settings | {"compiled": ladder.compiled}
-            write_report(options.json, "ladder", where, known, list(ladder.rows.values()), **more)
+            rows = list(ladder.rows.values())
+            write_report(options.json, "ladder", where, known, rows, complete=complete, **more)
 
     ladder = Ladder(resolved, trainee, clock, Guard(device, no_memory), top, save)
     del trainee
-    ladder.measure(groups)
-    # Others' steps take longer.
-    fewer = Clock(device, train.batch, max(1, options.steps // 2), options.repeats, console)
-    ladder.each(peer_rows(resolved, fewer, groups))
+    with Stoppable(console) as measuring:
+        ladder.measure(groups)
+        # Others' steps take longer.
+        fewer = Clock(device, train.batch, max(1, options.steps // 2), options.repeats, console)
+        ladder.each(peer_rows(resolved, fewer, groups))
+    save(ladder, complete=not measuring.stopped)
     known = facts | {"compiled": ladder.compiled}
     show(console, ladder, judged(ladder), where, known)
     say_written(console, options.json)
-    return exit_code(ladder.rows.values())
+    return exit_code(ladder.rows.values(), stopped=measuring.stopped)
 
 
 def choose_groups(resolved: Resolved, device: torch.device, options: Options) -> list[str]:

@@ -19,7 +19,9 @@ from fastssl.bench.ladder.step_peers import STEP_PEERS, ema_loop, ema_pairs
 from fastssl.bench.ladder.step_rungs import FORWARDS, Trainee, step_rows, step_views
 from fastssl.bench.ladder.verdict import (
     AUGMENT,
+    COMPILED,
     DECODE,
+    EAGER,
     END_TO_END,
     FULL,
     FULL_AUGMENT,
@@ -32,10 +34,10 @@ from fastssl.bench.ladder.verdict import (
     UPDATE,
 )
 from fastssl.bench.report import Row
+from fastssl.bench.screen import say_row
 from fastssl.pretraining.build import compile_blocks, has_compiler
 from fastssl.pretraining.run_config import Resolved
 
-EAGER, COMPILED = "full step, eager", "full step, compiled"
 EMA, EMA_LOOP = "EMA", "EMA as a Python loop"
 
 
@@ -66,12 +68,12 @@ GROUPS = {
     "end_gpu": "both with --data.augment-on gpu",
     "end_decode": "both with --data.augment-on gpu and --data.decode gpu",
     "end_one_stream": "both with --data.side-stream False",
-    "augment": "the full step, with views made from decoded images",
+    "augment": "the full step, with views from decoded images",
     "parts": "student, teacher, EMA + optimizer",
     "data": "read, decode, to device, augment",
     "ema": "the EMA, and the EMA as a Python loop",
-    "compile": "the full step eager if the run compiles it, else compiled",
-    "plain": "a step as in MoCo v3's code, and one with PyTorch's faster parts",
+    "compile": "the full step, eager where the run compiles it, or compiled",
+    "plain": "a step as in MoCo v3's code, one with newer PyTorch",
     "lightly": "a step built from lightly's blocks",
 }
 WITH_SHARDS = frozenset({*ENDINGS, "augment", "data"})
@@ -183,6 +185,7 @@ class Ladder:
                 full.compare(row)
         if row.name == EMA_LOOP:
             self._rows[EMA].compare(row)
+        say_row(self.clock.console, row)
         self._save(self)
 
     def _clear(self) -> None:

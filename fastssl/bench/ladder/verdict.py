@@ -12,11 +12,15 @@ READ, DECODE, TO_DEVICE, AUGMENT, LOADER = "read", "decode", "to device", "augme
 STUDENT, TEACHER, UPDATE = "student forward + backward", "teacher forward", "EMA + optimiser"
 FULL, FULL_AUGMENT, END_TO_END = "full step, synthetic", "full step + augment", "end to end"
 RUNGS = (READ, DECODE, TO_DEVICE, AUGMENT, LOADER, STUDENT, TEACHER, UPDATE, FULL, FULL_AUGMENT, END_TO_END)
+# The step of the other kind than the run's.
+EAGER, COMPILED = "full step, eager", "full step, compiled"
 # Others' steps.
 MOCO_V3, TODAY, LIGHTLY = "moco-v3's own kind of step", "plain step of today's PyTorch", "lightly's blocks"
 
 # A step that takes this many times as long beside the loader competes with it.
 BESIDE = 1.1
+# From this many times as fast on, a setting is advised.
+FASTER = 1.05
 # From this share of what the slower side allows on, nothing is lost between them.
 WELL = 0.95
 
@@ -145,13 +149,25 @@ def _slow_part_of_step(rates: Mapping[str, float | None], switches: Switches) ->
         return UPDATE, "try a larger --train.batch, so that it comes less often"
     if not switches.half and switches.half_is_fast:
         return part, "try --train.precision bf16"
-    if not switches.compiled and switches.can_compile:
+    if switches.compiled and _faster(rates, EAGER):
+        return part, "try --train.compile False, which was faster here"
+    # On a CPU compiling often does not pay, so only a measurement can advise it there.
+    worth = _faster(rates, COMPILED) if rates.get(COMPILED) else switches.on_gpu
+    if not switches.compiled and switches.can_compile and worth:
         return part, "try --train.compile True"
     if not switches.channels_last and switches.is_cnn:
         return part, "try --train.channels-last True"
     if switches.checkpointing != "none":
         return part, "try --train.checkpointing none, if the memory allows"
-    return part, "every switch is on: try a smaller --model.backbone or --recipe.size, or more devices"
+    return (
+        part,
+        "no setting makes it faster as it is: use a smaller --model.backbone or --recipe.size, or more devices",
+    )
+
+
+def _faster(rates: Mapping[str, float | None], kind: str) -> bool:
+    """Return whether the step of the other kind, EAGER or COMPILED, was measured as clearly faster than the run's."""
+    return (rates.get(kind) or 0.0) > FASTER * (rates.get(FULL) or 0.0)
 
 
 def _share_of_update(rates: Mapping[str, float | None]) -> float:

@@ -14,6 +14,7 @@ from fastssl.bench.clock import Clock
 from fastssl.bench.guard import Guard
 from fastssl.bench.loaders.augmenters import Augmenter, Decoded, Step, measured_levels
 from fastssl.bench.report import PeakMemory, Row
+from fastssl.bench.screen import say_row
 from fastssl.bench.turns import take_turns
 from pipelines.augment.draws import draw
 from pipelines.previews.engine_fidelity import classify
@@ -30,17 +31,17 @@ CLOCK_HZ = 2e9
 
 def measure(
     chosen: list[Augmenter],
+    rows: list[Row],
     work: Decoded,
     repeats: int,
     seconds: float,
     console: Any,
-    save: Callable[[list[Row]], None] = lambda rows: None,
-) -> list[Row]:
-    """Measure augmenters in turns and return a row for each.
+    save: Callable[[], None] = lambda: None,
+) -> None:
+    """Measure augmenters in turns, each into its row of `rows`.
 
-    An augmenter that cannot run here or fails leaves the reason in its row. `save` is called with all rows after each measurement.
+    An augmenter that cannot run here or fails leaves the reason in its row. `save` is called after each measurement.
     """
-    rows = [Row(each.name, each.fidelity, note=each.note) for each in chosen]
     guard = Guard(
         work.device, f"a batch of {work.batch} does not fit in the memory of the device: lower --batch"
     )
@@ -49,18 +50,17 @@ def measure(
         for each, row in zip(chosen, rows, strict=True):
             with console.status(f"warming up {each.name}"):
                 turn = guard.run([row], lambda each=each, row=row: _Turn(each, work, row, opened, seconds))
-            if turn is not None:
+            if turn is None:
+                say_row(console, row)
+            else:
                 turns.append(turn)
 
         def measured(_number: int, turn: _Turn, row: Row) -> None:
             guard.run([row], lambda: turn.take(console))
             _compare(rows)
-            save(rows)
+            save()
 
-        take_turns(range(repeats), turns, [turn.row for turn in turns], measured)
-    _compare(rows)
-    save(rows)
-    return rows
+        take_turns(range(1, repeats + 1), turns, [turn.row for turn in turns], measured, console)
 
 
 def _compare(rows: list[Row]) -> None:
@@ -114,7 +114,6 @@ class _Turn:
         """Add one measurement."""
         clock = self._clock(max(1, round(self._seconds / self._step_s)), console)
         made = clock.row(self.row.name, self._step, warm_up=1)
-        self.row.add(made.rates[0], made.cores[0])
         alone = device_ms(self._step, clock) if self._device.type == "cuda" else None
         for name, figure in {**made.more, "device_ms": alone}.items():
             if name in self._ms and figure is not None:
@@ -122,6 +121,8 @@ class _Turn:
                 self.row.more[name] = statistics.median(self._ms[name])
         self.row.more["least_bytes"] = self._least_bytes
         self.row.more["gb_per_s"] = self._least_bytes / self.row.more["ms_p50"] / 1e6
+        # The rate comes last, so that Ctrl-C leaves no half of a row.
+        self.row.add(made.rates[0], made.cores[0])
 
     def _clock(self, steps: int, console: Any) -> Clock:
         return Clock(self._device, self._batch, steps, 1, console)

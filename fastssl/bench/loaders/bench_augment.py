@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastssl.bench.guard import exit_code
-from fastssl.bench.report import Row, brief, busy, machine, write_measured
-from fastssl.bench.screen import make_table, say_written, show
+from fastssl.bench.report import Row, brief, busy, figure, machine, write_measured
+from fastssl.bench.screen import Stoppable, make_table, say_written, show
+from shards.command_line import File, Name, Names, parse
 from shards.errors import UserError, check_least
 from shards.storage.atomic_files import check_output
 
@@ -29,11 +30,11 @@ class BenchAugment:
     reason in its row; the others are measured all the same, and the exit code is 1.
     """
 
-    shards: Annotated[str, tyro.conf.Positional] = ""
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[SHARDS]")] = ""
     """Folder of shards with the images; empty: generated pictures of ImageNet's sizes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that holds the decoded images and makes the views."""
-    recipe: str = "moco_v3"
+    recipe: Name = "moco_v3"
     """Name of a preset."""
     size: int = 224
     """Side of the views in pixels."""
@@ -47,16 +48,16 @@ class BenchAugment:
     """Times each engine is measured, in turns."""
     seconds: float = 2.0
     """Shortest length of a measurement, in seconds."""
-    engines: str = "all"
+    engines: Names = "all"
     """Engines to measure: all that run on the device, or names with commas: triton, torch, fused, kornia, kornia-modules, dali-graph,
     torchvision-v2."""
-    json: str = ""
+    json: File = ""
     """JSON file for the results, a list with a row for each engine; rewritten after each measurement."""
 
 
 def run(argv: list[str]) -> int:
     """Run the sub-command."""
-    args = tyro.cli(BenchAugment, prog="fastssl bench augment", args=argv)
+    args = parse(BenchAugment, "fastssl bench augment", argv)
     if args.json:
         check_output(args.json, "--json")
     _check(args)
@@ -80,19 +81,23 @@ def run(argv: list[str]) -> int:
         "images": len(work.images),
     }
 
-    def save(rows: list[Row]) -> None:
+    rows = [Row(each.name, each.fidelity, note=each.note) for each in chosen]
+
+    def save(*, complete: bool = False) -> None:
         if args.json:
-            write_measured(args.json, where, settings, rows)
+            write_measured(args.json, where, settings, rows, complete=complete)
 
     before = torch.get_num_threads()
     torch.set_num_threads(work.threads)
     try:
-        rows = measure(chosen, work, args.repeats, args.seconds, console, save)
+        with Stoppable(console) as measuring:
+            measure(chosen, rows, work, args.repeats, args.seconds, console, save)
     finally:
         torch.set_num_threads(before)
+    save(complete=not measuring.stopped)
     _show(console, rows, work, where, args)
     say_written(console, args.json)
-    return exit_code(rows)
+    return exit_code(rows, stopped=measuring.stopped)
 
 
 def _check(args: BenchAugment) -> None:
@@ -155,22 +160,19 @@ def _show(console: Any, rows: list[Row], work: Decoded, where: dict[str, Any], a
     figures = ("ms a\nbatch", "device\nms", "images\nper s", "spread", "ours\nis x", "GB/s", "GB")
     figures = [name for name in figures if on_gpu or not name.startswith("device")]
     table = make_table(title, "engine", figures, "fidelity")
-    for number, row in enumerate(rows, 1):
-        name = f"{row.name} [dim]{number}[/]"
+    for row in rows:
         if row.images_per_s is None:
-            table.add_row(name, "failed", *[""] * (6 if on_gpu else 5), row.fidelity)
+            table.add_row(row.name, *[""] * len(figures), row.why_not)
             continue
         more = row.more
-        device = [_figure(more.get("device_ms"))] if on_gpu else []
+        device = [figure(more.get("device_ms"))] if on_gpu else []
         table.add_row(
-            name,
-            _figure(more["ms_p50"]),
+            row.name,
+            figure(more["ms_p50"]),
             *device,
             brief(row.images_per_s),
             row.spread(),
-            "" if row.ratio is None else f"{more['ours_over_this']:.2f}",
-            f"{more['gb_per_s']:,.{0 if on_gpu else 2}f}",
-            f"{more['peak_memory_bytes'] / 1e9:.2f}",
+            *map(figure, (more.get("ours_over_this"), more["gb_per_s"], more["peak_memory_bytes"] / 1e9)),
             row.fidelity,
         )
     alone = " device ms: the GPU's work alone, all launches queued before it." if on_gpu else ""
@@ -185,7 +187,3 @@ def _show(console: Any, rows: list[Row], work: Decoded, where: dict[str, Any], a
         f"{'' if on_gpu else ', without what an earlier row has left free'}. The fidelity of our engines is measured: exact is "
         "within half a gray level of PIL on average, close within two.",
     )
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else brief(value)

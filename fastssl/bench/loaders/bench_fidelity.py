@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from fastssl.bench.report import versions, write_rows
-from fastssl.bench.screen import make_table, say, say_written
+from fastssl.bench.guard import exit_code
+from fastssl.bench.report import mark, versions, write_rows
+from fastssl.bench.screen import Stoppable, make_table, say, say_written
+from shards.command_line import File, Name, Names, Shards, parse
 from shards.errors import UserError, check_least, nearest
 from shards.storage.atomic_files import check_output
 
@@ -24,23 +26,23 @@ class BenchFidelity:
     Both get the same draws. Figures are mean absolute differences in levels of 0..255, over all pixels and channels.
     """
 
-    shards: Annotated[str, tyro.conf.Positional]
+    shards: Annotated[Shards, tyro.conf.Positional]
     """Folder of shards of 8-bit images."""
-    recipe: str = "moco_v3"
+    recipe: Name = "moco_v3"
     """Name of a preset, whose ranges are drawn from."""
     size: int = 224
     """Side of the views in pixels."""
     images: int = 64
     """Number of images of the shards; generated edge cases are measured as well."""
-    engines: str = "fused,dali,kornia"
+    engines: Names = "fused,dali,kornia"
     """Engines to measure, with commas."""
-    json: str = ""
+    json: File = ""
     """JSON file for the results: a list of rows."""
 
 
 def run(argv: list[str]) -> int:
     """Run the sub-command."""
-    args = tyro.cli(BenchFidelity, prog="fastssl bench fidelity", args=argv)
+    args = parse(BenchFidelity, "fastssl bench fidelity", argv)
     if args.json:
         check_output(args.json, "--json")
     check_least(args, size=1, images=1)
@@ -65,22 +67,26 @@ def run(argv: list[str]) -> int:
     console = Console(highlight=False)
     rows: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
-    for engine in engines:
-        with console.status(f"measuring {engine}"):
-            for pictures, data in sets.items():
-                try:
-                    made = measure(engine, recipe, data)
-                except UserError as error:
-                    failures[engine] = str(error)
-                    break
-                rows += [_row(engine, pictures, name, one, classify) for name, one in made.items()]
+    with Stoppable(console) as measuring:
+        for engine in engines:
+            with console.status(f"measuring {engine}"):
+                for pictures, data in sets.items():
+                    try:
+                        made = measure(engine, recipe, data)
+                    except UserError as error:
+                        failures[engine] = str(error)
+                        break
+                    rows += [_row(engine, pictures, name, one, classify) for name, one in made.items()]
+                    worst = max(made, key=lambda name: made[name].mean)
+                    console.print(f"{engine}, {pictures}: at most {made[worst].mean:.3f} levels ({worst})")
     _show(console, rows, engines, list(sets), args)
     for engine, reason in failures.items():
-        console.print(f"{engine} could not be measured: {reason}", style="yellow", markup=False)
+        console.print(f"{engine} was not measured: {reason}", style="yellow", markup=False)
     if args.json:
-        write_rows(args.json, [row | {"recipe": args.recipe, "versions": versions()} for row in rows])
+        about = {"recipe": args.recipe, "versions": versions()} | mark(not measuring.stopped)
+        write_rows(args.json, [row | about for row in rows])
     say_written(console, args.json)
-    return 0
+    return exit_code([], stopped=measuring.stopped)
 
 
 def choose_engines(names: str, known: list[str]) -> list[str]:

@@ -15,11 +15,13 @@ import tyro
 
 from fastssl.bench.guard import Guard, exit_code
 from fastssl.bench.loaders.work import MeasuredLoader, Work
-from fastssl.bench.report import PeakMemory, Row, Stopwatch, brief, busy, machine, write_measured
-from fastssl.bench.screen import make_table, say_written, show
+from fastssl.bench.report import PeakMemory, Row, Stopwatch, brief, busy, figure, machine, write_measured
+from fastssl.bench.screen import Stoppable, make_table, say_row, say_written, show
 from fastssl.bench.turns import take_turns
+from shards.command_line import File, Name, Names, Shards, parse
 from shards.errors import UserError, check_least, nearest
 from shards.storage.atomic_files import check_output
+from shards.units import plural
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,9 +38,9 @@ class BenchLoader:
     A source image counts once, however many views are made of it. All images are read once before, so that the page cache is warm.
     """
 
-    shards: Annotated[str, tyro.conf.Positional]
+    shards: Annotated[Shards, tyro.conf.Positional]
     """Folder of shards."""
-    recipe: str = "moco_v3"
+    recipe: Name = "moco_v3"
     """Name of a preset."""
     size: int = 224
     """Side of the views in pixels."""
@@ -52,20 +54,20 @@ class BenchLoader:
     """Shortest length of a measurement, in seconds."""
     images: int = 2048
     """Number of images, used again and again; fewer if the shards hold fewer."""
-    engines: str = "all"
+    engines: Names = "all"
     """Our engines to measure: all, none, or names with commas: fused, dali, kornia, reference."""
-    peers: str = "all"
+    peers: Names = "all"
     """Other loaders to measure: all, none, or names with commas: moco-v3, torchvision-v2, lightly, webdataset, dali-graph,
     dali-decode, kornia-modules, ffcv."""
     scaling: bool = False
     """Also measure our engines on the CPU in 1, 2, 4 ... threads: rows such as fused (1)."""
-    json: str = ""
+    json: File = ""
     """JSON file for the results, a list with a row for each loader; rewritten after each measurement."""
 
 
 def run(argv: list[str]) -> int:
     """Run the sub-command."""
-    args = tyro.cli(BenchLoader, prog="fastssl bench loader", args=argv)
+    args = parse(BenchLoader, "fastssl bench loader", argv)
     if args.json:
         check_output(args.json, "--json")
     check(args)
@@ -115,7 +117,12 @@ def run(argv: list[str]) -> int:
         "images": len(sample_ids),
         "page_cache": "warm",
     }
-    with console.status("") as status:
+
+    def save(*, complete: bool) -> None:
+        if args.json:
+            write_measured(args.json, where, settings, rows, complete=complete)
+
+    with Stoppable(console) as measuring, console.status("") as status:
 
         def turn(number: int, loader: MeasuredLoader, row: Row) -> None:
             status.update(f"measuring {loader.name}, {number} of {args.repeats}")
@@ -123,13 +130,15 @@ def run(argv: list[str]) -> int:
             for each in rows:
                 if each.fidelity:
                     each.compare(base)
-            if args.json:
-                write_measured(args.json, where, settings, rows)
+            save(complete=False)
 
-        take_turns(range(1, args.repeats + 1), loaders, rows, turn)
+        for row in failed.values():
+            say_row(console, row)
+        take_turns(range(1, args.repeats + 1), loaders, rows, turn, console)
+    save(complete=not measuring.stopped)
     _show(console, rows, work, where, args)
     say_written(console, args.json)
-    return exit_code(rows)
+    return exit_code(rows, stopped=measuring.stopped)
 
 
 def check(args: BenchLoader) -> None:
@@ -175,8 +184,10 @@ def measure(
         with PeakMemory() as memory, contextlib.closing(loader.open(work)) as batches:
             for _ in range(2):
                 spend(batches, min(WARM_UP_S, seconds))
-            row.add(*spend(batches, seconds))
+            measured = spend(batches, seconds)
+        # All figures at once, so that Ctrl-C leaves no half of them.
         row.more["peak_memory_bytes"] = max(memory.most_bytes, row.more.get("peak_memory_bytes", 0))
+        row.add(*measured)
 
     guard.run([row], turn)
 
@@ -339,28 +350,23 @@ def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: Ben
     title = f"{len(ids):,} images of {width} x {height}, {recipe.num_views} views of {recipe.size} px, recipe {args.recipe}"
     figures = ("images\nper s", "spread", f"vs\n{MOCO_V3}", "cores", "core\nms", "GB")
     table = make_table(title, "loader", figures, "fidelity")
-    for number, row in enumerate(rows, 1):
-        name = f"{row.name} [dim]{number}[/]"
+    for row in rows:
         if row.images_per_s is None:
-            table.add_row(name, "failed", "", "", "", "", "", row.fidelity)
+            table.add_row(row.name, *[""] * len(figures), row.why_not)
             continue
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         table.add_row(
-            name,
+            row.name,
             brief(row.images_per_s),
             row.spread(),
-            ratio,
-            f"{row.cpu_cores:.2f}",
-            f"{row.core_ms:.2f}",
-            f"{row.more['peak_memory_bytes'] / 1e9:.1f}",
+            *map(figure, (row.ratio, row.cpu_cores, row.core_ms, row.more["peak_memory_bytes"] / 1e9)),
             row.fidelity or "[dim]part only[/]",
         )
     show(
         console,
         table,
         rows,
-        f"{where['cpu']}, {where['cores']} cores{busy(where)}; {work.threads} threads or worker processes, "
-        f"batches of {work.batch}; median and spread of {args.repeats} turns of {args.seconds:g} s after "
+        f"{where['cpu']}, {where['cores']} cores{busy(where)}; {plural(work.threads, 'thread')} or worker processes, "
+        f"batches of {work.batch}; median and spread of {plural(args.repeats, 'turn')} of {args.seconds:g} s after "
         "warm-up, page cache warm. cores, core ms: CPU time per second, per image. GB: peak memory of all processes "
         "together. The fidelity of our engines is measured: exact is within half a gray level of PIL on average, close within two.",
     )

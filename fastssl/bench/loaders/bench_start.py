@@ -18,6 +18,7 @@ from fastssl.bench.loaders.first_batch import STAGES, first_batch
 from fastssl.bench.report import busy, machine, write_report
 from fastssl.bench.screen import say, say_written
 from pipelines.engines.engine_table import EngineName
+from shards.command_line import File, Name, Shards, parse
 from shards.errors import UserError, check_least
 from shards.storage.atomic_files import check_output
 
@@ -32,11 +33,11 @@ class BenchStart:
     turn, which does not count, warms up the page cache, compiled kernels and bytecode.
     """
 
-    shards: Annotated[str, tyro.conf.Positional]
+    shards: Annotated[Shards, tyro.conf.Positional]
     """Folder of shards, on this machine."""
     samples: int = 1_000_000
     """Samples of the data set."""
-    recipe: str = "moco_v3"
+    recipe: Name = "moco_v3"
     """Name of a preset."""
     size: int = 224
     """Side of the views in pixels."""
@@ -48,13 +49,13 @@ class BenchStart:
     """Engine that makes the views."""
     repeats: int = 3
     """Number of turns that count."""
-    json: str = ""
+    json: File = ""
     """JSON file for the results."""
 
 
 def run(argv: list[str]) -> int:
     """Run the sub-command."""
-    args = tyro.cli(BenchStart, prog="fastssl bench start", args=argv)
+    args = parse(BenchStart, "fastssl bench start", argv)
     if args.json:
         check_output(args.json, "--json")
     _check(args)

@@ -197,7 +197,9 @@ def test_folders_without_images(told, tmp_path: Path) -> None:
 
 
 def test_no_shards_to_train_on(told, config, tmp_path: Path) -> None:
-    assert "give --data.shards DIR, the folder that `fastssl shard` made" in told("pretrain", config(data=""))
+    assert "give --data.shards SHARDS, the folder that `fastssl shard` made" in told(
+        "pretrain", config(data="")
+    )
     assert str(tmp_path / "none") in told("pretrain", config(data=tmp_path / "none"))
     assert not (tmp_path / "run").exists()
 
@@ -233,7 +235,7 @@ def test_a_shard_whose_bytes_changed_since(told, config, shards: Path, tmp_path:
     assert "does not decode" in sentence
     assert "delete '" in sentence
     assert "shard-00000" in sentence
-    assert sentence.endswith("run the same `fastssl shard` command again, which makes it anew.")
+    assert sentence.endswith("run the same `fastssl shard` command again, which makes it again.")
     assert told("preview", broken, "--out", tmp_path / "views.png") != ""
 
 

@@ -16,7 +16,7 @@ def test_preview_draws_a_preset_or_a_configuration(
         out = tmp_path / f"{size}.png"
         more = ["--size", "32"] if recipe == "moco_v3" else []
         assert main(["preview", str(shards), "--recipe", recipe, "--out", str(out), *flags, *more]) == 0
-        assert f"2 images, 1 epochs of 2 views at {size} px: {out}" in capsys.readouterr().out
+        assert f"2 images, 1 epoch of 2 views at {size} px: {out}" in capsys.readouterr().out
         assert out.read_bytes().startswith(b"\x89PNG")
 
 
@@ -25,7 +25,7 @@ def test_preview_draws_a_preset_or_a_configuration(
     [
         (
             ["--recipe", "dino", "--epochs", "1", "--recipe.local-views", "1", "--recipe.size", "32"],
-            "1 epochs of 2 views at 32 px and 1 at 96 px",
+            "1 epoch of 2 views at 32 px and 1 at 96 px",
         ),
         (["--ops", "--size", "32"], "2 images, each operation by itself"),
         (["--engines", "reference,fused", "--size", "32"], "2 images by reference, fused"),

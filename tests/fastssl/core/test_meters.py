@@ -2,11 +2,16 @@
 
 import builtins
 import errno
+import io
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from rich.text import Text
 
 from fastssl.core import meters
 from fastssl.core.distributed import Dist, alone
@@ -149,13 +154,52 @@ def test_without_a_terminal_a_line_now_and_then(
     now = [0.0]
     monkeypatch.setattr(meters.time, "perf_counter", lambda: now[0])
     with ProgressDisplay(100, 0, show=True) as screen:
-        for step, at in ((1, 1.0), (2, 19.0), (3, 20.0), (4, 39.0), (5, 41.0)):
+        for step, at in ((1, 1.0), (2, 19.0), (3, 20.0), (4, 40.0), (5, 41.0), (100, 42.0)):
             now[0] = at
             screen.step(step)
             screen.log(step, 0, 4, VALUES)
     lines = capsys.readouterr().out.splitlines()
     tail = "loss 1.500  ce/lnN 0.500  acc 25%  std 0.60  1,234 img/s  wait 2%"
-    assert lines == [f"epoch 1/4  step {step}/100  {tail}" for step in (1, 4)]
+    # 99 steps of 1 s, 96 of 10 s; the last step has its line although the one before was 2 s ago.
+    ends = {1: "  2 min left", 4: "  16 min left", 100: ""}
+    assert lines == [f"epoch 1/4  step {step}/100  {tail}{left}" for step, left in ends.items()]
+
+
+def test_a_resumed_run_s_time_left_counts_its_own_steps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: now[0])
+    with ProgressDisplay(100, 90, show=True) as screen:
+        now[0] = 1004.0
+        screen.log(92, 3, 4, VALUES)
+    assert capsys.readouterr().out.endswith("  16 s left\n")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_bar_fits_with_its_longest_values(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of chance, which the README explains, and images/s are in it at any width."""
+    seconds = itertools.count()
+    screen = Console(
+        file=io.StringIO(), width=columns, force_terminal=True, get_time=lambda: next(seconds) / 1000
+    )
+    monkeypatch.setattr(meters, "Console", lambda **_: screen)
+    longest = {"loss": 12.345, "ce_norm": 1.012, "acc": 1.0, "feature_std": 0.98}
+    display = ProgressDisplay(300_000, 123_000, show=True)
+    # Not entered: a live bar's thread would take from the clock.
+    for step in range(123_001, 123_457):
+        seconds = itertools.count(1000 * (step - 123_000))
+        display.step(step)
+    display.log(123_456, 99, 300, longest | {"images_per_s": 12_345.0, "data_wait": 0.99})
+    with screen.capture() as shown:
+        screen.print(display._bar.get_renderable())
+    [line] = Text.from_ansi(shown.get().rstrip("\n")).plain.splitlines()
+    words = ["epoch 100/300", "123456/300000", "ce/lnN 1.012", "acc 100%", "12,345 img/s"]
+    words += ["loss 12.345", "std 0.98", "wait 99%"] if columns == 120 else []
+    assert [word for word in words if word not in line] == []
+    # A step takes a second, so two days are left.
+    assert re.search(r" 4[89]:\d\d:\d\d ", line)
+    assert len(line) <= columns
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
 import io
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import rich.console
 
+from fastssl.cli import main
 from shards.commands import progress
 from shards.commands.shard_command import run
 from shards.errors import UserError
@@ -40,9 +42,47 @@ def test_a_conversion_and_its_summary(make_folder, tmp_path: Path, capsys: pytes
         assert line in lines
     assert "Warning" not in text
     assert "\x1b" not in text
+    # What did not occur is not told: nothing of alpha channels, more bits, or other numbers of channels.
+    assert [line for line in lines[1:] if line.endswith(".")] == []
+    assert f"Quarantined images are listed in {tmp_path / 'out' / layout.QUARANTINE}" in lines
 
     run([str(source), str(tmp_path / "out"), "--samples-per-shard", "5"])
     assert "is complete: 13 images in 3 shards. Nothing to do." in capsys.readouterr().out
+
+
+def test_the_next_commands_can_be_pasted(make_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Paths with spaces are quoted; a path longer than the terminal stays in one line, in the summary too."""
+    folder = tmp_path / ("a rather long name of a folder " * 3).strip() / "my shards"
+    for again in (False, True):
+        run([str(make_folder(12)) if not again else str(tmp_path / "photos"), str(folder)])
+        lines = capsys.readouterr().out.splitlines()
+        assert shlex.split(lines[-2]) == ["next:", "fastssl", "inspect", str(folder), "--out", "overview.png"]
+        assert shlex.split(lines[-1]) == ["fastssl", "pretrain", "--data.shards", str(folder)]
+    assert main(["inspect", str(folder), "--out", str(tmp_path / "overview.png")]) == 0
+
+
+def test_only_chosen_policies_are_told(make_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run([str(make_folder(2)), str(tmp_path / "out"), "--alpha", "black", "--short-side", "32"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == [
+        "Images whose shorter side has more than 32 pixels are scaled down to it.",
+        "Transparent images are laid on black.",
+    ]
+    assert lines[3].startswith("1 shard will take about")
+
+
+def test_tiles_are_called_tiles(make_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    needs.module("rasterio")
+    scenes = make_folder(2)
+    argv = [str(scenes), str(tmp_path / "out"), "--tile", "8"]
+    run(argv)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    num_tiles = layout.Manifest.load(tmp_path / "out").num_samples
+    assert lines[0].startswith(f"Found {num_tiles:,} tiles")
+    assert f"tiles {num_tiles:,}" in lines
+    assert not [line for line in lines if line.startswith("images ")]
+    run(argv)
+    assert f"is complete: {num_tiles:,} tiles in 1 shard. Nothing to do." in capsys.readouterr().out
 
 
 def test_a_terminal_sees_a_progress_bar(make_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

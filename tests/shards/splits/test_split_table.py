@@ -55,7 +55,7 @@ def test_a_table_and_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert lines[0].endswith(layout.SPLITS)
     assert "train val test labelled-0.1 labelled-0.5" in lines
     assert "images 42 6 12 4 21" in lines
-    assert f"Use: fastssl pretrain CONFIG --data.shards {folder} --data.split train" in lines
+    assert f"next: fastssl pretrain --data.shards {folder} --data.split train" in lines
     train, val, test, few, half = parts(folder, "train", "val", "test", "labelled-0.1", "labelled-0.5")
     assert sorted([*train, *val, *test]) == list(range(60))
     assert few < half < train
@@ -157,7 +157,7 @@ def test_lists_that_tear_twins_are_told_of(
     (tmp_path / "train.txt").write_text("scene00_t0.png\n")
     (tmp_path / "val.txt").write_text("scene14_t3.png\n")
     run([str(folder), "--by-list", str(tmp_path / "train.txt"), str(tmp_path / "val.txt")])
-    assert "The lists tear 1 groups apart" in " ".join(capsys.readouterr().out.split())
+    assert "The lists put images of 1 group" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

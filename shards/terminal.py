@@ -1,0 +1,24 @@
+"""Sentences on a terminal, whose lines break between words; in files and pipes they stay one line each."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from typing import Any
+
+
+def wrapped(text: str, stream: Any) -> str:
+    """Break the lines of a text between words where `stream` is a terminal; a longer word, such as a path, stays whole.
+
+    Args:
+        stream: an open text file, or a Console of rich.
+    """
+    is_terminal = stream.is_terminal if hasattr(stream, "is_terminal") else stream.isatty()
+    if not is_terminal:
+        return text
+    columns = getattr(stream, "width", None) or shutil.get_terminal_size().columns
+    lines = [
+        textwrap.wrap(line, columns, break_long_words=False, break_on_hyphens=False) or [""]
+        for line in text.split("\n")
+    ]
+    return "\n".join(part for parts in lines for part in parts)

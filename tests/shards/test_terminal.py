@@ -1,0 +1,47 @@
+"""Sentences on a terminal break between words, and nowhere else."""
+
+import io
+import itertools
+import random
+
+import pytest
+from rich.console import Console
+
+from shards.terminal import wrapped
+
+
+class Screen(io.StringIO):
+    width = 40
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [Screen(), Console(file=io.StringIO(), width=40, force_terminal=True)])
+def test_lines_break_between_words(terminal) -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        words = ["w" * draw.choice([1, 4, 9]) + draw.choice(["", ".", "-x", "/y"]) for _ in range(60)]
+        lines = wrapped(" ".join(words), terminal).split("\n")
+        assert " ".join(lines).split(" ") == words
+        assert max(map(len, lines)) <= 40
+        # No line is shorter than it must be: the next word did not fit.
+        for line, after in itertools.pairwise(lines):
+            assert len(line) + 1 + len(after.split(" ")[0]) > 40
+
+
+def test_paths_stay_whole_and_lines_apart() -> None:
+    path = "/a/very/long/path-of-a-folder/that/no/line/of/this/terminal/holds"
+    assert wrapped(f"The file {path} is damaged.\n\nMend it.", Screen()).split("\n") == [
+        "The file",
+        path,
+        "is damaged.",
+        "",
+        "Mend it.",
+    ]
+
+
+def test_files_and_pipes_get_whole_lines() -> None:
+    text = "a word " * 40
+    assert wrapped(text, io.StringIO()) == text
+    assert wrapped(text, Console(file=io.StringIO(), width=40)) == text
