@@ -51,7 +51,7 @@ class Preview:
     """Side of each picture on the sheet, in pixels."""
     seed: int = 0
     """Seed of the run, which decides what is drawn for each view."""
-    samples: Annotated[str, tyro.conf.arg(metavar="ID,ID,...")] = ""
+    samples: Annotated[str, tyro.conf.arg(metavar="IDS")] = ""
     """Ids of the images to show, separated by commas, such as 3,17; empty: --rows images chosen by --samples-seed."""
     samples_seed: int = 0
     """Which images are shown, whatever is drawn for them."""

@@ -44,6 +44,7 @@ METAVARS = {
         "COLUMN|REGEX",
         "LINE",
         "STAGE",
+        "IDS",
         "IDS|SPLIT",
         "I/N",
         "all",

@@ -398,17 +398,3 @@ def test_names_of_the_package_load_nothing_until_they_are_used():
     assert all(getattr(pipelines, name) is not None for name in pipelines.__all__)
     with pytest.raises(AttributeError, match="open_loeder"):
         pipelines.open_loeder  # noqa: B018
-
-
-def test_a_batch_moves_as_trainers_ask() -> None:
-    """To the meta device, which stands for a GPU: views and masks move, ids and labels stay as they are."""
-    masks = [torch.zeros(2, 4, 4, dtype=torch.int32)]
-    batch = Batch([torch.zeros(2, 3, 4, 4)] * 2, np.arange(2), np.array([1, -1]), 1, masks)
-    moved = batch.to("meta", non_blocking=True)
-    assert {tensor.device.type for tensor in (*moved.views, *moved.masks)} == {"meta"}
-    assert (moved.sample_ids is batch.sample_ids, moved.labels is batch.labels, moved.replaced) == (
-        True,
-        True,
-        1,
-    )
-    assert batch.views[0].device.type == "cpu"
