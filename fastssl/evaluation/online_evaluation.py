@@ -19,8 +19,8 @@ from fastssl.evaluation.knn import KNNConfig, classify
 from fastssl.evaluation.linear_probe import probe_accuracy
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.evaluation_views import eval_cache
+from pipelines.streaming.batch_stream import default_threads
 from pipelines.streaming.cache import Samples, fill_ahead
-from pipelines.streaming.stream import default_threads
 from shards.dataset.shard_set import ShardSet
 from shards.splits.split_table import open_split, reopen
 

@@ -20,7 +20,7 @@ from fastssl.methods.method import Method
 from fastssl.pretraining.build import view_form
 from fastssl.pretraining.step import WHOLE_BATCH, DDPWrapper, Step, StepOptions, chunks
 from pipelines.loading.chunk_slot import BlankViews
-from pipelines.streaming.stream import SLOTS
+from pipelines.streaming.batch_stream import SLOTS
 from shards.dataset.order import epoch_order
 from shards.errors import UserError
 

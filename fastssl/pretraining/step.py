@@ -18,8 +18,8 @@ from fastssl.core.distributed import any_over_ranks
 from fastssl.methods.collapse import batch_statistics
 from fastssl.methods.method import Method, StepOutput
 from fastssl.models.batch_norm import depends_on_batch, frozen_statistics
+from pipelines.streaming.batch_stream import hand_over
 from pipelines.streaming.lazy_views import LazyViews, count_samples, rows_of
-from pipelines.streaming.stream import hand_over
 
 
 class DDPWrapper(nn.Module):

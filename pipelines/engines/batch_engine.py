@@ -20,9 +20,9 @@ from pipelines.augment.noise import unit_noise
 from pipelines.augment.recipe import Recipe
 from pipelines.kernels.decode import decode_rgb
 from pipelines.streaming.batch import BatchRequest
+from pipelines.streaming.batch_stream import SLOTS, Slot, SlotMaker, Spoiled, hand_over, work_stream
 from pipelines.streaming.cache import Samples, Unreadable
 from pipelines.streaming.pinned import pinned_empty
-from pipelines.streaming.stream import SLOTS, Slot, SlotMaker, Spoiled, hand_over, work_stream
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pipelines.loading.loader_options import make_options
 from pipelines.loading.mask_slot import with_masks
 from pipelines.loading.slots import host_slots, view_shapes
 from pipelines.streaming.batch import Batch, BatchRequest
+from pipelines.streaming.batch_stream import SlotMaker, default_threads, stream
 from pipelines.streaming.cache import (
     DecodedCache,
     EncodedCache,
@@ -26,8 +27,7 @@ from pipelines.streaming.cache import (
     eight_bit,
     open_samples,
 )
-from pipelines.streaming.shard_prefetch import ShardPrefetch
-from pipelines.streaming.stream import SlotMaker, default_threads, stream
+from pipelines.streaming.shard_downloads import ShardPrefetch
 from shards.dataset.shard_set import ShardSet
 
 # Those of `LoaderOptions` that mean something for views which are not drawn.

@@ -18,9 +18,9 @@ from pipelines.kernels.decode import is_array
 from pipelines.kernels.view_params import PLAIN, TYPES, Form
 from pipelines.loading.gpu_decode import DeviceDecoding
 from pipelines.streaming.batch import BatchRequest
+from pipelines.streaming.batch_stream import Slot, hand_over
 from pipelines.streaming.cache import GB, SHARE, Samples, Unreadable, decoded_sizes
 from pipelines.streaming.pinned import pinned_empty
-from pipelines.streaming.stream import Slot, hand_over
 from shards.errors import UserError
 
 

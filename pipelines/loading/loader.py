@@ -19,9 +19,9 @@ from pipelines.loading.loader_state import check_state, describe_run
 from pipelines.loading.slots import open_slots, whole_only
 from pipelines.streaming.bad_samples import BadSamples
 from pipelines.streaming.batch import Batch, BatchRequest
+from pipelines.streaming.batch_stream import SlotMaker, default_threads, exact_device, stream
 from pipelines.streaming.cache import Samples, fill_ahead
-from pipelines.streaming.shard_prefetch import ShardPrefetch, ShardUses, choose_window
-from pipelines.streaming.stream import SlotMaker, default_threads, exact_device, stream
+from pipelines.streaming.shard_downloads import ShardPrefetch, ShardUses, choose_window
 from shards.dataset.order import block_order, rank_positions, steps_per_epoch
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError

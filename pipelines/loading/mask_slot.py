@@ -10,6 +10,7 @@ import torch
 from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.masks import decode_mask, render_masks
 from pipelines.streaming.batch import BatchRequest
+from pipelines.streaming.batch_stream import Slot, SlotMaker, exact_device, work_stream
 from pipelines.streaming.cache import (
     Held,
     Keeps,
@@ -21,7 +22,6 @@ from pipelines.streaming.cache import (
     sound,
 )
 from pipelines.streaming.host_slot import HostMemory, MemoryPool
-from pipelines.streaming.stream import Slot, SlotMaker, exact_device, work_stream
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 

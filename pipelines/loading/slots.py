@@ -14,9 +14,16 @@ from pipelines.engines.engine_table import ImageEngine, make_engine, refuse_deep
 from pipelines.kernels.view_params import PLAIN
 from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.mask_slot import memory_pool, with_masks
+from pipelines.streaming.batch_stream import (
+    SLOTS,
+    Slot,
+    SlotMaker,
+    default_threads,
+    exact_device,
+    work_stream,
+)
 from pipelines.streaming.cache import Samples, open_samples
 from pipelines.streaming.host_slot import HostMemory, HostSlot, Renderer
-from pipelines.streaming.stream import SLOTS, Slot, SlotMaker, default_threads, exact_device, work_stream
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 

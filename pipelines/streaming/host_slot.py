@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from pipelines.streaming.batch import BatchRequest
+from pipelines.streaming.batch_stream import SLOTS, Slot, hand_over
 from pipelines.streaming.cache import Samples
 from pipelines.streaming.pinned import pinned_empty
-from pipelines.streaming.stream import SLOTS, Slot, hand_over
 
 
 class Renderer(Protocol):

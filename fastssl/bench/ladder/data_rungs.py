@@ -24,8 +24,8 @@ from pipelines.loading.loader import default_threads, open_loader
 from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.slots import gpu_slots, host_slots, view_shapes
 from pipelines.streaming.batch import BatchRequest
+from pipelines.streaming.batch_stream import stream
 from pipelines.streaming.cache import Samples
-from pipelines.streaming.stream import stream
 from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError

@@ -262,7 +262,7 @@ class EngineSetup:
         from pipelines.loading.loader_options import LoaderOptions
         from pipelines.loading.slots import open_slots
         from pipelines.streaming.batch import BatchRequest
-        from pipelines.streaming.stream import stream
+        from pipelines.streaming.batch_stream import stream
 
         shards, recipe = work.shards, work.recipe
         requests = (

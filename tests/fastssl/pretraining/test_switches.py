@@ -16,7 +16,7 @@ from fastssl.pretraining.step import DDPWrapper, Step
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.data_config import DataConfig
 from pipelines.loading.loader import open_loader
-from pipelines.streaming.stream import work_stream
+from pipelines.streaming.batch_stream import work_stream
 from shards.errors import UserError
 from tests.fastssl.tiny import Plain, make_method, make_views
 

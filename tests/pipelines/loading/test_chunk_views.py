@@ -25,9 +25,9 @@ from pipelines.loading.mask_slot import with_masks
 from pipelines.loading.slots import gpu_slots, whole_only
 from pipelines.streaming.bad_samples import BadSamples
 from pipelines.streaming.batch import BatchRequest
+from pipelines.streaming.batch_stream import SLOTS
 from pipelines.streaming.cache import Samples, Unreadable, decoded_sizes, open_samples
 from pipelines.streaming.lazy_views import LazyViews, count_samples, rows_of
-from pipelines.streaming.stream import SLOTS
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 

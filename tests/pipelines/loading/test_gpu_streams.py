@@ -16,7 +16,7 @@ from pipelines.loading.gpu_decode import DeviceDecoding
 from pipelines.loading.gpu_slot import GpuSlot, GpuStore
 from pipelines.loading.loader_options import LoaderOptions
 from pipelines.loading.slots import gpu_slots
-from pipelines.streaming import stream
+from pipelines.streaming import batch_stream as stream
 from pipelines.streaming.batch import BatchRequest
 from pipelines.streaming.cache import Samples
 from shards.dataset.shard_set import ShardSet

@@ -18,8 +18,8 @@ import torch
 
 import pipelines
 from pipelines import RECIPES, Batch, Loader, LoaderOptions, Recipe, eval_batches, open_loader
+from pipelines.streaming.batch_stream import SLOTS
 from pipelines.streaming.host_slot import MemoryPool
-from pipelines.streaming.stream import SLOTS
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.format.layout import Manifest

@@ -11,7 +11,7 @@ from pipelines.augment.recipe import Recipe
 from pipelines.loading.data_config import DataConfig
 from pipelines.loading.evaluation_views import eval_batches
 from pipelines.loading.loader import Batch, open_loader
-from pipelines.streaming.shard_prefetch import ShardPrefetch, ShardUses
+from pipelines.streaming.shard_downloads import ShardPrefetch, ShardUses
 from shards.conversion.convert import convert
 from shards.dataset.order import block_order
 from shards.dataset.shard_set import ShardSet
