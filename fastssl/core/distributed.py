@@ -211,12 +211,16 @@ class LargestOverRanks:
             return value
         if step % self.every:
             return 0
-        seen = self._finish()
+        seen = self.finish()
         self._value = torch.tensor(value)
         self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, self._group, async_op=True)
         return seen
 
-    def _finish(self) -> int:
+    def finish(self) -> int:
+        """Wait for the reduction under way and return its number, 0 where none is.
+
+        Call it on every rank before the processes part: one that leaves earlier closes the connection on which another still reduces.
+        """
         if self._work is None:
             return 0
         self._work.wait()

@@ -135,6 +135,7 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
 
     def finish(signal: int = 0) -> Summary:
         # No rank leaves while another may still wait for it.
+        stop_of_any.finish()
         distributed.barrier()
         seconds = time.perf_counter() - began
         rate = (training.done - start) * train.batch / max(seconds, 1e-9)
