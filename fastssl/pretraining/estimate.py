@@ -1,4 +1,4 @@
-"""Estimate the time and the memory of a run by trial steps on a few images, before it begins."""
+"""StepEstimate the time and the memory of a run by trial steps on a few images, before it begins."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONG_H = 24
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StepEstimate:
     """What one process of a run takes."""
 
     step_s: float
@@ -59,7 +59,7 @@ class Estimate:
         return found
 
 
-def estimate_step(method: Method, trial: TrialStep) -> Estimate:
+def estimate_step(method: Method, trial: TrialStep) -> StepEstimate:
     """Measure steps on 2, 4, 8 ... images until one takes `ENOUGH_S`, and scale it to the batch; for CPUs.
 
     Call it before the method is compiled. Afterwards the method is as it was. The time of a small trial scaled up is rather too long
@@ -82,10 +82,10 @@ def estimate_step(method: Method, trial: TrialStep) -> Estimate:
         del method.remember
     trained = sum(p.numel() * p.element_size() for p in method.parameters() if p.requires_grad)
     states = 2 if trial.optim.name == "adamw" else 1
-    return Estimate(seconds * trial.batch / size, trained * (1 + states) + saved)
+    return StepEstimate(seconds * trial.batch / size, trained * (1 + states) + saved)
 
 
-def estimate_run(resolved: Resolved) -> Estimate | None:
+def estimate_run(resolved: Resolved) -> StepEstimate | None:
     """Return what a run of one process would take, without its data, or None on a GPU."""
     cfg = resolved.config
     device = choose_device(cfg.train.device)

@@ -24,7 +24,7 @@ from fastssl.pretraining.build import (
     prepare_backend,
     spread,
 )
-from fastssl.pretraining.estimate import Estimate, estimate_step, trial_step
+from fastssl.pretraining.estimate import StepEstimate, estimate_step, trial_step
 from fastssl.pretraining.micro_batch import choose_micro_batch
 from fastssl.pretraining.replay import capture
 from fastssl.pretraining.resume import check_same_run, data_set_of
@@ -96,7 +96,7 @@ class Training:
         self.num_chunks = len(chunks(train.batch // ranks.world, micro_batch))
         steady_statistics(self.method, self.num_chunks, train.exact_heads)
         freeze_unused(self.method, view_shape, ranks)
-        self.estimate: Estimate | None = None
+        self.estimate: StepEstimate | None = None
         """What a step takes; None on a GPU, where the first steps tell it at once."""
         if ranks.device.type == "cpu":
             trial = trial_step(resolved, ranks.device, self.dtype, ranks.world)

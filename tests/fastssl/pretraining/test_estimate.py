@@ -10,7 +10,7 @@ from torch import nn
 from fastssl.core.optimizers import OptimConfig
 from fastssl.methods.method import Method, StepOutput
 from fastssl.pretraining import estimate
-from fastssl.pretraining.estimate import Estimate, estimate_run, estimate_step, saved_bytes
+from fastssl.pretraining.estimate import StepEstimate, estimate_run, estimate_step, saved_bytes
 from fastssl.pretraining.micro_batch import TrialStep
 from fastssl.pretraining.step import StepOptions
 from tests.fastssl.runs import TINY_VIT, resolve
@@ -95,7 +95,7 @@ def test_a_run_is_estimated_and_nothing_of_it_changes(shards: Path, tmp_path: Pa
 
 
 def test_what_is_said() -> None:
-    small, large = Estimate(0.21, 1_100_000_000), Estimate(85.0, 37_000_000_000)
+    small, large = StepEstimate(0.21, 1_100_000_000), StepEstimate(85.0, 37_000_000_000)
     assert small.describe(570).startswith("About 2 min (0.21 s a step) and 1.1 GB more memory")
     assert small.doubts(570, 8 * 10**9, 128) == []
     memory, hours = large.doubts(10_000, 16 * 10**9, 256)
