@@ -106,6 +106,20 @@ def test_forms_of_what_a_gpu_check_writes() -> None:
     assert make_table.table([goal]).splitlines()[2] == "| a | >= 3 x | 2.5 x | **missed** |"
 
 
+# Sentences that people had to read twice, and words of their kind.
+TWICE = re.compile(
+    r"very (bits|values|samples)|one a CPU|two a CPU|rounding owes|[Hh]angs together through|in the midst|at no further|\banew\b|"
+    r"\baloud\b|torn apart|tear apart|what of it|gone away|in silence|is told of"
+)
+
+
+@pytest.mark.parametrize(
+    "path", [*PAGES, *sorted((ROOT / "shards" / "commands").glob("*.py"))], ids=lambda path: path.name
+)
+def test_plain_english(path: Path) -> None:
+    assert [found[0] for found in TWICE.finditer(path.read_text())] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())

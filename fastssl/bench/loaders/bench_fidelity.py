@@ -114,7 +114,9 @@ def _row(engine: str, pictures: str, operation: str, made: Difference, classify:
 def _show(console: Any, rows: list[dict[str, Any]], engines: list[str], sets: list[str], args: Any) -> None:
     title = f"Mean difference to the reference in levels of 0..255, recipe {args.recipe}, {args.size} px"
     table = make_table(
-        title, "operation", (f"{engine}\n{pictures}" for engine in engines for pictures in sets)
+        title,
+        "operation",
+        ("\n".join([engine, *pictures.split(" ")]) for engine in engines for pictures in sets),
     )
     found = {(row["engine"], row["pictures"], row["operation"]): row["mean_levels"] for row in rows}
     for operation in dict.fromkeys(row["operation"] for row in rows):

@@ -9,18 +9,22 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from fastssl.bench.fresh import in_fresh_process
+from fastssl.bench.guard import exit_code
 from fastssl.bench.loaders.first_batch import STAGES, first_batch
 from fastssl.bench.report import busy, machine, write_report
-from fastssl.bench.screen import say, say_written
+from fastssl.bench.screen import Stoppable, say, say_written
 from pipelines.engines.engine_table import EngineName
 from shards.command_line import File, Name, Shards, parse
 from shards.errors import UserError, check_least
 from shards.storage.atomic_files import check_output
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ALL = "all"
 
@@ -64,7 +68,10 @@ def run(argv: list[str]) -> int:
 
     where, console = machine(), Console(highlight=False)
     with console.status(f"a data set of {args.samples:,} samples") as status:
-        found = measure(args, status.update)
+        found = measure(args, console, status.update)
+    if not found:
+        return exit_code([], stopped=True)
+    turns, stopped = found.pop("turns"), found.pop("stopped")
     title = f"first batch of {args.samples:,} samples"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column(style="bold")
@@ -77,7 +84,7 @@ def run(argv: list[str]) -> int:
     console.print(table)
     say(
         console,
-        f"{found['peak_bytes'] / 1e6:,.0f} MB at most. Median of {args.repeats}, caches warm. {where['cpu']}, {where['cores']} "
+        f"{found['peak_bytes'] / 1e6:,.0f} MB at most. Median of {turns}, caches warm. {where['cpu']}, {where['cores']} "
         f"cores{busy(where)}.",
     )
     if sys.dont_write_bytecode:
@@ -86,16 +93,21 @@ def run(argv: list[str]) -> int:
             style="yellow",
         )
     if args.json:
-        write_report(args.json, "start", where, dataclasses.asdict(args), [], start=found)
+        write_report(
+            args.json, "start", where, dataclasses.asdict(args), [], complete=not stopped, start=found
+        )
     say_written(console, args.json)
-    return 0
+    return exit_code([], stopped=stopped)
 
 
-def measure(args: BenchStart, tell: Any = lambda line: None) -> dict[str, Any]:
-    """Return of each stage and `all` median `seconds`, their `spread` [least, greatest] and median `cpu_s`; and `peak_bytes`."""
+def measure(args: BenchStart, console: Console, tell: Any = lambda line: None) -> dict[str, Any]:
+    """Return of each stage and `all` median `seconds`, their `spread` [least, greatest] and median `cpu_s`; and `peak_bytes`.
+
+    Each turn is printed when it ends. After Ctrl-C the result is that of the finished turns, which `turns` counts; empty for none.
+    """
     how = (args.recipe, args.size, args.batch, args.threads, args.engine)
     turns = []
-    with tempfile.TemporaryDirectory(prefix="fastssl-bench-") as folder:
+    with Stoppable(console) as measuring, tempfile.TemporaryDirectory(prefix="fastssl-bench-") as folder:
         grow(Path(args.shards), Path(folder), args.samples)
         for turn in range(args.repeats + 1):
             tell(f"turn {turn} of {args.repeats}" if turn else "warming up")
@@ -103,10 +115,14 @@ def measure(args: BenchStart, tell: Any = lambda line: None) -> dict[str, Any]:
                 turns.append(in_fresh_process(first_batch, time.monotonic(), folder, *how))
             except ChildProcessError as error:
                 raise UserError(f"The measured process {error}: its own messages stand above.") from None
+            stages = turns[-1]["stages"]
+            stages[ALL] = [sum(values) for values in zip(*stages.values(), strict=True)]
+            if turn:
+                console.print(f"turn {turn} of {args.repeats}: {stages[ALL][0]:.2f} s")
     stages = [turn["stages"] for turn in turns[1:]]
-    for turn in stages:
-        turn[ALL] = [sum(values) for values in zip(*turn.values(), strict=True)]
-    found: dict[str, Any] = {}
+    if not stages:
+        return {}
+    found: dict[str, Any] = {"turns": len(stages), "stopped": measuring.stopped}
     for name in (*STAGES, ALL):
         seconds, cpu = zip(*(turn[name] for turn in stages), strict=True)
         found[name] = {

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fastssl.bench.conversion import bench_shard
 from fastssl.bench.guard import exit_code
-from fastssl.bench.loaders import bench_augment, bench_loader
+from fastssl.bench.loaders import bench_augment, bench_fidelity, bench_loader
 from fastssl.bench.report import Row, write_measured, write_report
 from fastssl.bench.screen import Stoppable, say_row
 from fastssl.bench.turns import take_turns
@@ -132,7 +132,7 @@ def absent(name: str) -> Row:
     return row
 
 
-@pytest.mark.parametrize("kind", ["loader", "augment", "shard", "ladder"])
+@pytest.mark.parametrize("kind", ["loader", "augment", "shard", "ladder", "fidelity"])
 def test_tables_fit_80_columns(kind: str, console, capsys) -> None:
     args: Any = None
     work: Any = None
@@ -164,6 +164,14 @@ def test_tables_fit_80_columns(kind: str, console, capsys) -> None:
         bench_shard._show(
             console, [measured("webdataset re-encode"), absent("litdata")], WHERE, args, 128, 1e5
         )
+    elif kind == "fidelity":
+        engines, sets = ["fused", "dali", "kornia"], ["1024 images", "edge cases"]
+        cells = [
+            {"engine": e, "pictures": p, "operation": "flips and turns", "mean_levels": 12.345}
+            for e in engines
+            for p in sets
+        ]
+        bench_fidelity._show(console, cells, engines, sets, SimpleNamespace(recipe="moco_v3", size=224))
     else:
         from fastssl.bench.ladder.ladder_table import show
         from fastssl.bench.ladder.verdict import Verdict
@@ -186,11 +194,11 @@ def test_tables_fit_80_columns(kind: str, console, capsys) -> None:
     out = printed(capsys)
     assert max(map(len, out.splitlines())) <= 80
     assert "…" not in out
-    assert "not installed" in out
+    assert kind == "fidelity" or "not installed" in out
     assert "failed" not in out
     # Notes go by the rows' names: a number after a name would look like its number of threads.
     assert not re.search(r"(fused all on GPU|torchvision-v2|webdataset re-encode) \d+$", out, re.MULTILINE)
-    if kind != "ladder":
+    if kind in ("loader", "augment", "shard"):
         assert re.search(
             r"^(fused all on GPU|torchvision-v2|webdataset re-encode): what it is\.$", out, re.MULTILINE
         )

@@ -46,7 +46,7 @@ def test_a_copy_is_the_file_and_never_replaces_one(
         (["laptop", "folder"], "folder/laptop.yaml"),
     ):
         assert main(["configs", *argv]) == 0
-        assert capsys.readouterr().out == f"{out}\nRun it: fastssl pretrain {out} --data.shards SHARDS\n"
+        assert capsys.readouterr().out == f"{out}\nnext: fastssl pretrain {out} --data.shards SHARDS\n"
         assert Path(out).read_bytes() == packaged()["laptop"].read_bytes()
         Path(out).write_text("mine")
         assert told("configs", *argv) == f"'{out}' exists and is not overwritten: name another file."

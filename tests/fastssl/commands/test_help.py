@@ -46,6 +46,7 @@ METAVARS = {
         "STAGE",
         "IDS",
         "IDS|SPLIT",
+        "ID,ID,...",
         "I/N",
         "all",
     ),
@@ -84,7 +85,7 @@ def test_metavars_say_what_a_value_is(words: list[str], monkeypatch, capsys) -> 
                 continue
             named = takewhile(
                 lambda word: not word.islower(),
-                re.sub(r"\{None\}\||\|(?={)|[\[\]{}]|\.\.\.", " ", value).split(),
+                re.sub(r"\{None\}\||\|(?={)|[\[\]{}]| \.\.\.", " ", value).split(),
             )
             assert set(named) <= METAVARS, line
 

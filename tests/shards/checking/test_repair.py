@@ -167,7 +167,7 @@ def test_an_image_refused_then_and_good_now_is_named(folder: Path, photos: Path)
 def test_a_source_that_has_gone_is_an_error_and_nothing_changes(folder: Path, tmp_path: Path):
     cut(folder / layout.shard_name(2))
     before = fingerprints(folder)
-    with pytest.raises(UserError, match=r"nowhere' has gone away"):
+    with pytest.raises(UserError, match=r"nowhere' is no longer there"):
         mend(folder, tmp_path / "nowhere")
     assert fingerprints(folder) == before
 

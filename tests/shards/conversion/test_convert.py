@@ -113,7 +113,7 @@ def test_a_source_that_goes_away_stops_the_conversion(make_folder, tmp_path: Pat
         if source.exists():
             source.rename(tmp_path / "away")
 
-    with pytest.raises(UserError, match="has gone away"):
+    with pytest.raises(UserError, match="is no longer there"):
         convert(source, tmp_path / "out", report=OnProgress(take_away))
 
 

@@ -162,7 +162,7 @@ def test_errors_of_workers_arrive(source: Path, tmp_path: Path):
         if source.exists():
             source.rename(tmp_path / "away")
 
-    with pytest.raises(UserError, match="has gone away"):
+    with pytest.raises(UserError, match="is no longer there"):
         convert(source, dest, samples_per_shard=2, workers=1, report=OnProgress(lose_folder))
 
 

@@ -66,7 +66,7 @@ class Gone(FolderSource):
     def read(self, row):
         if os.getpid() == driver:
             return super().read(row)
-        raise UserError("the folder has gone away")
+        raise UserError("the folder is no longer there")
 
 if __name__ == "__main__":
     cluster = Cluster()

@@ -215,7 +215,7 @@ def test_root_absolute_paths_and_urls(folder: Path, tmp_path: Path):
     nowhere = rows[2] | {"source": f"{tmp_path}/none/9.jpg", "bytes": 0}
     with pytest.raises(BadImage, match="its folder is not there"):
         source.read(nowhere)
-    with pytest.raises(UserError, match="gone away"):
+    with pytest.raises(UserError, match="no longer there"):
         source.read(nowhere | {"bytes": 5})
 
 

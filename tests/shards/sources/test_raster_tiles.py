@@ -291,7 +291,7 @@ def test_a_source_that_is_none_or_went_away(tmp_path: Path):
     source = RasterSource(str(tmp_path / "scenes"), options)
     row = listed(source)["b.tif@0,0"]
     (tmp_path / "scenes").rename(tmp_path / "away")
-    with pytest.raises(UserError, match="has gone away"):
+    with pytest.raises(UserError, match="is no longer there"):
         source.read(row)
 
 

@@ -169,5 +169,5 @@ def test_moves_and_interruptions_do_not_change_a_byte(first: Path, tmp_path: Pat
     source = ShardFolderSource(str(moved))
     row = next(source.entries()).to_pylist()[0]
     moved.rename(tmp_path / "gone")
-    with pytest.raises(UserError, match="has gone away"):
+    with pytest.raises(UserError, match="is no longer there"):
         source.read(row)

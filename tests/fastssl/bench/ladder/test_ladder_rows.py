@@ -1,6 +1,7 @@
 """The rows of `fastssl bench CONFIG`: which are measured, what happens to one that fails, the peers' steps, the loader's stream."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,16 @@ def test_moco_v3_s_kind_of_step_has_explicit_attention_and_a_loop(config_file, m
         with pytest.raises(NotImplementedError):
             step(resolved, torch.device("cpu"), 4)
     assert seen == [("explicit", "loop", False), ("sdpa", "auto", False)]
+
+
+def test_ctrl_c_keeps_the_rows_so_far(config_file, tmp_path, monkeypatch, capsys):
+    """The first rung is printed and written, the file is marked, and the verdict says what it can."""
+    monkeypatch.setattr(ladder_rows, "step_rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    path = tmp_path / "ladder.json"
+    assert bench_command.run([config_file, *STEP, "--rows", "full,parts", "--json", str(path)]) == 130
+    out = capsys.readouterr().out
+    assert re.search(r"^full step, synthetic: [\d.,k]+ images/s\nStopped\.", out, re.MULTILINE)
+    assert "The step makes " in out
+    found = json.loads(path.read_text())
+    assert found["incomplete"] is True
+    assert [row["name"] for row in found["rows"]] == [verdict.FULL]
