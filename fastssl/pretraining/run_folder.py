@@ -158,6 +158,10 @@ class RunFolder:
                 )
             return not found
         path = checkpoint.find_checkpoint(given)
+        if not found:
+            raise UserError(
+                f"'{path}' holds weights only, and '{self.path}' has no step-*.pt file to continue from: start the run anew."
+            )
         if path.resolve() != found[-1].resolve():
             raise UserError(
                 f"'{path}' is not where its run ended, which is '{found[-1].name}': give another --train.out to continue from it."
@@ -173,6 +177,24 @@ class RunFolder:
             if best.is_file() and checkpoint.load(best)["step"] <= step:
                 atomic_write(self.path / "checkpoints" / BEST, best.read_bytes())
 
+    def _forget_other_accuracies(self, log: MetricsLog) -> None:
+        """Compare the accuracies to come with each other only, where the run's evaluation has changed: best.pt is then replaced."""
+        tree, best = self._resolved.tree(), self.path / "checkpoints" / BEST
+        with contextlib.suppress(UserError):
+            before = checkpoint.load(best).get("config", {}) if best.is_file() else {}
+            changed = [
+                f"knn.{key}"
+                for key, value in tree["knn"].items()
+                if key not in ("every", "linear") and before.get("knn", {}).get(key, value) != value
+            ]
+            if changed:
+                log.highest.pop("knn_accuracy", None)
+                warnings.warn(
+                    f"{' and '.join(changed)} changed: the next evaluation's accuracy is not compared with earlier ones, and "
+                    f"{BEST} is written anew.",
+                    stacklevel=2,
+                )
+
     def _begin(self, step: int, total: int) -> None:
         if self._origin is not None and step >= total:
             raise UserError(
@@ -185,6 +207,7 @@ class RunFolder:
             if self._origin is not None:
                 self._copy_history(self._origin, step)
             self.log = MetricsLog(self.path / "metrics.jsonl", step)
+            self._forget_other_accuracies(self.log)
             settings = dict(leaves(self._resolved.tree()))
             self.loggers = Loggers(self._resolved.config.log, self.path, settings, step)
         except OSError as error:

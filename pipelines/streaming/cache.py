@@ -343,7 +343,7 @@ def fill_ahead(
             running |= {pool.submit(fill, chunk) for chunk in islice(chunks, len(done))}
             if progress:
                 progress(held.num_held(), len(ids))
-    if ranks > 1:
+    if held.shared:
         wait_for_all()
     if progress:
         progress(len(ids), len(ids))

@@ -15,6 +15,7 @@ import numpy as np
 import torch.distributed as dist
 
 from shards.errors import UserError
+from shards.units import human_size
 
 T = TypeVar("T")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -30,10 +31,15 @@ def local_ranks() -> tuple[int, int]:
 
     (0, 1) where they have not joined a process group: then they cannot share.
     """
-    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if count == 1 or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _joined():
         return 0, 1
-    return int(os.environ.get("LOCAL_RANK", "0")), count
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _joined() -> bool:
+    """Return whether other processes take part, on any machine. All of them then meet in the functions below, also the only one of a
+    machine: what each decided by itself, another would wait for."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def agree(function: Callable[[], T]) -> T:
@@ -41,9 +47,9 @@ def agree(function: Callable[[], T]) -> T:
 
     A UserError of any of them is raised everywhere.
     """
-    number, count = local_ranks()
-    if count == 1:
+    if not _joined():
         return function()
+    number, _ = local_ranks()
     found: Any = None, None
     if number == 0:
         try:
@@ -59,8 +65,8 @@ def agree(function: Callable[[], T]) -> T:
 
 
 def wait_for_all() -> None:
-    """Wait for every rank, where they share memory."""
-    if local_ranks()[1] > 1:
+    """Wait for every rank."""
+    if _joined():
         dist.barrier()
 
 
@@ -68,11 +74,14 @@ def shared_bytes(count: int) -> tuple[np.ndarray, bool]:
     """Return zeros, uint8 (count,), and whether all processes of this machine write and read them. Every rank calls it.
 
     The memory is a file without a name, so that nothing of it stays whatever way the processes end, and a small /dev/shm (64 MB in a
-    container) does not matter. It is taken page by page when written. Each process has its own, with a warning, where one of them
-    cannot open it, such as from another container.
+    container) does not matter. It is taken page by page when written. Each process of the run has its own, with a
+    warning, where one of them cannot open it, such as from another container.
+
+    Raises:
+        UserError: they cannot share, and as many copies are more than the machine's free memory.
     """
     number, ranks = local_ranks()
-    if ranks == 1 or not count:
+    if not _joined() or not count:
         return np.zeros(count, np.uint8), False
     # The first process of the machine makes it; the others find it at its open file.
     label = f"fastssl-cache-{uuid.uuid4().hex}"
@@ -91,8 +100,13 @@ def shared_bytes(count: int) -> tuple[np.ndarray, bool]:
     dist.all_gather_object(found, memory is not None)
     if own >= 0:
         os.close(own)
-    first = dist.get_rank() - number
-    if memory is None or not all(found[first : first + ranks]):
+    if memory is None or not all(found):
+        free = agree(free_memory)
+        if ranks * count > free:
+            raise UserError(
+                f"The {ranks} processes of this machine cannot share memory, and a cache of {human_size(count)} for each does not "
+                f"fit in the {human_size(free)} that are free: set --data.cache none."
+            )
         warnings.warn(
             f"The {ranks} processes of this machine cannot share memory: each keeps a copy of what it caches.",
             stacklevel=2,

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import warnings
@@ -132,6 +133,35 @@ def test_without_them_the_next_evaluation_writes_its_own(stopped: Path, shards: 
         train(resolve(shards, tmp_path / "new", {"train": {"epochs": 2}}), resume=old)
     assert any(row.get("knn_accuracy") == 1.0 for row in rows(tmp_path / "new"))
     assert checkpoint.load(tmp_path / "new" / "checkpoints" / "best.pt")["knn_accuracy"] < 1
+
+
+def test_another_evaluation_has_a_best_of_its_own(stopped: Path, shards: Path, tmp_path: Path) -> None:
+    """The old accuracy was higher; it is not compared with those of other neighbours."""
+    old = tmp_path / "old"
+    shutil.copytree(stopped, old)
+    best = old / "checkpoints" / "best.pt"
+    checkpoint.save(best, {**checkpoint.load(best), "knn_accuracy": 1.0})
+    log = old / "metrics.jsonl"
+    log.write_text(re.sub(r'"knn_accuracy": [0-9.]+', '"knn_accuracy": 1.0', log.read_text()))
+    with pytest.warns(UserWarning, match=r"knn\.k changed: .* best\.pt is written anew"):
+        train(resolve(shards, tmp_path / "new", {"knn": {"k": 3}}), resume=old)
+    found = checkpoint.load(tmp_path / "new" / "checkpoints" / "best.pt")
+    assert found["step"] > DONE
+    assert found["knn_accuracy"] < 1
+    kept = resolve(shards, tmp_path / "kept")
+    train(kept, resume=old)
+    assert checkpoint.load(tmp_path / "kept" / "checkpoints" / "best.pt")["knn_accuracy"] == 1.0
+
+
+def test_a_folder_with_best_weights_only_cannot_be_continued(
+    stopped: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    for path in checkpoint.list_checkpoints(run):
+        path.unlink()
+    with pytest.raises(UserError, match=r"holds weights only, and '.*run' has no step-\*\.pt file"):
+        train(resolve(shards, run), resume=run / "checkpoints" / "best.pt")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,45 @@ def unshared(here: Dist, folder: Path, how: str) -> tuple[bool, int, int]:
 @pytest.mark.parametrize("how", ["unopened", "of another"])
 def test_ranks_that_cannot_open_it_fill_memory_of_their_own(shard_set: ShardSet, how: str):
     assert run_ranks(unshared, Path(shard_set.folder), how, timeout_s=HANGS_S) == [(False, 7, 41)] * 2
+
+
+def too_many_copies(here: Dist) -> str:
+    os.environ["LOCAL_WORLD_SIZE"] = str(here.world)
+    real = os.open
+    # One process alone cannot open it.
+    if here.rank:
+        os.open = lambda path, *rest: real("/nowhere" if "/fd/" in str(path) else path, *rest)
+    machine_memory.free_memory = lambda: 1500
+    with pytest.raises(UserError) as raised:
+        shared_bytes(1000)
+    return str(raised.value)
+
+
+def test_copies_that_do_not_fit_are_refused():
+    first, second = run_ranks(too_many_copies)
+    assert first == second
+    assert "2 processes" in first
+    assert "1.0 kB for each does not fit in the 1.5 kB" in first
+
+
+def two_machines(here: Dist, folder: Path) -> tuple[bool, int, int]:
+    """The second process is alone on its machine and cannot have such memory; the first could share with another."""
+    os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = "1", "0"
+    if here.rank:
+        machine_memory._unnamed = lambda label, count: -1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        samples = open_samples(ShardSet.open(folder), make_engine("fused", SMALL).decode, 3, "ram")
+    fill_ahead(samples, 2)
+    # A meeting that only some had entered would break this one.
+    sizes = [None] * here.world
+    dist.all_gather_object(sizes, here.rank)
+    assert samples.held is not None
+    return samples.held.shared, samples.held.num_held(), sum(size for size in sizes if size is not None)
+
+
+def test_machines_that_differ_meet_in_the_same_places(shard_set: ShardSet):
+    assert run_ranks(two_machines, Path(shard_set.folder)) == [(False, 41, 1)] * 2
 
 
 KILLED = """
