@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fastssl.pretraining.run_config import Resolved
 
 BEST = "best.pt"
+# Names the folder of the run that this one continues.
+ORIGIN = "resumed_from.txt"
 
 
 class RunFolder:
@@ -151,12 +153,19 @@ class RunFolder:
         """Return whether the run starts from `given`, a checkpoint or folder, rather than from those `found` in its own folder."""
         own, place = (self.path / "checkpoints").resolve(), given.resolve()
         if own not in (place, place.parent, place / "checkpoints"):
-            if found:
-                warnings.warn(
-                    f"'{self.path}' continues from its own '{found[-1].name}', not from '{given}' again.",
-                    stacklevel=2,
+            if not found:
+                return True
+            origin = self.path / ORIGIN
+            if not origin.is_file() or origin.read_text() != str(_run_of(given)):
+                raise UserError(
+                    f"'{self.path}' holds a run of its own ({found[-1].name}), which did not begin with '{given}': give another "
+                    "--train.out to continue from there, or --resume alone to continue this one."
                 )
-            return not found
+            warnings.warn(
+                f"'{self.path}' continues from its own '{found[-1].name}', not from '{given}' again.",
+                stacklevel=2,
+            )
+            return False
         path = checkpoint.find_checkpoint(given)
         if not found:
             raise UserError(
@@ -203,6 +212,8 @@ class RunFolder:
         try:
             for folder in (self.path, self.path / "checkpoints"):
                 remove_unfinished(folder)
+            if self._origin is not None:
+                atomic_write(self.path / ORIGIN, str(_run_of(self._origin)).encode())
             atomic_write(self.path / "config.yaml", self._resolved.to_yaml().encode())
             if self._origin is not None:
                 self._copy_history(self._origin, step)
@@ -217,3 +228,10 @@ class RunFolder:
         return UserError(
             f"The run folder '{self.path}' cannot be written ({error.strerror}): choose another --train.out."
         )
+
+
+def _run_of(checkpoint_or_folder: Path) -> Path:
+    """Return the resolved folder of the run that a path means: its folder, its `checkpoints` folder, or a file in that."""
+    place = checkpoint_or_folder.resolve()
+    place = place if place.is_dir() else place.parent
+    return place.parent if place.name == "checkpoints" else place

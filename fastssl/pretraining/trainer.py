@@ -35,6 +35,7 @@ from fastssl.pretraining.stochastic_depth import depth_draws
 from pipelines.loading.loader import Batch
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
+from shards.units import plural
 
 if TYPE_CHECKING:
     from fastssl.pretraining.run_config import Resolved, RunConfig
@@ -242,7 +243,7 @@ class Training:
         )
         warnings.warn(
             f"train.epochs was {old} so far and is {new} from now on: step {done + 1} continues on the schedules of {new} epochs, "
-            f"with learning rate {now[0]:.4g} (with {old} epochs: {was[0]:.4g}) and teacher's momentum {now[1]:.4g} ({was[1]:.4g}).",
+            f"with learning rate {now[0]:.4g} (with {plural(old, 'epoch')}: {was[0]:.4g}) and teacher's momentum {now[1]:.4g} ({was[1]:.4g}).",
             stacklevel=3,
         )
 

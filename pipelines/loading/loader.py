@@ -39,7 +39,7 @@ def open_loader(
     batch: int,
     seed: int = 0,
     split: str = "",
-    weights: Sequence[float] = (),
+    weights: Sequence[float] | None = (),
     options: LoaderOptions | None = None,
     **keywords: Any,
 ) -> Loader:
@@ -65,7 +65,7 @@ def open_loader(
         if not isinstance(value, int | np.integer) or not least <= value < 2**63:
             raise UserError(f"{name} is {value!r}, but it must be a whole number of {least} or more.")
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
-    shards = open_shards(shards, split, weights)
+    shards = open_shards(shards, split, weights or ())
     # Names both numbers where the batch does not divide.
     rank_positions(0, batch, options.rank, options.world)
     if len(shards) < batch:

@@ -18,6 +18,7 @@ from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.format.layout import Manifest
 from shards.images.channel_statistics import join_summaries
+from shards.units import plural
 
 
 class MixedShardSet(ShardSet):
@@ -158,7 +159,7 @@ def _check(parts: Sequence[ShardSet], weights: Sequence[float]) -> None:
         )
     if weights and len(weights) != len(parts):
         raise UserError(
-            f"data.weights has {len(weights)} numbers for {len(parts)} shard folders: give one for each."
+            f"data.weights has {plural(len(weights), 'number')} for {len(parts)} shard folders: give one for each."
         )
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):

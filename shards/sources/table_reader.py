@@ -69,7 +69,10 @@ def open_list(place: Place, name: str, where: str) -> ListFile:
 
 
 class TextFile(ListFile):
-    """CSV or TSV in UTF-8, with or without a byte order mark; the first line holds the names; quotes as in RFC 4180."""
+    """CSV or TSV in UTF-8, with or without a byte order mark; the first line holds the names; quotes as in RFC 4180.
+
+    White space around a name or a cell does not count.
+    """
 
     row_word = "line"
 
@@ -143,7 +146,7 @@ class TextFile(ListFile):
                     )
             try:
                 columns = {
-                    name: pa.array(cells, pa.string())
+                    name: _pc.utf8_trim_whitespace(pa.array(cells, pa.string()))
                     for name, cells in zip(
                         self._header, zip(*(cells for _, cells in chunk), strict=True), strict=True
                     )

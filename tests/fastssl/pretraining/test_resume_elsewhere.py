@@ -153,6 +153,17 @@ def test_another_evaluation_has_a_best_of_its_own(stopped: Path, shards: Path, t
     assert checkpoint.load(tmp_path / "kept" / "checkpoints" / "best.pt")["knn_accuracy"] == 1.0
 
 
+def test_a_run_of_its_own_is_not_taken_for_another(stopped: Path, shards: Path, tmp_path: Path) -> None:
+    """Else the command would go on training a run that nobody named."""
+    crash_after(SAVE_STEPS, train, resolve(shards, tmp_path / "own"))
+    before = content(tmp_path / "own" / "checkpoints")
+    with pytest.raises(
+        UserError, match=r"own' holds a run of its own \(step-000000003\.pt\), which did not begin"
+    ):
+        train(resolve(shards, tmp_path / "own"), resume=stopped)
+    assert content(tmp_path / "own" / "checkpoints") == before
+
+
 def test_a_folder_with_best_weights_only_cannot_be_continued(
     stopped: Path, shards: Path, tmp_path: Path
 ) -> None:

@@ -121,6 +121,18 @@ def test_columns_are_found_by_their_usual_names(folder: Path, header: str, colum
     assert source.settings()["columns"] == columns
 
 
+def test_spaces_around_cells_do_not_count(folder: Path):
+    """As around the names of columns: ' cat' is no class beside 'cat', and a cell of spaces is empty."""
+    text = "image, class ,cloud\n0.jpg, cat,  7 \n 1.jpg ,cat\t,8\n2.jpg,   ,9\n"
+    path = write(folder, text)
+    convert(path, folder.parent / "out", workers=0)
+    assert sorted(samples_json(folder.parent / "out")) == ["0.jpg", "1.jpg", "2.jpg"]
+    found = ShardSet.open(folder.parent / "out")
+    assert found.classes == ["cat"]
+    assert sorted(found.labels) == [-1, 0, 0]
+    assert sorted(about["cloud"] for about in samples_json(folder.parent / "out").values()) == [7, 8, 9]
+
+
 def test_the_search_for_columns_can_be_switched_off(folder: Path):
     options = ListOptions(label_column="none", group_column="none")
     source = ListSource(write(folder, "path,label,group\n0.jpg,a,g\n"), options)
