@@ -1,5 +1,6 @@
 """What all tests share: one compute thread a process, a GPU mark that asks the GPU itself, a store of the S3 protocol."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,15 @@ import torch
 from tests.s3 import FaultProxy, s3_server
 
 torch.set_num_threads(1)
+# The machine of a GPU check may lack it.
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    # Nothing is decided by time, nor by the day's luck.
+    settings.register_profile(
+        "here", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("here")
 
 
 def _gpu_works() -> bool:

@@ -243,7 +243,8 @@ class Training:
         )
         warnings.warn(
             f"train.epochs was {old} so far and is {new} from now on: step {done + 1} continues on the schedules of {new} epochs, "
-            f"with learning rate {now[0]:.4g} (with {plural(old, 'epoch')}: {was[0]:.4g}) and teacher's momentum {now[1]:.4g} ({was[1]:.4g}).",
+            f"with learning rate {now[0]:.4g} (with {plural(old, 'epoch')}: {was[0]:.4g}) and teacher's momentum {now[1]:.4g} "
+            f"({was[1]:.4g}).",
             stacklevel=3,
         )
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -59,11 +60,12 @@ def block_order(
 
 def mixed_shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     """How many samples of each set an epoch takes: the sum of `sizes` by `weights`, rounded by largest remainder (ties: the first)."""
-    total, whole = sum(sizes), math.fsum(weights)
-    exact = [total * weight / whole for weight in weights]
+    # Exactly: rounded, equal rests would differ.
+    parts = [Fraction(weight) for weight in weights]
+    exact = [sum(sizes) * part / sum(parts) for part in parts]
     shares = [math.floor(share) for share in exact]
     by_rest = sorted(range(len(sizes)), key=lambda k: (shares[k] - exact[k], k))
-    for k in by_rest[: total - sum(shares)]:
+    for k in by_rest[: sum(sizes) - sum(shares)]:
         shares[k] += 1
     return shares
 

@@ -208,7 +208,7 @@ def test_sets_that_do_not_go_together_are_refused_with_both_values(both, tmp_pat
         with pytest.raises(UserError, match=message):
             MixedShardSet(parts)
     for weights, message in (
-        ((1,), "has 1 numbers for 2 shard folders"),
+        ((1,), "has 1 number for 2 shard folders"),
         ((1, 0), "has 0, but a weight is a number above 0"),
         ((1, float("nan")), "has nan, but a weight"),
         ((1, 1e6), "1 of 1e[+]06 is less than one of the 32 samples"),

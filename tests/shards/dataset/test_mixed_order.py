@@ -34,6 +34,8 @@ def test_shares_by_hand():
     assert mixed_shares([100, 20], [1, 3]) == [30, 90]
     assert mixed_shares([5, 5], [1, 2]) == [3, 7]  # 3.33 and 6.67
     assert mixed_shares([1, 2], [1, 1]) == [2, 1]  # 1.5 each: the first
+    # Rests of a third each, which differ in floats.
+    assert mixed_shares([1, 1, 38, 40], [8, 8, 5, 9]) == [22, 21, 13, 24]
 
 
 @settings(deadline=None, max_examples=50)
