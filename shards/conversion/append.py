@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,15 @@ class Base:
         for column in source.extra_schema:
             if known.get(column.name, column.type) != column.type:
                 self._refuse(f"a column '{column.name}' of", str(known[column.name]), str(column.type))
+
+    def check_classes(self, plan: Plan) -> None:
+        """Raise UserError where classes were given since the plan was made, whose numbers are those of its own."""
+        for number, (given, planned) in enumerate(itertools.zip_longest(self.classes, plan.classes)):
+            if given not in (planned, None):
+                raise UserError(
+                    f"The labels of '{self.place.url}' give the number {number} to the class '{given}', the append that was begun "
+                    f"to '{planned}': delete '{layout.plan_name(plan.number)}' to give it up, and append again."
+                )
 
     def _refuse(self, what: str, was: Any, now: Any) -> None:
         raise UserError(

@@ -161,6 +161,8 @@ def convert(
                 if planned:
                     plan = read_plan(place, plan_number)
                     check_same(plan, settings)
+                    if base:
+                        base.check_classes(plan)
                 else:
                     if base:
                         base.clear()

@@ -72,13 +72,19 @@ def label(
 
     Raises:
         UserError: a sample is given two different labels, no row names a sample, a name means several samples, the columns are
-            not there, or the folder is unfinished or cannot be written.
+            not there, or the folder or an append to it is unfinished or cannot be written.
     """
     place = open_place(folder)
     if not dry_run:
         place.check_writable("label the shards where they lie on a disk or in a store")
     with contextlib.nullcontext() if dry_run else place.lock(layout.LOCK):
         manifest = Manifest.load(place)
+        if layout.is_appending(place, manifest):
+            # Its plan has numbered its classes already: a class that came now would get the number of another.
+            raise UserError(
+                f"An append to '{place.url}' is unfinished: run its `fastssl shard ... --append` again to finish it, or delete "
+                f"'{place / layout.plan_name(len(manifest.identities))}' to give it up, then label."
+            )
         before = read_labels(place, manifest)
         rows = _read(os.fspath(table), key_column, source_column, label_column)
         if len(set(rows.labels)) > MAX_CLASSES:
