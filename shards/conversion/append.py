@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from shards.conversion.shard_plan import Plan, default_samples_per_shard, read_p
 from shards.cpus import available_cpus
 from shards.errors import UserError
 from shards.format import layout
+from shards.format.columns import hash_values
 from shards.format.label_table import read_labels
 from shards.format.layout import Appended, Manifest
 from shards.format.sample_table import table_batches
@@ -145,18 +147,50 @@ class Base:
         if not dtypes <= set(self.manifest.dtypes):
             self._refuse("elements of", sorted(self.manifest.dtypes), sorted(dtypes))
 
+    def check_names(self, names: Iterable[pa.Array], source: str) -> None:
+        """Raise UserError where new images have a name that a sample has already: labels, lists and repairs go by names.
+
+        Memory: 8 bytes a sample.
+        """
+        known = np.sort(np.concatenate([hash_values(batch["source"]) for batch in self.rows(["source"])]))
+        for new in names:
+            hashes = hash_values(new)
+            at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+            likely = new.filter(pa.array(known[at] == hashes))
+            for batch in self.rows(["sample_id", "source"]) if len(likely) else ():
+                twice = batch.filter(pc.is_in(batch["source"], likely))  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+                if twice.num_rows:
+                    sample, name = (column[0].as_py() for column in twice.columns)
+                    began = [part.num_samples_before for part in self.manifest.appended]
+                    old = self.plans[bisect.bisect_right(began, sample)].settings.source
+                    raise UserError(
+                        f"'{name}' of '{source}' has the name of sample {sample} of '{self.place.url}', from '{old}', and a name may "
+                        "mean one image only. If it is inside already, give the new images alone. If it is another image, "
+                        "rename it; or give a list (.csv) of path and label that lies in a folder further up, so that paths differ."
+                    )
+
     def try_first(self, source: Source, plan: Plan, policy: Policy) -> None:
-        """Give an append up before its work where already the first image does not go with the others. Raise UserError then."""
+        """Give an append up before its work where names are taken, or already the first image does not go with the others.
+
+        Raise UserError then.
+        """
+        try:
+            if plan.settings.dedupe != "drop":  # those that are inside already would be left out
+                self.check_names(
+                    (plan.rows(shard)["source"].combine_chunks() for shard in plan.shards), source.name
+                )
+            self._try_first(source, plan, policy)
+        except UserError:
+            self.give_up(plan)
+            raise
+
+    def _try_first(self, source: Source, plan: Plan, policy: Policy) -> None:
         for row in plan.rows(plan.first_shard).slice(0, NUM_TRIED).to_pylist():
             try:
                 stored = prove(source.read(row).data, row["source"], policy)
             except BadImage:
                 continue
-            try:
-                self.check_kinds({stored.channels}, {stored.dtype})
-            except UserError:
-                self.give_up(plan)
-                raise
+            self.check_kinds({stored.channels}, {stored.dtype})
             return
 
     def entry(self, plan: Plan) -> Appended:

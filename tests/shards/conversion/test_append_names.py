@@ -4,15 +4,18 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from shards import ShardSet, UserError, convert, label
+from shards.conversion.append import Base
 from shards.conversion.convert import Part
 from shards.format import layout
 from shards.format.label_table import LabelTable, write_labels
 from shards.format.layout import Manifest
 from shards.storage.opening import open_place
-from tests.shards.growing import begin
+from tests.pictures import fingerprints
+from tests.shards.growing import begin, images
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,52 @@ def test_classes_that_contradict_each_other_are_refused(begun: Path, folder: Pat
         match=r"give the number 2 to two classes, '(zebra|cow)' and '(cow|zebra)'\. Delete it and run",
     ):
         ShardSet.open(folder)
+
+
+@pytest.mark.parametrize("dedupe", ["mark", "drop", "keep"])
+def test_a_name_that_is_taken_is_refused_and_the_folder_stays(tmp_path: Path, dedupe: str):
+    for day in range(3):
+        images(tmp_path / f"day{day}", range(10 * day, 10 * day + 4), "ant", "bee")
+    names = sorted(path.relative_to(tmp_path / "day0") for path in (tmp_path / "day0").rglob("*.jpg"))
+    convert(tmp_path / "day0", tmp_path / "out", dedupe=dedupe)
+    convert(tmp_path / "day1", tmp_path / "out", append=True, dedupe=dedupe)
+    before = fingerprints(tmp_path / "out")
+    for day, path in ((0, names[2]), (1, Path("bee/011.jpg"))):
+        other = tmp_path / f"other{day}"
+        shutil.copytree(tmp_path / "day2", other)
+        shutil.move(other / "bee" / "021.jpg", other / path)
+        with pytest.raises(
+            UserError, match=rf"'{path}' of 'other{day}' has the name of sample \d of '.*', from 'day{day}'"
+        ):
+            convert(other, tmp_path / "out", append=True, dedupe=dedupe)
+        assert fingerprints(tmp_path / "out") == before
+    # The way out: a list further up, in which the same images have names of their own.
+    paths = sorted((tmp_path / "other0").rglob("*.jpg"))
+    rows = [f"{path.relative_to(tmp_path)},{path.parent.name}\n" for path in paths]
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(rows))
+    convert(tmp_path / "list.csv", tmp_path / "out", append=True, dedupe=dedupe)
+    shards = ShardSet.open(tmp_path / "out")
+    assert len(shards) == len({shards.name(i) for i in range(len(shards))}) == 12
+    convert(tmp_path / "out", tmp_path / "again")
+    assert len(ShardSet.open(tmp_path / "again")) == 12
+
+
+def test_a_name_of_two_samples_is_given_no_label(folder: Path, tmp_path: Path, monkeypatch):
+    """A folder of an earlier version may hold them."""
+    monkeypatch.setattr(Base, "check_names", lambda *_: None)
+    images(tmp_path / "more", range(30, 33), "bee")
+    (tmp_path / "more" / "bee" / "031.jpg").rename(tmp_path / "more" / "bee" / "002.jpg")
+    convert(tmp_path / "more", folder, append=True)
+    shards, table = ShardSet.open(folder), tmp_path / "l.csv"
+    twins = [i for i in range(len(shards)) if shards.name(i) == "bee/002.jpg"]
+    assert len(twins) == 2
+    for name in ("bee/002.jpg", "002.jpg"):
+        table.write_text(f"source,label\nant/001.jpg,zebra\n{name},zebra\n")
+        with pytest.raises(UserError, match=rf"line 3: '{name}' means 2 samples"):
+            label(folder, table)
+    assert not (folder / layout.LABELS).exists()
+    key = pq.read_table(folder / layout.TABLE)["key"][twins[1]].as_py()
+    table.write_text(f"key,label\n{key},zebra\n")
+    assert label(folder, table).labelled == 1
+    shards = ShardSet.open(folder)
+    assert [i for i in range(len(shards)) if shards.classes[shards.labels[i]] == "zebra"] == twins[1:]
