@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from shards import ShardSet, UserError, convert, label
 from shards.conversion.append import Base
@@ -115,3 +116,28 @@ def test_a_name_of_two_samples_is_given_no_label(folder: Path, tmp_path: Path, m
     assert label(folder, table).labelled == 1
     shards = ShardSet.open(folder)
     assert [i for i in range(len(shards)) if shards.classes[shards.labels[i]] == "zebra"] == twins[1:]
+
+
+@pytest.mark.parametrize("suffix", ["npy", "bmp"])
+@pytest.mark.parametrize("dedupe", ["mark", "drop"])
+def test_other_images_of_the_same_names_and_sizes_are_not_taken_for_those_inside(
+    tmp_path: Path, suffix: str, dedupe: str
+):
+    """Of raw files the sizes tell nothing: the second folder was said to be complete, and none of it was appended."""
+    rng = np.random.default_rng(0)
+    for day in ("day1", "day2", "day3"):
+        (tmp_path / day / "images").mkdir(parents=True)
+        for i in range(20):
+            path = tmp_path / day / "images" / f"{'late-' * (day == 'day3')}{i}.{suffix}"
+            pixels = rng.integers(0, 255, (8, 8, 3), np.uint8)
+            np.save(path, pixels) if suffix == "npy" else Image.fromarray(pixels).save(path)
+    convert(tmp_path / "day1" / "images", tmp_path / "out", dedupe=dedupe, samples_per_shard=7)
+    convert(tmp_path / "day3" / "images", tmp_path / "out", append=True, dedupe=dedupe)
+    before = fingerprints(tmp_path / "out")
+    with pytest.raises(
+        UserError, match=rf"\.{suffix}' of 'images' has the name of sample \d+ of .*from 'images'"
+    ):
+        convert(tmp_path / "day2" / "images", tmp_path / "out", append=True, dedupe=dedupe)
+    for day in ("day1", "day3"):  # these are inside
+        convert(tmp_path / day / "images", tmp_path / "out", append=True, dedupe=dedupe)
+    assert fingerprints(tmp_path / "out") == before
