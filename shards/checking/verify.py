@@ -26,6 +26,7 @@ from shards.format.columns import read_columns
 from shards.format.label_table import WAY_OUT as LABEL_AGAIN
 from shards.format.label_table import labels_fault
 from shards.format.layout import Manifest, ShardFile
+from shards.format.sample_table import is_given_up
 from shards.images.policy import MAX_PIXELS, Policy
 from shards.splits.split_table import WAY_OUT, splits_fault
 from shards.storage.atomic_files import is_unfinished
@@ -91,10 +92,14 @@ class Promise:
                 elif "format version" in str(error) and _agrees(place, sums, layout.MANIFEST):
                     raise
                 findings.append(Damage(layout.MANIFEST, kind, what))
-        appending = manifest is not None and layout.is_appending(place, manifest)
+        given_up = manifest is not None and is_given_up(place, manifest)
+        appending = manifest is not None and (given_up or layout.is_appending(place, manifest))
         if manifest and appending:
             begun = layout.plan_name(len(manifest.identities))
             what = "of an append that is unfinished: the same `fastssl shard ... --append` finishes it"
+            if given_up:
+                what = "was deleted, so its append is given up: the next one removes its shards, those after "
+                what += manifest.shards[-1].name
             findings.append(Damage(begun, "stale", what))
             if sums and begun in sums.by_name:
                 # They are those of the folder to come, and the manifest of that is written last.

@@ -337,7 +337,7 @@ def is_whole(dest: Place, file: ShardFile) -> bool:
 
 def number(file: ShardFile) -> int:
     """The shard's number, from its file name."""
-    return int(file.name.removeprefix("shard-").removesuffix(".tar"))
+    return layout.shard_number(file.name)
 
 
 def _make_folder(dest: Place) -> None:
