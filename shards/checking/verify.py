@@ -71,6 +71,7 @@ class Promise:
     classes: list[str] | None
     findings: list[Damage]  # about these two themselves
     appending: bool = False  # whether images are being appended, or were until that was interrupted
+    given_up: bool = False  # whether that has left something, and its plan was deleted
 
     @classmethod
     def read(cls, place: Place) -> Promise:
@@ -98,12 +99,13 @@ class Promise:
             begun = layout.plan_name(len(manifest.identities))
             what = "of an append that is unfinished: the same `fastssl shard ... --append` finishes it"
             if given_up:
-                what = "was deleted, so its append is given up: the next one removes its shards, those after "
-                what += manifest.shards[-1].name
+                what = "was deleted: its append is given up, and the next one removes what it has left"
             findings.append(Damage(begun, "stale", what))
             if sums and begun in sums.by_name:
                 # They are those of the folder to come, and the manifest of that is written last.
-                return cls(place, manifest, None, manifest.shards, manifest.classes, findings, appending)
+                return cls(
+                    place, manifest, None, manifest.shards, manifest.classes, findings, appending, given_up
+                )
         if sums is None:
             what = "there are no checksums of the files that are no shards"
             findings.append(Damage(layout.SUMS, "missing", what))
@@ -114,7 +116,7 @@ class Promise:
         files = _files(place, manifest, sums)
         sound = all(finding.harmless for finding in findings)
         classes = manifest.classes if manifest and sound else None
-        return cls(place, manifest, sums, files, classes, findings, appending)
+        return cls(place, manifest, sums, files, classes, findings, appending, given_up)
 
     def sum_of(self, name: str) -> str | None:
         """The SHA-256 that a file must have; None where that is not known."""
@@ -303,7 +305,9 @@ def _stale(promise: Promise) -> Iterator[Damage]:
     for name in promise.place.names():
         if is_unfinished(name) or name.startswith(SCRATCH):
             yield Damage(name, "stale", "left by a run that was killed")
-        elif _SHARD_FILE.fullmatch(name) and name not in known and not promise.appending:
+        elif (
+            _SHARD_FILE.fullmatch(name) and name not in known and (promise.given_up or not promise.appending)
+        ):
             yield Damage(
                 name, "table", "is none of this conversion's shards, but readers of *.tar would take it"
             )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from shards.conversion import append as appending
 from shards.conversion.convert import Part
 from shards.format import layout
 from shards.format.layout import Manifest
+from shards.sources.source_kinds import open_source
 from tests.pictures import encoded, fingerprints, photo
 from tests.shards.growing import begin, images
 
@@ -126,8 +128,27 @@ def test_parts_make_the_same_files(begun: Path, folder: Path, tmp_path: Path):
     assert len(ShardSet.open(tmp_path / "other")) == 14
     convert(tmp_path / "many", tmp_path / "other", append=True)
     found = fingerprints(tmp_path / "other")
-    assert {name: sha for name, sha in found.items() if "-of-" not in name} == fingerprints(folder)
+    assert {n: sha for n, sha in found.items() if not n.startswith(f"{layout.LOCK}-")} == fingerprints(folder)
     assert verify(folder).findings == []
+
+
+def test_a_part_that_lists_longer_keeps_what_others_have_made(begun: Path, folder: Path, tmp_path: Path):
+    images(tmp_path / "many", range(100, 300), "cow", "elk")
+    slow = open_source(str(tmp_path / "many"))
+    entries, made = slow.entries, {}
+
+    def after_the_other() -> Iterator[pa.RecordBatch]:
+        convert(tmp_path / "many", folder, append=True, part=Part(0, 2), workers=0)
+        made.update(fingerprints(folder))
+        yield from entries()
+
+    slow.entries = after_the_other
+    convert(slow, folder, append=True, part=Part(1, 2), workers=0)
+    new = [name for name in made if "shard-" in name and name.partition("shard-")[2][5] >= "3"]
+    assert len(new) == 3
+    now = fingerprints(folder)
+    assert {name: now.get(name) for name in made} == made
+    assert sum("shard-" in name for name in now) > sum("shard-" in name for name in made)
 
 
 TWIN = photo(96, 64)
@@ -210,8 +231,9 @@ def test_images_that_do_not_go_with_the_others_are_refused_with_both_values(
         with pytest.raises(UserError, match=message):
             convert(source, folder, append=True, **options)
         assert fingerprints(folder) == before
-    with pytest.raises(UserError, match=r"holds no manifest.json"):
-        convert(begun / "second", tmp_path / "empty", append=True)
+    with pytest.raises(UserError, match=r"There is no folder '.*mistyped'"):
+        convert(begun / "second", tmp_path / "mistyped", append=True)
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_a_contradiction_shows_before_the_work_and_after_it(folder: Path, tmp_path: Path, monkeypatch):
