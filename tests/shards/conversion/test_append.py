@@ -366,3 +366,34 @@ def test_what_was_begun_is_finished_or_given_up(begun: Path, folder: Path, tmp_p
     assert {
         name: sum_ for name, sum_ in fingerprints(folder).items() if name in before and name.endswith(".tar")
     } == {name: sum_ for name, sum_ in before.items() if name.endswith(".tar")}
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_what_an_append_left_out_is_told_again(tmp_path: Path, grown: bool):
+    old, new, out = tmp_path / "old", tmp_path / ("old" if grown else "new"), tmp_path / "out"
+    images(old, range(6), "ant")
+    convert(old, out, dedupe="drop", samples_per_shard=2)
+    images(new, range(6, 10), "bee")
+    for name in ("x", "y"):
+        shutil.copy(old / "ant" / "003.jpg", new / "bee" / f"{name}.jpg")
+    shutil.copy(new / "bee" / "007.jpg", new / "bee" / "z.jpg")
+    convert(new, out, append=True, dedupe="drop")
+    wanted, name = fingerprints(out), layout.dropped_name(1)
+    pairs = {(row["source"], row["same_as"]) for row in pq.read_table(out / name).to_pylist()}
+    assert len(pairs) == 3 + 6 * grown
+    (out / name).write_bytes(b"")
+    if not grown:
+        [failed] = repair(out, verify(out), old).failed
+        assert failed.file == name
+        assert failed.what.startswith("is made of 'new' (folder): give that as --source")
+    for damaged in ([name], [name, "shard-000003.tar"]):
+        for file in damaged:
+            (out / file).unlink(missing_ok=True)
+        done = repair(out, verify(out), new)
+        assert (done.failed, set(done.mended)) == ([], set(damaged))
+        assert fingerprints(out) == wanted
+    for file in (name, layout.TABLE):
+        (out / file).unlink()
+    failed = {finding.file: finding.what for finding in repair(out, verify(out), new).failed}
+    assert set(failed) == {name, layout.TABLE}
+    assert "one of them is damaged, too: restore it from a copy" in failed[name]
