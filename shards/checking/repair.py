@@ -38,6 +38,7 @@ from shards.storage.opening import Where, open_place
 from shards.storage.place import Place
 
 _SHOWN = 3
+_OF_ALL = {layout.TABLE, layout.MANIFEST, layout.QUARANTINE}
 _GIVEN = {layout.SPLITS: WAY_OUT, layout.LABELS: LABEL_AGAIN}
 
 
@@ -111,7 +112,8 @@ class _Work:
         for file in self.promise.files:
             if index_of(file.name) in self.damaged and file.name not in tars:
                 self._mend_index(file)
-        merged = self.damaged & {layout.TABLE, layout.MANIFEST, layout.QUARANTINE, layout.DROPPED}
+        dropped = {layout.dropped_name(number) for number in range(len(self.promise.plans))}
+        merged = self.damaged & (_OF_ALL | dropped)
         needing = [*tars, *sorted(merged | self.damaged.intersection(self.promise.plans))]
         if needing and self.source is None:
             what = "is made again from the images: give --source and the options that `fastssl shard` had"
@@ -157,12 +159,14 @@ class _Work:
             if len(fitting) < len(plans):
                 sources = ", ".join(repr(plan.settings.source) for plan in plans if plan)
                 what = f"is made of all that the folder holds, at once: {sources}; restore it from a copy"
-                self.result.failed.extend(Damage(name, "failed", what) for name in sorted(merged) if sources)
-                merged = set()
+                dropped = {layout.dropped_name(plan.number) for plan in plans if plan}
+                lost = sorted(merged - dropped)
+                self.result.failed.extend(Damage(name, "failed", what) for name in lost if sources)
+                merged &= dropped
             for plan in fitting:
                 self._remake_plan(source, scratch, plan, tars, merged)
-            if merged - {layout.DROPPED}:
-                self._merge(scratch, fitting, merged - {layout.DROPPED})
+            if merged & _OF_ALL:
+                self._merge(scratch, fitting, merged & _OF_ALL)
 
     def _remake_plan(
         self, source: Source, scratch: LocalPlace, plan: Plan, tars: dict[str, ShardFile], merged: set[str]
@@ -171,11 +175,21 @@ class _Work:
         place = self.place
         wanted = {number(file): file for file in self.promise.files}
         hurt = {number(file): file for file in tars.values() if number(file) in plan.shards}
-        todo = plan.shards if merged else sorted(hurt)
         name = layout.dropped_name(plan.number)
+        todo = plan.shards if merged & {*_OF_ALL, name} else sorted(hurt)
         if name in merged:
+            base = self._base(scratch, plan) if plan.number else None
+            if plan.number and not base:
+                what = (
+                    "is made of table and manifest, and one of them is damaged, too: restore it from a copy"
+                )
+                self.result.failed.append(Damage(name, "failed", what))
+                self.result.failed.extend(
+                    Damage(file.name, "failed", f"'{name}' {what}") for file in hurt.values()
+                )
+                return
             self._make(source, scratch, plan, {}, todo, {}, {})
-            write_dropped(scratch, plan)
+            write_dropped(scratch, plan, base)
             self._take(scratch, name)
         else:
             copy_file(place, name, scratch)
@@ -191,6 +205,15 @@ class _Work:
                 what = "is made from its tar, which cannot be made"
                 self.result.failed.append(Damage(index_of(tar), "failed", what))
 
+    def _base(self, scratch: LocalPlace, plan: Plan) -> Base | None:
+        """The set that a plan was appended to; None where table or manifest are damaged."""
+        manifest = self.promise.manifest
+        if manifest is None or self.damaged & {layout.TABLE, layout.MANIFEST}:
+            return None
+        copy_file(self.place, layout.TABLE, scratch)
+        before = manifest.appended[plan.number - 1].num_samples_before
+        return Base(scratch, replace(manifest, num_samples=before), [], [])
+
     def _fits(self, source: Source, plan: Plan, tars: dict[str, ShardFile], several: bool) -> bool:
         """Whether a plan was made of this source; of several plans those of others are passed over, and their shards told."""
         if not several:
@@ -200,8 +223,9 @@ class _Work:
         if (was.kind, was.source, was.source_settings) == (source.kind, source.name, now):
             return True
         what = f"is made of '{was.source}' ({was.kind}): give that as --source, with the options that it had"
-        of_plan = (tar for tar, file in tars.items() if number(file) in plan.shards)
-        self.result.failed.extend(Damage(tar, "failed", what) for tar in of_plan)
+        of_plan = [tar for tar, file in tars.items() if number(file) in plan.shards]
+        of_plan += self.damaged & {layout.dropped_name(plan.number)}
+        self.result.failed.extend(Damage(name, "failed", what) for name in of_plan)
         return False
 
     def _plan(self, source: Source, scratch: Place, plan_number: int) -> Plan | None:

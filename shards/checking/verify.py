@@ -26,6 +26,7 @@ from shards.format.columns import read_columns
 from shards.format.label_table import WAY_OUT as LABEL_AGAIN
 from shards.format.label_table import labels_fault
 from shards.format.layout import Manifest, ShardFile
+from shards.format.sample_table import is_given_up
 from shards.images.policy import MAX_PIXELS, Policy
 from shards.splits.split_table import WAY_OUT, splits_fault
 from shards.storage.atomic_files import is_unfinished
@@ -70,6 +71,7 @@ class Promise:
     classes: list[str] | None
     findings: list[Damage]  # about these two themselves
     appending: bool = False  # whether images are being appended, or were until that was interrupted
+    given_up: bool = False  # whether that has left something, and its plan was deleted
 
     @classmethod
     def read(cls, place: Place) -> Promise:
@@ -91,14 +93,19 @@ class Promise:
                 elif "format version" in str(error) and _agrees(place, sums, layout.MANIFEST):
                     raise
                 findings.append(Damage(layout.MANIFEST, kind, what))
-        appending = manifest is not None and layout.is_appending(place, manifest)
+        given_up = manifest is not None and is_given_up(place, manifest)
+        appending = manifest is not None and (given_up or layout.is_appending(place, manifest))
         if manifest and appending:
             begun = layout.plan_name(len(manifest.identities))
             what = "of an append that is unfinished: the same `fastssl shard ... --append` finishes it"
+            if given_up:
+                what = "was deleted: its append is given up, and the next one removes what it has left"
             findings.append(Damage(begun, "stale", what))
             if sums and begun in sums.by_name:
                 # They are those of the folder to come, and the manifest of that is written last.
-                return cls(place, manifest, None, manifest.shards, manifest.classes, findings, appending)
+                return cls(
+                    place, manifest, None, manifest.shards, manifest.classes, findings, appending, given_up
+                )
         if sums is None:
             what = "there are no checksums of the files that are no shards"
             findings.append(Damage(layout.SUMS, "missing", what))
@@ -109,7 +116,7 @@ class Promise:
         files = _files(place, manifest, sums)
         sound = all(finding.harmless for finding in findings)
         classes = manifest.classes if manifest and sound else None
-        return cls(place, manifest, sums, files, classes, findings, appending)
+        return cls(place, manifest, sums, files, classes, findings, appending, given_up)
 
     def sum_of(self, name: str) -> str | None:
         """The SHA-256 that a file must have; None where that is not known."""
@@ -298,7 +305,9 @@ def _stale(promise: Promise) -> Iterator[Damage]:
     for name in promise.place.names():
         if is_unfinished(name) or name.startswith(SCRATCH):
             yield Damage(name, "stale", "left by a run that was killed")
-        elif _SHARD_FILE.fullmatch(name) and name not in known and not promise.appending:
+        elif (
+            _SHARD_FILE.fullmatch(name) and name not in known and (promise.given_up or not promise.appending)
+        ):
             yield Damage(
                 name, "table", "is none of this conversion's shards, but readers of *.tar would take it"
             )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import hashlib
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +25,7 @@ from shards.conversion.shard_plan import Plan, default_samples_per_shard, read_p
 from shards.cpus import available_cpus
 from shards.errors import UserError
 from shards.format import layout
+from shards.format.columns import hash_values
 from shards.format.label_table import read_labels
 from shards.format.layout import Appended, Manifest
 from shards.format.sample_table import table_batches
@@ -68,12 +72,36 @@ class Base:
         return {"options_sha256": self.manifest.options_sha256, "first_shard": self.plans[-1].shards.stop}
 
     def inside(self, source: Source, listing: Listing) -> Plan | None:
-        """The plan that took in exactly these images already, by their names, sizes and labels."""
+        """The plan that took in exactly these images already, by their names, sizes and labels, and the pixels of a few."""
         for plan in self.plans:
             was = plan.settings
-            if (was.kind, was.source, was.listing) == (source.kind, source.name, listing.digest):
+            same = (was.kind, was.source, was.listing) == (source.kind, source.name, listing.digest)
+            if same and self._holds(source, plan):
                 return plan
         return None
+
+    def _holds(self, source: Source, plan: Plan) -> bool:
+        """Whether a few samples of a plan, spread over all of them, are what the source has under their names now.
+
+        Raw files of one shape have one size, so two folders of the same name may have the same listing.
+        """
+        ends = [*(part.num_samples_before for part in self.manifest.appended), self.manifest.num_samples]
+        first = ends[plan.number - 1] if plan.number else 0
+        ids = set(np.linspace(first, ends[plan.number] - 1, NUM_TRIED).astype(int).tolist())
+        size, policy = plan.settings.samples_per_shard, Policy(**plan.settings.store)
+        for was in rows_of(self, ids, ["key", "shard", "sha256", "pixels_hash"]).values():
+            [row] = plan.rows(was["shard"]).slice(int(was["key"]) % size, 1).to_pylist()
+            try:
+                now = prove(source.read(row).data, row["source"], policy, "both")
+            except BadImage:
+                return False
+            # Another version of an encoder writes the same pixels as other bytes.
+            if hashlib.sha256(now.data).hexdigest() != was["sha256"] and was["pixels_hash"] not in (
+                now.pixels_hash,
+                now.small_hash,
+            ):
+                return False
+        return True
 
     def samples_per_shard(self, wanted: int | None, num_images: int) -> int:
         """The images in a new shard: not fewer than in the last ones, so that each has a key of its own."""
@@ -97,6 +125,15 @@ class Base:
         for column in source.extra_schema:
             if known.get(column.name, column.type) != column.type:
                 self._refuse(f"a column '{column.name}' of", str(known[column.name]), str(column.type))
+
+    def check_classes(self, plan: Plan) -> None:
+        """Raise UserError where classes were given since the plan was made, whose numbers are those of its own."""
+        for number, (given, planned) in enumerate(itertools.zip_longest(self.classes, plan.classes)):
+            if given not in (planned, None):
+                raise UserError(
+                    f"The labels of '{self.place.url}' give the number {number} to the class '{given}', the append that was begun "
+                    f"to '{planned}': delete '{layout.plan_name(plan.number)}' to give it up, and append again."
+                )
 
     def _refuse(self, what: str, was: Any, now: Any) -> None:
         raise UserError(
@@ -135,18 +172,50 @@ class Base:
         if not dtypes <= set(self.manifest.dtypes):
             self._refuse("elements of", sorted(self.manifest.dtypes), sorted(dtypes))
 
+    def check_names(self, names: Iterable[pa.Array], source: str) -> None:
+        """Raise UserError where new images have a name that a sample has already: labels, lists and repairs go by names.
+
+        Memory: 8 bytes a sample.
+        """
+        known = np.sort(np.concatenate([hash_values(batch["source"]) for batch in self.rows(["source"])]))
+        for new in names:
+            hashes = hash_values(new)
+            at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+            likely = new.filter(pa.array(known[at] == hashes))
+            for batch in self.rows(["sample_id", "source"]) if len(likely) else ():
+                twice = batch.filter(pc.is_in(batch["source"], likely))  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+                if twice.num_rows:
+                    sample, name = (column[0].as_py() for column in twice.columns)
+                    began = [part.num_samples_before for part in self.manifest.appended]
+                    old = self.plans[bisect.bisect_right(began, sample)].settings.source
+                    raise UserError(
+                        f"'{name}' of '{source}' has the name of sample {sample} of '{self.place.url}', from '{old}', and a name may "
+                        "mean one image only. If it is inside already, give the new images alone. If it is another image, "
+                        "rename it; or give a list (.csv) of path and label that lies in a folder further up, so that paths differ."
+                    )
+
     def try_first(self, source: Source, plan: Plan, policy: Policy) -> None:
-        """Give an append up before its work where already the first image does not go with the others. Raise UserError then."""
+        """Give an append up before its work where names are taken, or already the first image does not go with the others.
+
+        Raise UserError then.
+        """
+        try:
+            if plan.settings.dedupe != "drop":  # those that are inside already would be left out
+                self.check_names(
+                    (plan.rows(shard)["source"].combine_chunks() for shard in plan.shards), source.name
+                )
+            self._try_first(source, plan, policy)
+        except UserError:
+            self.give_up(plan)
+            raise
+
+    def _try_first(self, source: Source, plan: Plan, policy: Policy) -> None:
         for row in plan.rows(plan.first_shard).slice(0, NUM_TRIED).to_pylist():
             try:
                 stored = prove(source.read(row).data, row["source"], policy)
             except BadImage:
                 continue
-            try:
-                self.check_kinds({stored.channels}, {stored.dtype})
-            except UserError:
-                self.give_up(plan)
-                raise
+            self.check_kinds({stored.channels}, {stored.dtype})
             return
 
     def entry(self, plan: Plan) -> Appended:

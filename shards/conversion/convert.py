@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shards.conversion.append import SHOWN, Base, rows_of
@@ -126,6 +127,8 @@ def convert(
     report, policy = report or ProgressReport(), policy or Policy()
     connected = connect(ray_address) if ray_address is not None else contextlib.nullcontext()
     with connected as cluster:
+        if append:
+            Manifest.load(place)  # of a mistyped DEST no folder is made
         _make_folder(place)
         own_lock = (
             place.lock(f"{layout.LOCK}-{part.index}-of-{part.count}") if part else contextlib.nullcontext()
@@ -147,7 +150,15 @@ def convert(
                 if num_images >= SMALL and workers != 0 and not cluster:
                     warm_up()
 
-            with Survey(source, seed, place.local, listed, keep=not planned) as survey:
+            # Of an append that has many parts, the plan may go while this one lists: another part may have given it up.
+            shared = base is not None and part is not None
+            with (
+                Survey(source, seed, place.local, listed, keep=shared or not planned) as survey,
+                _planning(place) if shared else contextlib.nullcontext(),
+            ):
+                if shared:
+                    # Another part may have planned since, and have made shards: to clear now would remove them.
+                    planned = place.exists(layout.plan_name(plan_number))
                 listing = survey.listing
                 done = base.inside(source, listing) if base and not planned else None
                 size, after = samples_per_shard, {}
@@ -161,6 +172,8 @@ def convert(
                 if planned:
                     plan = read_plan(place, plan_number)
                     check_same(plan, settings)
+                    if base:
+                        base.check_classes(plan)
                 else:
                     if base:
                         base.clear()
@@ -335,7 +348,23 @@ def is_whole(dest: Place, file: ShardFile) -> bool:
 
 def number(file: ShardFile) -> int:
     """The shard's number, from its file name."""
-    return int(file.name.removeprefix("shard-").removesuffix(".tar"))
+    return layout.shard_number(file.name)
+
+
+@contextlib.contextmanager
+def _planning(place: Place) -> Iterator[None]:
+    """Wait until no other part plans, and let none plan meanwhile; UserError after an hour."""
+    with contextlib.ExitStack() as held:
+        deadline_s = time.monotonic() + 3600
+        while True:
+            try:
+                held.enter_context(place.lock(f"{layout.LOCK}-plan"))
+                break
+            except UserError:
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.2)
+        yield
 
 
 def _make_folder(dest: Place) -> None:

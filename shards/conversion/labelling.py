@@ -72,13 +72,19 @@ def label(
 
     Raises:
         UserError: a sample is given two different labels, no row names a sample, a name means several samples, the columns are
-            not there, or the folder is unfinished or cannot be written.
+            not there, or the folder or an append to it is unfinished or cannot be written.
     """
     place = open_place(folder)
     if not dry_run:
         place.check_writable("label the shards where they lie on a disk or in a store")
     with contextlib.nullcontext() if dry_run else place.lock(layout.LOCK):
         manifest = Manifest.load(place)
+        if layout.is_appending(place, manifest):
+            # Its plan has numbered its classes already: a class that came now would get the number of another.
+            raise UserError(
+                f"An append to '{place.url}' is unfinished: run its `fastssl shard ... --append` again to finish it, or delete "
+                f"'{place / layout.plan_name(len(manifest.identities))}' to give it up, then label."
+            )
         before = read_labels(place, manifest)
         rows = _read(os.fspath(table), key_column, source_column, label_column)
         if len(set(rows.labels)) > MAX_CLASSES:
@@ -211,12 +217,14 @@ def _match(
     which = np.full(num_samples, -1, np.int64)
     found = np.zeros(len(rows.names), bool)
     wanted = pa.array(rows.names)
+    several = np.zeros(len(rows.names), np.int64)
     for ids, at in _found(names(), wanted):
+        np.add.at(several, at, 1)
         which[ids] = at
         found[at] = True
+    _check_one(rows, several, "come from different sources: give their keys, as in the column 'key'")
     short = np.flatnonzero(~found)
     if len(short) and not rows.by_key:
-        several = np.zeros(len(rows.names), np.int64)
         last_parts = (_last_part(batch) for batch in names())
         for ids, at in _found(last_parts, wanted.take(pa.array(short))):
             at = short[at]
@@ -225,12 +233,7 @@ def _match(
                 if which[sample] >= 0 and rows.labels[which[sample]] != rows.labels[row]:
                     raise rows.contradiction(int(which[sample]), row)
             which[ids], found[at] = at, True
-        if (several > 1).any():
-            row = int(np.flatnonzero(several > 1)[0])
-            raise UserError(
-                f"'{rows.where}', {rows.row_word} {rows.lines[row]}: '{rows.names[row]}' means {several[row]} samples, which "
-                "differ in their folders: give whole names, as in the column 'source' of samples.parquet. Nothing was changed."
-            )
+        _check_one(rows, several, "differ in their folders: give whole names, as in the column 'source'")
     if not found.any():
         column = "key" if rows.by_key else "source"
         example = next(names())[0].as_py()
@@ -239,6 +242,16 @@ def _match(
             f"these is '{example}'. Choose the column with --key-column or --source-column."
         )
     return which, found
+
+
+def _check_one(rows: _Rows, several: npt.NDArray[np.int64], what: str) -> None:
+    """Raise UserError for a row that means more samples than one; `what` says how they differ and the way out."""
+    if (several > 1).any():
+        row = int(np.flatnonzero(several > 1)[0])
+        raise UserError(
+            f"'{rows.where}', {rows.row_word} {rows.lines[row]}: '{rows.names[row]}' means {several[row]} samples, which {what} of "
+            "samples.parquet. Nothing was changed."
+        )
 
 
 def _found(

@@ -141,12 +141,13 @@ def _fitted(rows: pa.Table, schema: pa.Schema, known: dict[str, pa.Array]) -> pa
 
 def _check_appended(base: Base, plan: Plan) -> None:
     """Give an append up, with a UserError, that adds no image or adds images which do not go with the others."""
-    dest, bad, kinds = base.place, [], []
+    dest, bad, kinds, made = base.place, [], [], []
     for shard in plan.shards:
         marks = _marks(dest, shard)
         bad += marks.quarantined[: 3 - len(bad)]
         if marks.shard:
             kinds.append(read_rows(dest, shard, ["channels", "dtype"]))
+            made.append(shard)
     try:
         if not kinds:
             dropped = len(read_dropped(dest, plan.number))
@@ -157,6 +158,8 @@ def _check_appended(base: Base, plan: Plan) -> None:
             )
         found = pa.concat_tables(kinds)
         base.check_kinds(set(found["channels"].to_pylist()), set(found["dtype"].to_pylist()))
+        sources = (read_rows(dest, shard, ["source"])["source"].combine_chunks() for shard in made)
+        base.check_names(sources, plan.settings.source)
     except UserError:
         base.give_up(plan)
         raise

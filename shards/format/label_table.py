@@ -86,4 +86,10 @@ def _read(place: Place, manifest: Manifest) -> LabelTable:
             f"labels {len(labels):,} samples of another conversion, '{place.url}' has {manifest.num_samples:,}"
         )
     # One of the two begins the other: a folder that grew may have more classes than its labels, or fewer.
-    return LabelTable(max(manifest.classes, about["classes"], key=len), labels)
+    fewer, more = sorted((manifest.classes, about["classes"]), key=len)
+    for number, (one, other) in enumerate(zip(fewer, more, strict=False)):
+        if one != other:
+            raise UserError(
+                f"and the manifest give the number {number} to two classes, '{one}' and '{other}'"
+            )
+    return LabelTable(more, labels)

@@ -67,6 +67,11 @@ def index_name(shard: int) -> str:
     return f"shard-{shard:06d}.idx"
 
 
+def shard_number(name: str) -> int:
+    """The shard's number, from the name of one of its files."""
+    return int(name.removeprefix("shard-").partition(".")[0])
+
+
 def rows_name(shard: int) -> str:
     """The file name, below `.rows`, that marks a shard as finished: `shard-000012.parquet`."""
     return f"shard-{shard:06d}.parquet"

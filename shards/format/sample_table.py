@@ -1,4 +1,4 @@
-"""The rows of `samples.parquet` that the manifest counts: while images are appended, the table may hold those to come already."""
+"""The rows of `samples.parquet` that the manifest counts: the table may hold those of an append that was not finished, too."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def table_batches(
 
 
 def rows_in_use(table: pa.Table, place: Place, manifest: Manifest) -> pa.Table:
-    """The rows of a table that was read whole. Raise UserError where their number is not the manifest's."""
-    if table.num_rows > manifest.num_samples and layout.is_appending(place, manifest):
+    """The rows of a table that was read whole, `shard` among its columns. Raise UserError where they are not the manifest's."""
+    if _ends_with_appended(table["shard"], manifest):
         return table.slice(0, manifest.num_samples)
     if table.num_rows != manifest.num_samples:
         raise UserError(
@@ -38,3 +38,27 @@ def rows_in_use(table: pa.Table, place: Place, manifest: Manifest) -> pa.Table:
             "conversions: convert to a new folder."
         )
     return table
+
+
+def is_given_up(place: Place, manifest: Manifest) -> bool:
+    """Whether an append that was begun has left shards, or rows in the table, and its plan was deleted."""
+    last = layout.shard_number(manifest.shards[-1].name)
+    if layout.is_appending(place, manifest):
+        return False
+    if any(
+        layout.shard_number(name) > last for name in place.names(layout.ROWS) if name.startswith("shard-")
+    ):
+        return True
+    try:
+        with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
+            return parquet.metadata.num_rows > manifest.num_samples and _ends_with_appended(
+                parquet.read(["shard"])["shard"], manifest
+            )
+    except Exception:  # a damaged table raises many kinds, and verify tells of them
+        return False
+
+
+def _ends_with_appended(shards: pa.ChunkedArray, manifest: Manifest) -> bool:
+    """Whether the rows that the manifest does not count are exactly those of later shards; `shards`: of all rows."""
+    num, last = manifest.num_samples, layout.shard_number(manifest.shards[-1].name)
+    return len(shards) > num and shards[num - 1].as_py() <= last < shards[num].as_py()

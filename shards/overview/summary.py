@@ -93,7 +93,7 @@ def inspect(folder: Where) -> Overview:
     given = read_labels(place, manifest)
     with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
         names = parquet.schema_arrow.names
-        table = rows_in_use(parquet.read(columns=[*_COLUMNS, "duplicate_of"]), place, manifest)
+        table = rows_in_use(parquet.read(columns=["shard", *_COLUMNS, "duplicate_of"]), place, manifest)
         extra = []
         for name in names:
             if name not in layout.SCHEMA.names:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from shards.conversion import append as appending
 from shards.conversion.convert import Part
 from shards.format import layout
 from shards.format.layout import Manifest
+from shards.sources.source_kinds import open_source
 from tests.pictures import encoded, fingerprints, photo
 from tests.shards.growing import begin, images
 
@@ -126,8 +128,27 @@ def test_parts_make_the_same_files(begun: Path, folder: Path, tmp_path: Path):
     assert len(ShardSet.open(tmp_path / "other")) == 14
     convert(tmp_path / "many", tmp_path / "other", append=True)
     found = fingerprints(tmp_path / "other")
-    assert {name: sha for name, sha in found.items() if "-of-" not in name} == fingerprints(folder)
+    assert {n: sha for n, sha in found.items() if not n.startswith(f"{layout.LOCK}-")} == fingerprints(folder)
     assert verify(folder).findings == []
+
+
+def test_a_part_that_lists_longer_keeps_what_others_have_made(begun: Path, folder: Path, tmp_path: Path):
+    images(tmp_path / "many", range(100, 300), "cow", "elk")
+    slow = open_source(str(tmp_path / "many"))
+    entries, made = slow.entries, {}
+
+    def after_the_other() -> Iterator[pa.RecordBatch]:
+        convert(tmp_path / "many", folder, append=True, part=Part(0, 2), workers=0)
+        made.update(fingerprints(folder))
+        yield from entries()
+
+    slow.entries = after_the_other
+    convert(slow, folder, append=True, part=Part(1, 2), workers=0)
+    new = [name for name in made if "shard-" in name and name.partition("shard-")[2][5] >= "3"]
+    assert len(new) == 3
+    now = fingerprints(folder)
+    assert {name: now.get(name) for name in made} == made
+    assert sum("shard-" in name for name in now) > sum("shard-" in name for name in made)
 
 
 TWIN = photo(96, 64)
@@ -210,8 +231,9 @@ def test_images_that_do_not_go_with_the_others_are_refused_with_both_values(
         with pytest.raises(UserError, match=message):
             convert(source, folder, append=True, **options)
         assert fingerprints(folder) == before
-    with pytest.raises(UserError, match=r"holds no manifest.json"):
-        convert(begun / "second", tmp_path / "empty", append=True)
+    with pytest.raises(UserError, match=r"There is no folder '.*mistyped'"):
+        convert(begun / "second", tmp_path / "mistyped", append=True)
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_a_contradiction_shows_before_the_work_and_after_it(folder: Path, tmp_path: Path, monkeypatch):
@@ -344,3 +366,34 @@ def test_what_was_begun_is_finished_or_given_up(begun: Path, folder: Path, tmp_p
     assert {
         name: sum_ for name, sum_ in fingerprints(folder).items() if name in before and name.endswith(".tar")
     } == {name: sum_ for name, sum_ in before.items() if name.endswith(".tar")}
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_what_an_append_left_out_is_told_again(tmp_path: Path, grown: bool):
+    old, new, out = tmp_path / "old", tmp_path / ("old" if grown else "new"), tmp_path / "out"
+    images(old, range(6), "ant")
+    convert(old, out, dedupe="drop", samples_per_shard=2)
+    images(new, range(6, 10), "bee")
+    for name in ("x", "y"):
+        shutil.copy(old / "ant" / "003.jpg", new / "bee" / f"{name}.jpg")
+    shutil.copy(new / "bee" / "007.jpg", new / "bee" / "z.jpg")
+    convert(new, out, append=True, dedupe="drop")
+    wanted, name = fingerprints(out), layout.dropped_name(1)
+    pairs = {(row["source"], row["same_as"]) for row in pq.read_table(out / name).to_pylist()}
+    assert len(pairs) == 3 + 6 * grown
+    (out / name).write_bytes(b"")
+    if not grown:
+        [failed] = repair(out, verify(out), old).failed
+        assert failed.file == name
+        assert failed.what.startswith("is made of 'new' (folder): give that as --source")
+    for damaged in ([name], [name, "shard-000003.tar"]):
+        for file in damaged:
+            (out / file).unlink(missing_ok=True)
+        done = repair(out, verify(out), new)
+        assert (done.failed, set(done.mended)) == ([], set(damaged))
+        assert fingerprints(out) == wanted
+    for file in (name, layout.TABLE):
+        (out / file).unlink()
+    failed = {finding.file: finding.what for finding in repair(out, verify(out), new).failed}
+    assert set(failed) == {name, layout.TABLE}
+    assert "one of them is damaged, too: restore it from a copy" in failed[name]

@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_counted_and_named(bare: Path, tmp_path: Path, caps
     assert not (bare / layout.LABELS).exists()
     run([str(bare), str(table)])
     told = capsys.readouterr().out
-    assert "1 samples of" in told
+    assert "1 sample of" in told
     assert "Names that are no sample's: 2, 'gone.jpg', 'away.jpg'." in told
     assert f"Samples without a label: 11, '{sources[1]}', '{sources[2]}', '{sources[3]}' ..." in told
     assert (bare / layout.LABELS).exists()
