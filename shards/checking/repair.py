@@ -27,7 +27,7 @@ from shards.errors import UserError
 from shards.format import layout
 from shards.format.checksums import index_of, sha256_of, write_sums
 from shards.format.label_table import WAY_OUT as LABEL_AGAIN
-from shards.format.layout import Manifest, ShardFile
+from shards.format.layout import Appended, Manifest, ShardFile
 from shards.format.tar_writer import write_index
 from shards.images.policy import Policy
 from shards.sources.source import Source
@@ -237,14 +237,14 @@ class _Work:
             what = "plan and manifest are both damaged: convert to a new folder"
             self.result.failed.append(Damage(name, "failed", what))
             return None
-        policy = Policy(**manifest.store)
-        of, after, classes = manifest, {}, []
+        of: Manifest | Appended = manifest
+        policy, after, classes = Policy(**manifest.store), {}, []
         if plan_number:
             of = manifest.appended[plan_number - 1]
             after, classes = {"options_sha256": of.before, "first_shard": of.first_shard}, manifest.classes
         with Survey(source, of.seed, scratch.local) as survey:
             settings = settings_for(
-                source, survey.listing, of.seed, of.samples_per_shard, policy, manifest.dedupe, after
+                source, survey.listing, of.seed, of.samples_per_shard, policy, of.dedupe, after
             )
             settings = replace(settings, source=of.source)
             if settings.sha256() != manifest.identities[plan_number]:

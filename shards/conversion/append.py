@@ -119,7 +119,8 @@ class Base:
         for name in {**was, **now}:
             if was.get(name) != now.get(name):
                 self._refuse(name.replace("_", " "), was.get(name), now.get(name))
-        if self.manifest.dedupe != dedupe:
+        # What is inside already may be left out, however its own duplicates were treated.
+        if dedupe not in (self.manifest.dedupe, "drop"):
             self._refuse("--dedupe", self.manifest.dedupe, dedupe)
         known = {column.name: column.type for column in self.schema()}
         for column in source.extra_schema:
@@ -190,8 +191,9 @@ class Base:
                     old = self.plans[bisect.bisect_right(began, sample)].settings.source
                     raise UserError(
                         f"'{name}' of '{source}' has the name of sample {sample} of '{self.place.url}', from '{old}', and a name may "
-                        "mean one image only. If it is inside already, give the new images alone. If it is another image, "
-                        "rename it; or give a list (.csv) of path and label that lies in a folder further up, so that paths differ."
+                        "mean one image only. If it is inside already, add --dedupe drop, which leaves it out. If it is another "
+                        "image, rename it; or give a list (.csv) of path and label that lies in a folder further up, so that paths "
+                        "differ."
                     )
 
     def try_first(self, source: Source, plan: Plan, policy: Policy) -> None:
@@ -229,6 +231,7 @@ class Base:
             plan.first_shard,
             self.manifest.options_sha256,
             self.manifest.num_samples,
+            settings.dedupe,
         )
 
 

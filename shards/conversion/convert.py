@@ -103,9 +103,9 @@ def convert(
         samples_per_shard: None for 64 shards of 128 to 4096.
         policy: what is stored, and what is refused.
         dedupe: images with the same pixels as an earlier one are marked in the table, dropped, or kept unmarked.
-        append: add the images to finished shards, in new shards behind them; policy and dedupe must be those of the folder. No file
-            that holds images is touched: samples keep their ids, classes their numbers. The same call again finishes an append that
-            was interrupted; until then the folder is what it was.
+        append: add the images to finished shards, in new shards behind them; the policy must be that of the folder, and dedupe too, or
+            "drop". No file that holds images is touched: samples keep their ids, classes their numbers. The same call again finishes
+            an append that was interrupted; until then the folder is what it was.
         part: makes some of the shards only; when all parts are done, the same call without `part` merges them.
         ray_address: of a Ray cluster, whose nodes make the shards, at most `workers` at a time; see `ray_workers.connect`.
 

@@ -123,6 +123,7 @@ def merge(dest: Place, plan: Plan, base: Base | None = None) -> Manifest:
         made_here,
         source=before.source,
         kind=before.kind,
+        dedupe=before.dedupe,
         seed=before.seed,
         samples_per_shard=before.samples_per_shard,
         bytes=before.bytes + made_here.bytes,

@@ -122,6 +122,7 @@ class Appended:
     first_shard: int
     before: str  # options_sha256 of the folder then
     num_samples_before: int
+    dedupe: str
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def test_images_that_do_not_go_with_the_others_are_refused_with_both_values(
             {"policy": Policy(short_side=8)},
             "made with short side 0, and what is appended has 8",
         ),
-        (begun / "second", {"dedupe": "drop"}, "made with --dedupe 'mark', and what is appended has 'drop'"),
+        (begun / "second", {"dedupe": "keep"}, "made with --dedupe 'mark', and what is appended has 'keep'"),
         (begun / "second", {"samples_per_shard": 4}, "--samples-per-shard is 4, but .* has 5 in a shard"),
     ):
         with pytest.raises(UserError, match=message):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from shards import ShardSet, UserError, convert, label
+from shards import ShardSet, UserError, convert, label, repair, verify
 from shards.conversion.append import Base
 from shards.conversion.convert import Part
 from shards.format import layout
@@ -141,3 +141,25 @@ def test_other_images_of_the_same_names_and_sizes_are_not_taken_for_those_inside
     for day in ("day1", "day3"):  # these are inside
         convert(tmp_path / day / "images", tmp_path / "out", append=True, dedupe=dedupe)
     assert fingerprints(tmp_path / "out") == before
+
+
+def test_a_folder_that_has_grown_gives_its_new_images_only(tmp_path: Path):
+    """Also where the duplicates of the first conversion are marked; another image under a name that is taken is still refused."""
+    source, out = images(tmp_path / "grown", range(6), "ant"), tmp_path / "out"
+    convert(source, out, workers=0)
+    images(source, range(6, 9), "ant")
+    with pytest.raises(UserError, match="add --dedupe drop, which leaves it out"):
+        convert(source, out, append=True, workers=0)
+    assert convert(source, out, append=True, dedupe="drop", workers=0).num_samples == 9
+    shards = ShardSet.open(out)
+    assert sorted(shards.name(i) for i in range(9)) == sorted(
+        f"ant/{path.name}" for path in (source / "ant").iterdir()
+    )
+    manifest = Manifest.load(out)
+    assert (manifest.dedupe, manifest.appended[0].dedupe, manifest.num_duplicates) == ("mark", "drop", 6)
+    before = fingerprints(out)
+    (out / layout.plan_name(1)).unlink()
+    repair(out, verify(out), source, workers=0)
+    assert fingerprints(out) == before
+    with pytest.raises(UserError, match="what is appended has 'keep'"):
+        convert(source, out, append=True, dedupe="keep", workers=0)
