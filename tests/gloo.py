@@ -108,6 +108,8 @@ def _rank_main(
 
         torch.set_num_threads(1)
         here = setup("cpu", timeout_s=timeout_s)
+        # A function may leave the group to join another, which must not break one that is still connecting.
+        torch.distributed.barrier()
         try:
             # Pickled by value: tensors sent as shared memory would vanish with this process.
             payload = pickle.dumps(function(here, *args))

@@ -127,7 +127,9 @@ def test_a_cluster_that_loses_a_node_makes_the_same_bytes(source: Path, tmp_path
     lost = (log / "stuck").read_text()
     assert len(list(log.glob(f"*/{lost}"))) == 2, "begun on both nodes"
     assert re.search(
-        r"^on node .*can be read where the command was given, but not here \(the folder has gone", out, re.M
+        r"^on node .*can be read where the command was given, but not here \(the folder is no longer there",
+        out,
+        re.M,
     )
 
 

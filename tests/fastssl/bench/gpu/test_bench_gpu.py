@@ -118,8 +118,9 @@ def test_every_switch_of_the_page_is_measured_and_the_other_way_round():
     measured = {word for flags in SWITCHES.values() for word in flags if word.startswith("--")}
     for flag in measured - {"--optim.name", "--optim.lr", "--optim.weight_decay"}:
         assert f"`{flag.removeprefix('--')}" in page
-    for name in [*SWITCHES, *ENDINGS.keys() - {"end"}]:
-        assert f"| {name} |" in page or f"`{name}`" in page
+    # The table of switches names them itself, once there is a measurement of it.
+    for name in ENDINGS.keys() - {"end"}:
+        assert f"`{name}`" in page
 
 
 def test_each_goal_s_file_is_one_that_its_stage_leaves():
