@@ -214,14 +214,22 @@ def _with_epochs(out: Path, args: Demo) -> Demo:
         return dataclasses.replace(args, epochs=yaml.safe_load(config.read_text())["train"]["epochs"])
     if args.epochs is not None:
         return args
+    import torch
+
     from fastssl.pretraining.estimate import estimate_run
 
     found = estimate_run(configuration(out, args))
     if found is None:
         return dataclasses.replace(args, epochs=EPOCHS[0])
-    epochs = choose_epochs(found.step_s * max(1, 5 * args.tiles // BATCH) * LOADER_SHARE)
+    step_s = min(found.step_s, found.one_thread_s)
+    if found.crowded:
+        print(
+            f"     one compute thread, since others use this machine: a step takes {found.step_s:.2g} s with several"
+        )
+        torch.set_num_threads(1)
+    epochs = choose_epochs(step_s * max(1, 5 * args.tiles // BATCH) * LOADER_SHARE)
     if epochs != EPOCHS[0]:
-        print(f"     {epochs} epochs in place of {EPOCHS[0]}: a step takes {found.step_s:.2g} s here")
+        print(f"     {epochs} epochs in place of {EPOCHS[0]}: a step takes {step_s:.2g} s here")
     return dataclasses.replace(args, epochs=epochs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 ENOUGH_S = 0.4
 # A run of more hours on a CPU is hardly what was meant.
 LONG_H = 24
+# One thread that is faster than several by this factor tells of a busy machine.
+CROWDED = 1.5
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,13 @@ class StepEstimate:
     """Seconds of a step, without waiting for data."""
     memory_bytes: int
     """Gradients, optimizer state and what the backward pass keeps, beside what the process holds already."""
+    one_thread_s: float = math.inf
+    """Seconds of a step with one compute thread, where the process has several."""
+
+    @property
+    def crowded(self) -> bool:
+        """Whether one compute thread is much faster than several: they wait for cores that other programs use."""
+        return self.one_thread_s * CROWDED < self.step_s
 
     def describe(self, steps: int) -> str:
         """Return a sentence about a run of `steps` steps, such as "About 2 min (0.21 s a step) and 1.1 GB more memory"."""
@@ -44,6 +54,11 @@ class StepEstimate:
     def doubts(self, steps: int, free_bytes: int, batch: int) -> list[str]:
         """Return a warning for each of memory and time that the machine or anybody's patience does not have, with the way out."""
         found = []
+        if self.crowded:
+            found.append(
+                f"This machine is busy: a step takes {self.step_s:.2g} s with {torch.get_num_threads()} compute threads, which wait "
+                f"for each other, and {self.one_thread_s:.2g} s with one. Stop the run and start it with OMP_NUM_THREADS=1."
+            )
         if self.memory_bytes > free_bytes:
             fits = max(2, batch * free_bytes // self.memory_bytes // 2)
             found.append(
@@ -72,17 +87,27 @@ def estimate_step(method: Method, trial: TrialStep) -> StepEstimate:
         # A queue takes batches of one size only.
         method.remember = lambda targets: None
         while True:
-            began = time.perf_counter()
-            # Two steps; the first of the smallest trial also sets the kernels up.
-            replace(trial, batch=size).run(method, size)
-            seconds = (time.perf_counter() - began) / 2
+            seconds = seconds_of(method, trial, size)
             if size >= chunk or (seconds >= ENOUGH_S and (size > 2 or seconds >= 3 * ENOUGH_S)):
                 break
             size = min(2 * size, chunk)
+        threads, alone_s = torch.get_num_threads(), math.inf
+        if threads > 1:
+            torch.set_num_threads(1)
+            alone_s = seconds_of(method, trial, size)
+            torch.set_num_threads(threads)
         del method.remember
     trained = sum(p.numel() * p.element_size() for p in method.parameters() if p.requires_grad)
     states = 2 if trial.optim.name == "adamw" else 1
-    return StepEstimate(seconds * trial.batch / size, trained * (1 + states) + saved)
+    scale = trial.batch / size
+    return StepEstimate(seconds * scale, trained * (1 + states) + saved, alone_s * scale)
+
+
+def seconds_of(method: Method, trial: TrialStep, size: int) -> float:
+    """Return the seconds of a step on `size` images: the mean of two, the first of which also sets the kernels up."""
+    began = time.perf_counter()
+    replace(trial, batch=size).run(method, size)
+    return (time.perf_counter() - began) / 2
 
 
 def estimate_run(resolved: Resolved) -> StepEstimate | None:

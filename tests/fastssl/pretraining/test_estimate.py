@@ -102,3 +102,22 @@ def test_what_is_said() -> None:
     assert "37.0 GB more memory but 16.0 GB are free" in memory
     assert "--train.micro-batch 55" in memory
     assert "10 days" in hours
+
+
+def test_threads_that_wait_for_each_other_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine several threads may take many times as long as one."""
+    threads, clock = [2], [0.0]
+
+    def run(self: TrialStep, method: Method, size: int) -> None:
+        clock[0] += 2 * size * (1.0 if threads[0] == 2 else 0.1)
+
+    monkeypatch.setattr(TrialStep, "run", run)
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
+    found = estimate_step(OneLayer(), trial(10))
+    assert (found.step_s, found.one_thread_s, threads) == (pytest.approx(10), pytest.approx(1), [2])
+    [doubt] = found.doubts(3, 10**12, 10)
+    assert "a step takes 10 s with 2 compute threads, which wait for each other, and 1 s with one" in doubt
+    assert "OMP_NUM_THREADS=1" in doubt
+    assert not StepEstimate(1.4, 0, 1.0).crowded
