@@ -104,12 +104,12 @@ def _rank_main(
     try:
         import torch
 
-        from fastssl.core.distributed import cleanup, setup
+        from fastssl.core.distributed import barrier, cleanup, setup
 
         torch.set_num_threads(1)
         here = setup("cpu", timeout_s=timeout_s)
         # A function may leave the group to join another, which must not break one that is still connecting.
-        torch.distributed.barrier()
+        barrier()
         try:
             # Pickled by value: tensors sent as shared memory would vanish with this process.
             payload = pickle.dumps(function(here, *args))
