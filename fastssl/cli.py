@@ -7,7 +7,7 @@ import warnings
 from importlib import import_module
 
 from fastssl import __version__
-from shards.terminal import wrapped
+from shards.terminal import note, wrapped
 
 # name: (module with run(argv), one line of help)
 COMMANDS = {
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         # Of a warning a user needs the sentence, not the place in the source.
-        warnings.formatwarning = lambda message, *place: wrapped(f"fastssl: note: {message}\n", sys.stderr)
+        warnings.formatwarning = lambda message, *place: f"{note(message)}\n"
     if not argv:
         print(usage())
         print("fastssl: give a command, such as `fastssl demo`.", file=sys.stderr)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import textwrap
 from typing import Any
+
+
+def note(message: object) -> str:
+    """Return a warning as a user reads it: the sentence, without its place in the source."""
+    return wrapped(f"fastssl: note: {message}", sys.stderr)
 
 
 def wrapped(text: str, stream: Any) -> str:
@@ -17,8 +23,7 @@ def wrapped(text: str, stream: Any) -> str:
     if not is_terminal:
         return text
     columns = getattr(stream, "width", None) or shutil.get_terminal_size().columns
-    lines = [
-        textwrap.wrap(line, columns, break_long_words=False, break_on_hyphens=False) or [""]
+    return "\n".join(
+        textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
         for line in text.split("\n")
-    ]
-    return "\n".join(part for parts in lines for part in parts)
+    )

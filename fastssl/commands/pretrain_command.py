@@ -9,7 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from shards.terminal import wrapped
+from shards.terminal import note, wrapped
 from shards.units import plural
 
 USAGE = """usage: fastssl pretrain [CONFIG] [--recipe NAME] [--gpus all]
@@ -101,4 +101,4 @@ def is_main_process() -> bool:
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """Print a warning as one line, from one process, without the place in the source."""
     if is_main_process():
-        print(wrapped(f"fastssl: note: {message}", sys.stderr), file=sys.stderr)
+        print(note(message), file=sys.stderr)

@@ -210,10 +210,10 @@ def _with_epochs(out: Path, args: Demo) -> Demo:
     """Return the settings with the epochs of an earlier run here, or with what this machine does in `PRETRAIN_S`."""
     import yaml
 
-    if args.epochs is None and (config := out / "run" / "config.yaml").exists():
-        return dataclasses.replace(args, epochs=yaml.safe_load(config.read_text())["train"]["epochs"])
     if args.epochs is not None:
         return args
+    if (config := out / "run" / "config.yaml").exists():
+        return dataclasses.replace(args, epochs=yaml.safe_load(config.read_text())["train"]["epochs"])
     import torch
 
     from fastssl.pretraining.estimate import estimate_run

@@ -1,4 +1,4 @@
-"""StepEstimate the time and the memory of a run by trial steps on a few images, before it begins."""
+"""Estimate the time and the memory of a run by trial steps on a few images, before it begins."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastssl.core.distributed import alone, choose_device
+from fastssl.core.distributed import Dist, alone, choose_device
 from fastssl.methods.method import Method
 from fastssl.pretraining.build import build_method, compute_dtype
-from fastssl.pretraining.micro_batch import TrialStep, restored
-from fastssl.pretraining.step import StepOptions
+from fastssl.pretraining.micro_batch import TrialStep, forgetful, restored, trial_step
 from shards.units import human_size, human_time
 
 if TYPE_CHECKING:
@@ -81,22 +80,21 @@ def estimate_step(method: Method, trial: TrialStep) -> StepEstimate:
     than too short. `trial.options.micro_batch` limits what is held for the backward pass.
     """
     chunk = min(trial.options.micro_batch or trial.batch, trial.batch)
-    with alone(), restored(method), torch.random.fork_rng(devices=[]):
+    threads, alone_s = torch.get_num_threads(), math.inf
+    with alone(), restored(method), forgetful(method), torch.random.fork_rng(devices=[]):
         saved = saved_bytes(method, trial) * chunk
-        size, seconds = min(2, chunk), 0.0
-        # A queue takes batches of one size only.
-        method.remember = lambda targets: None
+        size = min(2, chunk)
         while True:
             seconds = seconds_of(method, trial, size)
             if size >= chunk or (seconds >= ENOUGH_S and (size > 2 or seconds >= 3 * ENOUGH_S)):
                 break
             size = min(2 * size, chunk)
-        threads, alone_s = torch.get_num_threads(), math.inf
         if threads > 1:
             torch.set_num_threads(1)
-            alone_s = seconds_of(method, trial, size)
-            torch.set_num_threads(threads)
-        del method.remember
+            try:
+                alone_s = seconds_of(method, trial, size)
+            finally:
+                torch.set_num_threads(threads)
     trained = sum(p.numel() * p.element_size() for p in method.parameters() if p.requires_grad)
     states = 2 if trial.optim.name == "adamw" else 1
     scale = trial.batch / size
@@ -117,16 +115,8 @@ def estimate_run(resolved: Resolved) -> StepEstimate | None:
     if device.type != "cpu":
         return None
     method, _ = build_method(resolved, device)
-    return estimate_step(method, trial_step(resolved, device, compute_dtype(cfg.train.precision, device)))
-
-
-def trial_step(resolved: Resolved, device: torch.device, dtype: torch.dtype, world: int = 1) -> TrialStep:
-    """Return the step of one of `world` processes of a run."""
-    cfg, train = resolved.config, resolved.config.train
-    shape = (cfg.model.channels, cfg.recipe.size, cfg.recipe.size)
-    micro_batch = 0 if train.micro_batch == "auto" else train.micro_batch
-    options = StepOptions(micro_batch, train.exact_heads, train.clip_grad)
-    return TrialStep(cfg.optim, device, dtype, shape, train.batch // world, options=options)
+    dtype = compute_dtype(cfg.train.precision, device)
+    return estimate_step(method, trial_step(resolved, Dist(0, 1, 0, device), dtype))
 
 
 def saved_bytes(method: Method, trial: TrialStep) -> int:

@@ -29,25 +29,41 @@ if TYPE_CHECKING:
     from shards.dataset.shard_set import ShardSet
 
 
+def trial_step(
+    resolved: Resolved, ranks: Dist, dtype: torch.dtype, gpu_views: GPUViews | None = None
+) -> TrialStep:
+    """Return the step that a run takes on each of its ranks, to be tried before it begins."""
+    cfg, train = resolved.config, resolved.config.train
+    micro_batch = 0 if train.micro_batch == "auto" else train.micro_batch
+    return TrialStep(
+        cfg.optim,
+        ranks.device,
+        dtype,
+        (cfg.model.channels, cfg.recipe.size, cfg.recipe.size),
+        train.batch // ranks.world,
+        ranks.world,
+        StepOptions(micro_batch, train.exact_heads, train.clip_grad),
+        gpu_views,
+    )
+
+
 def choose_micro_batch(
     asked: int | str,
     method: Method,
     resolved: Resolved,
     ranks: Dist,
     dtype: torch.dtype,
-    view_shape: tuple[int, ...],
     shards: ShardSet | None = None,
 ) -> int:
     """Return the chunk size of this run, the same on every rank: as asked, or for "auto" what fits; 0 where one chunk holds all.
 
     Args:
-        view_shape: (C, H, W).
         shards: the run's images, to count the memory of views that the GPU makes; None: views come from the host.
 
     Raises:
         UserError: not even 2 images fit.
     """
-    cfg, share = resolved.config, resolved.config.train.batch // ranks.world
+    train, share = resolved.config.train, resolved.config.train.batch // ranks.world
     if asked == "auto" and ranks.device.type == "cpu":
         if ranks.is_main:
             warnings.warn(
@@ -59,23 +75,13 @@ def choose_micro_batch(
         int(asked)
         if asked != "auto"
         else find_micro_batch(
-            method,
-            TrialStep(
-                cfg.optim,
-                ranks.device,
-                dtype,
-                view_shape,
-                share,
-                ranks.world,
-                StepOptions(exact_heads=cfg.train.exact_heads, clip_grad=cfg.train.clip_grad),
-                gpu_views(resolved, shards, ranks, share),
-            ),
+            method, trial_step(resolved, ranks, dtype, gpu_views(resolved, shards, ranks, share))
         )
     )
     if not 0 < found < share:
         return 0
     sizes = sorted({part.stop - part.start for part in chunks(share, found)})
-    if cfg.train.compile and len(sizes) > 1 and ranks.is_main:
+    if train.compile and len(sizes) > 1 and ranks.is_main:
         warnings.warn(
             f"train.micro_batch {found} cuts {share} images into chunks of {sizes[0]} and {sizes[1]}, and the compiler makes "
             "faster code for one size: choose a divisor.",
@@ -212,6 +218,16 @@ def gpu_views(resolved: Resolved, shards: ShardSet | None, ranks: Dist, share: i
 def nbytes(views: Sequence[Tensor]) -> int:
     """Return the bytes that views take where each image has its own."""
     return sum(view.numel() * view.element_size() for view in views)
+
+
+@contextlib.contextmanager
+def forgetful(method: Method) -> Iterator[None]:
+    """Keep steps inside the context from filling the queue of keys, which takes whole batches only."""
+    vars(method)["remember"] = lambda targets: None
+    try:
+        yield
+    finally:
+        del vars(method)["remember"]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from fastssl.pretraining.run_config import Resolved
+    from fastssl.pretraining.run_config import Resolved, RunConfig
 
 
 def data_set_of(shards: ShardSet) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def data_set_of(shards: ShardSet) -> dict[str, Any]:
 
 def check_same_run(
     state: dict[str, Any], resolved: Resolved, shards: ShardSet, shape: dict[str, Any], where: str
-) -> None:
-    """Raise UserError for the checkpoint of a different run; warn about settings that changed.
+) -> RunConfig:
+    """Raise UserError for the checkpoint of a different run; warn about settings that changed. Return the checkpoint's settings.
 
     The number of processes is not a setting: order and draws are functions of the global step, so a run may continue on any number
     that divides the batch, with the same samples. So it may with another train.micro_batch.
@@ -38,7 +38,8 @@ def check_same_run(
             f"has {len(shards)}: give the same shards, or start a new run with another --train.out."
         )
     # Parsed again, so that settings of an older version get their present names, and new settings their defaults.
-    before, now = from_tree(state["config"]).tree(), resolved.tree()
+    saved = from_tree(state["config"])
+    before, now = saved.tree(), resolved.tree()
     fixed = {("train", "batch"), ("train", "seed")}
     # They decide which state the optimizer holds, and for which weights.
     fixed |= {("optim", "name"), ("model", "stop_grad_conv1")}
@@ -70,3 +71,4 @@ def check_same_run(
                     "new run with another --train.out."
                 )
             warnings.warn(f"{section}.{key} was {old} so far and is {value} from now on.", stacklevel=3)
+    return saved.config

@@ -178,7 +178,7 @@ class RunFolder:
         return False
 
     def _copy_history(self, origin: Path, step: int) -> None:
-        rows, best = origin.parent.parent / "metrics.jsonl", origin.with_name(BEST)
+        rows, best = _run_of(origin) / "metrics.jsonl", origin.with_name(BEST)
         if rows.is_file():
             atomic_write(self.path / rows.name, rows.read_bytes())
         # Without them the next evaluation writes its own.

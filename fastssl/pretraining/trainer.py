@@ -24,11 +24,10 @@ from fastssl.pretraining.build import (
     prepare_backend,
     spread,
 )
-from fastssl.pretraining.estimate import StepEstimate, estimate_step, trial_step
-from fastssl.pretraining.micro_batch import choose_micro_batch
+from fastssl.pretraining.estimate import StepEstimate, estimate_step
+from fastssl.pretraining.micro_batch import choose_micro_batch, trial_step
 from fastssl.pretraining.replay import capture
 from fastssl.pretraining.resume import check_same_run, data_set_of
-from fastssl.pretraining.run_config import from_tree
 from fastssl.pretraining.run_folder import RunFolder
 from fastssl.pretraining.step import Step, StepOptions, chunks, steady_statistics
 from fastssl.pretraining.stochastic_depth import depth_draws
@@ -86,22 +85,19 @@ class Training:
         self.method, self.shape = build_method(resolved, ranks.device)
         if found is not None:
             path, state = found
-            check_same_run(state, resolved, shards, self.shape, str(path))
+            before = check_same_run(state, resolved, shards, self.shape, str(path))
             checkpoint.load_weights(self.method, state["method"], str(path))
         self.dtype = compute_dtype(train.precision, ranks.device)
         self.optimizer = build_optimizer(self.method.parameters(), cfg.optim)
         view_shape = (cfg.model.channels, cfg.recipe.size, cfg.recipe.size)
-        micro_batch = choose_micro_batch(
-            train.micro_batch, self.method, resolved, ranks, self.dtype, view_shape, shards
-        )
+        micro_batch = choose_micro_batch(train.micro_batch, self.method, resolved, ranks, self.dtype, shards)
         self.num_chunks = len(chunks(train.batch // ranks.world, micro_batch))
         steady_statistics(self.method, self.num_chunks, train.exact_heads)
         freeze_unused(self.method, view_shape, ranks)
         self.estimate: StepEstimate | None = None
-        """What a step takes; None on a GPU, where the first steps tell it at once."""
-        if ranks.device.type == "cpu":
-            trial = trial_step(resolved, ranks.device, self.dtype, ranks.world)
-            self.estimate = estimate_step(self.method, trial)
+        """What a step takes; None on a GPU, where the first steps tell it at once, and for a run that is complete."""
+        if ranks.device.type == "cpu" and (found is None or found[1]["step"] < self.total):
+            self.estimate = estimate_step(self.method, trial_step(resolved, ranks, self.dtype))
         if train.compile:
             compile_blocks(self.method, ranks.device)
         self.stepper = Step(
@@ -121,7 +117,7 @@ class Training:
             )
         if found is not None:
             self._restore(found[1])
-            self._check_length(from_tree(found[1]["config"]).config, str(found[0]))
+            self._check_length(before, str(path))
 
     def step(self, batch: Batch, wait_s: float) -> None:
         """Take one optimizer step on this rank's batch, for which the run has waited `wait_s` seconds."""

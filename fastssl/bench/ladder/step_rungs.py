@@ -19,7 +19,7 @@ from fastssl.core.distributed import Dist
 from fastssl.core.optimizers import build_optimizer, set_lr
 from fastssl.methods import MoCoV3
 from fastssl.pretraining.build import build_method, compute_dtype, prepare_backend, view_form
-from fastssl.pretraining.micro_batch import choose_micro_batch
+from fastssl.pretraining.micro_batch import choose_micro_batch, forgetful
 from fastssl.pretraining.run_config import Resolved
 from fastssl.pretraining.step import DDPWrapper, Step, StepOptions, chunks
 from pipelines.streaming.lazy_views import LazyViews
@@ -69,16 +69,15 @@ def build(resolved: Resolved, device: torch.device) -> Trainee:
     optimizer = build_optimizer(method.parameters(), resolved.config.optim)
     # The same work, but the weights stay unchanged.
     set_lr(optimizer, 0.0)
-    shape = (resolved.config.model.channels, resolved.config.recipe.size, resolved.config.recipe.size)
     shards = resolved.config.data.open() if resolved.config.data.shards else None
     alone = Dist(0, 1, 0, device)
-    chunk = choose_micro_batch(train.micro_batch, method, resolved, alone, dtype, shape, shards)
+    chunk = choose_micro_batch(train.micro_batch, method, resolved, alone, dtype, shards)
     options = StepOptions(chunk, train.exact_heads, train.clip_grad)
     step = Step(method, DDPWrapper(method), optimizer, device, dtype, options)
     if method.queue is not None:
         # As in all but a run's first steps.
         method.queue.count = method.queue.size
-    with _forgetful(method):
+    with forgetful(method):
         few, more = (_moved(step, views(resolved, device, count)) for count in (2, 4))
         step.gradients(views(resolved, device, 2))
     per_image = (more - few) / 2
@@ -168,11 +167,11 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, C
         trainee.optimizer.zero_grad(set_to_none=True)
 
     def student_row() -> Row:
-        with _forgetful(method), _given_targets(whole, teacher()):
+        with forgetful(method), _given_targets(whole, teacher()):
             return clock.row(STUDENT, student, batch=chunk)
 
     def teacher_row() -> Row:
-        with _forgetful(method):
+        with forgetful(method):
             return clock.row(TEACHER, teacher, batch=chunk)
 
     def update_row() -> Row:
@@ -191,16 +190,6 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, C
 
 def _autocast(trainee: Trainee) -> torch.autocast:
     return torch.autocast(trainee.device.type, dtype=trainee.dtype, enabled=trainee.dtype != torch.float32)
-
-
-@contextlib.contextmanager
-def _forgetful(method: MoCoV3) -> Iterator[None]:
-    """Keep steps inside the context from filling the queue of keys, which takes whole batches only."""
-    vars(method)["remember"] = lambda targets: None
-    try:
-        yield
-    finally:
-        del vars(method)["remember"]
 
 
 @contextlib.contextmanager

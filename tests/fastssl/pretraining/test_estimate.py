@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from fastssl.core.distributed import Dist
 from fastssl.core.optimizers import OptimConfig
 from fastssl.methods.method import Method, StepOutput
 from fastssl.pretraining import estimate
 from fastssl.pretraining.estimate import StepEstimate, estimate_run, estimate_step, saved_bytes
-from fastssl.pretraining.micro_batch import TrialStep
+from fastssl.pretraining.micro_batch import TrialStep, trial_step
 from fastssl.pretraining.step import StepOptions
 from tests.fastssl.runs import TINY_VIT, resolve
 
@@ -85,7 +86,7 @@ def test_a_run_is_estimated_and_nothing_of_it_changes(shards: Path, tmp_path: Pa
 
     method, _ = build_method(resolved, CPU)
     before, state = copy.deepcopy(method.state_dict()), torch.get_rng_state()
-    estimate_step(method, estimate.trial_step(resolved, CPU, torch.float32))
+    estimate_step(method, trial_step(resolved, Dist(0, 1, 0, CPU), torch.float32))
     assert torch.equal(torch.get_rng_state(), state)
     after = method.state_dict()
     assert all(

@@ -210,7 +210,7 @@ def test_a_cpu_takes_the_whole_batch_and_says_so() -> None:
     here = Dist(rank=0, world=1, local_rank=0, device=CPU)
 
     def choose(asked: int | str) -> int:
-        return choose_micro_batch(asked, make_method(Normed()), resolved, here, torch.float32, (3, 4, 4))
+        return choose_micro_batch(asked, make_method(Normed()), resolved, here, torch.float32)
 
     with pytest.warns(UserWarning, match="on a CPU it takes the whole batch at once"):
         assert choose("auto") == 0
