@@ -19,12 +19,11 @@ from pipelines.loading.slots import host_slots, view_shapes
 from pipelines.streaming.batch import Batch, BatchRequest
 from pipelines.streaming.batch_stream import SlotMaker, default_threads, stream
 from pipelines.streaming.cache import (
-    DecodedCache,
-    EncodedCache,
     Samples,
     choose_kept,
     decoded_sizes,
     eight_bit,
+    make_cache,
     open_samples,
 )
 from pipelines.streaming.shard_downloads import ShardPrefetch
@@ -102,8 +101,5 @@ def eval_cache(
     channels, encoded = len(recipe.mean), int(shards.sizes[ids].sum())
     decoded = int(decoded_sizes(shards, channels, ids).sum()) if eight_bit(shards) else None
     what = f"{len(ids):,} images for evaluation"
-    pixels, note, num_bytes = choose_kept(what, encoded, decoded, cache_gb, taken)
-    kind = DecodedCache if pixels else EncodedCache
-    samples = kind(shards, FusedEngine(recipe).decode, channels, ids)
-    samples.note, samples.num_bytes = f"cache in RAM: {note}", num_bytes
-    return samples
+    kept = choose_kept(what, encoded, decoded, cache_gb, taken)
+    return make_cache(shards, FusedEngine(recipe).decode, channels, kept, ids)

@@ -12,11 +12,13 @@ from pipelines.loading.masks import decode_mask, render_masks
 from pipelines.streaming.batch import BatchRequest
 from pipelines.streaming.batch_stream import Slot, SlotMaker, exact_device, work_stream
 from pipelines.streaming.cache import (
+    READ_ERRORS,
     Held,
     Keeps,
     Samples,
     Unreadable,
     free_share,
+    in_use,
     mask_bytes,
     mask_sizes,
     sound,
@@ -29,8 +31,12 @@ from shards.errors import UserError
 class Masks:
     """The masks of a data set, read each time or kept in memory, as its images are; safe to use from threads."""
 
-    def __init__(self, shards: ShardSet, keep: Keeps = "nothing"):
-        """Keep what `keep` says of each mask from its first use on. UserError where no sample in use has a mask."""
+    def __init__(self, shards: ShardSet, keep: Keeps = "nothing", shared: bool = False):
+        """Keep what `keep` says of each mask from its first use on. UserError where no sample in use has a mask.
+
+        Args:
+            shared: keep it in memory that the ranks of a machine share; every rank calls this then.
+        """
         if shards.mask_sizes is None or not (shards.mask_sizes[shards.ids] > 0).any():
             part = f"the split '{shards.split}' of " if shards.split else ""
             raise UserError(
@@ -39,11 +45,19 @@ class Masks:
             )
         self._shards, self._keep = shards, keep
         # Decoded: 16 bits a pixel, of which masks of 8 bits write, and so take, the first half.
-        self._held = (
-            None
-            if keep == "nothing"
-            else Held(mask_sizes(shards) if keep == "decoded" else shards.mask_sizes)
-        )
+        sizes = mask_sizes(shards) if keep == "decoded" else in_use(shards, shards.mask_sizes)
+        self._held = None if keep == "nothing" else Held(sizes, shared)
+
+    def fill(self, sample_id: int) -> None:
+        """Keep what is kept of one mask; Unreadable as `mask`."""
+        assert self._shards.mask_sizes is not None
+        if self._keep != "encoded":
+            self.mask(sample_id)
+        elif self._shards.mask_sizes[sample_id]:
+            try:
+                self._read(sample_id, False)
+            except READ_ERRORS as error:
+                raise Unreadable(f"its mask: {error}") from error
 
     def mask(self, sample_id: int) -> np.ndarray | None:
         """Return class indices, uint8 or uint16 (H, W); None where the sample has no mask.
@@ -131,8 +145,8 @@ def with_masks(
 
     Args:
         make_slots: gives that for the views.
-        samples: the images; masks are kept in memory as they are. Where a GPU keeps the images, masks stay in main memory, if half of
-            what is free there holds them.
+        samples: the images; masks are kept in memory, and shared by ranks, as they are. Where a GPU keeps the images, masks stay in
+            main memory, if half of what is free there holds them.
         sides: of each view, pixels.
         batch: samples in the largest batch.
         options: the loader's.
@@ -143,8 +157,8 @@ def with_masks(
     shards, keep, device = samples.shards, samples.keeps, exact_device(options.device)
     if options.cache == "gpu" and mask_bytes(shards) <= free_share():
         keep = "decoded"
-    masks = Masks(shards, keep)
-    samples.beside.append(masks.mask)
+    masks = Masks(shards, keep, samples.held is not None and samples.held.shared)
+    samples.beside.append(masks.fill)
 
     def slots(*, in_chunks: bool = False) -> Sequence[Slot]:
         copies = None if in_chunks else work_stream(device, options.side_stream)

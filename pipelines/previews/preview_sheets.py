@@ -202,14 +202,13 @@ class _Table:
         shards, options = self.shards, self.options
         if not options.samples:
             order = epoch_order(len(shards), options.samples_seed, 0)
-            return [int(i) for i in (shards.ids[order] if shards.split else order)[: options.rows]]
-        there = set(shards.ids.tolist())
+            return [int(i) for i in shards.ids[order][: options.rows]]
         for sample_id in options.samples:
-            if sample_id not in there:
+            if sample_id not in shards.ids:
                 what = f"the split '{shards.split}' of " if shards.split else ""
                 raise UserError(
                     f"--samples names {sample_id}, which is not among the {len(shards):,} samples of {what}'{shards.folder}': "
-                    f"their ids go from {min(there)} to {max(there)}."
+                    f"their ids go from {shards.ids[0]} to {shards.ids[-1]}."
                 )
         return list(options.samples)
 

@@ -21,7 +21,7 @@ SHARE = 0.5
 
 
 # What reading and decoding raise: torch's and our decoders, files and networks, maps of empty files, remote storage.
-_ERRORS = (RuntimeError, OSError, ValueError, EOFError, UserError)
+READ_ERRORS = (RuntimeError, OSError, ValueError, EOFError, UserError)
 
 
 Keeps = Literal["nothing", "encoded", "decoded"]
@@ -57,7 +57,7 @@ class Samples:
         """Return the bytes of one image as they are stored; Unreadable where they are gone."""
         try:
             return self._read(sample_id)
-        except _ERRORS as error:
+        except READ_ERRORS as error:
             raise Unreadable(str(error)) from error
 
     def _read(self, sample_id: int, again: bool = False) -> memoryview:
@@ -76,7 +76,7 @@ def sound(shards: ShardSet, sample_id: int, make: Callable[[bool], np.ndarray]) 
     while True:
         try:
             pixels = make(again)
-        except _ERRORS as error:
+        except READ_ERRORS as error:
             if not shards.mend(sample_id):
                 raise Unreadable(str(error)) from error
             again = True
@@ -94,12 +94,12 @@ class Held:
     def __init__(self, sizes: np.ndarray, shared: bool = True):
         """Take memory for at most `sizes` (N,) bytes of each sample; pages are taken when written. Every rank calls it, where
         `shared`."""
-        self._ends = np.cumsum(sizes, dtype=np.int64)
-        total, count = int(self._ends[-1]), len(sizes)
+        ends = np.cumsum(sizes, dtype=np.int64)
+        self._starts = ends - sizes
+        total, count = int(ends[-1]), len(sizes)
         found = shared_bytes(total + count) if shared else (np.zeros(total + count, np.uint8), False)
         memory, self.shared = found
         self._bytes, self._kinds = memory[:total], memory[total:]
-        self._sizes = sizes
 
     def kind(self, sample_id: int) -> int:
         """Return what `keep` noted of a sample, 0 where nothing is held of it."""
@@ -107,7 +107,7 @@ class Held:
 
     def place(self, sample_id: int, count: int) -> np.ndarray:
         """Return the first `count` bytes of a sample's memory."""
-        first = int(self._ends[sample_id]) - int(self._sizes[sample_id])
+        first = int(self._starts[sample_id])
         return self._bytes[first : first + count]
 
     def keep(self, sample_id: int, data: np.ndarray, kind: int = 1) -> None:
@@ -122,10 +122,8 @@ class Held:
         return int(np.count_nonzero(self._kinds))
 
 
-class EncodedCache(Samples):
-    """Keeps the bytes of each image from its first reading on."""
-
-    keeps = "encoded"
+class Cache(Samples):
+    """Keeps something of each image in memory."""
 
     def __init__(
         self,
@@ -136,7 +134,20 @@ class EncodedCache(Samples):
     ):
         """Keep all samples in use, in memory that the ranks share; or `ids`, for this process alone."""
         super().__init__(shards, decode, channels)
-        self._kept = self.held = Held(_in_use(shards, shards.sizes, ids), shared=ids is None)
+        self._kept = self.held = Held(in_use(shards, self._sizes(), ids), shared=ids is None)
+
+    def _sizes(self) -> np.ndarray:
+        """Return the most bytes that are kept of each sample, (num_samples,)."""
+        raise NotImplementedError
+
+
+class EncodedCache(Cache):
+    """Keeps the bytes of each image from its first reading on."""
+
+    keeps = "encoded"
+
+    def _sizes(self) -> np.ndarray:
+        return self.shards.sizes
 
     def fill(self, sample_id: int) -> None:
         """As `Samples.fill`."""
@@ -148,23 +159,13 @@ class EncodedCache(Samples):
         return self._kept.place(sample_id, int(self.shards.sizes[sample_id])).data.toreadonly()
 
 
-class DecodedCache(Samples):
+class DecodedCache(Cache):
     """Keeps the 8-bit pixels of each image from its first decoding on."""
 
     keeps = "decoded"
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        decode: Callable[[memoryview], np.ndarray],
-        channels: int,
-        ids: np.ndarray | None = None,
-    ):
-        """As `EncodedCache`."""
-        super().__init__(shards, decode, channels)
-        self._kept = self.held = Held(
-            _in_use(shards, decoded_sizes(shards, channels), ids), shared=ids is None
-        )
+    def _sizes(self) -> np.ndarray:
+        return decoded_sizes(self.shards, self.channels)
 
     def fill(self, sample_id: int) -> None:
         """As `Samples.fill`."""
@@ -186,10 +187,10 @@ def decoded_sizes(shards: ShardSet, channels: int, ids: np.ndarray | slice = sli
     """
     item_bytes = max(np.dtype(name).itemsize for name in shards.manifest.dtypes)
     sizes = shards.widths[ids].astype(np.int64) * shards.heights[ids] * (channels * item_bytes)
-    return _in_use(shards, sizes) if isinstance(ids, slice) else sizes
+    return in_use(shards, sizes) if isinstance(ids, slice) else sizes
 
 
-def _in_use(shards: ShardSet, sizes: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
+def in_use(shards: ShardSet, sizes: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
     """Return the sizes of all images, 0 for those outside the split, or outside `ids`."""
     if ids is None and not shards.split:
         return sizes
@@ -199,9 +200,9 @@ def _in_use(shards: ShardSet, sizes: np.ndarray, ids: np.ndarray | None = None) 
     return used
 
 
-def sum_in_use(shards: ShardSet, sizes: np.ndarray | None) -> int:
+def sumin_use(shards: ShardSet, sizes: np.ndarray | None) -> int:
     """Return the bytes of the samples in use, given the sizes of all; 0 where there are none."""
-    return 0 if sizes is None else int(_in_use(shards, sizes).sum())
+    return 0 if sizes is None else int(in_use(shards, sizes).sum())
 
 
 def mask_sizes(shards: ShardSet) -> np.ndarray:
@@ -209,7 +210,7 @@ def mask_sizes(shards: ShardSet) -> np.ndarray:
     masked = (
         shards.ids[shards.mask_sizes[shards.ids] > 0] if shards.mask_sizes is not None else shards.ids[:0]
     )
-    return _in_use(shards, 2 * shards.widths.astype(np.int64) * shards.heights, masked)
+    return in_use(shards, 2 * shards.widths.astype(np.int64) * shards.heights, masked)
 
 
 def mask_bytes(shards: ShardSet) -> int:
@@ -246,13 +247,24 @@ def open_samples(
     """
     if cache != "ram":
         return Samples(shards, decode, channels)
-    encoded, decoded = sum_in_use(shards, shards.sizes), int(decoded_sizes(shards, channels).sum())
+    encoded, decoded = sumin_use(shards, shards.sizes), int(decoded_sizes(shards, channels).sum())
     if masks:
-        encoded, decoded = encoded + sum_in_use(shards, shards.mask_sizes), decoded + mask_bytes(shards)
+        encoded, decoded = encoded + sumin_use(shards, shards.mask_sizes), decoded + mask_bytes(shards)
     what = f"{len(shards):,} images{' and masks' if masks else ''}"
     decoded = decoded if eight_bit(shards) and not only_encoded else None
-    whole, note, num_bytes = agree(lambda: choose_kept(what, encoded, decoded, cache_gb))
-    samples = (DecodedCache if whole else EncodedCache)(shards, decode, channels)
+    return make_cache(shards, decode, channels, agree(lambda: choose_kept(what, encoded, decoded, cache_gb)))
+
+
+def make_cache(
+    shards: ShardSet,
+    decode: Callable[[memoryview], np.ndarray],
+    channels: int,
+    kept: tuple[bool, str, int],
+    ids: np.ndarray | None = None,
+) -> Cache:
+    """Return a cache of what `choose_kept` has chosen. `ids`: as for `Cache`."""
+    pixels, note, num_bytes = kept
+    samples = (DecodedCache if pixels else EncodedCache)(shards, decode, channels, ids)
     samples.note, samples.num_bytes = f"cache in RAM: {note}", num_bytes
     return samples
 

@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch.distributed as dist
 
+from shards.cpus import CONTROL_GROUPS
 from shards.errors import UserError
 from shards.units import human_size
 
 T = TypeVar("T")
-_CGROUPS = Path("/sys/fs/cgroup")
-# (folder below _CGROUPS, limit, use, what of `memory.stat` the system takes back when it is short) of version 2 and of version 1.
+# (folder below CONTROL_GROUPS, limit, use, what of `memory.stat` the system takes back when it is short) of
+# version 2 and of version 1.
 _VERSIONS = {
     "": ("", "memory.max", "memory.current", "inactive_file"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -137,7 +138,7 @@ def free_memory() -> int:
             return 4 * 10**9
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     with contextlib.suppress(OSError):
-        free = min(free, group_free(_CGROUPS, Path("/proc/self/cgroup").read_text()))
+        free = min(free, group_free(CONTROL_GROUPS, Path("/proc/self/cgroup").read_text()))
     return max(0, free)
 
 

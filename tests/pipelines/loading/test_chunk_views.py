@@ -186,6 +186,8 @@ def test_masks_come_beside_views_in_chunks(shard_set):
             shape = int(shard_set.heights[sample_id]), int(shard_set.widths[sample_id])
             return np.full(shape, 5, dtype=np.uint8) if sample_id % 2 else None
 
+        fill = mask
+
     from pipelines.loading import mask_slot
 
     def of(in_chunks: bool):

@@ -13,6 +13,7 @@ from PIL import Image
 from pipelines.augment.draws import draw
 from pipelines.augment.recipe import RECIPES, Recipe
 from pipelines.engines.engine_table import make_engine
+from pipelines.loading import mask_slot
 from pipelines.loading.data_config import DataConfig
 from pipelines.loading.evaluation_views import eval_batches
 from pipelines.loading.loader import Loader, open_loader
@@ -202,6 +203,21 @@ def test_a_second_epoch_from_memory_reads_no_mask(masked, monkeypatch):
             if a is not None and b is not None:
                 np.testing.assert_array_equal(a, b)
                 assert np.shares_memory(b, masks.mask(i)) == (keep == "decoded")
+
+
+@pytest.mark.parametrize(("keep", "decodes"), [("encoded", 0), ("decoded", 1)])
+def test_filling_ahead_does_what_is_kept_and_no_more(masked, monkeypatch, keep, decodes):
+    """Encoded masks are read, decoded ones decoded, once each; afterwards none is read."""
+    none = [i for i in range(COUNT) if stored(masked, i) is None]
+    decode, decoded = mask_slot.decode_mask, []
+    monkeypatch.setattr(mask_slot, "decode_mask", lambda data: (decoded.append(1), decode(data))[1])
+    masks = Masks(masked, keep)
+    for sample_id in range(COUNT):
+        masks.fill(sample_id)
+    assert len(decoded) == decodes * (COUNT - len(WITHOUT))
+    monkeypatch.setattr(ShardSet, "read_mask", lambda self, i: pytest.fail("it was read again"))
+    for sample_id in range(COUNT):
+        assert (masks.mask(sample_id) is None) == (sample_id in none)
 
 
 @pytest.mark.parametrize("keep", get_args(Keeps))
