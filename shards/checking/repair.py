@@ -17,7 +17,7 @@ from shards.checking.verify import Promise, VerifyResult
 from shards.conversion.append import Base
 from shards.conversion.convert import SMALL, number
 from shards.conversion.listing import SCRATCH, Survey
-from shards.conversion.merge import by_shard, merge, read_dropped, write_dropped
+from shards.conversion.merge import dropped_by_shard, merge, write_dropped
 from shards.conversion.shard_maker import Maker, read_marks
 from shards.conversion.shard_maker import read_rows as read_made
 from shards.conversion.shard_plan import Plan, read_plan, settings_for, write_plan
@@ -193,7 +193,7 @@ class _Work:
             self._take(scratch, name)
         else:
             copy_file(place, name, scratch)
-        dropped = by_shard(read_dropped(scratch, plan.number), plan.settings.samples_per_shard)
+        dropped = dropped_by_shard(scratch, plan)
         self._make(source, scratch, plan, dropped, todo, wanted, hurt)
         failed = {finding.file for finding in self.result.failed}
         for tar in (file.name for file in hurt.values()):

@@ -28,7 +28,7 @@ from shards.format import layout
 from shards.format.columns import hash_values
 from shards.format.label_table import read_labels
 from shards.format.layout import Appended, Manifest
-from shards.format.sample_table import table_batches
+from shards.format.sample_table import rows_of, table_batches
 from shards.images.policy import Policy
 from shards.images.proof import BadImage, prove
 from shards.sources.source import Source
@@ -89,7 +89,9 @@ class Base:
         first = ends[plan.number - 1] if plan.number else 0
         ids = set(np.linspace(first, ends[plan.number] - 1, NUM_TRIED).astype(int).tolist())
         size, policy = plan.settings.samples_per_shard, Policy(**plan.settings.store)
-        for was in rows_of(self, ids, ["key", "shard", "sha256", "pixels_hash"]).values():
+        for was in rows_of(
+            self.place, self.manifest, ids, ["key", "shard", "sha256", "pixels_hash"]
+        ).values():
             [row] = plan.rows(was["shard"]).slice(int(was["key"]) % size, 1).to_pylist()
             try:
                 now = prove(source.read(row).data, row["source"], policy, "both")
@@ -284,7 +286,8 @@ class AppendedHashes:
             for i, text in enumerate(small)
             if text in inside and whole[i] not in found and text is not None
         }
-        known = rows_of(base, set(doubtful.values()), ["shard", "offset", "size", "sha256", "ext", "stored"])
+        columns = ["shard", "offset", "size", "sha256", "ext", "stored"]
+        known = rows_of(base.place, base.manifest, set(doubtful.values()), columns)
 
         def same(i: int) -> bool:
             row = known[doubtful[i]]
@@ -300,13 +303,3 @@ class AppendedHashes:
             if answer:
                 found[whole[i]] = (doubtful[i], str(small[i]))
         return found
-
-
-def rows_of(base: Base, ids: set[int], columns: list[str]) -> dict[int, dict[str, Any]]:
-    """Some rows of the sample table, by their ids."""
-    found: dict[int, dict[str, Any]] = {}
-    wanted = np.array(sorted(ids), np.int64)
-    for batch in base.rows(["sample_id", *columns]) if ids else ():
-        inside = np.isin(batch["sample_id"].to_numpy(), wanted)
-        found |= {row["sample_id"]: row for row in batch.filter(pa.array(inside)).to_pylist()}
-    return found

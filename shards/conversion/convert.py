@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from shards.conversion.append import SHOWN, Base, rows_of
+from shards.conversion.append import SHOWN, Base
 from shards.conversion.listing import SCRATCH, Survey
-from shards.conversion.merge import by_shard, merge, read_dropped, write_dropped
+from shards.conversion.merge import dropped_by_shard, merge, write_dropped
 from shards.conversion.ray_workers import Cluster, connect
 from shards.conversion.shard_maker import Maker, read_marks, rows_path
 from shards.conversion.shard_plan import Plan, check_same, read_plan, settings_for, write_plan
@@ -26,6 +26,7 @@ from shards.format import layout
 from shards.format.checksums import write_sums
 from shards.format.columns import read_columns
 from shards.format.layout import Manifest, ShardFile
+from shards.format.sample_table import rows_of, table_batches
 from shards.images.policy import Policy
 from shards.sources.source import Source
 from shards.sources.source_kinds import check_apart, open_source
@@ -227,7 +228,7 @@ class _Run:
             dest.remove(layout.MANIFEST)
             finished = None
         dest.remove_unfinished(layout.ROWS)
-        dropped = by_shard(read_dropped(dest, plan.number), plan.settings.samples_per_shard)
+        dropped = dropped_by_shard(dest, plan)
         every = plan.shards
         if finished:
             own = (file for file in finished.shards if number(file) in plan.shards)
@@ -241,7 +242,7 @@ class _Run:
             self._make(self._unfinished(every, counts), dropped, every)
             if plan.settings.dedupe == "drop" and counts is None:
                 write_dropped(dest, plan, self.base)
-                dropped = by_shard(read_dropped(dest, plan.number), plan.settings.samples_per_shard)
+                dropped = dropped_by_shard(dest, plan)
                 if dropped:
                     self.report.say(
                         f"{sum(map(len, dropped.values())):,} duplicates: making {len(dropped):,} shards without them"
@@ -267,12 +268,12 @@ class _Run:
                 table = read_columns(file, ["source", "same_as"])
             pairs = list(zip(*table.slice(0, SHOWN).to_pydict().values(), strict=True))
         else:
-            now = Base(self.dest, manifest, base.plans, [])
             columns, first = ["sample_id", "source", "duplicate_of"], base.manifest.num_samples
-            rows = (batch.slice(max(0, first - batch["sample_id"][0].as_py())) for batch in now.rows(columns))
+            batches = table_batches(self.dest, manifest, columns)
+            rows = (batch.slice(max(0, first - batch["sample_id"][0].as_py())) for batch in batches)
             again = (row for batch in rows for row in batch.to_pylist() if row["duplicate_of"] is not None)
             found = list(itertools.islice(again, SHOWN))
-            names = rows_of(now, {row["duplicate_of"] for row in found}, ["source"])
+            names = rows_of(self.dest, manifest, {row["duplicate_of"] for row in found}, ["source"])
             pairs = [(row["source"], names[row["duplicate_of"]]["source"]) for row in found]
         shown = ", ".join(f"'{one}' = '{other}'" for one, other in pairs) + (
             " ..." if num > len(pairs) else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -186,7 +186,7 @@ def _read(where: str, key_column: str, source_column: str, label_column: str) ->
                 repeated += 1
     if not names:
         raise UserError(f"'{where}' gives no labels: {empty:,} rows, all of them without one.")
-    return _Rows(where, listed.row_word, by_key, names, labels, lines, empty, repeated)
+    return replace(rows, empty=empty, repeated=repeated)
 
 
 def _id_column(listed: ListFile, key_column: str, source_column: str) -> tuple[bool, str]:
@@ -215,15 +215,13 @@ def _match(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """For each sample the row that means it, or -1, (num_samples,); and for each row whether it means any, (num_rows,)."""
     which = np.full(num_samples, -1, np.int64)
-    found = np.zeros(len(rows.names), bool)
     wanted = pa.array(rows.names)
     several = np.zeros(len(rows.names), np.int64)
     for ids, at in _found(names(), wanted):
         np.add.at(several, at, 1)
         which[ids] = at
-        found[at] = True
     _check_one(rows, several, "come from different sources: give their keys, as in the column 'key'")
-    short = np.flatnonzero(~found)
+    short = np.flatnonzero(several == 0)
     if len(short) and not rows.by_key:
         last_parts = (_last_part(batch) for batch in names())
         for ids, at in _found(last_parts, wanted.take(pa.array(short))):
@@ -232,16 +230,16 @@ def _match(
             for sample, row in zip(ids.tolist(), at.tolist(), strict=True):
                 if which[sample] >= 0 and rows.labels[which[sample]] != rows.labels[row]:
                     raise rows.contradiction(int(which[sample]), row)
-            which[ids], found[at] = at, True
+            which[ids] = at
         _check_one(rows, several, "differ in their folders: give whole names, as in the column 'source'")
-    if not found.any():
+    if not several.any():
         column = "key" if rows.by_key else "source"
         example = next(names())[0].as_py()
         raise UserError(
             f"Not one of the {len(rows.names):,} names in '{rows.where}' is a sample's {column}, such as '{rows.names[0]}'; one of "
             f"these is '{example}'. Choose the column with --key-column or --source-column."
         )
-    return which, found
+    return which, several > 0
 
 
 def _check_one(rows: _Rows, several: npt.NDArray[np.int64], what: str) -> None:

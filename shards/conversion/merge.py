@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.conversion.append import AppendedHashes, Base, rows_of
+from shards.conversion.append import AppendedHashes, Base
 from shards.conversion.duplicates import PixelHashes
 from shards.conversion.shard_maker import Marks, read_marks, read_rows
 from shards.conversion.shard_plan import Plan
@@ -21,6 +21,7 @@ from shards.errors import UserError
 from shards.format import layout
 from shards.format.columns import read_columns
 from shards.format.layout import Manifest, ShardFile
+from shards.format.sample_table import rows_of, table_groups
 from shards.images.channel_statistics import Statistics, join_summaries
 from shards.storage.place import Place
 
@@ -72,16 +73,14 @@ def merge(dest: Place, plan: Plan, base: Base | None = None) -> Manifest:
     begin = sums.num_samples
 
     def write(file: BinaryIO) -> None:
-        schema = pa.schema([*layout.SCHEMA, *plan.extra_fields()])
-        if base:
-            old = base.schema().remove_metadata()
-            schema = pa.schema(
-                [*old, *(column for column in plan.extra_fields() if column.name not in old.names)]
-            )
+        known = base.schema() if base else layout.SCHEMA
+        schema = pa.schema(
+            [*known, *(column for column in plan.extra_fields() if column.name not in known.names)]
+        )
         few: Any = [name for name in schema.names if name not in _ALL_DIFFERENT]  # the stub knows bool alone
         with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=few) as writer:
-            for batch in base.rows() if base else ():
-                writer.write_table(_fitted(pa.Table.from_batches([batch]), schema, {}))
+            for rows in table_groups(base.place, base.manifest) if base else ():
+                writer.write_table(_fitted(rows, schema, {}))
             for shard in made:
                 rows = read_rows(dest, shard)
                 start = sums.num_samples
@@ -207,7 +206,7 @@ def write_dropped(dest: Place, plan: Plan, base: Base | None = None) -> None:
     wanted = np.union1d(again, same_as)  # the names of all the others would be most of the memory
     parts = [pa.table({"key": pa.array([], pa.string()), "source": pa.array([], pa.string())})]
     if base:
-        old = rows_of(base, set(wanted[wanted < start].tolist()), ["key", "source"])
+        old = rows_of(base.place, base.manifest, set(wanted[wanted < start].tolist()), ["key", "source"])
         parts += [pa.Table.from_pylist([old[i] for i in sorted(old)], schema=parts[0].schema)]
     for shard in made:
         rows = read_rows(dest, shard, ["key", "source"])
@@ -235,11 +234,11 @@ def read_dropped(dest: Place, number: int = 0) -> npt.NDArray[np.int64]:
         return np.empty(0, np.int64)
 
 
-def by_shard(positions: npt.NDArray[np.int64], samples_per_shard: int) -> dict[int, frozenset[int]]:
-    """Positions by the shard that they lie in."""
+def dropped_by_shard(dest: Place, plan: Plan) -> dict[int, frozenset[int]]:
+    """The positions of a plan that were left out as duplicates, by the shard that they lie in."""
     groups: dict[int, list[int]] = {}
-    for position in positions.tolist():
-        groups.setdefault(position // samples_per_shard, []).append(position)
+    for position in read_dropped(dest, plan.number).tolist():
+        groups.setdefault(position // plan.settings.samples_per_shard, []).append(position)
     return {shard: frozenset(group) for shard, group in groups.items()}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,11 +39,14 @@ class LabelTable:
         given = self.labels[start : start + len(own)]
         return np.concatenate([given, own[len(given) :].astype(np.int64)])
 
-    def on(self, batch: pa.RecordBatch, start: int) -> pa.RecordBatch:
-        """A batch of the sample table, from sample `start` on, with these labels in its column `label`."""
-        labels = self.over(batch["label"].fill_null(-1).to_numpy(), start).astype(np.int32)
-        at = batch.schema.get_field_index("label")
-        return batch.set_column(at, "label", pa.array(labels, mask=labels < 0))
+    def on(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """The batches of the sample table, from the first sample on, with these labels in their column `label`."""
+        start = 0
+        for batch in batches:
+            labels = self.over(batch["label"].fill_null(-1).to_numpy(), start).astype(np.int32)
+            at = batch.schema.get_field_index("label")
+            yield batch.set_column(at, "label", pa.array(labels, mask=labels < 0))
+            start += batch.num_rows
 
 
 def read_labels(place: Place, manifest: Manifest) -> LabelTable:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,6 +28,27 @@ def table_batches(
             left -= batch.num_rows
             if left <= 0:
                 return
+
+
+def table_groups(place: Place, manifest: Manifest) -> Iterator[pa.Table]:
+    """All columns of the rows, a row group at a time: the samples of one shard, which readers look up together."""
+    left = manifest.num_samples
+    with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
+        for group in range(parquet.num_row_groups):
+            rows = parquet.read_row_group(group, use_threads=False).slice(0, left)
+            left -= rows.num_rows
+            if rows.num_rows:
+                yield rows
+
+
+def rows_of(place: Place, manifest: Manifest, ids: set[int], columns: list[str]) -> dict[int, dict[str, Any]]:
+    """Some rows, by their sample ids."""
+    found: dict[int, dict[str, Any]] = {}
+    wanted = np.array(sorted(ids), np.int64)
+    for batch in table_batches(place, manifest, ["sample_id", *columns]) if ids else ():
+        inside = np.isin(batch["sample_id"].to_numpy(), wanted)
+        found |= {row["sample_id"]: row for row in batch.filter(pa.array(inside)).to_pylist()}
+    return found
 
 
 def rows_in_use(table: pa.Table, place: Place, manifest: Manifest) -> pa.Table:

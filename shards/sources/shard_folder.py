@@ -89,12 +89,8 @@ class ShardFolderSource(Source):
             "group",
             "source",
         ]
-        start = 0
         names = [*wanted, *self.extra_schema.names]
-        for batch in table_batches(self.place, self._manifest, names, source.BATCH_ROWS):
-            num_rows = batch.num_rows
-            batch = self._given.on(batch, start)
-            start += num_rows
+        for batch in self._given.on(table_batches(self.place, self._manifest, names, source.BATCH_ROWS)):
             if self._only is not None:
                 batch = batch.filter(pa.array(np.isin(batch["sample_id"].to_numpy(), self._only)))
             if not batch.num_rows:

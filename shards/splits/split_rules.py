@@ -118,11 +118,9 @@ def apply(place: Place, rule: SplitRule) -> Division:
 
 def read_batches(place: Place, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Columns of the sample table, piece by piece; `label` with the labels that were given later."""
-    manifest, start = Manifest.load(place), 0
-    given = read_labels(place, manifest) if "label" in columns else None
-    for batch in table_batches(place, manifest, columns):
-        yield batch if given is None else given.on(batch, start)
-        start += batch.num_rows
+    manifest = Manifest.load(place)
+    batches = table_batches(place, manifest, columns)
+    return read_labels(place, manifest).on(batches) if "label" in columns else batches
 
 
 def _by_shares(place: Place, rule: SplitRule, least: Hashes, group: Ids) -> npt.NDArray[np.int8]:

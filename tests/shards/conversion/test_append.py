@@ -30,18 +30,7 @@ from shards.format import layout
 from shards.format.layout import Manifest
 from shards.sources.source_kinds import open_source
 from tests.pictures import encoded, fingerprints, photo
-from tests.shards.growing import begin, images
-
-
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return begin(tmp_path_factory.mktemp("append"))
-
-
-@pytest.fixture
-def folder(begun: Path, tmp_path: Path) -> Path:
-    shutil.copytree(begun / "shards", tmp_path / "shards")
-    return tmp_path / "shards"
+from tests.shards.growing import images
 
 
 def table(folder: Path) -> list[dict]:

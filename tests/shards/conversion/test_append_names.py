@@ -16,18 +16,7 @@ from shards.format.label_table import LabelTable, write_labels
 from shards.format.layout import Manifest
 from shards.storage.opening import open_place
 from tests.pictures import fingerprints
-from tests.shards.growing import begin, images
-
-
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return begin(tmp_path_factory.mktemp("append"))
-
-
-@pytest.fixture
-def folder(begun: Path, tmp_path: Path) -> Path:
-    shutil.copytree(begun / "shards", tmp_path / "shards")
-    return tmp_path / "shards"
+from tests.shards.growing import images
 
 
 def test_while_an_append_is_unfinished_no_labels_are_given(begun: Path, folder: Path, tmp_path: Path):
