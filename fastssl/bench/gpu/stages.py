@@ -16,7 +16,7 @@ MODELS = {
     "vit_base": ("configs/moco_v3_vit_base.yaml", 256),
 }
 # Rows of the ladder that the goals need, and rows that explain them.
-ASKED, EXPLAINING = "full,end,plain", "end_gpu,end_decode,parts"
+ASKED, EXPLAINING = "full,kernels,end,plain", "end_gpu,end_decode,parts"
 REST = "end_one_stream,augment,data,ema,compile,lightly"
 # The settings of each switch, on top of a base of bf16, eager, and the defaults.
 BASE = ["--train.compile", "False", "--train.precision", "bf16"]

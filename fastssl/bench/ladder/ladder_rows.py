@@ -15,6 +15,7 @@ from fastssl.bench.clock import Clock
 from fastssl.bench.guard import Guard
 from fastssl.bench.hardware import Peak
 from fastssl.bench.ladder.data_rungs import data_rows, loader_views, open_work, resident_views
+from fastssl.bench.ladder.kernel_times import profiled_row
 from fastssl.bench.ladder.step_peers import STEP_PEERS, ema_loop, ema_pairs
 from fastssl.bench.ladder.step_rungs import FORWARDS, Trainee, step_rows, step_views
 from fastssl.bench.ladder.verdict import (
@@ -25,6 +26,7 @@ from fastssl.bench.ladder.verdict import (
     END_TO_END,
     FULL,
     FULL_AUGMENT,
+    KERNELS,
     LOADER,
     READ,
     RUNGS,
@@ -64,6 +66,7 @@ ENDINGS = {
 # The names that --rows takes, in the order of measuring: the most informative first.
 GROUPS = {
     "full": "the full step on synthetic views",
+    "kernels": "the full step's time on the device by kind of kernel",
     "end": "the loader alone, and end to end",
     "end_gpu": "both with --data.augment-on gpu",
     "end_decode": "both with --data.augment-on gpu and --data.decode gpu",
@@ -124,6 +127,7 @@ class Ladder:
         # The names of a group's rows, and a function that returns their measures.
         self._groups: dict[str, tuple[tuple[str, ...], Callable[[], Measures]]] = {
             "full": ((FULL,), lambda: {FULL: lambda: self._full(FULL)}),
+            "kernels": ((KERNELS,), lambda: {KERNELS: self._kernels}),
             "augment": ((FULL_AUGMENT,), lambda: {FULL_AUGMENT: self._full_augment}),
             "parts": ((STUDENT, TEACHER, UPDATE), lambda: step_rows(resolved, trainee, clock)),
             "data": (
@@ -200,6 +204,10 @@ class Ladder:
     def _full(self, name: str) -> Row:
         synthetic = step_views(self.resolved, self.trainee)
         return self.clock.row(name, lambda: self._step(synthetic))
+
+    def _kernels(self) -> Row:
+        synthetic = step_views(self.resolved, self.trainee)
+        return profiled_row(KERNELS, lambda: self._step(synthetic), self.clock)
 
     def _full_augment(self) -> Row:
         resolved, clock = self.resolved, self.clock

@@ -23,6 +23,7 @@ def show(
         where: the machine, see `report.machine`.
         facts: dtype, chunk and compiled of the step.
     """
+    from fastssl.bench.ladder.kernel_times import told as kinds_told
     from fastssl.bench.ladder.verdict import RUNGS
 
     resolved, clock, top = ladder.resolved, ladder.clock, ladder.top
@@ -51,6 +52,8 @@ def show(
             say(console, f"{row.name}: {row.ratio:.2f} times {row.ratio_to}.")
         if "ours_over_this" in row.more:
             say(console, f"Ours is {row.more['ours_over_this']:.2f} times {row.name}: {row.note}.")
+        if "kinds_ms" in row.more:
+            say(console, kinds_told(row))
     if verdict.overlap is not None:
         told = f"Overlap: end to end is {verdict.overlap:.0%} of what loader and step allow."
         if verdict.contention is not None:
@@ -69,7 +72,7 @@ def _cells(row: Row) -> list[str]:
 
     return [
         brief(row.images_per_s),
-        *(number(key, ",.3f" if more[key] < 10 else ",.0f") for key in ("ms_p50", "ms_p95")),
+        *(number(key, ",.3f" if more.get(key, 0) < 10 else ",.0f") for key in ("ms_p50", "ms_p95")),
         number("mfu", ".1%"),
         number("tb_per_s", ".3g"),
         number("memory_bytes", ".1f", 1e-9),

@@ -14,6 +14,8 @@ FULL, FULL_AUGMENT, END_TO_END = "full step, synthetic", "full step + augment", 
 RUNGS = (READ, DECODE, TO_DEVICE, AUGMENT, LOADER, STUDENT, TEACHER, UPDATE, FULL, FULL_AUGMENT, END_TO_END)
 # The step of the other kind than the run's.
 EAGER, COMPILED = "full step, eager", "full step, compiled"
+# The step under the profiler.
+KERNELS = "full step, profiled"
 # Others' steps.
 MOCO_V3, TODAY, LIGHTLY = "moco-v3's own kind of step", "plain step of today's PyTorch", "lightly's blocks"
 

@@ -91,7 +91,7 @@ def test_the_short_form_measures_what_the_goals_ask_for_first():
     short = plan(short=True)
     for model in stages.MODELS:
         [first], [more] = short.stage(model).jobs, short.stage(f"{model}_more").jobs
-        assert first.argv[first.argv.index("--rows") + 1] == "full,end,plain"
+        assert first.argv[first.argv.index("--rows") + 1] == "full,kernels,end,plain"
         assert more.argv[more.argv.index("--rows") + 1] == "end_gpu,end_decode,parts"
         # Both forms together have every row of the ladder.
         rows = stages.ASKED, stages.EXPLAINING, stages.REST

@@ -286,10 +286,13 @@ def test_the_whole_ladder(config_file, shards, tmp_path, monkeypatch, capsys):
     rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == [
         *verdict.RUNGS,
+        verdict.KERNELS,
         "EMA",
         "EMA as a Python loop",
         *step_peers.STEP_PEERS,
     ]
+    kinds = rows.pop(verdict.KERNELS)["kinds_ms"]
+    assert min(kinds["matrix products"], kinds["convolutions"]) > 0
     assert "nothing is copied" in rows.pop(verdict.TO_DEVICE)["error"]
     if importlib.util.find_spec("lightly") is None:
         assert rows.pop(step_peers.LIGHTLY)["error"].startswith("not installed: ")
