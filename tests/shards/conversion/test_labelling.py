@@ -163,6 +163,49 @@ def test_refused_tables_change_nothing(bare: Path, tmp_path: Path, header: str, 
     assert not (bare / layout.LABELS).exists()
 
 
+def test_a_row_whose_key_and_source_are_two_samples_is_refused(make_folder, tmp_path: Path):
+    photos = make_folder(12)
+    # A whole name that is the last part of another.
+    (photos / "0000.jpg").write_bytes(next(photos.glob("*/0001.*")).read_bytes())
+    convert(photos, tmp_path / "out", samples_per_shard=5)
+    out = tmp_path / "out"
+    keys, sources = column(out, "key"), column(out, "source")
+    by_source = dict(zip(sources, keys, strict=True))
+    last = sources[3].rpartition("/")[2]
+    # Right: the whole source, the last part of it, none, and one that no sample has.
+    right = [
+        (keys[2], sources[2], "a"),
+        (keys[3], last, "b"),
+        (keys[4], "", "c"),
+        (keys[5], "moved.jpg", "d"),
+    ]
+    assert label(out, write(tmp_path / "r.csv", "key,source,label", *right)).labelled == 4
+    before = (out / layout.LABELS).read_bytes()
+    elsewhere = sources[4].rpartition("/")[2]
+    [twin] = [name for name in sources if name.endswith("/0000.jpg")]
+    for rows, line, key, source, meant, more in (
+        ([(keys[1], sources[0], "x")], 6, keys[1], sources[0], keys[0], ""),
+        ([(keys[1], elsewhere, "x")], 6, keys[1], elsewhere, keys[4], ""),
+        # A whole name before the last part of another; a row that repeats the label of an earlier one.
+        ([(by_source[twin], "0000.jpg", "x")], 6, by_source[twin], "0000.jpg", by_source["0000.jpg"], ""),
+        ([(keys[2], sources[1], "a"), (keys[1], sources[0], "x")], 6, keys[2], sources[1], keys[1], " So it is in 2 rows."),
+    ):  # fmt: skip
+        table = write(tmp_path / "l.csv", "key,path,label", *right, *rows)
+        with pytest.raises(UserError) as told:
+            label(out, table)
+        assert str(told.value) == (
+            f"'{table}', line {line}: the key '{key}' is the sample '{sources[keys.index(key)]}', and the path '{source}' is that of "
+            f"the sample '{meant}'.{more} Mend the table, or choose the column that counts: --key-column key or --source-column path. "
+            "Nothing was changed."
+        )
+    assert (out / layout.LABELS).read_bytes() == before
+    assert label(out, table, key_column="key").labelled == 5
+    assert label(
+        out, write(tmp_path / "s.csv", "key,path,label", (keys[1], sources[0], "x")), source_column="path"
+    )
+    assert named(ShardSet.open(out))[sources[0]] == "x"
+
+
 def test_verify_calls_it_no_damage_and_repair_keeps_the_labels(folder: Path, tmp_path: Path):
     sources = column(folder, "source")
     label(folder, write(tmp_path / "l.csv", "source,label", *[(name, "all") for name in sources]))
