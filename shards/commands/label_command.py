@@ -75,7 +75,9 @@ def sentences(args: Label, done: Labelling) -> list[str]:
     if done.repeated:
         lines.append(f"Rows that repeat an earlier one: {done.repeated:,}.")
     if done.empty:
-        lines.append(f"Rows without a label: {done.empty:,}; their samples keep what they have.")
+        lines.append(
+            f"Rows without a label (an empty cell or NaN): {done.empty:,}; their samples keep what they have."
+        )
     if done.without:
         lines.append(f"Samples without a label: {done.without:,}, {some(done.without_names, done.without)}.")
     return lines

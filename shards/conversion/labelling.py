@@ -20,7 +20,7 @@ from shards.format.layout import Manifest
 from shards.format.sample_table import table_batches
 from shards.sources.file_list import USUAL, choose
 from shards.sources.file_set import names_file, split_url
-from shards.sources.table_reader import TABLE_SUFFIXES, ListFile, open_list
+from shards.sources.table_reader import TABLE_SUFFIXES, ListFile, class_text, has_point, open_list
 from shards.storage.opening import Where, open_place
 from shards.units import plural
 
@@ -168,10 +168,14 @@ def _read(where: str, key_column: str, source_column: str, label_column: str) ->
             f"{', '.join(listed.columns)}."
         )
     seen: dict[str, int] = {}
+    # Numbers with a point are read as numbers: 1.0 is the class 1. Others stay as they are written: 007.
+    [kind] = listed.types([labels_in])
+    as_text, typed = ([], {labels_in: kind}) if has_point(kind) else ([labels_in], {})
     names, labels, lines, seconds, empty, repeated = [], [], [], [], 0, 0
     rows = _Rows(where, listed.row_word, tuple(columns), by_key, names, labels, lines, seconds, 0, 0)
-    for batch in listed.rows([*columns, labels_in], {}):
-        cells = zip(*(batch.columns[c].to_pylist() for c in (*columns, labels_in)), strict=True)
+    for batch in listed.rows([*columns, *as_text], typed):
+        given = class_text(batch.columns[labels_in], where, labels_in, listed.row_word, batch.first_lines)
+        cells = zip(*(batch.columns[c].to_pylist() for c in columns), given.to_pylist(), strict=True)
         for line, (text, *second, label) in zip(batch.first_lines, cells, strict=True):
             if text is None:
                 raise UserError(
@@ -180,8 +184,9 @@ def _read(where: str, key_column: str, source_column: str, label_column: str) ->
             if label is None:
                 empty += 1
                 continue
-            # A program that took the keys for numbers left out their zeros.
-            text = text.zfill(_KEY_DIGITS) if by_key and text.isdecimal() else text
+            # A program that took the keys for numbers left out their zeros, and may have written 12.0.
+            if by_key and (digits := text.removesuffix(".0")).isdecimal():
+                text = digits.zfill(_KEY_DIGITS)
             first = seen.setdefault(text, len(names))
             if second and second[0] is not None:
                 seconds.append((first, second[0], line))

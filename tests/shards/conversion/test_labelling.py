@@ -107,6 +107,29 @@ def test_keys_may_be_numbers_and_sources_file_names(bare: Path, tmp_path: Path):
     assert ShardSet.open(bare).labels.tolist() == [key % 3 for key in keys]
 
 
+def test_numbers_with_a_point_are_whole_classes_and_nan_is_none(bare: Path, tmp_path: Path, capsys):
+    """As pandas writes a column of integers that has gaps."""
+    keys = [f"{int(key)}.0" for key in column(bare, "key")]
+    table = write(tmp_path / "l.csv", "key,label", *zip(keys, ("10.0", " 9.0", "", "nan", "9"), strict=False))
+    run([str(bare), str(table)])
+    assert "Rows without a label (an empty cell or NaN): 2; their samples keep" in capsys.readouterr().out
+    assert ShardSet.open(bare).classes == ["9", "10"]
+    assert ShardSet.open(bare).labels[:5].tolist() == [1, 0, -1, -1, 0]
+    before = (bare / layout.LABELS).read_bytes()
+    for table in (
+        write(tmp_path / "f.csv", "key,label", ("0", "1"), ("1", "0.5")),
+        tmp_path / "f.parquet",
+    ):
+        pq.write_table(pa.table({"key": [0, 1], "label": [1.0, 0.5]}), tmp_path / "f.parquet")
+        with pytest.raises(
+            UserError, match=r"(line 3|row 2): 0\.5 in the column 'label' is no label; a class is a whole"
+        ):
+            label(bare, table)
+    assert (bare / layout.LABELS).read_bytes() == before
+    label(bare, write(tmp_path / "t.csv", "key,label", ("0", "1.0"), ("1", "cat"), ("2", "nan")))
+    assert ShardSet.open(bare).classes == ["9", "10", "1.0", "cat"]
+
+
 def test_file_names_alone_mean_a_sample_where_they_are_unique(folder: Path, tmp_path: Path):
     sources = column(folder, "source")
     rows = [(name.rpartition("/")[2], "x") for name in sources[:2]]
