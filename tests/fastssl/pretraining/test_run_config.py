@@ -265,6 +265,7 @@ def test_a_mistake_in_the_file_is_named(text: str, message: str, tmp_path: Path)
         (["--recipe"], "--recipe needs a value."),
         (["--method.name=mocov3"], "There is no method 'mocov3'. Did you mean 'moco_v3'?"),
         (["--recipe.preset"], "--recipe.preset needs a value."),
+        (["stray"], "'stray' is one word too many for `fastssl pretrain`."),
     ],
 )
 def test_a_mistake_in_a_flag_is_named(flags: list, message: str, tmp_path: Path) -> None:
@@ -281,7 +282,6 @@ def test_a_mistake_in_a_flag_is_named(flags: list, message: str, tmp_path: Path)
         ("train: {compile: yes}", [], ("--train.compile", "yes", "True", "False")),
         ("train: {device: gpu}", [], ("--train.device", "gpu", "cuda")),
         ("recipe: {crop_scale: [0.1]}", [], ("--recipe.crop-scale",)),
-        ("", ["stray"], ("stray",)),
     ],
 )
 def test_a_wrong_value_ends_with_exit_code_2_and_its_name(
