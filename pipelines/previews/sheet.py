@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import colorsys
+import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +22,14 @@ from shards.storage.atomic_files import atomic_write
 GAP, TITLE, HEAD, FOOT, LEGEND = 6, 44, 26, 20, 26
 PAPER, INK, FAINT, BACK = (255, 255, 255), (20, 20, 20), (110, 110, 110), (238, 238, 238)
 FRAME = 2  # pixels, of frames around pictures and of boxes
+# Heights of letters in pixels.
+LETTERS, SMALLEST_LETTERS, TITLE_LETTERS, ABOUT_LETTERS = 12, 9, 15, 12
+# A narrow sheet becomes so wide, in pixels, where its title needs that.
+WIDEST_TITLE = 720
+# Letters are drawn so many times as large and then made small: drawn at 9 pixels, they and the gaps between words are rounded to
+# whole pixels, and words run together.
+_FINER = 4
+_CUT = "..."
 Colour = tuple[int, int, int]
 # Left, top, right, bottom in pixels of a picture, the last two exclusive; and the colour of its line.
 Box = tuple[tuple[int, int, int, int], Colour]
@@ -32,16 +42,18 @@ class Sheet:
         """`title`: two lines, the second in smaller letters."""
         self.cell = cell
         bottom = TITLE + HEAD + rows * (cell + FOOT + GAP)
-        size = (GAP + len(heads) * (cell + GAP), bottom + LEGEND)
+        lines = ((5, TITLE_LETTERS, INK, title[0]), (26, ABOUT_LETTERS, FAINT, title[1]))
+        wanted = max(text_width(line, SMALLEST_LETTERS + 2) for line in title)
+        width = max(GAP + len(heads) * (cell + GAP), min(wanted, WIDEST_TITLE) + 2 * GAP)
+        size = (width, bottom + LEGEND)
         self._image = Image.new("RGB", size, PAPER)
         self._pen = ImageDraw.Draw(self._image)
         # Of the row of the legend: where it is, and how many pixels are used.
         self._bottom, self._used = bottom, GAP
-        self._font = ImageFont.load_default(12)
-        for (y, largest, colour), line in zip(((5, 15, INK), (26, 12, FAINT)), title, strict=True):
-            self._write((GAP, y), line, colour, size[0] - 2 * GAP, largest)
+        for y, largest, colour, line in lines:
+            self._write((GAP, y), line, colour, width - 2 * GAP, largest)
         for column, head in enumerate(heads):
-            self._write((self.corner(0, column)[0], TITLE + 7), head, INK, cell)
+            self._write((self.corner(0, column)[0], TITLE + 7), head, INK, cell - GAP)
 
     def corner(self, row: int, column: int) -> tuple[int, int]:
         """Return x and y of a cell's first pixel."""
@@ -81,28 +93,26 @@ class Sheet:
         if frame is not None:
             end = (left + scaled.width + FRAME - 1, top + scaled.height + FRAME - 1)
             self._pen.rectangle(((left - FRAME, top - FRAME), end), outline=frame, width=FRAME)
-        self._write((x, y + self.cell + 3), caption, FAINT, self.cell)
+        self._write((x, y + self.cell + 3), caption, FAINT, self.cell - GAP)
 
     def legend(self, entries: Sequence[tuple[str, Colour]]) -> None:
         """Draw names with their colours in the row below the cells, as many as fit."""
         for text, colour in entries:
-            width = 20 + round(self._pen.textlength(text, self._font)) + 14
+            width = 20 + text_width(text, LETTERS) + 14
             if self._used + width <= self._image.width:
                 x, y = self._used, self._bottom
                 self._pen.rectangle((x, y + 4, x + 14, y + 16), fill=colour)
-                self._pen.text((x + 20, y + 3), text, INK, self._font)
+                self._write((x + 20, y + 3), text, INK, width)
                 self._used += width
 
     def scale(self, colours: np.ndarray, low: str, high: str) -> None:
         """Draw the colours (N, 3), uint8, of a scale in the row below the cells, from `low` to `high`."""
         y, width = self._bottom, min(200, self._image.width // 3)
         strip = Image.fromarray(colours[None].repeat(12, axis=0)).resize((width, 12))
-        x = self._used + round(self._pen.textlength(low, self._font)) + 6
-        self._pen.text((self._used, y + 3), low, INK, self._font)
+        x = self._used + self._write((self._used, y + 3), low, INK, width) + 6
         self._image.paste(strip, (x, y + 4))
         self._used = x + width + 6
-        self._write((self._used, y + 3), high, INK, self._image.width - self._used)
-        self._used += round(self._pen.textlength(high, self._font)) + 20
+        self._used += self._write((self._used, y + 3), high, INK, self._image.width - self._used) + 20
 
     def save(self, path: Path) -> Path:
         """Write a PNG; the same pictures give the same bytes."""
@@ -111,14 +121,23 @@ class Sheet:
         return path
 
     def _write(
-        self, place: tuple[int, int], text: str, colour: Colour, width: int, largest: int = 12
-    ) -> None:
-        """Write a text in the largest size that fits the width, or what fits of it."""
-        fonts = [ImageFont.load_default(size) for size in range(largest, 7, -1)]
-        font = next((f for f in fonts if self._pen.textlength(text, f) <= width), fonts[-1])
-        while text and self._pen.textlength(text, font) > width:
-            text = text[:-1]
-        self._pen.text(place, text, colour, font)
+        self, place: tuple[int, int], text: str, colour: Colour, width: int, largest: int = LETTERS
+    ) -> int:
+        """Write a text in the largest size that fits the width, or its beginning; return its width in pixels."""
+        size = next(
+            (size for size in range(largest, SMALLEST_LETTERS, -1) if text_width(text, size) <= width),
+            SMALLEST_LETTERS,
+        )
+        if text_width(text, size) > width:
+            while text and text_width(text + _CUT, size) > width:
+                text = text[:-1]
+            text += _CUT
+        used = text_width(text, size)
+        # Letters reach below their line, and may begin before it.
+        fine = Image.new("L", ((used + 2) * _FINER, 2 * size * _FINER))
+        ImageDraw.Draw(fine).text((0, 0), text, 255, _font(size))
+        self._image.paste(colour, place, fine.reduce(_FINER))
+        return used
 
     def _scaled(self, picture: Image.Image) -> Image.Image:
         cell = self.cell
@@ -128,6 +147,18 @@ class Sheet:
             return picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
         factor = max(1, cell // max(picture.size))
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def text_width(text: str, size: int) -> int:
+    """Return the width in pixels of a text in letters of this size."""
+    return math.ceil(_font(size).getlength(text) / _FINER)
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size * _FINER)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow has FreeType"
+    return font
 
 
 def frame_colours(count: int) -> list[Colour]:

@@ -28,6 +28,8 @@ COLUMNS = 8
 THUMB = 320  # pixels, the longer side at most
 STRETCH = (2, 98)  # percentiles that become black and white
 _PAPER = 243  # gray around images that are not square
+DPI = 120
+_WIDTH = 13.2  # inches
 _BLUE, _PALE, _RED, _INK, _FAINT = "#3b6ea5", "#a9c4e0", "#d1495b", "#1c2430", "#6b7480"
 _MAX_NAMED = 10  # classes that a chart names; more are drawn without names
 _MAX_IN_LEGEND = 10
@@ -68,7 +70,7 @@ def draw_overview(
     place: Place, overview: Overview, num_samples: int, seed: int, out: BinaryIO, masks: bool = True
 ) -> None:
     """Write the PNG of `overview_figure`."""
-    overview_figure(place, overview, num_samples, seed, masks).savefig(out, format="png", dpi=120)
+    overview_figure(place, overview, num_samples, seed, masks).savefig(out, format="png", dpi=DPI)
 
 
 def overview_figure(
@@ -82,7 +84,7 @@ def overview_figure(
     columns = min(COLUMNS, max(4, len(ids)))
     rows = -(-len(ids) // columns)
     height = 1.3 + 1.95 * rows + 2.9
-    figure = Figure(figsize=(13.2, height), facecolor="white")
+    figure = Figure(figsize=(_WIDTH, height), facecolor="white")
     manifest = overview.manifest
     figure.text(
         0.02, 1 - 0.34 / height, _short(place.name, 60), fontsize=16, weight="bold", color=_INK, va="center"
@@ -127,8 +129,13 @@ def overview_figure(
         index = int(overview.labels[sample_id])
         label = manifest.classes[index] if index >= 0 else f"sample {sample_id}"
         below = {"transform": axis.transAxes, "ha": "center", "va": "top"}
-        axis.text(0.5, -0.03, _short(label, 22), fontsize=8, color=_INK, weight="bold", **below)
-        axis.text(0.5, -0.15, _short(row["source"], 28), fontsize=6.5, color=_FAINT, **below)
+        room = axis.get_position(original=True).width * _WIDTH * DPI
+        for y, text, looks in (
+            (-0.03, label, {"fontsize": 8, "weight": "bold", "color": _INK}),
+            (-0.15, row["source"], {"fontsize": 6.5, "color": _FAINT}),
+        ):
+            fits = _fitting(text, room, looks["fontsize"], looks.get("weight", "normal"))
+            axis.text(0.5, y, fits, **looks, **below)
     classes = sorted(shown - {0})
     if classes:
         more = f", {len(classes) - _MAX_IN_LEGEND:,} more" if len(classes) > _MAX_IN_LEGEND else ""
@@ -173,6 +180,20 @@ def _short(text: str, length: int) -> str:
     """The text, or its end where it is longer: names differ there. `$` would begin a formula."""
     text = text if len(text) <= length else "…" + text[1 - length :]
     return text.replace("$", r"\$")
+
+
+def _fitting(text: str, room: float, size: float, weight: str) -> str:
+    """The text, or as much of its end as fits in `room` pixels; neighbours would run into each other otherwise."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    font, drawn = FontProperties(size=size, weight=weight), RendererAgg(1, 1, DPI)
+    # Letters have some four pixels and more.
+    for length in range(min(len(text), int(room / 4)), 0, -1):
+        shown = _short(text, length)
+        if drawn.get_text_width_height_descent(shown.replace(r"\$", "$"), font, False)[0] <= room:
+            return shown
+    return ""
 
 
 def _distributions(overview: Overview) -> list[tuple[str, npt.NDArray, Callable[[float], str]]]:

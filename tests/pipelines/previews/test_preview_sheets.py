@@ -18,7 +18,20 @@ from pipelines.previews.preview_sheets import (
     operations_sheet,
     scale_end,
 )
-from pipelines.previews.sheet import FOOT, FRAME, GAP, HEAD, LEGEND, TITLE, Sheet, frame_colours
+from pipelines.previews.sheet import (
+    FOOT,
+    FRAME,
+    GAP,
+    HEAD,
+    LEGEND,
+    LETTERS,
+    SMALLEST_LETTERS,
+    TITLE,
+    WIDEST_TITLE,
+    Sheet,
+    frame_colours,
+    text_width,
+)
 from shards.conversion.convert import convert
 from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
@@ -222,6 +235,59 @@ def test_a_box_is_scaled_with_its_picture(tmp_path):
     sheet.put(0, 0, gray, boxes=[((40, 20, 240, 120), (255, 0, 0))])
     shown = cell(pixels(sheet.save(tmp_path / "s.png")), 0, 0)[25:75]
     np.testing.assert_array_equal((shown == (255, 0, 0)).all(axis=2), ring((50, 100), (10, 5, 60, 30)))
+
+
+def ink(sheet: np.ndarray) -> np.ndarray:
+    """Whether a column of pixels has any that is not white."""
+    return (sheet < 200).any(axis=(0, 2))
+
+
+def caption_of(sheet: np.ndarray, column: int) -> np.ndarray:
+    """The pixels below a picture of the first row, as wide as the picture and the gap behind it."""
+    x = GAP + STEP * column
+    return sheet[TOP + CELL + 1 : TOP + CELL + FOOT, x : x + STEP]
+
+
+@pytest.mark.parametrize("size", range(SMALLEST_LETTERS, LETTERS + 1))
+def test_words_stay_apart_in_letters_of_any_size(tmp_path: Path, size: int):
+    def gaps(text: str) -> list[int]:
+        """The numbers of white columns between letters, ascending."""
+        # A cell in which the caption has this size.
+        side = text_width(text, size) + GAP
+        sheet = Sheet(("", ""), [""], 1, side)
+        sheet.put(0, 0, Image.new("RGB", (4, 4)), text)
+        drawn = np.flatnonzero(
+            ink(pixels(sheet.save(tmp_path / "s.png"))[TOP + side + 1 : TOP + side + FOOT])
+        )
+        return sorted((np.diff(drawn) - 1).tolist())
+
+    for text in ("flip erase", "jitter blur flip erase", "draws of seed by fused", "epoch view"):
+        words = text.count(" ")
+        apart, joined = gaps(text), gaps(text.replace(" ", ""))
+        assert min(apart[-words:]) >= max(2, joined[-1] + 1), (text, apart, joined)
+
+
+def test_captions_and_headings_end_before_those_beside_them(tmp_path: Path):
+    sheet = Sheet(("", ""), ["MMMMMMMMMMMMMMMMMMMM"] * 3, 1, CELL)
+    for column in range(3):
+        sheet.put(0, column, Image.new("RGB", (4, 4)), "W" * (10 + 20 * column))
+    shown = pixels(sheet.save(tmp_path / "s.png"))
+    for column in range(3):
+        x = GAP + STEP * column
+        for place in (caption_of(shown, column), shown[TITLE:TOP, x : x + STEP]):
+            assert ink(place)[: CELL - 2 * GAP].any()
+            assert not ink(place)[CELL - GAP + 1 :].any()
+
+
+def test_a_narrow_sheet_is_as_wide_as_its_title_needs(tmp_path: Path):
+    title = "Recipe moco_v3 --recipe.crop-scale 0.4 1 --recipe.erase-p 0.25 --recipe.blur-p 0.5 0.2: shards"
+    shown = pixels(Sheet((title, "draws of seed 0"), ["a"], 1, CELL).save(tmp_path / "s.png"))
+    assert GAP + STEP < shown.shape[1] < WIDEST_TITLE
+    # All of it is there, to its last letter.
+    last = np.flatnonzero(ink(shown[:TITLE]))[-1]
+    assert shown.shape[1] - 3 * GAP < last < shown.shape[1] - GAP
+    endless = pixels(Sheet((title * 9, ""), ["a"], 1, CELL).save(tmp_path / "s.png"))
+    assert endless.shape[1] == WIDEST_TITLE + 2 * GAP
 
 
 def titles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, str], list[str]]]:

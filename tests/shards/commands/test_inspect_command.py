@@ -1,11 +1,13 @@
 """What `fastssl inspect` counts and draws."""
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -13,6 +15,7 @@ from fastssl.cli import main
 from shards.conversion.convert import convert
 from shards.images.pixels import write_npy
 from shards.overview.contact_sheet import (
+    DPI,
     THUMB,
     draw_histogram,
     histogram_range,
@@ -159,6 +162,33 @@ def test_pixel_values_stand_in_stored_values(deep: Path, capsys: pytest.CaptureF
     assert [np.round(segment[:, 0]).tolist() for segment in lines] == [[1002, 1253], [2004, 2506]]
     assert [np.round(segment[:, 0]).tolist() for segment in bars] == [[1063, 1191], [2126, 2382]]
     assert axis.get_xlim()[0] == 0
+
+
+def test_names_of_samples_do_not_run_into_each_other(tmp_path: Path):
+    for i, letter in enumerate("Wi"):
+        (tmp_path / "src" / (letter * 80)).mkdir(parents=True)
+        for k in range(4):
+            picture(10 * i + k, (24, 16)).save(tmp_path / "src" / (letter * 80) / f"{letter * 30}{k}.jpg")
+    convert(tmp_path / "src", tmp_path / "out", workers=0)
+    place = open_place(tmp_path / "out")
+    figure = overview_figure(place, inspect(place), 8, 0)
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    ends = [
+        [text.get_window_extent(canvas.get_renderer()) for text in axis.texts]
+        for axis in figure.axes
+        if axis.images
+    ]
+    assert len(ends) == 8
+    for left, right in itertools.pairwise(ends):
+        for one, other in zip(left, right, strict=True):
+            assert one.width > 0
+            assert one.x1 < other.x0
+    shown = [text.get_text() for axis in figure.axes if axis.images for text in axis.texts]
+    assert all(text.startswith("…") and len(text) > 5 for text in shown)
+    # Narrow letters fill their room, too.
+    assert max(map(len, shown)) > 2 * min(map(len, shown))
 
 
 def test_masks_have_a_legend_and_can_be_left_out(deep: Path, tmp_path: Path):
