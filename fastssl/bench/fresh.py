@@ -7,6 +7,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from shards.conversion.workers import without_interrupts
+
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     """Call `function` in a fresh process, which imports the function's module, and return its result.
@@ -17,13 +19,16 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_send, args=(theirs, function, args))
-    process.start()
+    without_interrupts(process.start)
     theirs.close()
     try:
         return ours.recv()
     except EOFError:
         process.join()
         raise ChildProcessError(f"ended with exit code {process.exitcode}") from None
+    except BaseException:
+        process.kill()
+        raise
     finally:
         process.join()
 

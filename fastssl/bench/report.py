@@ -9,12 +9,14 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from shards.units import plural
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +130,11 @@ class Row:
             "note": self.note or None,
             **self.more,
         }
+
+
+def turns_told(rows: Iterable[Row]) -> str:
+    """Return how many turns were measured, of which Ctrl-C may have cut the last one short."""
+    return plural(max((len(row.rates) for row in rows), default=0), "turn")
 
 
 def brief(rate: float) -> str:

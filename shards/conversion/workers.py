@@ -111,7 +111,7 @@ def run_in_processes(
 def warm_up() -> None:
     """Start the process that workers will be copies of, so that it imports what they need while this one does other things."""
     if _context().get_start_method() == "forkserver":
-        _without_interrupts(forkserver.ensure_running)
+        without_interrupts(forkserver.ensure_running)
 
 
 def _context() -> ForkServerContext | SpawnContext:
@@ -125,7 +125,7 @@ def _context() -> ForkServerContext | SpawnContext:
 
 def _start(worker: BaseProcess) -> None:
     resource_tracker.ensure_running()  # at its first start it would unblock the signal
-    _without_interrupts(worker.start)
+    without_interrupts(worker.start)
 
 
 @contextlib.contextmanager
@@ -138,9 +138,11 @@ def _without_script() -> Iterator[None]:
         sys.modules["__main__"] = script
 
 
-def _without_interrupts(start: Callable[[], None]) -> None:
-    # A Ctrl-C goes to all processes of the terminal; the parent alone answers it, and ends the workers. They
-    # inherit the blocked signal, so that not even one that is still importing prints a traceback.
+def without_interrupts(start: Callable[[], None]) -> None:
+    """Start a process that no Ctrl-C reaches: it goes to all processes of a terminal, and the parent alone answers it.
+
+    The child inherits the blocked signal, so that not even one that is still importing prints a traceback; its parent must end it.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         start()

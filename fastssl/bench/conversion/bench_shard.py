@@ -16,7 +16,7 @@ import tyro
 
 from fastssl.bench.conversion.writers import Task, Turn, litdata, only, ours, proof, smaller, webdataset
 from fastssl.bench.guard import exit_code
-from fastssl.bench.report import Row, Stopwatch, brief, busy, error_line, machine, write_report
+from fastssl.bench.report import Row, Stopwatch, brief, busy, error_line, machine, turns_told, write_report
 from fastssl.bench.screen import Stoppable, make_table, say_written, show
 from fastssl.bench.turns import take_turns
 from shards.command_line import File, Folder, parse
@@ -214,7 +214,7 @@ def _show(
         console,
         table,
         rows,
-        f"{where['cpu']}, {where['cores']} cores{busy(where)}; median and spread of {args.repeats} turns after one to warm up, page "
+        f"{where['cpu']}, {where['cores']} cores{busy(where)}; median and spread of {turns_told(rows)} after one to warm up, page "
         "cache warm. Base: decode, or decode + encode, whose processes run already; ours start within the measured time, as copies of "
         "one that has imported what they need (half a second, once). core ms: CPU time of all processes per image.",
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastssl.bench.guard import exit_code
-from fastssl.bench.report import Row, brief, busy, figure, machine, write_measured
+from fastssl.bench.report import Row, brief, busy, figure, machine, turns_told, write_measured
 from fastssl.bench.screen import Stoppable, make_table, say_written, show
 from shards.command_line import File, Name, Names, parse
 from shards.errors import UserError, check_least
@@ -182,7 +182,7 @@ def _show(console: Any, rows: list[Row], work: Decoded, where: dict[str, Any], a
         table,
         rows,
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores{busy(where)}; {work.threads} threads; median and spread of "
-        f"{args.repeats} turns of {args.seconds:g} s after warm-up. The time includes draws, but not decoding.{alone} GB/s: counts "
+        f"{turns_told(rows)} of {args.seconds:g} s after warm-up. The time includes draws, but not decoding.{alone} GB/s: counts "
         f"{least} a batch, to read each crop box and to write each float32 view once. GB: peak memory since its start"
         f"{'' if on_gpu else ', without what an earlier row has left free'}. The fidelity of our engines is measured: exact is "
         "within half a gray level of PIL on average, close within two.",

@@ -15,7 +15,17 @@ import tyro
 
 from fastssl.bench.guard import Guard, exit_code
 from fastssl.bench.loaders.work import MeasuredLoader, Work
-from fastssl.bench.report import PeakMemory, Row, Stopwatch, brief, busy, figure, machine, write_measured
+from fastssl.bench.report import (
+    PeakMemory,
+    Row,
+    Stopwatch,
+    brief,
+    busy,
+    figure,
+    machine,
+    turns_told,
+    write_measured,
+)
 from fastssl.bench.screen import Stoppable, make_table, say_row, say_written, show
 from fastssl.bench.turns import take_turns
 from shards.command_line import File, Name, Names, Shards, parse
@@ -366,7 +376,7 @@ def _show(console, rows: list[Row], work: Work, where: dict[str, Any], args: Ben
         table,
         rows,
         f"{where['cpu']}, {where['cores']} cores{busy(where)}; {plural(work.threads, 'thread')} or worker processes, "
-        f"batches of {work.batch}; median and spread of {plural(args.repeats, 'turn')} of {args.seconds:g} s after "
+        f"batches of {work.batch}; median and spread of {turns_told(rows)} of {args.seconds:g} s after "
         "warm-up, page cache warm. cores, core ms: CPU time per second, per image. GB: peak memory of all processes "
         "together. The fidelity of our engines is measured: exact is within half a gray level of PIL on average, close within two.",
     )

@@ -71,6 +71,7 @@ def run(argv: list[str]) -> int:
     with console.status(f"a data set of {args.samples:,} samples") as status:
         found = measure(args, console, status.update)
     if not found:
+        say(console, "No turn was measured.")
         return exit_code([], stopped=True)
     turns, stopped = found.pop("turns"), found.pop("stopped")
     title = f"first batch of {args.samples:,} samples"

@@ -20,6 +20,8 @@ from fastssl.bench.report import Row, write_measured, write_report
 from fastssl.bench.screen import Stoppable, say_row
 from fastssl.bench.turns import take_turns
 from pipelines.augment.recipe import get_recipe
+from tests.needs import HANGS_S
+from tests.pictures import photo
 
 WHERE = {"cpu": "AMD EPYC 9R14 96-Core Processor", "gpu": None, "cores": 128, "load_average": 12.3}
 
@@ -204,55 +206,77 @@ def test_tables_fit_80_columns(kind: str, console, capsys) -> None:
         )
 
 
+# Of each benchmark: its words, the line after which it is stopped, and the names of its figures.
+ENDLESS = ("--repeats", "100000")
+SMALL = ("--batch", "4", "--size", "16", "--threads", "1")
+STOPPED = {
+    "loader": (
+        ("loader", "SHARDS", *SMALL, "--seconds", "0.05", "--engines", "fused", "--peers", "none"),
+        "1 of 100000  fused: ",
+        ["read", "decode", "fused"],
+    ),
+    "augment": (
+        ("augment", "--device", "cpu", *SMALL, "--seconds", "0.01", "--engines", "fused,torch"),
+        "1 of 100000  torch: ",
+        ["fused", "torch"],
+    ),
+    "shard": (
+        ("shard", "JPEGS", "--images", "6", "--workers", "1", "--peers", "False"),
+        "1 of 100000  fastssl re-encode: ",
+        ["decode", "fastssl keep", "decode + encode", "fastssl re-encode"],
+    ),
+    "start": (("start", "SHARDS", "--samples", "2000", *SMALL), "turn 1 of 100000: ", []),
+}
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_ends_bench_loader_with_its_table_and_file(shards: Path, tmp_path: Path) -> None:
-    """The whole command, stopped after its first figure."""
-    argv = [
-        "bench",
-        "loader",
-        str(shards),
-        "--batch",
-        "4",
-        "--size",
-        "16",
-        "--threads",
-        "1",
-        "--seconds",
-        "0.05",
-        "--repeats",
-        "100000",
-    ]
-    argv += [
-        "--repeats",
-        "100000",
-        "--engines",
-        "fused",
-        "--peers",
-        "none",
-        "--json",
-        str(tmp_path / "rows.json"),
-    ]
+@pytest.mark.parametrize("name", STOPPED)
+def test_ctrl_c_ends_a_benchmark_with_its_table_and_file(name: str, shards: Path, tmp_path: Path) -> None:
+    """The whole command in a terminal, where a Ctrl-C goes to its other processes too, stopped after its first figures."""
+    words, line, names = STOPPED[name]
+    (tmp_path / "jpegs").mkdir()
+    photo(320, 280, seed=0).save(tmp_path / "jpegs" / "a.jpg")
+    places = {"SHARDS": str(shards), "JPEGS": str(tmp_path / "jpegs")}
+    json_file = tmp_path / "found.json"
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastssl", *argv],
+        [
+            sys.executable,
+            "-m",
+            "fastssl",
+            "bench",
+            *(places.get(word, word) for word in words),
+            *ENDLESS,
+            "--json",
+            json_file,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "80"},
+        start_new_session=True,
+        # Where the tests run in the background, it would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     try:
         lines = [process.stdout.readline()]
-        while lines[-1] and not lines[-1].startswith("1 of 100000  fused: "):
+        while lines[-1] and not lines[-1].startswith(line):
             lines.append(process.stdout.readline())
-        process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=300)
+        os.killpg(process.pid, signal.SIGINT)
+        rest, errors = process.communicate(timeout=HANGS_S)
     finally:
         process.kill()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert "Stopped." in rest
-    assert "Written to" in rest
-    assert "decode" in rest.split("Stopped.")[1]
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["name"] for row in rows] == ["read", "decode", "fused"]
-    assert all(row["incomplete"] and row["images_per_s"] for row in rows)
+    before, after = rest.split("Stopped. This was measured until then:")
+    assert "Traceback" not in before + after
+    assert all(name in after for name in names)
+    assert f"Written to {json_file}" in after
+    found = json.loads(json_file.read_text())
+    rows = found["rows"] if isinstance(found, dict) else found
+    assert [row["name"] for row in rows] == names
+    assert all(row["images_per_s"] for row in rows)
+    for marked in [found] if isinstance(found, dict) else rows:
+        assert marked["incomplete"] is True
+    if name == "start":
+        assert found["start"]["all"]["seconds"] > 0

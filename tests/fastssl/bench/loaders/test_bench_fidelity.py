@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fastssl.bench import bench_command
+from pipelines.previews import engine_fidelity
 from pipelines.previews.engine_fidelity import ROWS
 from shards.conversion.convert import convert
 from shards.errors import UserError
@@ -58,3 +59,24 @@ def test_an_engine_that_refuses_is_told(shard_folder, capsys):
     assert "kornia was not measured: The engine 'kornia' has bilinear crops only" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_ctrl_c_keeps_the_rows_so_far(shard_folder, tmp_path, capsys, monkeypatch):
+    path, measure, calls = tmp_path / "fidelity.json", engine_fidelity.measure, []
+
+    def stopped(engine, recipe, data):
+        calls.append(engine)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(engine, recipe, data)
+
+    monkeypatch.setattr(engine_fidelity, "measure", stopped)
+    flags = ["--size", "24", "--engines", "fused,reference", "--json", str(path)]
+    assert bench_command.run(["fidelity", shard_folder, *flags]) == 130
+    rows = json.loads(path.read_text())
+    assert [row["engine"] for row in rows] == ["fused"] * 2 * (len(ROWS) + 1)
+    assert all(row["incomplete"] for row in rows)
+    shown = capsys.readouterr().out
+    assert "Stopped. This was measured until then:" in shown
+    assert "whole recipe" in shown.split("Stopped.")[1]
+    assert f"Written to {path}" in shown.splitlines()

@@ -8,6 +8,7 @@ import pytest
 
 from fastssl.bench import bench_command
 from fastssl.bench.fresh import in_fresh_process
+from fastssl.bench.loaders import bench_start
 from fastssl.bench.loaders.bench_start import grow
 from fastssl.bench.loaders.first_batch import STAGES
 from pipelines.augment.recipe import Recipe
@@ -82,3 +83,16 @@ def test_mistakes_are_told(shards: Path, flags: list[str], words: str) -> None:
 def test_a_process_that_ends_without_a_result_is_told() -> None:
     with pytest.raises(ChildProcessError, match="ended with exit code 3"):
         in_fresh_process(exit, 3)
+
+
+def test_ctrl_c_before_the_first_turn_leaves_no_report(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_start, "in_fresh_process", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    path = tmp_path / "start.json"
+    assert (
+        bench_command.run(["start", str(shards), "--samples", "2000", "--batch", "4", "--json", str(path)])
+        == 130
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == "No turn was measured."
+    assert not path.exists()
