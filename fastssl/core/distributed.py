@@ -140,6 +140,30 @@ def gather_keys(keys: Tensor) -> Tensor:
     return gathered
 
 
+class _Gather(torch.autograd.Function):
+    """All-gather with gradient: backward sums, over ranks, what each rank's loss says of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.first, ctx.count = dist.get_rank() * len(rows), len(rows)
+        return gather_keys(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        summed = grad.contiguous().clone()
+        dist.all_reduce(summed)
+        return summed[ctx.first : ctx.first + ctx.count]
+
+
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """All-gather the rows of every rank in rank order, (N, ...) on each rank -> (world * N, ...), with gradient.
+
+    The gradient of a rank's rows is the sum of what all ranks' losses say of them; averaged over ranks by DDP, that is the gradient
+    of the mean of the losses. All ranks must run it in the same order. At world 1 the rows themselves are returned.
+    """
+    return _Gather.apply(rows) if _joined() else rows  # pyright: ignore[reportReturnType]
+
+
 def mean_over_ranks(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the means over ranks of scalar tensors, in one collective and in float32; every rank gets the same values.
 

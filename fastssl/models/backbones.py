@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastssl.models.moco_vit import MOCO_VITS, build_moco_vit, check_patches
 from fastssl.models.model_config import ModelConfig
+from fastssl.models.stochastic_depth import key_stochastic_depth
 from shards.errors import UserError, nearest
 
 RESNET10_W32 = "resnet10_w32"
@@ -49,6 +50,7 @@ def build_backbone(cfg: ModelConfig, image_size: int) -> nn.Module:
     for module in backbone.modules():
         if isinstance(getattr(module, "fused_attn", None), bool):  # as timm's attention layers call it
             module.fused_attn = cfg.attention == "sdpa"  # pyright: ignore[reportArgumentType]
+    key_stochastic_depth(backbone)
     if cfg.residual == "autocast":
         _narrow_residual_stream(backbone, cfg.backbone)
     return backbone

@@ -7,6 +7,7 @@ import inspect
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.core import distributed
-from fastssl.methods import Method, MoCoV3, get_method
+from fastssl.methods import Method, get_method
 from fastssl.models.activation_checkpointing import checkpoint_blocks
 from fastssl.models.backbones import build_backbone
 from fastssl.models.batch_norm import depends_on_batch, frozen_statistics
@@ -75,7 +76,7 @@ def follow_shards(resolved: Resolved, shards: ShardSet) -> Resolved:
     return dataclasses.replace(resolved, config=dataclasses.replace(cfg, recipe=recipe, model=model))
 
 
-def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict[str, Any]]:
+def build_method(resolved: Resolved, device: torch.device) -> tuple[Method, dict[str, Any]]:
     """Return the method with the initial weights of the run's seed, on the device, and the architecture of its backbone.
 
     Raises:
@@ -90,14 +91,9 @@ def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict
     torch.manual_seed(cfg.train.seed)
     backbone = build_backbone(cfg.model, cfg.recipe.size)
     shape = architecture(backbone, cfg.model)
-    if cfg.method.queue % cfg.train.batch:
-        near = max(1, round(cfg.method.queue / cfg.train.batch)) * cfg.train.batch
-        raise UserError(
-            f"method.queue is {cfg.method.queue} and train.batch is {cfg.train.batch}, but whole batches must fill the queue: "
-            f"set --method.queue {near}."
-        )
     method = get_method(resolved.method_name)(backbone, cfg.method)
-    method.check_views(cfg.recipe.num_views, cfg.recipe.local_views)
+    method.check_batch(cfg.train.batch)
+    method.plan = method.plan_views(cfg.recipe.num_views, cfg.recipe.local_views)
     # The teacher keeps no activations, so it has nothing to recompute.
     checkpoint_blocks(backbone, cfg.train.checkpointing, cfg.model.backbone)
     if cfg.train.channels_last:
@@ -150,17 +146,19 @@ def spread(method: Method, ranks: distributed.Dist) -> nn.Module:
     return DistributedDataParallel(DDPWrapper(method), **options)
 
 
-def freeze_unused(method: Method, view_shape: tuple[int, ...], ranks: distributed.Dist) -> list[str]:
+def freeze_unused(
+    method: Method, view_shapes: Sequence[tuple[int, ...]], ranks: distributed.Dist
+) -> list[str]:
     """Freeze parameters that receive no gradient (DDP would hang), warn, and return their names.
 
-    It runs a step on two random images (C, H, W). Call it on every rank, after the optimizer is built, so that its state has the same
-    layout with any number of ranks, and before `spread`. At world 1 it does nothing.
+    It runs a step on two random images, with views of these shapes (C, H, W). Call it on every rank, after the optimizer is built, so
+    that its state has the same layout with any number of ranks, and before `spread`. At world 1 it does nothing.
     """
     if ranks.world == 1:
         return []
     generator = torch.Generator().manual_seed(0)
-    views = [torch.rand(2, *view_shape, generator=generator).to(ranks.device) for _ in range(2)]
-    with frozen_statistics(method):
+    views = [torch.rand(2, *shape, generator=generator).to(ranks.device) for shape in view_shapes]
+    with distributed.alone(), frozen_statistics(method):
         method(views).loss.backward()
     unused = {name: p for name, p in method.named_parameters() if p.requires_grad and p.grad is None}
     for parameter in method.parameters():

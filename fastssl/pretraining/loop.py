@@ -213,7 +213,7 @@ def _greet(screen: ProgressDisplay, training: Training, loader: Loader) -> None:
         screen.say(f"resuming after step {training.done} of {training.total}")
     if training.num_chunks > 1:
         share = cfg.train.batch // training.ranks.world
-        screen.say(tell_chunks(training.method, share, training.num_chunks, cfg.train.exact_heads))
+        screen.say(tell_chunks(training.method, share, training.num_chunks, training.cached))
 
 
 def _expect(screen: ProgressDisplay, training: Training) -> None:

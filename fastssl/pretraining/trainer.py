@@ -13,9 +13,16 @@ from fastssl.core import checkpoint, distributed
 from fastssl.core.distributed import Dist, gather_keys
 from fastssl.core.meters import Meters
 from fastssl.core.nonfinite import NonFiniteMonitor, rank_me
-from fastssl.core.optimizers import build_optimizer, match_layout, scaled_lr, set_lr
+from fastssl.core.optimizers import (
+    build_optimizer,
+    learning_rate,
+    match_layout,
+    set_schedules,
+    trained_groups,
+)
 from fastssl.core.peak_memory import peak_memory
-from fastssl.core.schedules import lr_at, progress_at
+from fastssl.core.schedules import Clock
+from fastssl.models.stochastic_depth import step_keys
 from fastssl.pretraining.build import (
     build_method,
     compile_blocks,
@@ -29,26 +36,15 @@ from fastssl.pretraining.micro_batch import choose_micro_batch, trial_step
 from fastssl.pretraining.replay import capture
 from fastssl.pretraining.resume import check_same_run, data_set_of
 from fastssl.pretraining.run_folder import RunFolder
-from fastssl.pretraining.step import Step, StepOptions, chunks, steady_statistics
-from fastssl.pretraining.stochastic_depth import depth_draws
+from fastssl.pretraining.step import Step, StepOptions, caches_gradients, chunks, steady_statistics
 from pipelines.loading.loader import Batch
+from pipelines.loading.slots import view_shapes
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.units import plural
 
 if TYPE_CHECKING:
     from fastssl.pretraining.run_config import Resolved, RunConfig
-
-
-def learning_rate(step: int, cfg: RunConfig, steps_per_epoch: int) -> float:
-    """Return the learning rate of `step`, counted from 0, on a configuration's schedule, which spans its train.epochs."""
-    return lr_at(
-        step,
-        base_lr=scaled_lr(cfg.optim, cfg.train.batch),
-        steps_per_epoch=steps_per_epoch,
-        epochs=cfg.train.epochs,
-        warmup_epochs=min(cfg.optim.warmup_epochs, cfg.train.epochs),
-    )
 
 
 class Training:
@@ -88,12 +84,14 @@ class Training:
             before = check_same_run(state, resolved, shards, self.shape, str(path))
             checkpoint.load_weights(self.method, state["method"], str(path))
         self.dtype = compute_dtype(train.precision, ranks.device)
-        self.optimizer = build_optimizer(self.method.parameters(), cfg.optim)
-        view_shape = (cfg.model.channels, cfg.recipe.size, cfg.recipe.size)
+        self.groups = trained_groups(self.method.param_groups())
+        self.optimizer = build_optimizer(self.groups, cfg.optim)
         micro_batch = choose_micro_batch(train.micro_batch, self.method, resolved, ranks, self.dtype, shards)
         self.num_chunks = len(chunks(train.batch // ranks.world, micro_batch))
-        steady_statistics(self.method, self.num_chunks, train.exact_heads)
-        freeze_unused(self.method, view_shape, ranks)
+        self.cached = caches_gradients(self.method, train.exact_heads)
+        """Whether the heads see the whole batch where it is taken in chunks."""
+        steady_statistics(self.method, self.num_chunks, self.cached)
+        freeze_unused(self.method, view_shapes(cfg.recipe), ranks)
         self.estimate: StepEstimate | None = None
         """What a step takes; None on a GPU, where the first steps tell it at once, and for a run that is complete."""
         if ranks.device.type == "cpu" and (found is None or found[1]["step"] < self.total):
@@ -121,18 +119,13 @@ class Training:
 
     def step(self, batch: Batch, wait_s: float) -> None:
         """Take one optimizer step on this rank's batch, for which the run has waited `wait_s` seconds."""
-        train = self.resolved.config.train
-        set_lr(self.optimizer, learning_rate(self.done, self.resolved.config, self.steps_per_epoch))
-        draws = (
-            depth_draws(train.seed, self.done, self.ranks.rank)
-            if self.resolved.config.model.drop_path
-            else None
-        )
-        metrics = self.stepper.gradients(batch.views, draws)
+        cfg, clock = self.resolved.config, Clock(self.done, self.total, self.steps_per_epoch)
+        set_schedules(self.optimizer, self.groups, clock, cfg.optim, cfg.train.batch)
+        keys = step_keys(cfg.train.seed, self.done, batch.sample_ids)
+        metrics = self.stepper.gradients(batch.views, clock, keys)
         self.done += 1
-        progress = progress_at(self.done, steps_per_epoch=self.steps_per_epoch, epochs=train.epochs)
         stepper = self.stepper
-        self._momentum = self.method.teacher_momentum(progress)
+        self._momentum = self.method.teacher_momentum(clock)
         bad = stepper.update(self._momentum)
         self.watch.record(self.done, bad, stepper.loss, batch.sample_ids)
         metrics["grad_norm"] = stepper.grad_norm
@@ -228,14 +221,10 @@ class Training:
             )
         if old == new or not self.ranks.is_main:
             return
+        clocks = (Clock(done, self.steps_per_epoch * epochs, self.steps_per_epoch) for epochs in (old, new))
         was, now = (
-            (
-                learning_rate(done, cfg, self.steps_per_epoch),
-                self.method.teacher_momentum(
-                    progress_at(done + 1, steps_per_epoch=self.steps_per_epoch, epochs=cfg.train.epochs)
-                ),
-            )
-            for cfg in (before, self.resolved.config)
+            (learning_rate(clock, cfg.optim, cfg.train.batch), self.method.teacher_momentum(clock))
+            for clock, cfg in zip(clocks, (before, self.resolved.config), strict=True)
         )
         warnings.warn(
             f"train.epochs was {old} so far and is {new} from now on: step {done + 1} continues on the schedules of {new} epochs, "

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.core.distributed import Dist, mean_over_ranks
+from fastssl.core.schedules import Clock
 from fastssl.methods import MoCoV3
 from fastssl.methods.ema import ema_update
-from fastssl.methods.moco_v3 import Config, Keys
+from fastssl.methods.moco_v3 import Keys
+from fastssl.methods.moco_v3 import MoCoV3Config as Config
 from tests.fastssl.tiny import Normed, Plain, make_method, make_views
 from tests.gloo import run_ranks
 
@@ -86,9 +88,11 @@ def test_the_teacher_keeps_running_statistics_of_its_own() -> None:
 
 def test_teacher_momentum() -> None:
     method = MoCoV3(Plain(), Config(dim=4, hidden_dim=4, momentum=0.99))
-    assert [round(method.teacher_momentum(p), 6) for p in (0, 0.25, 0.5, 1)] == [0.99, 0.991464, 0.995, 1.0]
+    assert [round(method.teacher_momentum(Clock(s, 100)), 6) for s in (-1, 24, 49, 99)] == [
+        *(0.99, 0.991464, 0.995, 1.0)
+    ]
     constant = MoCoV3(Plain(), Config(dim=4, hidden_dim=4, momentum=0.996, momentum_cosine=False))
-    assert [constant.teacher_momentum(p) for p in (0, 0.5, 1)] == [0.996] * 3
+    assert [constant.teacher_momentum(Clock(s, 100)) for s in (0, 49, 99)] == [0.996] * 3
 
 
 def test_updating_after_the_step_equals_the_published_order() -> None:
@@ -107,10 +111,10 @@ def test_updating_after_the_step_equals_the_published_order() -> None:
         first.zero_grad()
         loss.backward()
         first.step()
-        ours.update_teacher(ours.teacher_momentum((step + 1) / num_steps))
+        ours.update_teacher(ours.teacher_momentum(Clock(step, num_steps)))
 
         q1, q2 = (published.predictor(published.projector(published.backbone(view))) for view in views)
-        momentum = published.teacher_momentum(step / num_steps)
+        momentum = published.teacher_momentum(Clock(step - 1, num_steps))
         with torch.no_grad():
             for part in ("backbone", "projector"):
                 pairs = zip(

@@ -6,7 +6,8 @@ from torch import nn
 
 from fastssl.core.distributed import choose_device
 from fastssl.core.optimizers import OptimConfig, build_optimizer, match_layout
-from fastssl.methods.moco_v3 import Config, MoCoV3
+from fastssl.methods.moco_v3 import MoCoV3
+from fastssl.methods.moco_v3 import MoCoV3Config as Config
 from fastssl.models.backbones import build_backbone
 from fastssl.models.model_config import ModelConfig
 from fastssl.pretraining import build
