@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -35,7 +35,16 @@ class Method(nn.Module):
     """
 
     backbone: nn.Module
-    """The student's backbone, the result of a run: images (N, C, H, W) -> features (N, backbone.num_features)."""
+    """The student's backbone: images (N, C, H, W) -> features (N, backbone.num_features)."""
+    evaluated: ClassVar[str] = "backbone"
+    """Dotted path of the branch that is the result of a run: a backbone of the run's architecture, such as "teacher_backbone".
+
+    It is evaluated during the run, and `load_backbone` and `eval` take it from the checkpoints, which store the path.
+    """
+
+    def evaluated_backbone(self) -> nn.Module:
+        """Return the branch that `evaluated` names."""
+        return self.get_submodule(self.evaluated)
 
     def check_views(self, num_global: int, num_local: int) -> None:
         """Raise UserError where the method cannot use this number of global and of (smaller) local views of each image."""

@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from fastssl.core.former_names import present_names
 from fastssl.core.loggers import LogConfig
 from fastssl.core.optimizers import OptimConfig
 from fastssl.evaluation.knn import KNNConfig
@@ -38,11 +39,6 @@ from shards.errors import UserError, nearest
 METHOD_NAME, PRESET = "method.name", "recipe.preset"
 # `--recipe NAME`, and `recipe: NAME` in a file, are short for the preset.
 RECIPE = "recipe"
-# Former names of settings, in older files and checkpoints: the present name, and present values by former ones.
-RENAMED = {
-    "model.grad_checkpointing": ("train.checkpointing", {"true": "blocks", "false": "none"}),
-    "train.keep": ("train.keep_last", {}),
-}
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
     recipe = _named_recipe(by_flag) if by_flag else own
     for key in (METHOD_NAME, PRESET, RECIPE):
         named.pop(key, None)
-    named = _renamed(named)
+    named = present_names(named)
     start = RunConfig(recipe=recipe, method=get_method(method_name).Config())
 
     known = dict(leaves(_plain(dataclasses.asdict(start)))).keys()
@@ -179,17 +175,9 @@ def from_tree(tree: dict[str, Any]) -> Resolved:
     tree = {section: dict(values) for section, values in tree.items()}
     method_name = tree["method"].pop("name")
     start = RunConfig(method=get_method(method_name).Config())
-    return Resolved(_parse(start, list(_flags(_renamed(dict(leaves(tree))))), prog="checkpoint"), method_name)
-
-
-def _renamed(named: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings under their present names; where both names are given, the present one wins."""
-    moved = {}
-    for old, (new, values) in RENAMED.items():
-        if old in named:
-            value = str(named[old])
-            moved[new] = values.get(value.lower(), value)
-    return {**moved, **{name: value for name, value in named.items() if name not in RENAMED}}
+    return Resolved(
+        _parse(start, list(_flags(present_names(dict(leaves(tree))))), prog="checkpoint"), method_name
+    )
 
 
 def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:

@@ -16,6 +16,7 @@ from fastssl.core.nonfinite import NonFiniteMonitor, rank_me
 from fastssl.core.optimizers import build_optimizer, match_layout, scaled_lr, set_lr
 from fastssl.core.peak_memory import peak_memory
 from fastssl.core.schedules import lr_at, progress_at
+from fastssl.models.contract import DataFacts, make_contract
 from fastssl.pretraining.build import (
     build_method,
     compile_blocks,
@@ -83,6 +84,7 @@ class Training:
         self.total = steps_per_epoch * train.epochs
         prepare_backend(ranks.device)
         self.method, self.shape = build_method(resolved, ranks.device)
+        self._facts = DataFacts.of(shards)
         if found is not None:
             path, state = found
             before = check_same_run(state, resolved, shards, self.shape, str(path))
@@ -183,11 +185,15 @@ class Training:
 
     def weights(self) -> dict[str, Any]:
         """Return what evaluation and export need of a checkpoint."""
-        return {
+        facts = {
             "step": self.done,
             "config": self.resolved.tree(),
             "architecture": self.shape,
             "shards": data_set_of(self.shards),
+        }
+        return {
+            **facts,
+            "contract": make_contract(facts, self.method.evaluated, self._facts).to_json(),
             "method": self.method.state_dict(),
         }
 
