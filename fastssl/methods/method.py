@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -41,10 +41,23 @@ class Method(nn.Module):
 
     It is evaluated during the run, and `load_backbone` and `eval` take it from the checkpoints, which store the path.
     """
+    external: ClassVar[tuple[str, ...]] = ()
+    """Dotted paths of frozen parts whose weights come from elsewhere, such as a distilling teacher read from a file.
+
+    They stay in evaluation mode. A checkpoint does not copy them: it stores a digest of each, and a run that continues from it must
+    have built the same ones. See `methods.method_weights`.
+    """
 
     def evaluated_backbone(self) -> nn.Module:
         """Return the branch that `evaluated` names."""
         return self.get_submodule(self.evaluated)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all parts but the external ones, which stay in evaluation mode; return the method."""
+        super().train(mode)
+        for name in self.external:
+            self.get_submodule(name).eval()
+        return self
 
     def check_views(self, num_global: int, num_local: int) -> None:
         """Raise UserError where the method cannot use this number of global and of (smaller) local views of each image."""

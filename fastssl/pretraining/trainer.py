@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastssl.core import checkpoint, distributed
+from fastssl.core import distributed
 from fastssl.core.distributed import Dist, gather_keys
 from fastssl.core.meters import Meters
 from fastssl.core.nonfinite import NonFiniteMonitor, rank_me
 from fastssl.core.optimizers import build_optimizer, match_layout, scaled_lr, set_lr
 from fastssl.core.peak_memory import peak_memory
 from fastssl.core.schedules import lr_at, progress_at
+from fastssl.methods.method_weights import external_digests, load_own_weights, own_weights
 from fastssl.models.contract import DataFacts, make_contract
 from fastssl.pretraining.build import (
     build_method,
@@ -84,11 +85,11 @@ class Training:
         self.total = steps_per_epoch * train.epochs
         prepare_backend(ranks.device)
         self.method, self.shape = build_method(resolved, ranks.device)
-        self._facts = DataFacts.of(shards)
+        self._external, self._facts = external_digests(self.method), DataFacts.of(shards)
         if found is not None:
             path, state = found
             before = check_same_run(state, resolved, shards, self.shape, str(path))
-            checkpoint.load_weights(self.method, state["method"], str(path))
+            load_own_weights(self.method, state, self._external, str(path))
         self.dtype = compute_dtype(train.precision, ranks.device)
         self.optimizer = build_optimizer(self.method.parameters(), cfg.optim)
         view_shape = (cfg.model.channels, cfg.recipe.size, cfg.recipe.size)
@@ -194,7 +195,8 @@ class Training:
         return {
             **facts,
             "contract": make_contract(facts, self.method.evaluated, self._facts).to_json(),
-            "method": self.method.state_dict(),
+            "method": own_weights(self.method),
+            "external": self._external,
         }
 
     def state(self) -> dict[str, Any]:
