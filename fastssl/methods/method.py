@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,18 @@ class Method(nn.Module):
     targets_from: ClassVar[Literal["teacher", "student"]] = "teacher"
     """Whose features `targets` needs; student: those of its own whole batch, as SwAV's codes."""
 
+    evaluated: ClassVar[str] = "backbone"
+    """Dotted path of the branch that is the result of a run: a backbone of the run's architecture, such as "teacher_backbone".
+
+    It is evaluated during the run, and `load_backbone` and `eval` take it from the checkpoints, which store the path.
+    """
+    external: ClassVar[tuple[str, ...]] = ()
+    """Dotted paths of frozen parts whose weights come from elsewhere, such as a distilling teacher read from a file.
+
+    They stay in evaluation mode. A checkpoint does not copy them: it stores a digest of each, and a run that continues from it must
+    have built the same ones. See `methods.method_weights`.
+    """
+
     backbone: nn.Module
     """The student's backbone: images (N, C, H, W) -> features (N, backbone.num_features)."""
     clock: Clock
@@ -88,6 +100,17 @@ class Method(nn.Module):
 
     def check_batch(self, batch: int) -> None:
         """Raise UserError where the method cannot use batches of this many images, over all ranks."""
+
+    def evaluated_backbone(self) -> nn.Module:
+        """Return the branch that `evaluated` names."""
+        return self.get_submodule(self.evaluated)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all parts but the external ones, which stay in evaluation mode; return the method."""
+        super().train(mode)
+        for name in self.external:
+            self.get_submodule(name).eval()
+        return self
 
     def backbones(self) -> list[nn.Module]:
         """Return the modules that `student_features` and `teacher_features` run, the student's first."""

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.core import distributed
 from fastssl.methods import Method, get_method
+from fastssl.methods.method_weights import freeze_external
 from fastssl.models.activation_checkpointing import checkpoint_blocks
 from fastssl.models.backbones import build_backbone
 from fastssl.models.batch_norm import depends_on_batch, frozen_statistics
@@ -94,6 +95,7 @@ def build_method(resolved: Resolved, device: torch.device) -> tuple[Method, dict
     method = get_method(resolved.method_name)(backbone, cfg.method)
     method.check_batch(cfg.train.batch)
     method.plan = method.plan_views(cfg.recipe.num_views, cfg.recipe.local_views)
+    freeze_external(method)
     # The teacher keeps no activations, so it has nothing to recompute.
     checkpoint_blocks(backbone, cfg.train.checkpointing, cfg.model.backbone)
     if cfg.train.channels_last:

@@ -125,7 +125,7 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
         if not online or not (due(epoch, knn.every) or epoch == train.epochs):
             return
         with meters.paused():
-            found = online.evaluate(training.method.backbone)
+            found = online.evaluate(training.method.evaluated_backbone())
             if epoch:
                 folder.save_best(training.weights(), found["knn_accuracy"])
             else:
@@ -181,7 +181,7 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
 
 
 def _online_evaluation(training: Training) -> OnlineEvaluation | None:
-    """Return the evaluation of the student during training, where it is asked for; on the first rank only."""
+    """Return the evaluation during training, where it is asked for; on the first rank only."""
     cfg, ranks = training.resolved.config, training.ranks
     if not cfg.knn.every or not ranks.is_main:
         return None

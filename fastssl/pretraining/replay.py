@@ -123,6 +123,7 @@ def replay(args: Replay) -> list[str]:
     from fastssl.core import checkpoint
     from fastssl.core.distributed import choose_device
     from fastssl.core.schedules import Clock
+    from fastssl.methods.method_weights import external_digests, load_own_weights
     from fastssl.models.stochastic_depth import step_keys
     from fastssl.pretraining.build import build_method, compute_dtype
     from fastssl.pretraining.resume import data_set_of
@@ -148,7 +149,7 @@ def replay(args: Replay) -> list[str]:
         )
     place, step = choose_device(args.device), state["bad_step"]
     method, _ = build_method(resolved, place)
-    checkpoint.load_weights(method, state["method"], args.file)
+    load_own_weights(method, state, external_digests(method), args.file)
 
     chunk = args.micro_batch or (train.micro_batch if train.micro_batch != "auto" else 0)
     on_cpu = {"augment_on": "cpu", "decode": "cpu", "cache": "none"}

@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from fastssl.core.former_names import present_names
 from fastssl.core.loggers import LogConfig
 from fastssl.core.optimizers import OptimConfig
 from fastssl.evaluation.knn import KNNConfig
@@ -39,11 +40,6 @@ from shards.errors import UserError, nearest
 METHOD_NAME, PRESET, BACKBONE = "method.name", "recipe.preset", "model.backbone"
 # `--recipe NAME` and `--method NAME`, and `recipe: NAME` and `method: NAME` in a file, are short for preset and name.
 RECIPE, METHOD = "recipe", "method"
-# Former names of settings, in older files and checkpoints: the present name, and present values by former ones.
-RENAMED = {
-    "model.grad_checkpointing": ("train.checkpointing", {"true": "blocks", "false": "none"}),
-    "train.keep": ("train.keep_last", {}),
-}
 
 
 @dataclass(frozen=True)
@@ -168,7 +164,7 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
     recipe = _named_recipe(by_flag) if by_flag else own
     for key in (METHOD_NAME, METHOD, PRESET, RECIPE):
         named.pop(key, None)
-    named = _renamed(named)
+    named = present_names(named)
     start = dataclasses.replace(usual, recipe=recipe)
 
     known = dict(leaves(_plain(dataclasses.asdict(start)))).keys()
@@ -206,17 +202,9 @@ def from_tree(tree: dict[str, Any]) -> Resolved:
     tree = {section: dict(values) for section, values in tree.items()}
     method_name = tree["method"].pop("name")
     start = start_of(get_method(method_name), tree.get("model", {}).get("backbone"))
-    return Resolved(_parse(start, list(_flags(_renamed(dict(leaves(tree))))), prog="checkpoint"), method_name)
-
-
-def _renamed(named: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings under their present names; where both names are given, the present one wins."""
-    moved = {}
-    for old, (new, values) in RENAMED.items():
-        if old in named:
-            value = str(named[old])
-            moved[new] = values.get(value.lower(), value)
-    return {**moved, **{name: value for name, value in named.items() if name not in RENAMED}}
+    return Resolved(
+        _parse(start, list(_flags(present_names(dict(leaves(tree))))), prog="checkpoint"), method_name
+    )
 
 
 def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastssl.core import checkpoint, distributed
+from fastssl.core import distributed
 from fastssl.core.distributed import Dist, gather_keys
 from fastssl.core.meters import Meters
 from fastssl.core.nonfinite import NonFiniteMonitor, rank_me
@@ -22,6 +22,8 @@ from fastssl.core.optimizers import (
 )
 from fastssl.core.peak_memory import peak_memory
 from fastssl.core.schedules import Clock
+from fastssl.methods.method_weights import external_digests, load_own_weights, own_weights
+from fastssl.models.contract import DataFacts, make_contract
 from fastssl.models.stochastic_depth import step_keys
 from fastssl.pretraining.build import (
     build_method,
@@ -79,10 +81,11 @@ class Training:
         self.total = steps_per_epoch * train.epochs
         prepare_backend(ranks.device)
         self.method, self.shape = build_method(resolved, ranks.device)
+        self._external, self._facts = external_digests(self.method), DataFacts.of(shards)
         if found is not None:
             path, state = found
             before = check_same_run(state, resolved, shards, self.shape, str(path))
-            checkpoint.load_weights(self.method, state["method"], str(path))
+            load_own_weights(self.method, state, self._external, str(path))
         self.dtype = compute_dtype(train.precision, ranks.device)
         self.groups = trained_groups(self.method.param_groups())
         self.optimizer = build_optimizer(self.groups, cfg.optim)
@@ -176,12 +179,17 @@ class Training:
 
     def weights(self) -> dict[str, Any]:
         """Return what evaluation and export need of a checkpoint."""
-        return {
+        facts = {
             "step": self.done,
             "config": self.resolved.tree(),
             "architecture": self.shape,
             "shards": data_set_of(self.shards),
-            "method": self.method.state_dict(),
+        }
+        return {
+            **facts,
+            "contract": make_contract(facts, self.method.evaluated, self._facts).to_json(),
+            "method": own_weights(self.method),
+            "external": self._external,
         }
 
     def state(self) -> dict[str, Any]:
