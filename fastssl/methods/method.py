@@ -178,7 +178,7 @@ class Method(nn.Module):
         """Change gradients before they are used, such as dropping those of weights that are frozen at this time (p.grad = None)."""
 
     def remember(self, targets: Any, applied: Tensor | None = None) -> None:
-        """Fill a memory of earlier steps (a queue, a centre); called once after each step.
+        """Fill a memory of earlier steps (a queue, a centre); called once after each step that had targets.
 
         `applied`: a boolean scalar on the device, false where the step was not finite: then the memory must stay as it is. None: true.
         """

@@ -108,6 +108,7 @@ class Step:
         self._before: list[Tensor] = []
         self._keys: UInt64 | None = None
         self.remembered: Any = None
+        """The targets of the last `gradients`, until `update` lets the method remember them."""
 
     def gradients(
         self, views: Sequence[Tensor], clock: Clock = START, keys: UInt64 | None = None
@@ -168,7 +169,8 @@ class Step:
         self._apply(bad)
         self.optimizer.zero_grad(set_to_none=True)
         self.grad_norm, self.applied = norm, norm.isfinite() & ~bad
-        self.method.remember(self.remembered, self.applied)
+        if self.remembered is not None:
+            self.method.remember(self.remembered, self.applied)
         self.remembered = None
         self._move_teacher(momentum, bad)
         return bad

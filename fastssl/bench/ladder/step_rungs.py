@@ -87,8 +87,8 @@ def build(resolved: Resolved, device: torch.device) -> Trainee:
     with forgetful(method):
         few, more = (_moved(step, views(resolved, device, count)) for count in (2, 4))
         step.gradients(views(resolved, device, 2))
+        update_bytes = bytes_of(lambda: step.update(0.99))
     per_image = (more - few) / 2
-    update_bytes = bytes_of(lambda: step.update(0.99))
     images = views(resolved, device, 2)
     of_teacher = forward_flops(images, lambda images: method.targets(method.teacher_features(images)))
     size = max(part.stop - part.start for part in chunks(train.batch, chunk))
