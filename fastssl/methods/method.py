@@ -202,10 +202,9 @@ class Method(nn.Module):
         Views of one size go through the backbone together where they may share BatchNorm's statistics (`plan.together`), and where
         there is no BatchNorm: a forward for both launches half as many kernels.
         """
-        if len(views) != max(*self.plan.student, *self.plan.teacher) + 1:
-            raise UserError(
-                f"The method uses {max(*self.plan.student, *self.plan.teacher) + 1} views of each image, but got {len(views)}."
-            )
+        wanted = max((*self.plan.student, *self.plan.teacher)) + 1
+        if len(views) != wanted:
+            raise UserError(f"The method uses {wanted} views of each image, but got {len(views)}.")
         found: dict[int, Any] = {}
         for together in self._passes(backbone, views, numbers):
             given = [views[number] for number in together]
