@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -14,7 +15,8 @@ from fastssl.methods.method_defaults import Family, MethodDefaults
 from fastssl.methods.trees import map_tensors
 from fastssl.methods.view_plan import ViewPlan
 from fastssl.models.batch_norm import depends_on_batch
-from fastssl.models.stochastic_depth import drawn_depths
+from fastssl.models.grouped_batch_norm import GroupedBatchNorm, views_in_pass
+from fastssl.models.stochastic_depth import KeyedDropPath, drawn_depths
 from shards.counter_hash import UInt64
 from shards.errors import UserError
 
@@ -85,7 +87,7 @@ class Method(nn.Module):
         super().__init__()
         self.backbone, self.cfg = backbone, cfg
         self.plan, self.clock, self.draw_keys = ViewPlan(), Clock(), None
-        self._joins: dict[nn.Module, bool] = {}
+        self._traits: dict[nn.Module, _Traits] = {}
 
     # ------------------------------------------------------------------------------------------ set up, once
 
@@ -205,21 +207,34 @@ class Method(nn.Module):
         wanted = max((*self.plan.student, *self.plan.teacher)) + 1
         if len(views) != wanted:
             raise UserError(f"The method uses {wanted} views of each image, but got {len(views)}.")
+        # Looked up once: to walk through a large network takes longer than to launch a kernel.
+        if backbone not in self._traits:
+            self._traits[backbone] = _Traits.of(backbone)
+        traits = self._traits[backbone]
         found: dict[int, Any] = {}
-        for together in self._passes(backbone, views, numbers):
-            given = [views[number] for number in together]
-            with drawn_depths(backbone, self.draw_keys, together):
-                made = backbone(given[0] if len(given) == 1 else torch.cat(given))
+        for together in self._passes(traits, views, numbers):
+            given, count = [views[number] for number in together], len(together)
+            # BatchNorm's groups hold all views of an image: its rows must be neighbours.
+            by_image = count > 1 and traits.grouped
+            rows = (
+                given[0]
+                if count == 1
+                else torch.stack(given, 1).flatten(0, 1)
+                if by_image
+                else torch.cat(given)
+            )
+            with contextlib.ExitStack() as around:
+                if self.draw_keys is not None and traits.draws:
+                    around.enter_context(drawn_depths(backbone, self.draw_keys, together, by_image))
+                if by_image:
+                    around.enter_context(views_in_pass(backbone, count))
+                made = backbone(rows)
             for place, number in enumerate(together):
-                found[number] = _part(made, place, len(together))
+                found[number] = _part(made, place, count, by_image)
         return [found[number] for number in numbers]
 
-    def _passes(
-        self, backbone: nn.Module, views: Sequence[Tensor], numbers: Sequence[int]
-    ) -> list[list[int]]:
-        if backbone not in self._joins:
-            self._joins[backbone] = not depends_on_batch(backbone)
-        if not (self.plan.together or self._joins[backbone]):
+    def _passes(self, traits: _Traits, views: Sequence[Tensor], numbers: Sequence[int]) -> list[list[int]]:
+        if traits.by_batch and not self.plan.together:
             return [[number] for number in numbers]
         sizes: dict[torch.Size, list[int]] = {}
         for number in numbers:
@@ -227,6 +242,25 @@ class Method(nn.Module):
         return list(sizes.values())
 
 
-def _part(made: Any, place: int, count: int) -> Any:
-    """Return the rows of one of `count` views that went through a backbone together."""
-    return made if count == 1 else map_tensors(lambda rows: rows.chunk(count)[place], made)
+class _Traits(NamedTuple):
+    """What decides how views go through a backbone."""
+
+    by_batch: bool
+    """It has statistics of the batch."""
+    grouped: bool
+    """They are those of groups."""
+    draws: bool
+    """Something is drawn inside, by `draw_keys`."""
+
+    @classmethod
+    def of(cls, backbone: nn.Module) -> _Traits:
+        grouped = any(isinstance(module, GroupedBatchNorm) for module in backbone.modules())
+        draws = any(isinstance(module, KeyedDropPath) and module.drop_prob for module in backbone.modules())
+        return cls(depends_on_batch(backbone), grouped, draws)
+
+
+def _part(made: Any, place: int, count: int, by_image: bool) -> Any:
+    """Return the rows of one of `count` views that went through a backbone together, image by image or view by view."""
+    if count == 1:
+        return made
+    return map_tensors(lambda rows: rows[place::count] if by_image else rows.chunk(count)[place], made)

@@ -55,12 +55,15 @@ def step_keys(seed: int, step: int, sample_ids: np.ndarray) -> UInt64:
 
 
 @contextlib.contextmanager
-def drawn_depths(module: nn.Module, keys: UInt64 | None, views: Sequence[int]) -> Iterator[None]:
+def drawn_depths(
+    module: nn.Module, keys: UInt64 | None, views: Sequence[int], by_image: bool = False
+) -> Iterator[None]:
     """Give the keyed layers inside the context their numbers for one pass of these views.
 
     Args:
         keys: of the samples in the pass; None leaves the layers to PyTorch's random numbers.
-        views: numbers of the views whose rows lie one after the other in the pass, each over all samples.
+        views: numbers of the views in the pass.
+        by_image: whether the rows of an image are neighbours; else a view's rows are.
     """
     layers = [m for m in module.modules() if isinstance(m, KeyedDropPath)] if keys is not None else []
     layers = [layer for layer in layers if layer.training and layer.drop_prob]
@@ -68,7 +71,8 @@ def drawn_depths(module: nn.Module, keys: UInt64 | None, views: Sequence[int]) -
         yield
         return
     assert keys is not None
-    of_rows = np.concatenate([hash_key(view, keys) for view in np.asarray(views, dtype=np.int64)[:, None]])
+    of_views = hash_key(np.asarray(views, dtype=np.int64)[:, None], keys)
+    of_rows = (of_views.T if by_image else of_views).ravel()
     numbers = np.stack([uniform(hash_key(layer, of_rows)) for layer in range(len(layers))])
     # Rounding to float32 could give 1.
     exact = torch.from_numpy(np.minimum(numbers, 1 - 2.0**-24).astype(np.float32))

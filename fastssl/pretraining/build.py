@@ -20,6 +20,7 @@ from fastssl.methods.method_weights import freeze_external
 from fastssl.models.activation_checkpointing import checkpoint_blocks
 from fastssl.models.backbones import build_backbone
 from fastssl.models.batch_norm import depends_on_batch, frozen_statistics
+from fastssl.models.grouped_batch_norm import group_batch_norm
 from fastssl.models.model_config import ModelConfig, architecture
 from fastssl.pretraining.step import DDPWrapper
 from pipelines.augment.channels import fit_recipe
@@ -28,7 +29,7 @@ from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from fastssl.pretraining.run_config import Resolved
+    from fastssl.pretraining.run_config import Resolved, RunConfig
     from fastssl.pretraining.train_config import TrainConfig
 
 
@@ -96,11 +97,31 @@ def build_method(resolved: Resolved, device: torch.device) -> tuple[Method, dict
     method.check_batch(cfg.train.batch)
     method.plan = method.plan_views(cfg.recipe.num_views, cfg.recipe.local_views)
     freeze_external(method)
+    if cfg.model.bn_group:
+        group_batch_norm(method, cfg.model.bn_group)
     # The teacher keeps no activations, so it has nothing to recompute.
     checkpoint_blocks(backbone, cfg.train.checkpointing, cfg.model.backbone)
     if cfg.train.channels_last:
         method = method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return method.to(device), shape
+
+
+def check_groups(cfg: RunConfig, world: int) -> None:
+    """Raise UserError where a process's images, or those of a chunk, are not whole groups of BatchNorm."""
+    group, batch, micro_batch = cfg.model.bn_group, cfg.train.batch, cfg.train.micro_batch
+    if not group:
+        return
+    if batch % (group * world):
+        near = max(1, round(batch / (group * world))) * group * world
+        raise UserError(
+            f"model.bn_group is {group}, but train.batch {batch} gives {batch / world:g} images to each of {world} processes, not "
+            f"whole groups: set --train.batch {near}, or another --model.bn-group."
+        )
+    if micro_batch != "auto" and 0 < micro_batch < group:
+        raise UserError(
+            f"model.bn_group is {group}, but train.micro_batch {micro_batch} is smaller than a group: set --train.micro-batch {group} "
+            "or more."
+        )
 
 
 def has_compiler(device: torch.device) -> bool:

@@ -162,6 +162,7 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
                 log(step - logged)
                 logged = step
             if ends_epoch:
+                training.share_statistics()
                 log_rank(epoch)
 
             signal = stop_of_any.poll(step, stop.signal)

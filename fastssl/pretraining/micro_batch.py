@@ -44,7 +44,7 @@ def trial_step(
         tuple(view_shapes(cfg.recipe)),
         train.batch // ranks.world,
         ranks.world,
-        StepOptions(micro_batch, train.exact_heads, train.clip_grad),
+        StepOptions(micro_batch, train.exact_heads, train.clip_grad, group=max(1, cfg.model.bn_group)),
         gpu_views,
     )
 
@@ -82,7 +82,8 @@ def choose_micro_batch(
     )
     if not 0 < found < share:
         return 0
-    sizes = sorted({part.stop - part.start for part in chunks(share, found)})
+    group = max(1, resolved.config.model.bn_group)
+    sizes = sorted({part.stop - part.start for part in chunks(share, found, group)})
     if train.compile and len(sizes) > 1 and ranks.is_main:
         warnings.warn(
             f"train.micro_batch {found} cuts {share} images into chunks of {sizes[0]} and {sizes[1]}, and the compiler makes "

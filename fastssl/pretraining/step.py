@@ -21,6 +21,7 @@ from fastssl.methods.collapse import batch_statistics
 from fastssl.methods.method import Method, StepOutput
 from fastssl.methods.trees import join_rows, tensors_of
 from fastssl.models.batch_norm import depends_on_batch, frozen_statistics
+from fastssl.models.grouped_batch_norm import GroupedBatchNorm, commit_statistics
 from pipelines.streaming.batch_stream import hand_over
 from pipelines.streaming.lazy_views import LazyViews, count_samples, rows_of
 from shards.counter_hash import UInt64
@@ -168,6 +169,8 @@ class Step:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self._apply(bad)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.group > 1:
+            commit_statistics(self.method, ~bad)
         self.grad_norm, self.applied = norm, norm.isfinite() & ~bad
         if self.remembered is not None:
             self.method.remember(self.remembered, self.applied)
@@ -337,16 +340,22 @@ def steady_statistics(method: Method, num_chunks: int, cached: bool) -> None:
     """
     for module in [*method.backbones(), *([] if cached else method.heads())]:
         for norm in module.modules():
-            if isinstance(norm, _BatchNorm) and norm.momentum:
+            if isinstance(norm, _BatchNorm) and norm.momentum and not isinstance(norm, GroupedBatchNorm):
                 norm.momentum = 1 - (1 - norm.momentum) ** (1 / num_chunks)
+
+
+def depends_on_chunk(module: nn.Module) -> bool:
+    """Return whether the module's output for an image depends on its chunk: groups of BatchNorm are whole in each."""
+    grouped = any(isinstance(m, GroupedBatchNorm) for m in module.modules())
+    return depends_on_batch(module) and not grouped
 
 
 def tell_chunks(method: Method, count: int, num_chunks: int, cached: bool) -> str:
     """Return a line for the screen: how the `count` images of a process are divided, and which gradients are inexact."""
     inexact = []
-    if any(map(depends_on_batch, method.backbones())):
+    if any(map(depends_on_chunk, method.backbones())):
         inexact.append("the backbones")
-    if not cached and any(map(depends_on_batch, method.heads())):
+    if not cached and any(map(depends_on_chunk, method.heads())):
         inexact.append("the student's heads")
     line = f"{count} images a process in {num_chunks} chunks of at most {-(-count // num_chunks)}, each against the whole batch"
     if not inexact:

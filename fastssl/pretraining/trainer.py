@@ -24,9 +24,11 @@ from fastssl.core.peak_memory import peak_memory
 from fastssl.core.schedules import Clock
 from fastssl.methods.method_weights import external_digests, load_own_weights, own_weights
 from fastssl.models.contract import DataFacts, make_contract
+from fastssl.models.grouped_batch_norm import average_statistics
 from fastssl.models.stochastic_depth import step_keys
 from fastssl.pretraining.build import (
     build_method,
+    check_groups,
     compile_blocks,
     compute_dtype,
     freeze_unused,
@@ -80,6 +82,7 @@ class Training:
         self._momentum = 0.0
         self.total = steps_per_epoch * train.epochs
         prepare_backend(ranks.device)
+        check_groups(resolved.config, ranks.world)
         self.method, self.shape = build_method(resolved, ranks.device)
         self._external, self._facts = external_digests(self.method), DataFacts.of(shards)
         if found is not None:
@@ -90,7 +93,8 @@ class Training:
         self.groups = trained_groups(self.method.param_groups())
         self.optimizer = build_optimizer(self.groups, cfg.optim)
         micro_batch = choose_micro_batch(train.micro_batch, self.method, resolved, ranks, self.dtype, shards)
-        self.num_chunks = len(chunks(train.batch // ranks.world, micro_batch))
+        group = max(1, cfg.model.bn_group)
+        self.num_chunks = len(chunks(train.batch // ranks.world, micro_batch, group))
         self.cached = caches_gradients(self.method, train.exact_heads)
         """Whether the heads see the whole batch where it is taken in chunks."""
         steady_statistics(self.method, self.num_chunks, self.cached)
@@ -107,7 +111,7 @@ class Training:
             self.optimizer,
             ranks.device,
             self.dtype,
-            StepOptions(micro_batch, train.exact_heads, train.clip_grad, train.nonfinite),
+            StepOptions(micro_batch, train.exact_heads, train.clip_grad, train.nonfinite, group),
         )
         self.meters, self.watch = Meters(), NonFiniteMonitor(ranks.device)
         if cfg.optim.warmup_epochs > train.epochs and ranks.is_main:
@@ -192,8 +196,13 @@ class Training:
             "external": self._external,
         }
 
+    def share_statistics(self) -> None:
+        """Give every rank the running statistics of all of them, where BatchNorm has groups. Every rank calls it."""
+        average_statistics(self.method)
+
     def state(self) -> dict[str, Any]:
         """Return the content of a checkpoint. Every rank calls it."""
+        self.share_statistics()
         return {
             **self.weights(),
             "optimizer": self.optimizer.state_dict(),
