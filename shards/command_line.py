@@ -12,12 +12,15 @@ from typing import Annotated, Any, TextIO
 
 import tyro
 
+from shards.errors import UserError
+
 # Kinds of value, named by the word that stands for them in the help; numbers are N, or X where they need not be whole.
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 Names = Annotated[str, tyro.conf.arg(metavar="NAMES")]
 File = Annotated[str, tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
 Shards = Annotated[str, tyro.conf.arg(metavar="SHARDS")]
+SeveralShards = Annotated[tuple[str, ...], tyro.conf.arg(metavar="SHARDS ...")]
 
 # Lines break after any comma, also inside "4,3,2", and at any space, also inside "[--size N]". These stand for such a comma
 # and such a space until the lines are made.
@@ -32,7 +35,13 @@ def parse(cls: type, prog: str, argv: Sequence[str] | None, **options: Any) -> A
     """
     words = sys.argv[1:] if argv is None else argv
     if not {"-h", "--help"} & set(words):
-        return tyro.cli(cls, prog=prog, args=words, **options)
+        try:
+            with _silence():
+                return tyro.cli(cls, prog=prog, args=words, **options)
+        except SystemExit:
+            _check_surplus(cls, prog, words, options)
+            # tyro tells all other mistakes.
+            return tyro.cli(cls, prog=prog, args=words, **options)
     options["description"] = _paragraphs(options.get("description") or inspect.getdoc(cls) or "")
     shown = _Screen(sys.stdout)
     # tyro prints the help and exits.
@@ -45,6 +54,36 @@ def parse(cls: type, prog: str, argv: Sequence[str] | None, **options: Any) -> A
         tyro.cli(cls, prog=prog, args=words, **options)
     _print_help(shown.getvalue())
     raise SystemExit(0)
+
+
+def _check_surplus(cls: type, prog: str, words: Sequence[str], options: dict[str, Any]) -> None:
+    """Raise UserError for a word that belongs to no option, such as the second of two folders."""
+    try:
+        with _silence():
+            _, unknown = tyro.cli(cls, prog=prog, args=words, **{**options, "return_unknown_args": True})
+    except SystemExit:
+        return
+    if not unknown or any(word.startswith("-") for word in unknown):
+        return
+    before = words[: words.index(unknown[0])]
+    flag = next((word for word in reversed(before) if word.startswith("--")), "")
+    several = ""
+    if ("shards" in flag) if flag else "shards" in inspect.signature(cls).parameters:
+        several = (
+            " One folder of shards is read here; `fastssl pretrain --data.shards`, `fastssl preview` and `fastssl eval knn --shards` "
+            "take several."
+        )
+    after = f", after {flag}" if flag else ""
+    raise UserError(
+        f"'{unknown[0]}' is one word too many for `{prog}`{after}.{several} `{prog} --help` explains the options."
+    )
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    # tyro's own switch for this lets some of its messages pass.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 class _Screen(io.StringIO):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from shards.command_line import File, Name, Shards, parse
+from shards.command_line import File, Name, SeveralShards, parse
 from shards.errors import UserError, nearest
 from shards.storage.atomic_files import atomic_write, check_output
 
@@ -25,14 +25,14 @@ class EvalKNN:
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A .pt file, or the folder of a run (its newest checkpoint is taken)."""
-    shards: Shards
-    """Labelled shards whose samples vote."""
-    test_shards: Shards = ""
-    """Labelled shards to classify. Empty: each sample of --shards is classified by all the others (leave one out)."""
+    shards: SeveralShards
+    """Labelled shards whose samples vote; of several folders the classes are joined by name."""
+    test_shards: SeveralShards = ()
+    """Labelled shards to classify. None: each sample of --shards is classified by all the others (leave one out)."""
     split: Name = ""
     """Split of --shards whose samples vote (`fastssl split`), such as train or labelled-0.01; empty: all."""
     test_split: Name = ""
-    """Split to classify, such as val: of --test-shards, or where that is empty of --shards."""
+    """Split to classify, such as val: of --test-shards, or where there are none of --shards."""
     ks: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of neighbours; clamped to the number there are."""
     max_samples: int = 0
@@ -62,6 +62,8 @@ def run(argv: list[str]) -> int:
     args = parse(EvalKNN, "fastssl eval knn", argv[1:], config=(tyro.conf.FlagConversionOff,))
     if args.json:
         check_output(args.json, "--json")
+    if not args.shards:
+        raise UserError("--shards names no folder: give the labelled shards whose samples vote.")
     from fastssl.core.checkpoint import find_checkpoint
 
     checkpoint = find_checkpoint(Path(args.checkpoint))
@@ -75,13 +77,13 @@ def run(argv: list[str]) -> int:
             bar.update(task, description=what, completed=done, total=total)
 
         from fastssl.commands.evaluate_checkpoint import evaluate_knn
-        from shards.splits.split_table import open_split
+        from shards.splits.split_table import open_mix
 
-        test = args.test_shards or (args.shards if args.test_split else "")
+        test = args.test_shards or (args.shards if args.test_split else ())
         report = evaluate_knn(
             checkpoint,
-            open_split(args.shards, args.split),
-            open_split(test, args.test_split) if test else None,
+            open_mix(args.shards, args.split),
+            open_mix(test, args.test_split) if test else None,
             ks=args.ks,
             max_samples=args.max_samples,
             baselines=args.baselines,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from pipelines.engines.engine_table import EngineName, engine_names
-from shards.command_line import Name, Names, Shards, parse
+from shards.command_line import Name, Names, SeveralShards, parse
 from shards.errors import UserError, check_least, nearest
 from shards.storage.atomic_files import check_output
 from shards.units import plural
@@ -29,8 +29,8 @@ class Preview:
     --recipe.crop-scale 0.2 1. Masks, if any, are drawn over originals and views.
     """
 
-    shards: Annotated[Shards, tyro.conf.Positional]
-    """Folder of shards."""
+    shards: Annotated[SeveralShards, tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="(required)")]
+    """Folder of shards, or several, as in data.shards."""
     recipe: Name = ""
     """Name of a preset, or a configuration with a recipe, by name or file; without: moco_v3, or the recipe of --config."""
     config: Annotated[str, tyro.conf.arg(metavar="CONFIG")] = ""
@@ -82,10 +82,12 @@ def run(argv: list[str]) -> int:
             "--engines needs two or more names, such as reference,fused, and cannot be combined with --ops."
         )
     from pipelines.previews import preview_sheets
-    from shards.splits.split_table import open_split
+    from shards.splits.split_table import open_mix
 
+    if not args.shards:
+        raise UserError("No shards to draw: give SHARDS, the folder that `fastssl shard` made.")
     recipe = _recipe(args, changes)
-    shards, out = open_split(args.shards, args.split), Path(args.out)
+    shards, out = open_mix(args.shards, args.split), Path(args.out)
     options = preview_sheets.SheetOptions(
         rows=args.rows,
         cell=args.cell,

@@ -14,7 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from shards.cpus import cpu_cores, cpu_quota
+from shards.control_groups import cpu_quota, memory_limit
+from shards.cpus import cpu_cores
 
 # Distributions that the report names; which of the nvImageCodec ones is installed depends on CUDA.
 PACKAGES = ("torch", "torchvision", "timm", "kornia", "nvidia-dali-cuda120", "triton", "rasterio")
@@ -217,8 +218,7 @@ def _free_bytes(folder: str) -> int | None:
 def _memory_bytes() -> int:
     found = re.search(r"MemTotal:\s+(\d+) kB", _read(Path("/proc/meminfo")) or "")
     total = int(found[1]) * 1024 if found else 0
-    limits = [_read(Path("/sys/fs/cgroup", name)) for name in ("memory.max", "memory/memory.limit_in_bytes")]
-    return min([total, *(int(limit) for limit in limits if limit and limit.isdigit())])
+    return min(total, memory_limit())
 
 
 def _read(path: Path) -> str | None:

@@ -229,7 +229,9 @@ def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:
 def _read_yaml(path: Traversable) -> dict[str, Any]:
     try:
         # BaseLoader keeps every scalar a string, so that `lr: 3e-4` stays a number and `name: no` a name.
-        tree = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
+        text = path.read_text()
+        _check_once(yaml.compose(text, Loader=yaml.BaseLoader), str(path))
+        tree = yaml.load(text, Loader=yaml.BaseLoader) or {}
     except FileNotFoundError:
         missing = Path(str(path))
         here = [p.name for p in sorted(missing.parent.glob("*.yaml"))] if missing.parent.is_dir() else []
@@ -247,6 +249,33 @@ def _read_yaml(path: Traversable) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"'{path}' must hold sections such as 'train:', but holds one value: {tree!r}")
     return tree
+
+
+def _check_once(
+    node: yaml.Node | None, path: str, prefix: str = "", lines: dict[str, int] | None = None
+) -> None:
+    """Raise UserError where a section, or a setting in either of its spellings, is written twice: the parser would take the last.
+
+    node: what stands in section `prefix` of the file `path`; lines: where each name was met first, to which this adds.
+    """
+    lines = {} if lines is None else lines
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        name, line, is_section = (
+            f"{prefix}{key.value}",
+            key.start_mark.line + 1,
+            isinstance(value, yaml.MappingNode),
+        )
+        # `recipe: NAME` is short for the preset.
+        names = {name, PRESET} if name == RECIPE and not is_section else {name}
+        if first := min((lines[one] for one in names & lines.keys()), default=0):
+            way_out = "put both into one" if is_section else "remove one of the two"
+            raise UserError(
+                f"'{path}', line {line}: '{name}' stands there again, after line {first}: {way_out}."
+            )
+        lines |= dict.fromkeys(names, line)
+        _check_once(value, path, f"{name}.", lines)
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

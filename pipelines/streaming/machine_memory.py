@@ -14,17 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch.distributed as dist
 
-from shards.cpus import CONTROL_GROUPS
+from shards.control_groups import memory_left
 from shards.errors import UserError
 from shards.units import human_size
 
 T = TypeVar("T")
-# (folder below CONTROL_GROUPS, limit, use, what of `memory.stat` the system takes back when it is short) of
-# version 2 and of version 1.
-_VERSIONS = {
-    "": ("", "memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
 
 
 def local_ranks() -> tuple[int, int]:
@@ -137,30 +131,4 @@ def free_memory() -> int:
             # An unknown system: little enough for any.
             return 4 * 10**9
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    with contextlib.suppress(OSError):
-        free = min(free, group_free(CONTROL_GROUPS, Path("/proc/self/cgroup").read_text()))
-    return max(0, free)
-
-
-def group_free(root: Path, groups: str) -> int:
-    """Return the least that a control group of this process, or one around it, leaves; a number beyond any where none has a limit.
-
-    Files that were read and that nobody uses count as free. `groups`: what /proc/self/cgroup says, a line each: number, controllers,
-    path.
-    """
-    least = 2**62
-    for line in groups.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in _VERSIONS:
-            continue
-        folder, limit, used, idle = _VERSIONS[controllers]
-        place = root / folder / path.lstrip("/")
-        # In a container the path may be one outside of it: the folders around it count all the same.
-        for group in (place, *place.parents):
-            with contextlib.suppress(OSError, ValueError):
-                stat = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
-                room = int((group / limit).read_text()) - int((group / used).read_text())
-                least = min(least, room + int(stat.get(idle, 0)))
-            if group == root:
-                break
-    return least
+    return max(0, min(free, memory_left()))

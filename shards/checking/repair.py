@@ -112,8 +112,7 @@ class _Work:
         for file in self.promise.files:
             if index_of(file.name) in self.damaged and file.name not in tars:
                 self._mend_index(file)
-        dropped = {layout.dropped_name(number) for number in range(len(self.promise.plans))}
-        merged = self.damaged & (_OF_ALL | dropped)
+        merged = self.damaged & (_OF_ALL | self.promise.dropped)
         needing = [*tars, *sorted(merged | self.damaged.intersection(self.promise.plans))]
         if needing and self.source is None:
             what = "is made again from the images: give --source and the options that `fastssl shard` had"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +35,6 @@ from shards.units import plural
 
 LEVELS = ("fast", "hash", "decode")
 SMALL_BYTES = 64 << 20  # below, starting processes takes longer than reading
-_SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|idx)")
 
 
 @dataclass(frozen=True)
@@ -130,6 +128,11 @@ class Promise:
             len(self.manifest.identities) if self.manifest else sum(name.startswith("plan") for name in known)
         )
         return [layout.plan_name(number) for number in range(max(1, count))]
+
+    @property
+    def dropped(self) -> set[str]:
+        """The file names of what each plan left out; not each is there."""
+        return {layout.dropped_name(number) for number in range(len(self.plans))}
 
     def starts(self) -> list[int]:
         """The first sample id of each shard."""
@@ -229,8 +232,7 @@ def _other_files(promise: Promise, *, read: bool) -> Iterator[Damage]:
     """Table, plan, quarantine and splits; `read`: by their checksums, not just their presence."""
     place = promise.place
     expected = {layout.TABLE, layout.QUARANTINE, *promise.plans}
-    dropped = {layout.dropped_name(number) for number in range(len(promise.plans))}
-    expected |= {name for name in dropped if promise.sum_of(name)}
+    expected |= {name for name in promise.dropped if promise.sum_of(name)}
     for name in sorted(expected):
         if not place.exists(name):
             yield Damage(name, "missing", "the file is missing")
@@ -271,11 +273,7 @@ def _fault_of(promise: Promise, name: str, grows: bool) -> str:
             if name.startswith("dropped"):
                 wanted = -1
         with place.open(name) as file, pq.ParquetFile(file) as parquet:
-            if (
-                wanted >= 0
-                and parquet.metadata.num_rows != wanted
-                and not (grows and parquet.metadata.num_rows > wanted)
-            ):
+            if wanted >= 0 and not _is_count(parquet.metadata.num_rows, wanted, grows):
                 return f"has {parquet.metadata.num_rows:,} rows, but there are {wanted:,} {what}"
             for group in range(parquet.num_row_groups) if promise.sum_of(name) is None else ():
                 parquet.read_row_group(group)
@@ -293,24 +291,28 @@ def _quarantine_fault(lines: Iterable[bytes], manifest: Manifest | None, grows: 
         except (ValueError, TypeError):
             pass
         return f"line {number} is damaged"
-    if manifest and number != manifest.num_quarantined and not (grows and number > manifest.num_quarantined):
+    if manifest and not _is_count(number, manifest.num_quarantined, grows):
         return f"has {number:,} lines, but the manifest counts {manifest.num_quarantined:,} refused images"
     return ""
+
+
+def _is_count(found: int, wanted: int, grows: bool) -> bool:
+    """Whether a file has as many rows as are wanted, or more where it may hold those of an append, too."""
+    return found == wanted or (grows and found > wanted)
 
 
 def _stale(promise: Promise) -> Iterator[Damage]:
     """Litter of killed runs, and shards that are not this conversion's."""
     known = {file.name for file in promise.files}
     known |= {index_of(name) for name in known}
+    # While images are appended, further shards are theirs.
+    may_be_foreign = promise.given_up or not promise.appending
     for name in promise.place.names():
         if is_unfinished(name) or name.startswith(SCRATCH):
             yield Damage(name, "stale", "left by a run that was killed")
-        elif (
-            _SHARD_FILE.fullmatch(name) and name not in known and (promise.given_up or not promise.appending)
-        ):
-            yield Damage(
-                name, "table", "is none of this conversion's shards, but readers of *.tar would take it"
-            )
+        elif name not in known and layout.shard_of(name) is not None and may_be_foreign:
+            what = "is none of this conversion's shards, but readers of *.tar would take it"
+            yield Damage(name, "table", what)
     if promise.place.names(layout.ROWS) and not promise.appending:
         yield Damage(layout.ROWS, "stale", "left by a run that was killed")
 

@@ -139,13 +139,13 @@ def _classes_line(overview: Overview) -> str:
 
 
 def _duplicates_line(overview: Overview) -> str:
+    from shards.commands.shard_command import fate
+
     manifest = overview.manifest
+    count, done = manifest.num_duplicates, fate(manifest, overview.num_duplicates)
     if manifest.dedupe == "keep":
-        return "not looked for (--dedupe keep)"
-    if not manifest.num_duplicates:
-        return "none"
-    done = "left out" if manifest.dedupe == "drop" else "marked in the table"
-    return f"{manifest.num_duplicates:,} with the pixels of an earlier image, {done}"
+        return "not looked for (--dedupe keep)" + (f"; of appended images {count:,}, {done}" if count else "")
+    return f"{count:,} with the pixels of an earlier image, {done}" if count else "none"
 
 
 def _classes(overview: Overview) -> tuple[str, list[str], list[tuple[str, ...]]]:

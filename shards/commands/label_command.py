@@ -23,7 +23,8 @@ class Label:
 
     A row names its sample by its key or its source, as in SHARDS/samples.parquet; the file name alone will do where only one sample
     has it. Labels are class names: known classes keep their number, new ones follow. Samples that the table does not name keep the
-    label that they have. Two different labels for one sample are refused, and nothing is written.
+    label that they have. Two different labels for one sample are refused, and so is a key beside the source of another sample;
+    nothing is written.
     """
 
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
@@ -74,7 +75,9 @@ def sentences(args: Label, done: Labelling) -> list[str]:
     if done.repeated:
         lines.append(f"Rows that repeat an earlier one: {done.repeated:,}.")
     if done.empty:
-        lines.append(f"Rows without a label: {done.empty:,}; their samples keep what they have.")
+        lines.append(
+            f"Rows without a label (an empty cell or NaN): {done.empty:,}; their samples keep what they have."
+        )
     if done.without:
         lines.append(f"Samples without a label: {done.without:,}, {some(done.without_names, done.without)}.")
     return lines

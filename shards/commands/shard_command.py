@@ -158,8 +158,7 @@ def _print_summary(
     for name, count in changes(dest).most_common(_SHOWN_REASONS):
         table.add_row(Text(name.partition(":")[0]), Text(f"{count:,}:{name.partition(':')[2]}"))
     if manifest.num_duplicates:
-        done = {"drop": "left out", "mark": "marked in the table"}[manifest.dedupe]
-        table.add_row("duplicates", f"{manifest.num_duplicates:,}, {done}")
+        table.add_row("duplicates", f"{manifest.num_duplicates:,}, {fate(manifest, _num_marked(dest))}")
     table.add_row("quarantined", f"{manifest.num_quarantined:,}" if manifest.num_quarantined else "none")
     for reason, count in reasons(dest).most_common(_SHOWN_REASONS):
         table.add_row("", Text(f"{count:,}: {reason}"))
@@ -170,6 +169,23 @@ def _print_summary(
     console.print(table)
     if manifest.num_quarantined:
         console.print(f"Quarantined {noun}s are listed in {dest / layout.QUARANTINE}", markup=False)
+
+
+def fate(manifest: Manifest, num_marked: int) -> str:
+    """Return what became of the duplicates, of which appended ones may be left out where earlier ones are marked."""
+    num_dropped = manifest.num_duplicates - num_marked
+    if num_marked and num_dropped:
+        return f"{num_marked:,} marked and {num_dropped:,} left out"
+    return "left out" if num_dropped else "marked in the table"
+
+
+def _num_marked(dest: Place) -> int:
+    from shards.format.columns import read_columns
+    from shards.format.layout import TABLE
+
+    with dest.open(TABLE) as file:
+        column = read_columns(file, ["duplicate_of"])["duplicate_of"]
+    return len(column) - column.null_count
 
 
 def changes(dest: Place) -> Counter[str]:

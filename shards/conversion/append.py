@@ -6,7 +6,6 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
-import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ from shards.sources.source import Source
 from shards.storage.place import Place
 
 Ids = npt.NDArray[np.int64]
-_SHARD_FILE = re.compile(r"shard-(\d{6,})\.(tar|idx)")
 SHOWN = 3
 NUM_TRIED = 8
 
@@ -158,8 +156,8 @@ class Base:
         self.place.remove_tree(layout.ROWS)
         self.place.remove(layout.dropped_name(self.number))
         for name in self.place.names():
-            found = _SHARD_FILE.fullmatch(name)
-            if found and int(found.group(1)) >= first:
+            shard = layout.shard_of(name)
+            if shard is not None and shard >= first:
                 self.place.remove(name)
 
     def give_up(self, plan: Plan) -> None:

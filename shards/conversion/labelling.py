@@ -20,8 +20,9 @@ from shards.format.layout import Manifest
 from shards.format.sample_table import table_batches
 from shards.sources.file_list import USUAL, choose
 from shards.sources.file_set import names_file, split_url
-from shards.sources.table_reader import TABLE_SUFFIXES, ListFile, open_list
+from shards.sources.table_reader import TABLE_SUFFIXES, ListFile, class_text, has_point, open_list
 from shards.storage.opening import Where, open_place
+from shards.units import plural
 
 SHOWN = 3  # names of each kind
 _KEY_DIGITS = len(layout.sample_key(0))
@@ -61,8 +62,8 @@ def label(
     """Label the samples of a finished shard folder from a table (.csv, .tsv, .parquet), one row a sample; return what that did.
 
     A row names its sample by the key or by the source, as `samples.parquet` has them; the file name alone will do for a source where
-    only one has it. Samples that the table does not name keep the label that they have. Labels are class names: known ones keep
-    their number, new ones follow.
+    only one has it. Where a table has both, the key counts, and the source must not be another sample's. Samples that the table does
+    not name keep the label that they have. Labels are class names: known ones keep their number, new ones follow.
 
     Args:
         key_column, source_column: the column that names the samples; without either a column `key`, `source`, or one that usually
@@ -71,8 +72,8 @@ def label(
         dry_run: write nothing.
 
     Raises:
-        UserError: a sample is given two different labels, no row names a sample, a name means several samples, the columns are
-            not there, or the folder or an append to it is unfinished or cannot be written.
+        UserError: a sample is given two different labels, no row names a sample, a name means several samples, a row's key and
+            source mean two, the columns are not there, or the folder or an append to it is unfinished or cannot be written.
     """
     place = open_place(folder)
     if not dry_run:
@@ -91,12 +92,13 @@ def label(
             raise UserError(
                 f"'{rows.where}' has more than {MAX_CLASSES:,} different labels: choose another --label-column."
             )
-        column = "key" if rows.by_key else "source"
 
-        def names() -> Iterator[pa.Array]:
-            return (batch[column] for batch in table_batches(place, manifest, [column]))
+        def names_in(column: str) -> Names:
+            return lambda: (batch[column] for batch in table_batches(place, manifest, [column]))
 
+        names = names_in("key" if rows.by_key else "source")
         which, found = _match(names, rows, manifest.num_samples)
+        _check_seconds(names_in("key"), names_in("source"), rows, which)
         new = class_order({rows.labels[i] for i in np.flatnonzero(found)} - set(before.classes))
         classes = [*before.classes, *new]
         number = {name: index for index, name in enumerate(classes)}
@@ -128,10 +130,14 @@ class _Rows:
 
     where: str
     row_word: str
+    columns: tuple[str, ...]
+    """Whose cells name the samples: the one that counts, and, of a table that has both, that of the sources."""
     by_key: bool
     names: list[str]
     labels: list[str]
     lines: list[int]
+    seconds: list[tuple[int, str, int]]
+    """Sources that stand beside keys, of repeated rows too: which of `names` each belongs to, the source, the line."""
     empty: int
     repeated: int
 
@@ -153,19 +159,24 @@ def _read(where: str, key_column: str, source_column: str, label_column: str) ->
     if not place.exists(name):
         raise UserError(f"There is no file '{where}'.")
     listed = open_list(place, name, where)
-    by_key, names_in = _id_column(listed, key_column, source_column)
+    by_key, *columns = _id_columns(listed, key_column, source_column)
+    names_in = columns[0]
     labels_in = choose(listed, "label", label_column)
-    if labels_in is None or labels_in == names_in:
+    if labels_in is None or labels_in in columns:
         raise UserError(
             f"'{where}' has no column named {', '.join(USUAL['label'][:4])} or the like; give --label-column NAME. It has: "
             f"{', '.join(listed.columns)}."
         )
     seen: dict[str, int] = {}
-    names, labels, lines, empty, repeated = [], [], [], 0, 0
-    rows = _Rows(where, listed.row_word, by_key, names, labels, lines, 0, 0)
-    for batch in listed.rows([names_in, labels_in], {}):
-        pairs = zip(*(batch.columns[c].to_pylist() for c in (names_in, labels_in)), strict=True)
-        for line, (text, label) in zip(batch.first_lines, pairs, strict=True):
+    # Numbers with a point are read as numbers: 1.0 is the class 1. Others stay as they are written: 007.
+    [kind] = listed.types([labels_in])
+    as_text, typed = ([], {labels_in: kind}) if has_point(kind) else ([labels_in], {})
+    names, labels, lines, seconds, empty, repeated = [], [], [], [], 0, 0
+    rows = _Rows(where, listed.row_word, tuple(columns), by_key, names, labels, lines, seconds, 0, 0)
+    for batch in listed.rows([*columns, *as_text], typed):
+        given = class_text(batch.columns[labels_in], where, labels_in, listed.row_word, batch.first_lines)
+        cells = zip(*(batch.columns[c].to_pylist() for c in columns), given.to_pylist(), strict=True)
+        for line, (text, *second, label) in zip(batch.first_lines, cells, strict=True):
             if text is None:
                 raise UserError(
                     f"'{where}', {listed.row_word} {line}: the cell of the column '{names_in}' is empty."
@@ -173,9 +184,12 @@ def _read(where: str, key_column: str, source_column: str, label_column: str) ->
             if label is None:
                 empty += 1
                 continue
-            # A program that took the keys for numbers left out their zeros.
-            text = text.zfill(_KEY_DIGITS) if by_key and text.isdecimal() else text
+            # A program that took the keys for numbers left out their zeros, and may have written 12.0.
+            if by_key and (digits := text.removesuffix(".0")).isdecimal():
+                text = digits.zfill(_KEY_DIGITS)
             first = seen.setdefault(text, len(names))
+            if second and second[0] is not None:
+                seconds.append((first, second[0], line))
             if first == len(names) or labels[first] != label:
                 names.append(text)
                 labels.append(label)
@@ -189,8 +203,10 @@ def _read(where: str, key_column: str, source_column: str, label_column: str) ->
     return replace(rows, empty=empty, repeated=repeated)
 
 
-def _id_column(listed: ListFile, key_column: str, source_column: str) -> tuple[bool, str]:
-    """Whether a table names samples by their keys, and the column that does."""
+def _id_columns(
+    listed: ListFile, key_column: str, source_column: str
+) -> tuple[bool, str] | tuple[bool, str, str]:
+    """Whether a table names samples by their keys, the column that does, and that of the sources where it has both."""
     if key_column and source_column:
         raise UserError("--key-column and --source-column both say which sample a row means: give one.")
     wanted, flag = (key_column, "--key-column") if key_column else (source_column, "--source-column")
@@ -201,9 +217,11 @@ def _id_column(listed: ListFile, key_column: str, source_column: str) -> tuple[b
             )
         return bool(key_column), wanted
     lowered = {name.lower(): name for name in reversed(list(listed.columns))}
-    for usual in ("key", "source", *USUAL["path"]):
-        if usual in lowered:
-            return usual == "key", lowered[usual]
+    source = next((lowered[usual] for usual in ("source", *USUAL["path"]) if usual in lowered), None)
+    if "key" in lowered:
+        return (True, lowered["key"], source) if source else (True, lowered["key"])
+    if source:
+        return False, source
     raise UserError(
         f"'{listed.where}' has no column named key, source, path or the like; give --key-column or --source-column. It has: "
         f"{', '.join(listed.columns)}."
@@ -252,6 +270,43 @@ def _check_one(rows: _Rows, several: npt.NDArray[np.int64], what: str) -> None:
         )
 
 
+def _check_seconds(keys: Names, sources: Names, rows: _Rows, which: npt.NDArray[np.int64]) -> None:
+    """Raise UserError where a row's key is one sample and its source, or the last part of one, another's.
+
+    A source that is no sample's is let pass, as where files were moved: the key says which sample is meant. `which`: for each sample
+    the row that means it, or -1, (num_samples,).
+    """
+    sample_of = np.full(len(rows.names), -1, np.int64)
+    sample_of[which[which >= 0]] = np.flatnonzero(which >= 0)
+    said = sorted(
+        (int(sample_of[name]), text, line) for name, text, line in rows.seconds if sample_of[name] >= 0
+    )
+    own = pa.array(_at(sources, np.array([sample for sample, _, _ in said], np.int64)), pa.string())
+    wrong = []
+    for part_of in (_whole, _last_part):
+        given = pa.array([text for _, text, _ in said], pa.string())
+        differ = np.flatnonzero(np.asarray(_pc.not_equal(given, part_of(own))))  # pyright: ignore[reportAttributeAccessIssue]
+        said, own = [said[i] for i in differ], own.take(pa.array(differ))
+        wanted = given.take(pa.array(differ)).unique()
+        meant: dict[str, int] = {}
+        for ids, at in _found(map(part_of, sources()), wanted):
+            meant |= zip(wanted.take(pa.array(at)).to_pylist(), ids.tolist(), strict=True)
+        wrong += [(line, sample, text, meant[text]) for sample, text, line in said if text in meant]
+        # What is no whole name may be the last part of one.
+        unknown = [i for i, (_, text, _) in enumerate(said) if text not in meant]
+        said, own = [said[i] for i in unknown], own.take(pa.array(unknown, pa.int64()))
+    if wrong:
+        line, sample, text, other = min(wrong)
+        key, source = rows.columns
+        names = dict(zip(sorted((sample, other)), _at(keys, np.sort([sample, other])), strict=True))
+        more = f" So it is in {plural(len(wrong), 'row')}." if len(wrong) > 1 else ""
+        raise UserError(
+            f"'{rows.where}', {rows.row_word} {line}: the {key} '{names[sample]}' is the sample "
+            f"'{_at(sources, np.array([sample]))[0]}', and the {source} '{text}' is that of the sample '{names[other]}'.{more} Mend "
+            f"the table, or choose the column that counts: --key-column {key} or --source-column {source}. Nothing was changed."
+        )
+
+
 def _found(
     batches: Iterator[pa.Array], wanted: pa.Array
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
@@ -267,10 +322,15 @@ def _last_part(names: pa.Array) -> pa.Array:
     return _pc.replace_substring_regex(names, "^.*/", "")  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _whole(names: pa.Array) -> pa.Array:
+    return names
+
+
 def _at(names: Names, ids: npt.NDArray[np.int64]) -> list[str]:
-    """The names of some samples, by their ids."""
+    """The names of some samples, by their ids in ascending order."""
     found, start = [], 0
     for batch in names() if len(ids) else ():
-        found += [batch[int(i) - start].as_py() for i in ids if start <= i < start + len(batch)]
+        first, end = np.searchsorted(ids, (start, start + len(batch)))
+        found += batch.take(pa.array(ids[first:end] - start)).to_pylist()
         start += len(batch)
     return found

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ SUMS = "SHA256SUMS"
 ROWS = ".rows"
 LOCK = ".lock"
 MASK_EXT = "mask.png"
+_SHARD_FILE = re.compile(r"shard-(\d{6,})\.(?:tar|idx)")
 
 SCHEMA = pa.schema(
     [
@@ -70,6 +72,12 @@ def index_name(shard: int) -> str:
 def shard_number(name: str) -> int:
     """The shard's number, from the name of one of its files."""
     return int(name.removeprefix("shard-").partition(".")[0])
+
+
+def shard_of(name: str) -> int | None:
+    """The number of the shard whose tar or index has this name; None for what is neither."""
+    found = _SHARD_FILE.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def rows_name(shard: int) -> str:

@@ -18,10 +18,11 @@ from shards.images.pixels import BadImage
 from shards.sources.file_set import IMAGE_SUFFIXES, names_file, split_url
 from shards.sources.source import ENTRIES, Picture, Source, SourceKind, entry_batch, read_file
 from shards.sources.source_options import NO_COLUMN, ListOptions
-from shards.sources.table_reader import TABLE_SUFFIXES, ListFile, open_list
+from shards.sources.table_reader import TABLE_SUFFIXES, ListFile, class_text, has_point, open_list
 from shards.storage.local import LocalPlace
 from shards.storage.opening import open_place
 from shards.storage.place import Place
+from shards.units import plural
 
 # Where no column is named: the first of these that the list has, in any case of letters.
 USUAL = {
@@ -70,6 +71,7 @@ class ListSource(Source):
         self._warnings: list[str] = []
         self._protocols = {"file"}  # of URLs, that are known to be readable
         self._missing: list[str] = []  # the warning about it, if any
+        self._unlabelled: list[str] = []
         self._columns = {
             role: found
             for role in USUAL
@@ -77,8 +79,11 @@ class ListSource(Source):
         }
         self._check_label(listed)
         names, self._notes = extra_columns(listed, set(self._columns.values()))
-        types = listed.types(list(names))
-        self._extra = {name: kind for name, kind in zip(names, types, strict=True) if not is_binary(kind)}
+        label = [self._columns["label"]] if "label" in self._columns else []
+        types = dict(zip([*names, *label], listed.types([*names, *label]), strict=True))
+        # Numbers with a point are read as numbers: 1.0 is the class 1. Others stay as they are written: 007.
+        self._label_type = {name: types[name] for name in label if has_point(types[name])}
+        self._extra = {name: types[name] for name in names if not is_binary(types[name])}
         binary = [name for name in names if name not in self._extra]
         if binary:
             self._warnings.append(f"columns of binary data are left out: {', '.join(binary)}.")
@@ -104,10 +109,10 @@ class ListSource(Source):
         return {"columns": self._columns, "extra": extra, "root": self._root_name}
 
     def describe(self) -> list[str]:
-        """Which columns were taken for what."""
+        """Which columns were taken for what, and how many images have no label."""
         roles = ", ".join(f"{role} '{name}'" for role, name in self._columns.items())
         extra = f"; kept as well: {', '.join(self.extra_schema.names)}" if self.extra_schema.names else ""
-        return [f"Columns: {roles}{extra}.", *self._notes]
+        return [f"Columns: {roles}{extra}.", *self._notes, *self._unlabelled]
 
     def warnings(self) -> list[str]:
         """Columns that are left out, and files that are missing."""
@@ -116,9 +121,15 @@ class ListSource(Source):
     def entries(self) -> Iterator[pa.RecordBatch]:
         """See `Source.entries`; UserError with the line of what cannot be read, and where not one file is there."""
         self._missing.clear()
-        missing, num_missing, num_local, num_rows = "", 0, 0, 0
-        for rows in self._open().rows(list(self._columns.values()), self._extra):
+        missing, num_missing, num_local, num_rows, num_unlabelled = "", 0, 0, 0, 0
+        text = [name for name in self._columns.values() if name not in self._label_type]
+        for rows in self._open().rows(text, self._extra | self._label_type):
             columns = {role: rows.columns[name] for role, name in self._columns.items()}
+            if "label" in columns:
+                columns["label"] = class_text(
+                    columns["label"], self._where, self._columns["label"], self._row_word, rows.first_lines
+                )
+                num_unlabelled += columns["label"].null_count
             paths = columns.pop("path")
             if paths.null_count:
                 line = rows.first_lines[paths.is_null().to_pylist().index(True)]
@@ -142,6 +153,7 @@ class ListSource(Source):
             yield entry_batch(columns, self.extra_schema)
         if not num_rows:
             raise UserError(f"'{self._where}' lists no images: it has a header and no rows.")
+        self._unlabelled = unlabelled(num_unlabelled, num_rows)
         if num_missing and num_missing == num_local == num_rows:
             raise UserError(
                 f"Not one of the {num_rows:,} files that '{self._where}' names is there, such as {missing}; looked in "
@@ -240,6 +252,11 @@ def extra_columns(listed: ListFile, used: set[str]) -> tuple[dict[str, str], lis
             f"'{listed.where}': two columns would be named '{both[0]}' in the sample table; rename one."
         )
     return names, notes
+
+
+def unlabelled(num: int, num_rows: int) -> list[str]:
+    """What is said of images whose label is an empty cell or NaN."""
+    return [f"{num:,} of {plural(num_rows, 'image')} have no label."] if num else []
 
 
 def is_binary(kind: pa.DataType) -> bool:

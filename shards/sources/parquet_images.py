@@ -17,7 +17,7 @@ from shards.format.columns import hash_values
 from shards.format.parquet_pages import Column, Page
 from shards.images.pixels import BadImage
 from shards.sources import source
-from shards.sources.file_list import NO_MASKS, choose, extra_columns, find_file, is_binary
+from shards.sources.file_list import NO_MASKS, choose, extra_columns, find_file, is_binary, unlabelled
 from shards.sources.file_set import (
     FileSet,
     holds_only,
@@ -29,7 +29,7 @@ from shards.sources.file_set import (
 from shards.sources.parquet_columns import choose_image, class_names, has_path, holds_images, is_image
 from shards.sources.source import Picture, Source, SourceKind, entry_batch, read_file
 from shards.sources.source_options import NO_COLUMN, ListOptions, SourceOptions
-from shards.sources.table_reader import UNREADABLE, ParquetFile, as_text
+from shards.sources.table_reader import UNREADABLE, ParquetFile, as_text, class_text
 from shards.storage.opening import open_place
 from shards.storage.place import Place
 from shards.units import human_size, plural
@@ -94,6 +94,7 @@ class ImageTableSource(Source):
         self.classes = class_names(self.place, first, self._columns.get("label", ""))
         self._num_files = self._largest_bytes = 0
         self._split_files: list[str] = []
+        self._unlabelled: list[str] = []
 
     def _kind(self, name: str) -> pa.DataType:
         kind = self._table.columns[name]
@@ -109,12 +110,13 @@ class ImageTableSource(Source):
         return {"tables": self.files.pattern, "columns": self._columns, "extra": extra}
 
     def describe(self) -> list[str]:
-        """Which columns were taken for what."""
+        """Which columns were taken for what, and how many images have no label."""
         roles = ", ".join(f"{role} '{name}'" for role, name in self._columns.items())
         extra = f"; kept as well: {', '.join(self.extra_schema.names)}" if self.extra_schema.names else ""
         return [
             f"Images in {plural(self._num_files, 'Parquet file')}. Columns: {roles}{extra}.",
             *self._notes,
+            *self._unlabelled,
         ]
 
     def warnings(self) -> list[str]:
@@ -136,14 +138,16 @@ class ImageTableSource(Source):
 
     def entries(self) -> Iterator[pa.RecordBatch]:
         """See `Source.entries`. Reads all columns but those of images, and of these the headers of the pages."""
-        num_rows = self._num_files = self._largest_bytes = 0
+        num_rows = num_unlabelled = self._num_files = self._largest_bytes = 0
         names = []
         for name, _ in self.files.sizes():
             self._num_files += 1
             names.append(name)
             for batch in self._file(name):
                 num_rows += batch.num_rows
+                num_unlabelled += batch["label"].null_count
                 yield batch
+        self._unlabelled = unlabelled(num_unlabelled if "label" in self._columns else 0, num_rows)
         self._split_files = looks_like_split_files(names)
         if not num_rows:
             raise UserError(
@@ -171,7 +175,7 @@ class ImageTableSource(Source):
                 columns["mask"] = [f"{source}.{_MASK}" for source in columns["source"]]
                 columns["mask_window"] = [window for window, _ in taken[_MASK]]
             if "label" in self._columns:
-                columns["label"] = self._labels(name, table[self._columns["label"]])
+                columns["label"] = self._labels(name, table[self._columns["label"]], first)
             if "group" in self._columns:
                 columns["group"] = as_text(table[self._columns["group"]], name, self._columns["group"])
             yield entry_batch(columns, self.extra_schema)
@@ -201,10 +205,12 @@ class ImageTableSource(Source):
                 f"'{self.place / name}' cannot be read from row {first:,} on ({error})."
             ) from error
 
-    def _labels(self, name: str, values: pa.Array) -> pa.Array:
+    def _labels(self, name: str, values: pa.Array, first: int) -> pa.Array:
+        rows = range(first, first + len(values))
+        labels = class_text(values, self.place / name, self._columns["label"], "row", rows)
         if not self.classes:
-            return as_text(values, name, self._columns["label"])
-        numbers = values.cast(pa.int64()).to_pylist()
+            return labels
+        numbers = labels.cast(pa.int64()).to_pylist()
         known = range(len(self.classes))  # -1 stands for none
         return pa.array(
             [self.classes[i] if i is not None and i in known else None for i in numbers], pa.string()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
@@ -24,10 +25,9 @@ _DELIMITERS = ",;\t|"
 _MAX_CELL = 1 << 24
 # Text that gives itself back when it is read and written as this type: 007 stays text. RE2's syntax.
 _INT = r"^-?(0|[1-9][0-9]{0,17})$"
-_FLOAT = (
-    r"^-?((0|[1-9][0-9]{0,14})|(0|[1-9][0-9]*)?\.[0-9]+|(0|[1-9][0-9]*)\.?[0-9]*[eE][-+]?[0-9]+|nan|NaN|inf)$"
-)
+_FLOAT = r"^-?((0|[1-9][0-9]{0,14})|(0|[1-9][0-9]*)?\.[0-9]+|(0|[1-9][0-9]*)\.?[0-9]*[eE][-+]?[0-9]+|nan|NaN|NAN|inf)$"
 _BOOL = r"^(true|false|True|False|TRUE|FALSE)$"
+_NAN = ["nan", "NaN", "NAN"]
 _KINDS = ((_BOOL, pa.bool_()), (_INT, pa.int64()), (_FLOAT, pa.float64()))
 _pc: Any = pyarrow.compute  # its functions are made at run time
 
@@ -258,6 +258,35 @@ def as_text(values: pa.Array, where: str, name: str) -> pa.Array:
             f"'{where}': the column '{name}' holds {plain}; text or numbers are wanted."
         ) from None
     return _pc.if_else(_pc.equal(values, ""), pa.scalar(None, pa.string()), values)
+
+
+def has_point(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds numbers that may be fractions."""
+    return pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+
+
+def class_text(values: pa.Array, where: str, name: str, row_word: str, rows: Sequence[int]) -> pa.Array:
+    """Return a column of labels as the names of classes: null for an empty cell and for NaN; 1.0, in a column of numbers, is "1".
+
+    Args:
+        where, name: the table and the column, for messages.
+        row_word, rows: what a row's number counts, and the numbers of these rows.
+
+    Raises:
+        UserError: a label is a fraction or infinite, or the column holds neither text nor numbers.
+    """
+    if has_point(_plain(values.type)):
+        values = values.cast(pa.float64())
+        numbers = values.to_numpy(zero_copy_only=False)  # nulls are NaN
+        whole = np.isfinite(numbers) & (numbers == np.floor(numbers))
+        odd = np.flatnonzero(~whole & ~np.isnan(numbers))
+        if len(odd):
+            raise UserError(
+                f"'{where}', {row_word} {rows[odd[0]]}: {numbers[odd[0]]:g} in the column '{name}' is no label; a class is a whole "
+                "number or a name. Choose another --label-column, or make classes of the numbers first."
+            )
+    text = as_text(values, where, name)
+    return _pc.if_else(_pc.is_in(text, pa.array(_NAN)), pa.scalar(None, pa.string()), text)
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

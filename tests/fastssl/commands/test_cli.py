@@ -292,6 +292,21 @@ def test_mistakes_in_flags_end_with_2(flags: list, config, capsys: pytest.Captur
 # ---------------------------------------------------------------- eval and outputs
 
 
+def test_a_second_folder_where_one_is_read(told) -> None:
+    several = "One folder of shards is read here; `fastssl pretrain --data.shards`, `fastssl preview` and `fastssl eval knn --shards`"
+    for command in (("inspect",), ("doctor",), ("bench", "loader"), ("split",)):
+        name = "fastssl " + " ".join(command)
+        assert told(*command, "a", "b") == (
+            f"'b' is one word too many for `{name}`. {several} take several. `{name} --help` explains the options."
+        )
+    assert told("pretrain", "laptop", "--knn.shards", "a", "b").startswith(
+        f"'b' is one word too many for `fastssl pretrain`, after --knn.shards. {several}"
+    )
+    assert told("bench", "shard", "photos", "--images", "10", "20") == (
+        "'20' is one word too many for `fastssl bench shard`, after --images. `fastssl bench shard --help` explains the options."
+    )
+
+
 def test_eval_needs_labels(told, finished: Path, unlabelled_shards: Path) -> None:
     sentence = told("eval", "knn", finished, "--shards", unlabelled_shards, "--device", "cpu")
     assert sentence.endswith("kNN needs at least 2: convert a folder whose sub-folders are classes.")

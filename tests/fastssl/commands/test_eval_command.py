@@ -1,6 +1,7 @@
 """`fastssl eval knn`: what stands in the report, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,21 @@ def test_the_command_prints_tables_and_writes_json(
         assert text in printed
     expected = json.loads(json.dumps(report))
     assert json.loads(path.read_text()) == expected
+
+
+def test_several_folders_vote_together(
+    report: dict, finished: Path, shards: Path, tmp_path: Path, told, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, path = tmp_path / "other", tmp_path / "knn.json"
+    shutil.copytree(shards, other)
+    flags = ["--ks", "1", "--json", str(path), "--baselines", "False", "--device", "cpu"]
+    assert main(["eval", "knn", str(finished), "--shards", str(shards), str(other), *flags]) == 0
+    found = json.loads(path.read_text())
+    assert found["queries"] == f"leave one out of {2 * NUM_IMAGES} samples"
+    assert found["classes"] == report["classes"]
+    # The nearest neighbour of each is its copy.
+    assert found["rows"][0]["accuracy"] == {"1": 1.0}
+    assert told("eval", "knn", finished, "--shards").startswith("--shards names no folder")
 
 
 def _edited(finished: Path, path: Path, section: str, **values) -> Path:

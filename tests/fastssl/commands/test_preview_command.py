@@ -1,5 +1,6 @@
 """`fastssl preview`: what it draws and says, and what it refuses."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,18 @@ def test_preview_shows_operations_and_engines(
     assert main(["preview", str(shards), "--rows", "2", "--out", str(out), *flags]) == 0
     assert line in capsys.readouterr().out
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_preview_takes_several_folders_as_pretrain_does(
+    shards: Path, tmp_path: Path, told, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = tmp_path / "other", tmp_path / "sheet.png"
+    shutil.copytree(shards, other)
+    flags = ["--samples", "3,63", "--size", "32", "--epochs", "1", "--out", str(out)]
+    assert main(["preview", str(shards), str(other), *flags]) == 0
+    assert "2 images, 1 epoch of 2 views" in capsys.readouterr().out
+    assert "--samples names 63, which is not among the 60" in told("preview", shards, *flags)
+    assert told("preview").startswith("No shards to draw: give SHARDS")
 
 
 def test_preview_names_engines_it_cannot_compare(told, shards: Path) -> None:

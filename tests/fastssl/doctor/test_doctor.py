@@ -185,6 +185,11 @@ def test_command_on_this_machine(shards, tmp_path, capsys):
     assert "60 images" in " ".join(capsys.readouterr().out.split())
 
 
+def test_memory_is_the_control_groups_where_that_is_less(monkeypatch):
+    monkeypatch.setattr(facts, "memory_limit", lambda: 12345)
+    assert facts.gather().memory_bytes == 12345
+
+
 def test_damaged_shards_make_the_exit_code_1(shards, tmp_path, capsys):
     import shutil
 

@@ -194,6 +194,14 @@ def test_a_tree_is_plain_and_left_as_it_is() -> None:
     assert tree == found.tree()
 
 
+def test_a_section_may_be_written_in_parts_of_two_spellings(tmp_path: Path) -> None:
+    config = read(
+        tmp_path, "train: {batch: 16}\ntrain.epochs: 3\nrecipe: satellite\nrecipe.size: 96\n"
+    ).config
+    assert (config.train.batch, config.train.epochs, config.recipe.size) == (16, 3, 96)
+    assert dataclasses.replace(config.recipe, size=RECIPES["satellite"].size) == RECIPES["satellite"]
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -210,6 +218,28 @@ def test_a_tree_is_plain_and_left_as_it_is() -> None:
         ("recipe: [satellite]", "There is no recipe called '['satellite']'."),
         ("method: {name: moco_v2}", "There is no method 'moco_v2'. Did you mean 'moco_v3'?"),
         ("train:\n  epochs: [", "run.yaml', line 2 is not valid YAML: expected the node content"),
+        ("train: {batch: 1, batch: 2}", "run.yaml', line 1: 'train.batch' stands there again, after line 1:"),
+        (
+            "train:\n  batch: 1\n  batch: 1\n",
+            "run.yaml', line 3: 'train.batch' stands there again, after line 2:",
+        ),
+        ("train.batch: 8\ntrain:\n  batch: 16\n", "line 3: 'train.batch' stands there again, after line 1:"),
+        ("train: {batch: 16}\n\ntrain.batch: 8", "line 3: 'train.batch' stands there again, after line 1:"),
+        (
+            "train: {batch: 16}\ntrain: {epochs: 8}",
+            "line 2: 'train' stands there again, after line 1: put both into one.",
+        ),
+        ("recipe: satellite\nrecipe: moco_v3", "line 2: 'recipe' stands there again, after line 1:"),
+        (
+            "recipe: satellite\nrecipe.preset: moco_v3",
+            "line 2: 'recipe.preset' stands there again, after line 1",
+        ),
+        ("train:\ntrain: {batch: 16}", "line 2: 'train' stands there again, after line 1"),
+        (
+            "train: {batch: 16}\nrecipe: {preset: moco_v3}\ntrain:",
+            "line 3: 'train' stands there again, after line 1",
+        ),
+        ("recipe: moco_v3\nrecipe: {size: 96}", "line 2: 'recipe' stands there again, after line 1"),
         ("just words", "run.yaml' must hold sections such as 'train:'"),
         ("- train", "run.yaml' must hold sections such as 'train:'"),
     ],
@@ -235,6 +265,7 @@ def test_a_mistake_in_the_file_is_named(text: str, message: str, tmp_path: Path)
         (["--recipe"], "--recipe needs a value."),
         (["--method.name=mocov3"], "There is no method 'mocov3'. Did you mean 'moco_v3'?"),
         (["--recipe.preset"], "--recipe.preset needs a value."),
+        (["stray"], "'stray' is one word too many for `fastssl pretrain`."),
     ],
 )
 def test_a_mistake_in_a_flag_is_named(flags: list, message: str, tmp_path: Path) -> None:
@@ -251,7 +282,6 @@ def test_a_mistake_in_a_flag_is_named(flags: list, message: str, tmp_path: Path)
         ("train: {compile: yes}", [], ("--train.compile", "yes", "True", "False")),
         ("train: {device: gpu}", [], ("--train.device", "gpu", "cuda")),
         ("recipe: {crop_scale: [0.1]}", [], ("--recipe.crop-scale",)),
-        ("", ["stray"], ("stray",)),
     ],
 )
 def test_a_wrong_value_ends_with_exit_code_2_and_its_name(

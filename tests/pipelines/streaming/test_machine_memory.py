@@ -18,7 +18,7 @@ from pipelines.engines.engine_table import make_engine
 from pipelines.loading.loader import open_loader
 from pipelines.streaming import cache, machine_memory
 from pipelines.streaming.cache import DecodedCache, Samples, decoded_sizes, fill_ahead, open_samples
-from pipelines.streaming.machine_memory import agree, group_free, shared_bytes
+from pipelines.streaming.machine_memory import agree, shared_bytes
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from tests.gloo import run_ranks
@@ -240,29 +240,8 @@ def test_a_process_alone_agrees_with_itself():
     assert (memory.dtype, memory.tolist(), shared) == (np.uint8, [0] * 5, False)
 
 
-def group(folder: Path, limit: str, used: int, idle: int, names: tuple[str, str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / names[0]).write_text(f"{limit}\n")
-    (folder / names[1]).write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {idle}\n")
-
-
-def test_the_tightest_control_group_around_a_process_limits_it(tmp_path: Path):
-    two = ("memory.max", "memory.current", "inactive_file")
-    group(tmp_path / "job", "1000", 700, 100, two)
-    group(tmp_path / "job" / "step", "max", 50, 0, two)
-    assert group_free(tmp_path, "0::/job/step\n") == 1000 - 700 + 100
-    assert group_free(tmp_path, "0::/other\n") > 10**15
-    # In a container the path is one outside of it, and the group's files lie at the root.
-    group(tmp_path, "600", 500, 0, two)
-    assert group_free(tmp_path, "0::/not/here\n") == 100
-    one = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    group(tmp_path / "memory" / "job", "90", 40, 7, one)
-    assert group_free(tmp_path, "4:memory:/job\n3:cpuset:/\n") == 57
-
-
-def test_free_memory_keeps_to_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(machine_memory, "group_free", lambda root, groups: 12345)
+def test_free_memory_keeps_to_the_control_group(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine_memory, "memory_left", lambda: 12345)
     assert machine_memory.free_memory() == 12345
-    monkeypatch.setattr(machine_memory, "group_free", lambda root, groups: -1)
+    monkeypatch.setattr(machine_memory, "memory_left", lambda: -1)
     assert machine_memory.free_memory() == 0

@@ -17,6 +17,7 @@ from shards.format import layout
 from tests import needs
 from tests.needs import HANGS_S
 from tests.pictures import encoded, picture
+from tests.shards.growing import images
 
 ROOT = Path(__file__).parents[3]
 
@@ -48,6 +49,32 @@ def test_a_conversion_and_its_summary(make_folder, tmp_path: Path, capsys: pytes
 
     run([str(source), str(tmp_path / "out"), "--samples-per-shard", "5"])
     assert "is complete: 13 images in 3 shards. Nothing to do." in capsys.readouterr().out
+
+
+def test_what_became_of_duplicates_is_said_of_appended_ones_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def said(*words: str) -> list[str]:
+        run(list(words)) if words[0] != "inspect" else main(list(words))
+        lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        return [line for line in lines if line.startswith("duplicates")]
+
+    old, new = images(tmp_path / "old", range(4), "ant"), images(tmp_path / "new", range(8), "bee")
+    for first, words, shown in (
+        ("mark", "2, left out", "2 with the pixels of an earlier image, left out"),
+        ("keep", "2, left out", "not looked for (--dedupe keep); of appended images 2, left out"),
+    ):  # fmt: skip
+        out = str(tmp_path / first)
+        assert said(str(old), out, "--dedupe", first) == []
+        one = images(tmp_path / "one", range(2, 8), "cow")
+        assert said(str(one), out, "--append", "--dedupe", "drop") == [f"duplicates {words}"]
+        assert said("inspect", out) == [f"duplicates {shown}"]
+    images(old, range(2), "cow")
+    out = str(tmp_path / "both")
+    assert said(str(old), out) == ["duplicates 2, marked in the table"]
+    both = "2 marked and 4 left out"
+    assert said(str(new), out, "--append", "--dedupe", "drop") == [f"duplicates 6, {both}"]
+    assert said("inspect", out) == [f"duplicates 6 with the pixels of an earlier image, {both}"]
 
 
 def test_the_next_commands_can_be_pasted(make_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

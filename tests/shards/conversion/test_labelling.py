@@ -107,6 +107,29 @@ def test_keys_may_be_numbers_and_sources_file_names(bare: Path, tmp_path: Path):
     assert ShardSet.open(bare).labels.tolist() == [key % 3 for key in keys]
 
 
+def test_numbers_with_a_point_are_whole_classes_and_nan_is_none(bare: Path, tmp_path: Path, capsys):
+    """As pandas writes a column of integers that has gaps."""
+    keys = [f"{int(key)}.0" for key in column(bare, "key")]
+    table = write(tmp_path / "l.csv", "key,label", *zip(keys, ("10.0", " 9.0", "", "nan", "9"), strict=False))
+    run([str(bare), str(table)])
+    assert "Rows without a label (an empty cell or NaN): 2; their samples keep" in capsys.readouterr().out
+    assert ShardSet.open(bare).classes == ["9", "10"]
+    assert ShardSet.open(bare).labels[:5].tolist() == [1, 0, -1, -1, 0]
+    before = (bare / layout.LABELS).read_bytes()
+    for table in (
+        write(tmp_path / "f.csv", "key,label", ("0", "1"), ("1", "0.5")),
+        tmp_path / "f.parquet",
+    ):
+        pq.write_table(pa.table({"key": [0, 1], "label": [1.0, 0.5]}), tmp_path / "f.parquet")
+        with pytest.raises(
+            UserError, match=r"(line 3|row 2): 0\.5 in the column 'label' is no label; a class is a whole"
+        ):
+            label(bare, table)
+    assert (bare / layout.LABELS).read_bytes() == before
+    label(bare, write(tmp_path / "t.csv", "key,label", ("0", "1.0"), ("1", "cat"), ("2", "nan")))
+    assert ShardSet.open(bare).classes == ["9", "10", "1.0", "cat"]
+
+
 def test_file_names_alone_mean_a_sample_where_they_are_unique(folder: Path, tmp_path: Path):
     sources = column(folder, "source")
     rows = [(name.rpartition("/")[2], "x") for name in sources[:2]]
@@ -161,6 +184,49 @@ def test_refused_tables_change_nothing(bare: Path, tmp_path: Path, header: str, 
     with pytest.raises(UserError, match=message):
         label(bare, write(tmp_path / "l.csv", header, *rows))
     assert not (bare / layout.LABELS).exists()
+
+
+def test_a_row_whose_key_and_source_are_two_samples_is_refused(make_folder, tmp_path: Path):
+    photos = make_folder(12)
+    # A whole name that is the last part of another.
+    (photos / "0000.jpg").write_bytes(next(photos.glob("*/0001.*")).read_bytes())
+    convert(photos, tmp_path / "out", samples_per_shard=5)
+    out = tmp_path / "out"
+    keys, sources = column(out, "key"), column(out, "source")
+    by_source = dict(zip(sources, keys, strict=True))
+    last = sources[3].rpartition("/")[2]
+    # Right: the whole source, the last part of it, none, and one that no sample has.
+    right = [
+        (keys[2], sources[2], "a"),
+        (keys[3], last, "b"),
+        (keys[4], "", "c"),
+        (keys[5], "moved.jpg", "d"),
+    ]
+    assert label(out, write(tmp_path / "r.csv", "key,source,label", *right)).labelled == 4
+    before = (out / layout.LABELS).read_bytes()
+    elsewhere = sources[4].rpartition("/")[2]
+    [twin] = [name for name in sources if name.endswith("/0000.jpg")]
+    for rows, line, key, source, meant, more in (
+        ([(keys[1], sources[0], "x")], 6, keys[1], sources[0], keys[0], ""),
+        ([(keys[1], elsewhere, "x")], 6, keys[1], elsewhere, keys[4], ""),
+        # A whole name before the last part of another; a row that repeats the label of an earlier one.
+        ([(by_source[twin], "0000.jpg", "x")], 6, by_source[twin], "0000.jpg", by_source["0000.jpg"], ""),
+        ([(keys[2], sources[1], "a"), (keys[1], sources[0], "x")], 6, keys[2], sources[1], keys[1], " So it is in 2 rows."),
+    ):  # fmt: skip
+        table = write(tmp_path / "l.csv", "key,path,label", *right, *rows)
+        with pytest.raises(UserError) as told:
+            label(out, table)
+        assert str(told.value) == (
+            f"'{table}', line {line}: the key '{key}' is the sample '{sources[keys.index(key)]}', and the path '{source}' is that of "
+            f"the sample '{meant}'.{more} Mend the table, or choose the column that counts: --key-column key or --source-column path. "
+            "Nothing was changed."
+        )
+    assert (out / layout.LABELS).read_bytes() == before
+    assert label(out, table, key_column="key").labelled == 5
+    assert label(
+        out, write(tmp_path / "s.csv", "key,path,label", (keys[1], sources[0], "x")), source_column="path"
+    )
+    assert named(ShardSet.open(out))[sources[0]] == "x"
 
 
 def test_verify_calls_it_no_damage_and_repair_keeps_the_labels(folder: Path, tmp_path: Path):

@@ -133,6 +133,55 @@ def test_spaces_around_cells_do_not_count(folder: Path):
     assert sorted(about["cloud"] for about in samples_json(folder.parent / "out").values()) == [7, 8, 9]
 
 
+def pair(*labels: str) -> str:
+    return "path,label\n" + "".join(f"{i}.jpg,{label}\n" for i, label in enumerate(labels))
+
+
+def in_parquet(folder: Path, *labels: float | None) -> str:
+    table = {"path": [f"{i}.jpg" for i in range(len(labels))], "label": pa.array(labels, pa.float64())}
+    pq.write_table(pa.table(table), folder / "list.parquet")
+    return str(folder / "list.parquet")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (("10.0", "2.0", "", "nan", "2"), ["2", "10"]),
+        (("1e1", "-1.0", "NaN"), ["-1", "10"]),
+        (("10", "9", "nan"), ["9", "10"]),
+        (("cat", "nan", "1.0"), ["1.0", "cat"]),  # not all are numbers: names
+        (("007", "1.5", ""), ["007", "1.5"]),
+        (("nan", "NAN"), []),
+        ((10.0, 2.0, None, float("nan"), 2.0), ["2", "10"]),
+    ],
+)
+def test_whole_numbers_are_classes_and_what_is_none_is_no_label(folder: Path, labels: tuple, classes: list):
+    path = write(folder, pair(*labels)) if isinstance(labels[0], str) else in_parquet(folder, *labels)
+    source = ListSource(path)
+    manifest = convert(source, folder.parent / "out", workers=0)
+    assert manifest is not None
+    assert manifest.classes == classes
+    shards = ShardSet.open(folder.parent / "out")
+    none = {f"{i}.jpg" for i, label in enumerate(labels) if str(label).lower() in ("", "none", "nan")}
+    assert {shards.name(i) for i in range(len(shards)) if shards.labels[i] < 0} == none
+    said = [f"{len(none)} of {len(labels)} images have no label."] if none else []
+    assert source.describe()[1:] == said
+
+
+def test_fractions_are_no_labels(folder: Path):
+    for path, line, shown in (
+        (write(folder, pair("1", "2.5")), "line 3", "2.5"),
+        (write(folder, pair("1.0", "2", "inf"), "b.csv"), "line 4", "inf"),
+        (in_parquet(folder, 1.0, None, 2.5), "row 3", "2.5"),
+    ):
+        with pytest.raises(
+            UserError, match=f"{line}: {shown} in the column 'label' is no label; a class is a whole"
+        ):
+            listed(ListSource(path))
+        without = listed(ListSource(path, ListOptions(label_column="none")))
+        assert {row["label"] for row in without} == {None}
+
+
 def test_the_search_for_columns_can_be_switched_off(folder: Path):
     options = ListOptions(label_column="none", group_column="none")
     source = ListSource(write(folder, "path,label,group\n0.jpg,a,g\n"), options)

@@ -134,8 +134,24 @@ def test_a_hugging_face_table_with_its_classes_and_columns(tmp_path: Path):
         assert (row["image_path"], row["note"]) == (f"{i}.jpg", None if i % 5 == 0 else f"n{i}")
     assert samples_json(tmp_path / "out")["train-0.parquet@1"]["note"] == "n1"
     assert source.describe() == [
-        "Images in 1 Parquet file. Columns: image 'image', label 'label'; kept as well: note, image_path."
+        "Images in 1 Parquet file. Columns: image 'image', label 'label'; kept as well: note, image_path.",
+        "5 of 20 images have no label.",
     ]
+
+
+def test_labels_of_numbers_are_whole(tmp_path: Path):
+    table = {"image": [jpeg(i) for i in range(4)], "label": [10.0, 9.0, float("nan"), None]}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    source = ImageTableSource(str(tmp_path / "x.parquet"))
+    manifest = convert(source, tmp_path / "out", workers=0)
+    assert manifest is not None
+    assert manifest.classes == ["9", "10"]
+    assert source.describe()[-1] == "2 of 4 images have no label."
+    pq.write_table(
+        pa.table(table | {"label": [1.0, 2.0, 3.0, 3.5]}), tmp_path / "x.parquet", row_group_size=2
+    )
+    with pytest.raises(UserError, match=r"x\.parquet', row 3: 3\.5 in the column 'label' is no label"):
+        list(ImageTableSource(str(tmp_path / "x.parquet")).entries())
 
 
 def test_several_files_and_a_plain_column_of_bytes_with_masks(tmp_path: Path):
