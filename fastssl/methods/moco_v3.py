@@ -17,7 +17,7 @@ from fastssl.methods.heads import mlp
 from fastssl.methods.losses import info_nce
 from fastssl.methods.method import Method, StepOutput
 from fastssl.methods.queue import KeyQueue
-from fastssl.methods.view_plan import ViewPlan
+from fastssl.methods.view_plan import ViewPlan, need_two_views
 from fastssl.models.batch_norm import depends_on_batch
 from shards.errors import UserError
 
@@ -95,16 +95,7 @@ class MoCoV3(Method):
 
     def plan_views(self, num_global: int, num_local: int) -> ViewPlan:
         """Return the plan for two global views and no local ones; raise UserError for others."""
-        if num_local:
-            raise UserError(
-                f"MoCo v3 compares 2 global views but the recipe makes {num_local} local ones, too: set --recipe.local-views 0, or "
-                "choose another --recipe."
-            )
-        if num_global != 2:
-            raise UserError(
-                f"MoCo v3 compares 2 views of each image but the recipe makes {num_global}: set --recipe.num-views 2, or choose "
-                "another --recipe."
-            )
+        need_two_views("MoCo v3", num_global, num_local)
         # With BatchNorm the views go one by one: in the paper each view has statistics of its own.
         return ViewPlan()
 

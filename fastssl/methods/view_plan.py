@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shards.errors import UserError
+
 
 @dataclass(frozen=True)
 class ViewPlan:
@@ -15,3 +17,17 @@ class ViewPlan:
     together: bool = False
     """Whether views of one size share a forward pass, and thus the statistics of BatchNorm, as in SimCLR, SwAV and DINO. Else each
     view has statistics of its own, as in MoCo v3 and BYOL."""
+
+
+def need_two_views(method: str, num_global: int, num_local: int) -> None:
+    """Raise UserError, which names the method, unless a recipe makes two global views of each image and no local ones."""
+    if num_local:
+        raise UserError(
+            f"{method} compares 2 global views but the recipe makes {num_local} local ones, too: set --recipe.local-views 0, or "
+            "choose another --recipe."
+        )
+    if num_global != 2:
+        raise UserError(
+            f"{method} compares 2 views of each image but the recipe makes {num_global}: set --recipe.num-views 2, or choose "
+            "another --recipe."
+        )

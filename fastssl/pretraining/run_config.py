@@ -15,6 +15,7 @@ import functools
 import io
 import re
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
@@ -153,10 +154,11 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
     sections = {field.name for field in dataclasses.fields(RunConfig)}
     # A section may be empty: `train:` with nothing below it.
     named = {k: v for k, v in named.items() if v != "" or k not in sections}
-    method_name = _take_flag(tokens, METHOD, METHOD_NAME) or named.get(
-        METHOD, named.get(METHOD_NAME, next(iter(METHODS)))
-    )
+    theirs = named.get(METHOD, named.get(METHOD_NAME))
+    method_name = _take_flag(tokens, METHOD, METHOD_NAME) or theirs or next(iter(METHODS))
     method = get_method(method_name)
+    if theirs and theirs != method_name:
+        named = _without_method(named, theirs, method_name, where)
     backbone = _take_flag(list(tokens), BACKBONE) or named.get(BACKBONE)
     in_file, by_flag = named.get(RECIPE, named.get(PRESET)), _take_flag(tokens, RECIPE, PRESET)
     usual = start_of(method, backbone)
@@ -181,6 +183,28 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
             f"{', ...' if len(changed) > 3 else ''}): leave the flag out, or give another configuration."
         )
     return Resolved(_parse(base, tokens, prog="fastssl pretrain"), method_name)
+
+
+def _without_method(named: dict[str, Any], theirs: str, other: str, where: str) -> dict[str, Any]:
+    """Return those settings of a file for the method `theirs` that hold for another one as well, and warn of the rest.
+
+    A file's sections `method` and `optim` are chosen for its method, and so is a preset that is named after it (moco_v3_resnet).
+    """
+    preset = named.get(RECIPE, named.get(PRESET, ""))
+    names = {METHOD, METHOD_NAME, *((RECIPE, PRESET) if preset.startswith(theirs) else ())}
+    left = [key for key in named if key in names or key.split(".")[0] in (METHOD, "optim")]
+    what = [
+        f"section {section}"
+        for section in dict.fromkeys(key.split(".")[0] for key in left if key not in names)
+    ]
+    if names & {RECIPE, PRESET}:
+        what.insert(0, f"recipe {preset}")
+    if what:
+        warnings.warn(
+            f"{where} is made for {theirs}: {other} has its own defaults in place of the file's {', '.join(what)}.",
+            stacklevel=3,
+        )
+    return {key: value for key, value in named.items() if key not in left}
 
 
 def _named_recipe(name: str) -> Recipe:

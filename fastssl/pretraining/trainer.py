@@ -140,7 +140,9 @@ class Training:
 
     def row(self, steps_timed: int) -> dict[str, float]:
         """Return the metrics since the last call. Every rank calls it, and it waits for the device."""
-        values = {"lr": self.optimizer.param_groups[0]["lr"], "teacher_momentum": self._momentum}
+        values = {"lr": self.optimizer.param_groups[0]["lr"]}
+        if self.method.plan.teacher:
+            values["teacher_momentum"] = self._momentum
         values |= self.meters.read(self.resolved.config.train.batch, steps_timed)
         distance = self.method.teacher_distance()
         if distance is not None:
@@ -243,10 +245,10 @@ class Training:
             (learning_rate(clock, cfg.optim, cfg.train.batch), self.method.teacher_momentum(clock))
             for clock, cfg in zip(clocks, (before, self.resolved.config), strict=True)
         )
+        momenta = f" and teacher's momentum {now[1]:.4g} ({was[1]:.4g})" if self.method.plan.teacher else ""
         warnings.warn(
             f"train.epochs was {old} so far and is {new} from now on: step {done + 1} continues on the schedules of {new} epochs, "
-            f"with learning rate {now[0]:.4g} (with {plural(old, 'epoch')}: {was[0]:.4g}) and teacher's momentum {now[1]:.4g} "
-            f"({was[1]:.4g}).",
+            f"with learning rate {now[0]:.4g} (with {plural(old, 'epoch')}: {was[0]:.4g}){momenta}.",
             stacklevel=3,
         )
 

@@ -272,7 +272,7 @@ def _place(name: str) -> int:
 
 
 def annotate(row: Row, trainee: Trainee, top: Peak) -> None:
-    """Add to a row of the step its MFU, of 8 forwards an image, and the TB/s that its operations would move unfused."""
+    """Add to a row of the step its MFU, without what is recomputed, and the TB/s that its operations would move unfused."""
     rate = row.images_per_s
     if not rate:
         return
