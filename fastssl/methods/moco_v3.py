@@ -1,6 +1,5 @@
 """MoCo v3 (Chen, Xie, He: Training Self-Supervised Vision Transformers, arXiv 2104.02057)."""
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from fastssl.core.distributed import gather_keys, rank, world
 from fastssl.core.schedules import Clock, cosine_momentum
 from fastssl.methods.collapse import batch_statistics
-from fastssl.methods.ema import ema_update, relative_distance
+from fastssl.methods.ema import ema_update, relative_distance, teacher_of
 from fastssl.methods.heads import mlp
 from fastssl.methods.losses import info_nce
 from fastssl.methods.method import Method, StepOutput
@@ -85,13 +84,8 @@ class MoCoV3(Method):
     def __init__(self, backbone: nn.Module, cfg: MoCoV3Config) -> None:
         super().__init__(backbone, cfg)
         self.projector, self.predictor = build_heads(backbone, cfg)
-        self.teacher_backbone = copy.deepcopy(backbone).requires_grad_(False)
-        self.teacher_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.teacher_backbone, self.teacher_projector = teacher_of(backbone), teacher_of(self.projector)
         self.queue = KeyQueue(2, cfg.queue, cfg.dim) if cfg.queue else None
-        # Stochastic depth regularises the student; a teacher that skips blocks would give noisy keys.
-        for module in self.teacher_backbone.modules():
-            if isinstance(getattr(module, "drop_prob", None), float):
-                module.drop_prob = 0.0  # pyright: ignore[reportArgumentType]
 
     def plan_views(self, num_global: int, num_local: int) -> ViewPlan:
         """Return the plan for two global views and no local ones; raise UserError for others."""

@@ -91,7 +91,8 @@ def build_method(resolved: Resolved, device: torch.device) -> tuple[Method, dict
             "follows the shards."
         )
     torch.manual_seed(cfg.train.seed)
-    backbone = build_backbone(cfg.model, cfg.recipe.size)
+    sides = {cfg.recipe.side(view) for view in range(cfg.recipe.total_views)}
+    backbone = build_backbone(cfg.model, cfg.recipe.size, sorted(sides - {cfg.recipe.size}))
     shape = architecture(backbone, cfg.model)
     method = get_method(resolved.method_name)(backbone, cfg.method)
     method.check_batch(cfg.train.batch)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastssl.core.distributed import Dist, alone, smallest_over_ranks
 from fastssl.core.optimizers import OptimConfig, build_optimizer, set_lr
 from fastssl.core.out_of_memory import bracketed_cause, is_out_of_memory
+from fastssl.core.schedules import Clock
 from fastssl.methods.method import Method
 from fastssl.methods.queue import KeyQueue
 from fastssl.pretraining.build import view_form
@@ -29,6 +30,9 @@ from shards.errors import UserError
 if TYPE_CHECKING:
     from fastssl.pretraining.run_config import Resolved
     from shards.dataset.shard_set import ShardSet
+
+# Far into a run: weights that a method freezes at first have gradients and optimizer state by then.
+LATE = Clock(step=10**6, total=10**6 + 1, steps_per_epoch=1)
 
 
 def trial_step(
@@ -185,7 +189,7 @@ class TrialStep:
         waiting = self.gpu_views.waiting_bytes(in_chunks) if self.gpu_views else from_host
         ahead = torch.empty(waiting, dtype=torch.uint8, device=self.device)
         for _ in range(2):
-            step.gradients(self.gpu_views.views if self.gpu_views else views)
+            step.gradients(self.gpu_views.views if self.gpu_views else views, LATE)
             step.update(1.0)
         del buckets, ahead
 

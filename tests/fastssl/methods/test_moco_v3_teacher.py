@@ -10,9 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl.core.distributed import Dist, mean_over_ranks
 from fastssl.core.schedules import Clock
 from fastssl.methods import MoCoV3
-from fastssl.methods.ema import ema_update
+from fastssl.methods.ema import ema_update, teacher_of
 from fastssl.methods.moco_v3 import Keys
 from fastssl.methods.moco_v3 import MoCoV3Config as Config
+from fastssl.models.backbones import build_backbone
+from fastssl.models.model_config import ModelConfig
 from tests.fastssl.tiny import Normed, Plain, make_method, make_views
 from tests.gloo import run_ranks
 
@@ -28,6 +30,21 @@ def test_the_teacher_starts_as_the_student_projector_included() -> None:
         assert all(torch.equal(student[key], teacher[key]) for key in student)
         for p in getattr(method, f"teacher_{part}").parameters():
             assert not any(p is q for q in method.backbone.parameters())
+
+
+def test_a_teacher_skips_no_blocks_and_shares_nothing_with_the_student() -> None:
+    student = build_backbone(ModelConfig(backbone="test_vit", drop_path=0.9), 32)
+    teacher = teacher_of(student)
+    images = torch.rand(4, 3, 32, 32)
+    assert teacher.training
+    assert torch.equal(teacher(images), student.eval()(images))
+    assert not torch.equal(student.train()(images), teacher(images))
+    assert all(p.requires_grad for name, p in student.named_parameters() if "patch_embed" not in name)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            assert not p.requires_grad
+            p.zero_()
+    assert student.eval()(images).any()
 
 
 def test_keys_do_not_pass_through_a_predictor() -> None:

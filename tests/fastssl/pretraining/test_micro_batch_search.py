@@ -75,6 +75,14 @@ def test_where_nothing_fits_the_ways_out_are_named() -> None:
         largest_that_fits(8, run)
 
 
+def test_steps_are_tried_as_late_in_a_run_when_nothing_is_frozen_any_more() -> None:
+    method, epochs = make_method(Normed()), []
+    method.after_backward = lambda: epochs.append(method.clock.epoch)
+    find_micro_batch(method, TrialStep(OptimConfig(), CPU, torch.float32, ((3, 4, 4),) * 2, 4))
+    assert len(epochs) == 2
+    assert min(epochs) > 10_000
+
+
 @pytest.mark.parametrize("exact_heads", [False, True])
 def test_trying_leaves_everything_as_it_was(exact_heads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     method = make_method(Normed(), Config(dim=5, hidden_dim=7, queue=32))
