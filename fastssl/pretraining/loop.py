@@ -80,7 +80,6 @@ def train(resolved: Resolved, *, resume: bool | Path = False) -> Summary:
         if online and cfg.data.cache == "ram":
             notes = online.keep_in_memory(loader.samples, cfg.data.engine, cfg.data.cache_gb)
             loader.note = "\n".join([loader.note, *notes])
-        folder.begin(training.done, training.total)
         return _loop(training, loader, folder, online)
 
 
@@ -97,6 +96,8 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
         if online:
             with meters.paused(), screen.counting("filling the evaluation's cache") as progress:
                 online.fill_caches(progress)
+    # What can refuse the run has had its say.
+    folder.begin(start, total)
     began = time.perf_counter()
     saved = start
     stop_of_any = distributed.LargestOverRanks()

@@ -14,7 +14,13 @@ from fastssl.core.loggers import Loggers
 from fastssl.core.meters import MetricsLog, six_digits
 from fastssl.pretraining.run_config import leaves
 from shards.errors import UserError
-from shards.storage.atomic_files import atomic_write, lock_file, remove_unfinished
+from shards.storage.atomic_files import (
+    atomic_write,
+    lock_file,
+    missing_folders,
+    remove_empty,
+    remove_unfinished,
+)
 
 if TYPE_CHECKING:
     from fastssl.pretraining.run_config import Resolved
@@ -28,13 +34,15 @@ class RunFolder:
     """A context that locks a run's folder for one trainer. Every rank enters it, but only the first writes to the disk.
 
     config.yaml is the configuration, metrics.jsonl the log, checkpoints/step-*.pt are what `resume` continues from, and
-    checkpoints/best.pt holds the weights with the best kNN accuracy. A second trainer in the same folder is refused.
+    checkpoints/best.pt holds the weights with the best kNN accuracy. A second trainer in the same folder is refused. Of a run that
+    ends before it has begun, such as one that is refused, nothing stays.
     """
 
     def __init__(self, resolved: Resolved, ranks: distributed.Dist, steps_per_epoch: int) -> None:
         self.path = Path(resolved.config.train.out)
         self._resolved, self._ranks, self._steps = resolved, ranks, steps_per_epoch
         self._lock: IO[str] | None = None
+        self._new: list[Path] = []
         self._origin: Path | None = None
         self.log: MetricsLog | None = None
         """metrics.jsonl, on the first rank, once the run has begun."""
@@ -50,6 +58,10 @@ class RunFolder:
         if self.loggers is not None:
             self.loggers.close()
         if self._lock is not None:
+            if self.log is None:
+                # Held until it is gone, so that no other trainer relies on it.
+                for path in self._new:
+                    path.unlink() if path.is_file() else remove_empty([path])
             self._lock.close()
 
     def newest(self, resume: bool | Path) -> tuple[Path, dict[str, Any]] | None:
@@ -107,8 +119,11 @@ class RunFolder:
 
     def _take(self) -> None:
         try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._lock = lock_file(self.path / ".lock")
+            lock, checkpoints = self.path / ".lock", self.path / "checkpoints"
+            new = [path for path in (lock, checkpoints) if not path.exists()] + missing_folders(self.path)
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_file(lock)
+            self._new = new
         except BlockingIOError:
             raise UserError(
                 f"Another trainer uses '{self.path}': wait for it or stop it, or choose another --train.out."

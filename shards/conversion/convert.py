@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shards.conversion.append import SHOWN, Base
+from shards.conversion.destination import shard_folder
 from shards.conversion.listing import SCRATCH, Survey
 from shards.conversion.merge import dropped_by_shard, merge, write_dropped
 from shards.conversion.ray_workers import Cluster, connect
@@ -30,7 +31,6 @@ from shards.format.sample_table import rows_of, table_batches
 from shards.images.policy import Policy
 from shards.sources.source import Source
 from shards.sources.source_kinds import check_apart, open_source
-from shards.storage.atomic_files import is_unfinished
 from shards.storage.opening import Where, open_place
 from shards.storage.place import Place
 
@@ -130,11 +130,10 @@ def convert(
     with connected as cluster:
         if append:
             Manifest.load(place)  # of a mistyped DEST no folder is made
-        _make_folder(place)
         own_lock = (
             place.lock(f"{layout.LOCK}-{part.index}-of-{part.count}") if part else contextlib.nullcontext()
         )
-        with place.lock(layout.LOCK, shared=part is not None), own_lock:
+        with shard_folder(place), place.lock(layout.LOCK, shared=part is not None), own_lock:
             if part is None:
                 place.remove_unfinished("")
                 for name in place.names():
@@ -366,23 +365,3 @@ def _planning(place: Place) -> Iterator[None]:
                     raise
                 time.sleep(0.2)
         yield
-
-
-def _make_folder(dest: Place) -> None:
-    try:
-        dest.make()
-        names = dest.names()
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"'{dest.url}' is a file; DEST is the folder for the shards.") from None
-    except OSError as error:
-        raise UserError(
-            f"'{dest.url}' cannot be written ({error.strerror or error}); choose another DEST."
-        ) from error
-    # With a plan the folder is ours, and what a user laid beside the shards does no harm.
-    foreign = [
-        name for name in names if not name.startswith((layout.LOCK, SCRATCH)) and not is_unfinished(name)
-    ]
-    if layout.PLAN not in names and foreign:
-        raise UserError(
-            f"'{dest.url}' already holds other files, such as '{foreign[0]}'; give a new or an empty folder."
-        )

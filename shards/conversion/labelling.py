@@ -78,6 +78,7 @@ def label(
     place = open_place(folder)
     if not dry_run:
         place.check_writable("label the shards where they lie on a disk or in a store")
+    Manifest.load(place)  # in a mistyped folder no lock is made
     with contextlib.nullcontext() if dry_run else place.lock(layout.LOCK):
         manifest = Manifest.load(place)
         if layout.is_appending(place, manifest):

@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar
 
@@ -128,15 +128,34 @@ def remove_unfinished(folder: Path, names: Collection[str] | None = None) -> Non
 def lock_file(path: Path, *, shared: bool = False) -> IO[str]:
     """An open file that holds a lock on itself until it is closed; the system frees it if we are killed.
 
+    Whoever holds it alone may remove the file before closing it.
+
     Raises BlockingIOError where another process holds it (unless both share it), OSError where the file cannot be made.
     """
-    file = open(path, "w")  # noqa: SIM115 (the caller's)
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError:
+    while True:
+        file = open(path, "w")  # noqa: SIM115 (the caller's)
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        # Its last holder has removed it since it was opened: a lock on it would keep nobody out.
         file.close()
-        raise
-    return file
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """The folder and those above it, as far as they are not there yet; for `remove_empty`."""
+    return [place for place in (folder, *folder.parents) if not place.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, the innermost first, up to one that holds something or is gone."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def is_unfinished(name: str) -> bool:

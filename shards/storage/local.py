@@ -110,6 +110,8 @@ class LocalPlace(Place):
 
     @contextlib.contextmanager
     def lock(self, name: str, *, shared: bool = False) -> Iterator[None]:
+        """See `Place.lock`. What fails while it holds a new lock alone leaves no file of that."""
+        is_new = not (self.local / name).exists()
         try:
             lock = lock_file(self.local / name, shared=shared)
         except BlockingIOError:
@@ -121,7 +123,12 @@ class LocalPlace(Place):
                 f"'{self.url}' cannot be written ({error.strerror}); choose another DEST."
             ) from error
         with lock:
-            yield
+            try:
+                yield
+            except BaseException:
+                if is_new and not shared:
+                    self.remove(name)
+                raise
 
 
 def _walk(path: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int]]:

@@ -215,6 +215,29 @@ def test_a_run_folder_that_cannot_be_written(
     assert "cannot be written (Permission denied)" in told("pretrain", config())
 
 
+@pytest.mark.parametrize(
+    ("changes", "flags", "words"),
+    [
+        ({"data": {"shards": "nowhere"}}, [], "There is no folder 'nowhere'"),
+        ({"knn": {"shards": "nowhere"}}, [], "There is no folder 'nowhere'"),
+        ({"data": {"cache": "ram", "cache_gb": 1e-9}}, [], "raise --data.cache-gb"),
+        ({"model": {"backbone": "resnet500"}}, [], "resnet500"),
+        ({}, ["--resume", "nowhere/run"], "There is no checkpoint at 'nowhere/run'"),
+    ],
+)
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_refused_run_leaves_nothing(
+    changes: dict, flags: list, words: str, is_new: bool, told, config, tmp_path: Path
+) -> None:
+    out = tmp_path / "runs" / "photos"
+    if not is_new:
+        out.mkdir(parents=True)
+    path = config(changes, {"train": {"out": str(out)}})
+    before = sorted(tmp_path.rglob("*"))
+    assert words in told("pretrain", path, *flags)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_loss_that_is_no_number(told, config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "scaled_lr", lambda cfg, batch: 1e30)
     sentence = told("pretrain", config({"optim": {"warmup_epochs": 0}}))

@@ -1,5 +1,6 @@
 """Duplicates, parts for job arrays, and masks."""
 
+import fcntl
 import io
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from shards.conversion.convert import OnProgress, Part, convert
+from shards.conversion.labelling import label
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.format import layout
@@ -125,3 +127,48 @@ def test_masks_travel_with_their_images(tmp_path: Path):
         else:
             assert mask is not None
             assert np.array_equal(np.asarray(Image.open(io.BytesIO(mask))), classes[opened.name(i)])
+
+
+@pytest.mark.parametrize("part", [None, Part(0, 2)])
+def test_a_refused_conversion_leaves_nothing(make_folder, tmp_path: Path, part: Part | None):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "twice.csv").write_text("path\na.jpg\na.jpg\n")
+    (tmp_path / "a.jpg").write_bytes(next(make_folder(3).rglob("*.jpg")).read_bytes())
+    before = sorted(tmp_path.rglob("*"))
+    for source, words in (("empty", "holds no images"), ("twice.csv", "is listed twice")):
+        for dest in ("out", "new/folders/out", "empty"):
+            if source != dest:
+                with pytest.raises(UserError, match=words):
+                    convert(str(tmp_path / source), tmp_path / dest, part=part)
+                assert sorted(tmp_path.rglob("*")) == before
+    # A conversion that is at work there keeps its lock.
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / layout.LOCK, "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="Another conversion is at work"):
+            convert(tmp_path / "photos", tmp_path / "out", part=part)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [layout.LOCK]
+
+
+def test_what_a_plan_was_made_for_stays(make_folder, tmp_path: Path):
+    """Only the same command can go on with it, and the quarantine says what is wrong with the images."""
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"text")
+    with pytest.raises(UserError, match="None of the 1 images can be used"):
+        convert(tmp_path / "bad", tmp_path / "out")
+    assert {layout.PLAN, layout.QUARANTINE} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_labels_that_are_refused_leave_no_lock(make_folder, tmp_path: Path):
+    convert(make_folder(3), tmp_path / "out")
+    (tmp_path / "out" / layout.LOCK).unlink()
+    (tmp_path / "l.csv").write_text("source,label\nnone.jpg,a\n")
+    before = sorted(tmp_path.rglob("*"))
+    for folder, words in (
+        ("out", "Not one of the 1 names"),
+        ("photos", "no shard folder"),
+        ("nowhere", "There is no folder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            label(tmp_path / folder, tmp_path / "l.csv")
+        assert sorted(tmp_path.rglob("*")) == before

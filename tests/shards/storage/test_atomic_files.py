@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -6,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError, nearest
-from shards.storage.atomic_files import atomic_write, check_output, remove_unfinished
+from shards.storage.atomic_files import atomic_write, check_output, lock_file, remove_unfinished
+from shards.storage.local import LocalPlace
 
 
 def test_bytes_and_functions_are_written(tmp_path: Path):
@@ -128,3 +130,34 @@ def test_nearest_suggests_or_lists():
     assert nearest("resnet51", ["vit", "resnet50"]) == " Did you mean 'resnet50'?"
     assert nearest("xyz", ["b", "a"]) == " Known: a, b."
     assert nearest("xyz", []) == " Known: none."
+
+
+def test_a_lock_on_a_file_that_its_holder_removed_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Between opening and locking, the process that held it may remove it: a lock on that keeps nobody out."""
+    path, flock, waiting = tmp_path / ".lock", fcntl.flock, [True]
+
+    def late(file, how):
+        if waiting:
+            waiting.clear()
+            path.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with lock_file(path):
+        assert path.exists()
+        with pytest.raises(BlockingIOError):
+            lock_file(path)
+
+
+def test_a_new_lock_goes_with_what_failed_under_it(tmp_path: Path):
+    place = LocalPlace(tmp_path)
+    for shared, left in ((False, []), (True, ["lock"])):
+        with pytest.raises(UserError), place.lock("lock", shared=shared):
+            raise UserError("refused")
+        assert place.names() == left
+    # One that was there before stays.
+    with pytest.raises(UserError), place.lock("lock"):
+        raise UserError("refused")
+    assert place.names() == ["lock"]
