@@ -7,10 +7,12 @@ from pathlib import Path
 
 from fastssl.methods.method import Method
 from fastssl.methods.moco_v3 import MoCoV3
+from fastssl.methods.simclr import SimCLR
 from shards.errors import UserError, nearest
 
 METHODS: dict[str, type[Method]] = {
     "moco_v3": MoCoV3,
+    "simclr": SimCLR,
 }
 
 

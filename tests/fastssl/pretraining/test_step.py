@@ -41,7 +41,7 @@ def make_step(method: Method, dtype: torch.dtype = torch.float32, **options) -> 
     return Step(method, DDPWrapper(method), optimizer, CPU, dtype, StepOptions(**options))
 
 
-def gradients(method: MoCoV3, views: list[Tensor], **options) -> tuple[dict[str, Tensor], dict[str, float]]:
+def gradients(method: Method, views: list[Tensor], **options) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Gradients and metrics of one batch, on a copy of the method."""
     method = copy.deepcopy(method)
     metrics = make_step(method, **options).gradients(views)
