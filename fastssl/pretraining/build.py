@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from fastssl.pretraining.train_config import TrainConfig
 
 
+# A compiled block has a graph for each mode (training or not, with gradients or without), for each size of views, and for stochastic
+# depth or none: 11 with all of them. Beyond its limit, which is 8 by default, the compiler runs the rest uncompiled.
+MAX_GRAPHS = 32
+
+
 def prepare_backend(device: torch.device) -> None:
     """Let cuDNN choose its algorithms by timing them: every step has the same shapes, so this pays off from the second step on."""
     torch.backends.cudnn.benchmark = device.type == "cuda"
@@ -144,6 +149,10 @@ def compile_blocks(method: Method, device: torch.device) -> bool:
             stacklevel=2,
         )
         return False
+    # Imported with the compiler: it takes a second.
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
     for backbone in method.backbones():
         blocks = getattr(backbone, "blocks", None)
         for part in blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else [backbone]:
