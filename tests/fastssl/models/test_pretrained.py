@@ -191,6 +191,10 @@ def test_online_evaluation_sees_the_evaluated_branch(
     """A teacher that never moves stays at what the untrained network reaches."""
 
     class Still(TeacherEvaluated):
+        def __init__(self, backbone, cfg):
+            super().__init__(backbone, cfg)
+            self.train()
+
         def update_teacher(self, momentum):
             pass
 
@@ -199,11 +203,7 @@ def test_online_evaluation_sees_the_evaluated_branch(
             self.teacher_backbone.eval()  # its statistics stay, too
             return self
 
-    def still(backbone, cfg):
-        return Still(backbone, cfg).train()
-
-    still.Config = Still.Config
-    monkeypatch.setitem(METHODS, "still", still)
+    monkeypatch.setitem(METHODS, "still", Still)
     train(resolve(shards, tmp_path / "run", {"method": {"name": "still"}, "train": {"epochs": 2}}))
     found = [row["knn_accuracy"] for row in rows(tmp_path / "run") if "knn_accuracy" in row]
     assert len(found) == 3
