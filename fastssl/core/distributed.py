@@ -1,7 +1,7 @@
 """The processes of a run: rank, world size, all-gather, all-reduce. A single process needs no process group."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -150,6 +150,21 @@ def mean_over_ranks(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     stacked = torch.stack([value.detach().float() for value in metrics.values()])
     dist.all_reduce(stacked)
     return dict(zip(metrics, (stacked / dist.get_world_size()).unbind(), strict=True))
+
+
+@torch.no_grad()
+def average_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Replace floating-point tensors by their means over ranks, in place and in one collective; at world 1 nothing happens.
+
+    All ranks must pass the same shapes in the same order.
+    """
+    if not _joined() or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def any_over_ranks(flag: Tensor) -> Tensor:
