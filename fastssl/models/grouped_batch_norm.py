@@ -60,7 +60,9 @@ class GroupedBatchNorm(_BatchNorm):
             assert self.group_statistics is not None
             assert self.num_groups is not None
             self.num_groups.add_(num_groups)
-            self.group_statistics.lerp_(statistics, num_groups / self.num_groups)
+            self.group_statistics.lerp_(
+                statistics.to(self.group_statistics.dtype), num_groups / self.num_groups
+            )
         return output
 
     @property

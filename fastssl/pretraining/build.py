@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.core import distributed
@@ -20,7 +21,7 @@ from fastssl.methods.method_weights import freeze_external
 from fastssl.models.activation_checkpointing import checkpoint_blocks
 from fastssl.models.backbones import build_backbone
 from fastssl.models.batch_norm import depends_on_batch, frozen_statistics
-from fastssl.models.grouped_batch_norm import group_batch_norm
+from fastssl.models.grouped_batch_norm import GroupedBatchNorm, group_batch_norm
 from fastssl.models.model_config import ModelConfig, architecture
 from fastssl.pretraining.step import DDPWrapper
 from pipelines.augment.channels import fit_recipe
@@ -184,13 +185,15 @@ def freeze_unused(
 ) -> list[str]:
     """Freeze parameters that receive no gradient (DDP would hang), warn, and return their names.
 
-    It runs a step on two random images, with views of these shapes (C, H, W). Call it on every rank, after the optimizer is built, so
-    that its state has the same layout with any number of ranks, and before `spread`. At world 1 it does nothing.
+    It runs a step on two random images, or as many as a group of BatchNorm has, with views of these shapes (C, H, W). Call it on every
+    rank, after the optimizer is built, so that its state has the same layout with any number of ranks, and before `spread`. At world
+    1 it does nothing.
     """
     if ranks.world == 1:
         return []
     generator = torch.Generator().manual_seed(0)
-    views = [torch.rand(2, *shape, generator=generator).to(ranks.device) for shape in view_shapes]
+    num = max((m.rows for m in method.modules() if isinstance(m, GroupedBatchNorm)), default=2)
+    views = [torch.rand(num, *shape, generator=generator).to(ranks.device) for shape in view_shapes]
     with distributed.alone(), frozen_statistics(method):
         method(views).loss.backward()
     unused = {name: p for name, p in method.named_parameters() if p.requires_grad and p.grad is None}
@@ -210,9 +213,13 @@ def freeze_unused(
 def convert_batch_norm(method: nn.Module) -> None:
     """Replace every BatchNorm of the method's modules by SyncBatchNorm, in place; the state dict keeps its keys.
 
-    This is timm's conversion: PyTorch's drops the activation that is part of timm's BatchNormAct2d.
+    This is timm's conversion: PyTorch's drops the activation that is part of timm's BatchNormAct2d. Layers with groups stay: they need
+    no other rank.
     """
     from timm.layers.norm_act import convert_sync_batchnorm
 
     for name, child in method.named_children():
-        setattr(method, name, convert_sync_batchnorm(child))
+        if isinstance(child, _BatchNorm) and not isinstance(child, GroupedBatchNorm):
+            setattr(method, name, convert_sync_batchnorm(child))
+        else:
+            convert_batch_norm(child)
