@@ -20,10 +20,10 @@ from fastssl.methods import Method, get_method
 from fastssl.methods.method_weights import freeze_external
 from fastssl.models.activation_checkpointing import checkpoint_blocks
 from fastssl.models.backbones import build_backbone
-from fastssl.models.batch_norm import depends_on_batch, frozen_statistics
+from fastssl.models.batch_norm import frozen_statistics
 from fastssl.models.grouped_batch_norm import GroupedBatchNorm, group_batch_norm
 from fastssl.models.model_config import ModelConfig, architecture
-from fastssl.pretraining.step import DDPWrapper
+from fastssl.pretraining.step import DDPWrapper, depends_on_chunk
 from pipelines.augment.channels import fit_recipe
 from pipelines.kernels.view_params import Form
 from shards.dataset.shard_set import ShardSet
@@ -168,9 +168,10 @@ def spread(method: Method, ranks: distributed.Dist) -> nn.Module:
     on_gpu = ranks.device.type == "cuda"
     if on_gpu:
         convert_batch_norm(method)
-    elif ranks.is_main and depends_on_batch(method):
+    elif ranks.is_main and depends_on_chunk(method):
         warnings.warn(
-            "PyTorch has no SyncBatchNorm on CPUs: BatchNorm sees each process's share of the batch only.",
+            "PyTorch has no SyncBatchNorm on CPUs: BatchNorm sees each process's share of the batch only (model.bn_group N gives it "
+            "groups of N images, the same on any number of processes).",
             stacklevel=2,
         )
     # Each process keeps its own BatchNorm buffers (equal ones under SyncBatchNorm); torch 2.14 renamed the switch.

@@ -70,7 +70,7 @@ class Trainee:
 
 
 def build(resolved: Resolved, device: torch.device) -> Trainee:
-    """Return method, optimizer and step as the trainer builds them, uncompiled, with costs counted on two and four images."""
+    """Return method, optimizer and step as the trainer builds them, uncompiled, with costs counted on a few images."""
     train = resolved.config.train
     prepare_backend(device)
     method, _ = build_method(resolved, device)
@@ -81,17 +81,19 @@ def build(resolved: Resolved, device: torch.device) -> Trainee:
     shards = resolved.config.data.open() if resolved.config.data.shards else None
     alone = Dist(0, 1, 0, device)
     chunk = choose_micro_batch(train.micro_batch, method, resolved, alone, dtype, shards)
-    options = StepOptions(chunk, train.exact_heads, train.clip_grad)
+    group = max(1, resolved.config.model.bn_group)
+    options = StepOptions(chunk, train.exact_heads, train.clip_grad, group=group)
     step = Step(method, DDPWrapper(method), optimizer, device, dtype, options)
     fill_queues(method)
     with forgetful(method):
-        few, more = (_moved(step, views(resolved, device, count)) for count in (2, 4))
-        step.gradients(views(resolved, device, 2))
+        least = max(2, group)
+        few, more = (_moved(step, views(resolved, device, count)) for count in (least, 2 * least))
+        step.gradients(views(resolved, device, least))
         update_bytes = bytes_of(lambda: step.update(0.99))
-    per_image = (more - few) / 2
-    images = views(resolved, device, 2)
+    per_image = (more - few) / least
+    images = views(resolved, device, least)
     of_teacher = forward_flops(images, lambda images: method.targets(method.teacher_features(images)))
-    size = max(part.stop - part.start for part in chunks(train.batch, chunk))
+    size = max(part.stop - part.start for part in chunks(train.batch, chunk, group))
     return Trainee(
         method,
         optimizer,
@@ -103,7 +105,7 @@ def build(resolved: Resolved, device: torch.device) -> Trainee:
         3 * (forward_flops(images, method) - of_teacher),
         of_teacher,
         per_image,
-        few - 2 * per_image,
+        few - least * per_image,
         update_bytes,
     )
 
@@ -164,7 +166,8 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, C
     method, step, chunk = trainee.method, trainee.step, trainee.chunk
     synthetic = _as_loaded(resolved, views(resolved, trainee.device, chunk))
     # Without a micro batch: a chunk is all it is given.
-    whole = Step(method, DDPWrapper(method), trainee.optimizer, trainee.device, trainee.dtype)
+    options = StepOptions(group=step.group)
+    whole = Step(method, DDPWrapper(method), trainee.optimizer, trainee.device, trainee.dtype, options)
 
     def teacher() -> Any:
         if method.targets_from == "student":
