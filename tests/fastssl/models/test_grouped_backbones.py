@@ -182,7 +182,7 @@ def _freeze_unused(here: Dist) -> tuple[list[str], bool]:
     waiting = [buffer for name, buffer in method.named_buffers() if name.endswith("num_groups")]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        names = freeze_unused(method, (3, 4, 4), here)
+        names = freeze_unused(method, [(3, 4, 4)] * 2, here)
     same = all(torch.equal(value, start[name]) for name, value in method.state_dict().items())
     return names, same and not any(waiting)
 
