@@ -43,17 +43,20 @@ def _imported(name: str) -> type[Method]:
             f"The method's module '{module_name}' cannot be imported ({type(error).__name__}: {error}): it must lie in the current "
             "folder or be installed."
         ) from error
-    found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        classes = [
-            n for n, value in vars(module).items() if isinstance(value, type) and issubclass(value, Method)
-        ]
+    # Not the base class, which such a module imports.
+    classes = {
+        n: value
+        for n, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Method) and value is not Method
+    }
+    if class_name not in classes:
         there = (
             nearest(class_name, classes)
             if classes
             else " The module holds no subclass of fastssl.methods.Method."
         )
         raise UserError(f"There is no method '{class_name}' in the module '{module_name}'.{there}")
+    found = classes[class_name]
     config = getattr(found, "Config", None)
     if not (dataclasses.is_dataclass(config) and config.__dataclass_params__.frozen):  # pyright: ignore[reportAttributeAccessIssue]
         raise UserError(
