@@ -1,10 +1,12 @@
 """A method of one's own, in a module beside the run: trained, resumed and evaluated by its name; and what is refused."""
 
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,11 @@ from fastssl.pretraining.build import build_method
 from fastssl.pretraining.run_config import Resolved, from_tree, load
 from shards.errors import UserError
 from tests.fastssl.pretraining.test_resume import resume_after_crashes
+from tests.fastssl.pretraining.test_step import make_step
 from tests.fastssl.runs import STEPS, TOTAL, assert_same_end, newest, tiny, write_yaml
+from tests.fastssl.tiny import Plain, make_views
+
+ROOT = Path(__file__).parents[3]
 
 # SimSiam (arXiv 2011.10566), as a user would write it: the fields of the contract that it needs, and no others.
 SIMSIAM = '''
@@ -261,3 +267,19 @@ def test_a_wrong_name_says_what_is_wrong(text: str | None, name: str, words: str
     if text is not None:
         (here / "wrong_module.py").write_text(text)
     assert told("pretrain", "--method", f"wrong_module:{name}") == words
+
+
+def test_the_method_of_the_page_on_methods_is_whole() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    torch.manual_seed(0)
+    method = found["SimSiam"](Plain(), found["Settings"](dim=8))
+    method.plan = method.plan_views(2, 0)
+    step, views = make_step(method, micro_batch=4), make_views(8)
+    losses = []
+    for _ in range(20):
+        step.gradients(views)
+        step.update(1.0)
+        losses.append(step.loss.item())
+    assert losses[-1] < losses[0] - 0.1
