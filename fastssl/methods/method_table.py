@@ -5,6 +5,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from fastssl.methods.dino import DINO
 from fastssl.methods.method import Method
 from fastssl.methods.moco_v3 import MoCoV3
 from fastssl.methods.simclr import SimCLR
@@ -13,6 +14,7 @@ from shards.errors import UserError, nearest
 METHODS: dict[str, type[Method]] = {
     "moco_v3": MoCoV3,
     "simclr": SimCLR,
+    "dino": DINO,
 }
 
 

@@ -87,7 +87,7 @@ def test_header_says_how_where_and_what_comes_out(name):
 
 
 # Settings of methods that make them small; each method has some of them.
-SMALL = {"hidden_dim": "16", "dim": "8"}
+SMALL = {"hidden_dim": "16", "dim": "8", "bottleneck_dim": "8", "out_dim": "32"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
