@@ -1,4 +1,7 @@
-"""Sentences on a terminal, whose lines break between words; in files and pipes they stay one line each."""
+"""Sentences on a terminal, whose lines break between words; in files and pipes they stay one line each, so that `grep` finds them.
+
+What is to be pasted, such as the next command, is printed as it is: no line break of ours is in it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,11 @@ from typing import Any
 def note(message: object) -> str:
     """Return a warning as a user reads it: the sentence, without its place in the source."""
     return wrapped(f"fastssl: note: {message}", sys.stderr)
+
+
+def print_wrapped(console: Any, text: str, style: str = "") -> None:
+    """Print sentences on a Console of rich, which by itself breaks them at 80 columns in a file, also within a path."""
+    console.print(wrapped(text, console), style=style, markup=False, soft_wrap=True)
 
 
 def wrapped(text: str, stream: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from fastssl.bench.report import NOT_INSTALLED, Row, brief
+from shards.terminal import print_wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,7 @@ def show_failures(console: Console, rows: Iterable[Row]) -> None:
     """Print why each row without a figure has none."""
     for row in rows:
         if row.error:
-            console.print(reason(row), style="yellow", markup=False)
+            print_wrapped(console, reason(row), "yellow")
 
 
 def reason(row: Row) -> str:
@@ -52,9 +53,9 @@ def reason(row: Row) -> str:
 def say_row(console: Console, row: Row, turn: str = "") -> None:
     """Print the figure of a row, the newest one of its turns where `turn` is given, or the reason why it has none."""
     if row.error:
-        console.print(reason(row), style="yellow", markup=False)
+        print_wrapped(console, reason(row), "yellow")
     elif rate := row.rates[-1] if turn and row.rates else row.images_per_s:
-        console.print(f"{turn}{row.name}: {brief(rate)} images/s", markup=False)
+        print_wrapped(console, f"{turn}{row.name}: {brief(rate)} images/s")
 
 
 class Stoppable:
@@ -70,16 +71,16 @@ class Stoppable:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         self.stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
         if self.stopped:
-            self._console.print("Stopped. This was measured until then:")
+            print_wrapped(self._console, "Stopped. This was measured until then:")
         return self.stopped
 
 
 def say(console: Console, text: str) -> None:
     """Print a line of small print."""
-    console.print(text, style="dim", markup=False)
+    print_wrapped(console, text, "dim")
 
 
 def say_written(console: Console, path: str) -> None:
     """Say where the results are, if they were written to a file."""
     if path:
-        console.print(f"Written to {path}", style="dim", markup=False, soft_wrap=True)
+        say(console, f"Written to {path}")

@@ -12,6 +12,7 @@ import tyro
 from shards.command_line import File, Name, SeveralShards, parse
 from shards.errors import UserError, nearest
 from shards.storage.atomic_files import atomic_write, check_output
+from shards.terminal import print_wrapped
 
 TESTS = ("knn",)
 
@@ -119,4 +120,4 @@ def print_knn(report: dict[str, Any], console: Any) -> None:
         by_class.add_row(name, *("-" if share is None else f"{share:.1%}" for share in shares))
     console.print(by_class)
     if len(shown) < len(report["classes"]):
-        console.print(f"{len(report['classes']) - len(shown)} more classes: --json writes them all.")
+        print_wrapped(console, f"{len(report['classes']) - len(shown)} more classes: --json writes them all.")

@@ -76,9 +76,8 @@ def run(argv: list[str]) -> int:
         print(wrapped(f"{stopped} To continue, add --resume to the same command.", sys.stdout))
         return 128 + summary.interrupted
     if summary.images_per_s == 0:
-        print(
-            f"This run is already complete ({plural(summary.steps, 'step')}). Weights: {summary.checkpoint}"
-        )
+        done = f"This run is already complete ({plural(summary.steps, 'step')})."
+        print(wrapped(f"{done} Weights: {summary.checkpoint}", sys.stdout))
         return 0
     done = f"Done: {plural(summary.steps, 'step')}, {summary.seconds:,.0f} s, {summary.images_per_s:,.0f} images/s."
     print(wrapped(f"{done} Weights: {summary.checkpoint}", sys.stdout))

@@ -25,7 +25,7 @@ from rich.progress import (
 from fastssl.core.distributed import mean_over_ranks, rank, world
 from shards.errors import UserError
 from shards.storage.atomic_files import atomic_write
-from shards.terminal import wrapped
+from shards.terminal import print_wrapped
 from shards.units import human_time
 
 
@@ -273,4 +273,4 @@ class ProgressDisplay:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(wrapped(text, self.console), markup=False, soft_wrap=True)
+        print_wrapped(self.console, text)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.command_line import Folder, parse
+from shards.terminal import print_wrapped
 
 
 @dataclass(frozen=True)
@@ -271,4 +272,6 @@ def _summarise(out: Path, steps: Steps, report: dict[str, Any], convert_rate: fl
         f"Views: {out / 'views.png'}   weights: {report['checkpoint']}   log: {run / 'metrics.jsonl'}",
         soft_wrap=True,
     )
-    console.print("Your own images: fastssl shard FOLDER SHARDS, then a configuration from configs/.")
+    print_wrapped(
+        console, "Your own images: fastssl shard FOLDER SHARDS, then a configuration from configs/."
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from shards.command_line import File, Folder, parse
+from shards.terminal import print_wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,8 +70,8 @@ def _show(console: Console, findings: list[Diagnosis]) -> None:
     console.print(table)
     count = {level: sum(f.level == level for f in findings) for level in ("bad", "warn")}
     if count["bad"]:
-        console.print(f"{count['bad']} bad, {count['warn']} to look at.", style="bold red")
+        print_wrapped(console, f"{count['bad']} bad, {count['warn']} to look at.", "bold red")
     else:
-        console.print(
-            f"Nothing bad, {count['warn']} to look at." if count["warn"] else "All is well.", style="green"
+        print_wrapped(
+            console, f"Nothing bad, {count['warn']} to look at." if count["warn"] else "All is well.", "green"
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from shards.command_line import parse
+from shards.terminal import print_wrapped
 from shards.units import human_size
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
@@ -69,7 +70,7 @@ def inspect_command(args: Inspect) -> None:
         atomic_write(
             args.out, lambda file: draw_overview(place, overview, args.samples, args.seed, file, args.masks)
         )
-        console.print(f"Drawn: {args.out}", markup=False)
+        print_wrapped(console, f"Drawn: {args.out}")
 
 
 def _print(console: Console, place: Place, overview: Overview) -> None:

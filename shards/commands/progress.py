@@ -15,7 +15,7 @@ from shards.conversion.size_estimate import estimate
 from shards.images.policy import Policy
 from shards.sources.file_set import looks_like_splits
 from shards.sources.source import Source
-from shards.terminal import wrapped
+from shards.terminal import print_wrapped
 from shards.units import human_size, plural
 
 PLAIN_INTERVAL_S = 30.0
@@ -111,12 +111,12 @@ class ConversionScreen(ProgressReport):
             self._plain(f"{done:,} of {plural(total, self._noun)}, {quarantined:,} quarantined")
 
     def say(self, text: str) -> None:
-        self._console.print(wrapped(text, self._console), markup=False)
+        print_wrapped(self._console, text)
 
     def _warn(self, text: str) -> None:
-        self._console.print(wrapped(f"Warning: {text}", self._console), style="yellow", markup=False)
+        print_wrapped(self._console, f"Warning: {text}", "yellow")
 
     def _plain(self, text: str) -> None:
         if time.monotonic() >= self._next_s:
-            self._console.print(text, markup=False)
+            self.say(text)
             self._next_s = time.monotonic() + PLAIN_INTERVAL_S

@@ -18,6 +18,7 @@ from shards.command_line import parse
 from shards.errors import UserError
 from shards.images.policy import Policy
 from shards.sources.source_options import SourceOptions
+from shards.terminal import print_wrapped
 from shards.units import human_size, plural
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
@@ -114,23 +115,18 @@ def shard(args: Shard) -> None:
             report=screen,
         )
     if manifest is None:
-        console.print(
+        print_wrapped(
+            console,
             f"Part {args.part} is done. When all parts are, the same command without --part merges them.",
-            markup=False,
         )
     elif screen.num_shards == 0 and before == manifest:
-        console.print(
-            f"{args.dest} is complete: {plural(manifest.num_samples, source.noun)} in "
-            f"{plural(len(manifest.shards), 'shard')}. Nothing to do.",
-            markup=False,
-        )
+        found = f"{plural(manifest.num_samples, source.noun)} in {plural(len(manifest.shards), 'shard')}"
+        print_wrapped(console, f"{args.dest} is complete: {found}. Nothing to do.")
     else:
         _print_summary(console, dest, manifest, source.noun, screen.num_converted, time.monotonic() - start_s)
         if args.append and dest.exists(SPLITS):
-            console.print(
-                f"The new images are in no split yet: `fastssl split {shlex.quote(args.dest)} ... --overwrite` divides all of them.",
-                markup=False,
-            )
+            again = f"`fastssl split {shlex.quote(args.dest)} ... --overwrite` divides all of them."
+            print_wrapped(console, f"The new images are in no split yet: {again}")
     if manifest is not None:
         console.print(f"next: fastssl inspect {shlex.quote(args.dest)} --out overview.png", markup=False)
         console.print(f"      fastssl pretrain --data.shards {shlex.quote(args.dest)}", markup=False)
@@ -168,7 +164,7 @@ def _print_summary(
     console.print(dest.url, style="bold", markup=False)
     console.print(table)
     if manifest.num_quarantined:
-        console.print(f"Quarantined {noun}s are listed in {dest / layout.QUARANTINE}", markup=False)
+        print_wrapped(console, f"Quarantined {noun}s are listed in {dest / layout.QUARANTINE}")
 
 
 def fate(manifest: Manifest, num_marked: int) -> str:

@@ -11,6 +11,7 @@ import tyro
 
 from shards.command_line import parse
 from shards.errors import UserError
+from shards.terminal import print_wrapped
 
 if TYPE_CHECKING:  # imported where used: the help reads this file too
     import numpy as np
@@ -137,9 +138,9 @@ def _show(console: Console, args: Split, rule: SplitRule, made: Division) -> Non
     console.print(where, style="italic", markup=False, soft_wrap=True)
     console.print(table)
     if len(classes) > _SHOWN_CLASSES:
-        console.print(f"{len(classes) - _SHOWN_CLASSES:,} more classes are not shown.", markup=False)
+        print_wrapped(console, f"{len(classes) - _SHOWN_CLASSES:,} more classes are not shown.")
     for note in made.notes:
-        console.print(note, markup=False)
+        print_wrapped(console, note)
     if "train" in made.names:
         console.print(
             f"next: fastssl pretrain --data.shards {shlex.quote(args.shards)} --data.split {shlex.quote(prefix + 'train')}",

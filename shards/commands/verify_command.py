@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from shards.command_line import parse
-from shards.terminal import wrapped
+from shards.terminal import print_wrapped
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from collections.abc import Iterator
@@ -107,8 +107,8 @@ def verify_command(args: Verify, source_options: Sequence[str] = ()) -> int:
         not finding.harmless and finding.file not in (SPLITS, LABELS) for finding in verdict.findings
     ):
         way_out = "with the options that `fastssl shard` had, makes the damaged files again."
-        console.print(
-            f"fastssl verify {shlex.quote(args.shards)} --repair --source SOURCE, {way_out}", markup=False
+        print_wrapped(
+            console, f"fastssl verify {shlex.quote(args.shards)} --repair --source SOURCE, {way_out}"
         )
     if args.repair and verdict.findings:
         with _bar(console, "Making again", "images") as progress:
@@ -133,15 +133,15 @@ def _open_source(args: Verify, options: Sequence[str]) -> Source:
 
 def _print_repair(console: Console, folder: str, done: Repair) -> None:
     for finding in done.failed:
-        console.print(f"{finding.file}: {finding.what}.", style="red", markup=False)
+        print_wrapped(console, f"{finding.file}: {finding.what}.", "red")
     if done.mended:
         names = ", ".join(done.mended[:_SHOWN_PER_FILE])
         more = (
             f" and {len(done.mended) - _SHOWN_PER_FILE:,} more" if len(done.mended) > _SHOWN_PER_FILE else ""
         )
-        console.print(f"Mended, byte for byte: {names}{more}.", markup=False)
+        print_wrapped(console, f"Mended, byte for byte: {names}{more}.")
     if not done.failed:
-        console.print(f"{folder} is whole again.", style="green", markup=False)
+        print_wrapped(console, f"{folder} is whole again.", "green")
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def _print(console: Console, folder: str, verdict: VerifyResult) -> None:
         )
         hidden = len(verdict.findings) - min(shown, _SHOWN)
         if hidden:
-            console.print(f"... and {hidden:,} more; --json FILE lists them all.", markup=False)
+            print_wrapped(console, f"... and {hidden:,} more; --json FILE lists them all.")
     looked = {
         "fast": "names and lengths are right (--fast reads no bytes)",
         "hash": "every byte is as it was written",
@@ -197,10 +197,9 @@ def _print(console: Console, folder: str, verdict: VerifyResult) -> None:
         hurt = f", {len(samples):,} sample{'' if len(samples) == 1 else 's'}" if samples else ""
         noun = "file" if len(files) == 1 else "files"
         text = f"{folder} is DAMAGED: {len(files):,} {noun}{hurt} of {about} ({speed})."
-        console.print(text, style="red", markup=False)
+        print_wrapped(console, text, "red")
     else:
-        told = f"{folder} is whole: {looked}. {about} ({speed})."
-        console.print(wrapped(told, console), style="green", markup=False)
+        print_wrapped(console, f"{folder} is whole: {looked}. {about} ({speed}).", "green")
 
 
 def _table(findings: list[Damage]):

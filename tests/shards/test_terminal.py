@@ -7,7 +7,7 @@ import random
 import pytest
 from rich.console import Console
 
-from shards.terminal import wrapped
+from shards.terminal import print_wrapped, wrapped
 
 
 class Screen(io.StringIO):
@@ -45,3 +45,15 @@ def test_files_and_pipes_get_whole_lines() -> None:
     text = "a word " * 40
     assert wrapped(text, io.StringIO()) == text
     assert wrapped(text, Console(file=io.StringIO(), width=40)) == text
+
+
+def test_what_is_told_is_one_line_in_a_file_and_keeps_its_words_on_a_terminal() -> None:
+    path = "/a/very/long/path-of-a-folder/that/no/line/of/this/terminal/holds"
+    text = f"[bold] The file {path} is damaged and was not read: mend it."
+    file, screen = io.StringIO(), io.StringIO()
+    print_wrapped(Console(file=file, width=40), text, "red")
+    assert file.getvalue() == f"{text}\n"
+    print_wrapped(Console(file=screen, width=40, force_terminal=True, color_system=None), text)
+    lines = screen.getvalue().splitlines()
+    assert " ".join(lines) == text
+    assert path in lines

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastssl.bench.report import Row, brief, busy
 from fastssl.bench.screen import make_table, say, show_failures
+from shards.terminal import print_wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +60,7 @@ def show(
         if verdict.contention is not None:
             told += f" Contention: a step takes {verdict.contention:.2f} times as long beside the loader."
         say(console, told)
-    console.print(verdict.sentence, markup=False)
+    print_wrapped(console, verdict.sentence)
 
 
 def _cells(row: Row) -> list[str]:

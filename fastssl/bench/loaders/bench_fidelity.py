@@ -14,6 +14,7 @@ from fastssl.bench.screen import Stoppable, make_table, say, say_written
 from shards.command_line import File, Name, Names, Shards, parse
 from shards.errors import UserError, check_least, nearest
 from shards.storage.atomic_files import check_output
+from shards.terminal import print_wrapped
 
 if TYPE_CHECKING:
     from pipelines.previews.engine_fidelity import Difference
@@ -78,10 +79,12 @@ def run(argv: list[str]) -> int:
                         break
                     rows += [_row(engine, pictures, name, one, classify) for name, one in made.items()]
                     worst = max(made, key=lambda name: made[name].mean)
-                    console.print(f"{engine}, {pictures}: at most {made[worst].mean:.3f} levels ({worst})")
+                    print_wrapped(
+                        console, f"{engine}, {pictures}: at most {made[worst].mean:.3f} levels ({worst})"
+                    )
     _show(console, rows, engines, list(sets), args)
     for engine, reason in failures.items():
-        console.print(f"{engine} was not measured: {reason}", style="yellow", markup=False)
+        print_wrapped(console, f"{engine} was not measured: {reason}", "yellow")
     if args.json:
         about = {"recipe": args.recipe, "versions": versions()} | mark(not measuring.stopped)
         write_rows(args.json, [row | about for row in rows])

@@ -22,6 +22,7 @@ from pipelines.engines.engine_table import EngineName
 from shards.command_line import File, Name, Shards, parse
 from shards.errors import UserError, check_least
 from shards.storage.atomic_files import check_output
+from shards.terminal import print_wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,9 +89,10 @@ def run(argv: list[str]) -> int:
         f"cores{busy(where)}.",
     )
     if sys.dont_write_bytecode:
-        console.print(
+        print_wrapped(
+            console,
             "Python stores no bytecode here (PYTHONDONTWRITEBYTECODE is set), so every import compiles.",
-            style="yellow",
+            "yellow",
         )
     if args.json:
         write_report(
@@ -118,7 +120,7 @@ def measure(args: BenchStart, console: Console, tell: Any = lambda line: None) -
             stages = turns[-1]["stages"]
             stages[ALL] = [sum(values) for values in zip(*stages.values(), strict=True)]
             if turn:
-                console.print(f"turn {turn} of {args.repeats}: {stages[ALL][0]:.2f} s")
+                print_wrapped(console, f"turn {turn} of {args.repeats}: {stages[ALL][0]:.2f} s")
     stages = [turn["stages"] for turn in turns[1:]]
     if not stages:
         return {}

@@ -31,7 +31,7 @@ def printed(capsys) -> str:
 @pytest.fixture
 def console(monkeypatch) -> Console:
     monkeypatch.setenv("COLUMNS", "80")
-    return Console(highlight=False)
+    return Console(highlight=False, force_terminal=True, color_system=None)
 
 
 def test_each_figure_is_printed_when_it_is_measured(console, capsys) -> None:

@@ -157,7 +157,11 @@ def test_lists_that_tear_twins_are_told_of(
     (tmp_path / "train.txt").write_text("scene00_t0.png\n")
     (tmp_path / "val.txt").write_text("scene14_t3.png\n")
     run([str(folder), "--by-list", str(tmp_path / "train.txt"), str(tmp_path / "val.txt")])
-    assert "The lists put images of 1 group" in " ".join(capsys.readouterr().out.split())
+    [line] = [
+        line for line in capsys.readouterr().out.splitlines() if "The lists put images of 1 group" in line
+    ]
+    assert line.endswith(".")
+    assert len(line) > 80
 
 
 @pytest.mark.parametrize(

@@ -335,7 +335,7 @@ def test_the_whole_ladder(config_file, shards, tmp_path, monkeypatch, capsys):
     assert found["peak"]["source"] == "measured"
     assert found["verdict"]["sentence"] == found["conclusion"]
     assert found["verdict"]["contention"] > 0
-    assert found["conclusion"] in " ".join(capsys.readouterr().out.split())
+    assert found["conclusion"] in capsys.readouterr().out.splitlines()
 
 
 def test_chunks_exact_heads_and_a_queue_run_too(config_file, capsys):
