@@ -51,6 +51,7 @@ class SimSiam(Method):
     """Each view's prediction must point where the other view's projection does, which gets no gradient."""
 
     Config = Settings
+    targets_from = "student"
 
     def __init__(self, backbone, cfg):
         super().__init__(backbone, cfg)
@@ -69,14 +70,19 @@ class SimSiam(Method):
     def heads(self):
         return [self.projector, self.predictor]
 
+    @torch.no_grad()
+    def targets(self, teacher, student=None):
+        return [self.projector(feature).float() for feature in student]
+
     def loss(self, features, targets, first=0):
-        projected = [self.projector(feature) for feature in features]
-        predicted = [self.predictor(one) for one in projected]
-        pairs = zip(predicted, reversed(projected))
-        loss = -sum(F.cosine_similarity(p.float(), z.detach().float()).mean() for p, z in pairs) / 2
+        rows = slice(first, first + len(features[0]))
+        predicted = [self.predictor(self.projector(feature)).float() for feature in features]
+        pairs = zip(predicted, reversed(targets))
+        loss = -sum(F.cosine_similarity(p, z[rows]).mean() for p, z in pairs) / 2
         return StepOutput(loss, {"loss": loss.detach()}, features[0].detach())
 
     def remember(self, targets, applied=None):
+        # A memory of earlier steps, which a checkpoint has to hold.
         self.applied_steps += 1 if applied is None else applied
 
     def param_groups(self):
