@@ -1,9 +1,10 @@
 """fastssl: pretrain a vision backbone on unlabelled images, then test, use and export what it learned.
 
-    from fastssl import evaluate_knn, pretrain
+    from fastssl import evaluate_knn, load_backbone, pretrain
 
     summary = pretrain("configs/moco_v3_vit_small.yaml", {"data.shards": "photo-shards", "train.batch": 256})
     report = evaluate_knn(summary.checkpoint, "labelled-shards")
+    backbone = load_backbone(summary.checkpoint)
 
 Nothing heavy is imported before a name is used: `import fastssl` takes milliseconds.
 """
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastssl.commands.evaluate_checkpoint import evaluate_knn
+    from fastssl.models.pretrained import load_backbone
     from fastssl.pretraining.run import pretrain
     from fastssl.pretraining.run_config import load_config
 
@@ -26,10 +28,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate_knn", "load_config", "pretrain"]
+__all__ = ["__version__", "evaluate_knn", "load_backbone", "load_config", "pretrain"]
 
 _HOMES = {
     "evaluate_knn": "fastssl.commands.evaluate_checkpoint",
+    "load_backbone": "fastssl.models.pretrained",
     "load_config": "fastssl.pretraining.run_config",
     "pretrain": "fastssl.pretraining.run",
 }

@@ -219,9 +219,15 @@ def test_no_file_is_too_long_to_read_in_one_sitting() -> None:
 def _method_configs() -> dict[str, tuple[str, ...]]:
     files = (ROOT / "fastssl" / "methods").glob("*.py")
     return {
-        str(path.relative_to(ROOT)): ("Config",)
+        str(path.relative_to(ROOT)): names
         for path in files
-        if any(isinstance(n, ast.ClassDef) and n.name == "Config" for n in ast.parse(path.read_text()).body)
+        if (
+            names := tuple(
+                node.name
+                for node in ast.parse(path.read_text()).body
+                if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
+            )
+        )
     }
 
 

@@ -64,6 +64,11 @@ def summary(file: Traversable) -> tuple[str, str, str, str]:
     return tree["model"]["backbone"], recipe, tree["train"]["batch"], machine[1] if machine else ""
 
 
+def short_name(model: str) -> str:
+    """Return a backbone's name as the list shows it: timm's vit_small_patch16_224 is vit_small/16, which leaves room for the rest."""
+    return re.sub(r"_patch(\d+)_\d+$", r"/\1", model)
+
+
 def _show(rows: dict[str, tuple[str, str, str, str]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -71,8 +76,8 @@ def _show(rows: dict[str, tuple[str, str, str, str]]) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("name", "model", "recipe", "batch", "machine"):
         table.add_column(title, no_wrap=title != "machine", justify="right" if title == "batch" else "left")
-    for name, row in rows.items():
-        table.add_row(name, *row)
+    for name, (model, *rest) in rows.items():
+        table.add_row(name, short_name(model), *rest)
     console = Console(highlight=False)
     console.print(table)
     console.print("\nRun one:  fastssl pretrain NAME --data.shards SHARDS")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastssl.core import checkpoint as checkpoints
 from fastssl.core.distributed import choose_device
@@ -22,9 +21,9 @@ from fastssl.evaluation.features import (
 )
 from fastssl.evaluation.knn import KS, classify
 from fastssl.models.backbones import build_backbone
-from fastssl.models.model_config import architecture, check_architecture
+from fastssl.models.pretrained import restore_backbone
 from fastssl.pretraining.build import use_bf16
-from fastssl.pretraining.run_config import RunConfig, from_tree
+from fastssl.pretraining.run_config import from_tree
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
@@ -61,21 +60,23 @@ def evaluate_knn(
         {class: share or None}}]}; shares lie in [0, 1], and `per_class` is at the k nearest to 20.
 
     Raises:
-        UserError: no such device, no checkpoint, no labels, or different classes in the two shard sets.
+        UserError: no such device, no checkpoint, shards of other channels than the training's, no labels, or different classes in the
+            two shard sets.
     """
     if max_samples < 0:
         raise UserError(f"max_samples is {max_samples}, but it must be at least 0 (all).")
     place = choose_device(device)
     path = checkpoints.find_checkpoint(Path(checkpoint))
     state = checkpoints.load(path)
-    cfg = from_tree(state["config"]).config
-    untrained, trained = _backbones(cfg, state, path)
+    trained, contract = restore_backbone(state, str(path))
+    recipe, cfg = contract.eval_recipe(), from_tree(state["config"]).config
 
     given = [shards] if test_shards is None else [shards, test_shards]
     sets = [found if isinstance(found, ShardSet) else ShardSet.open(found) for found in given]
     ids = [labelled_ids(found, max_samples) for found in sets]
     for found, used in zip(sets, ids, strict=True):
         check_labels(found, used)
+        contract.check_shards(found)
     classes = sets[0].classes
     labels = [
         torch.from_numpy(query_labels(sets[0], found)[used]) for found, used in zip(sets, ids, strict=True)
@@ -86,13 +87,16 @@ def evaluate_knn(
         f"{name}, pretrained {state['step']:,} steps": backbone_encoder(trained.to(place), place, bf16)
     }
     if baselines:
+        # The very weights that the run started from.
+        torch.manual_seed(cfg.train.seed)
+        untrained = build_backbone(cfg.model, cfg.recipe.size)
         encoders[f"{name}, untrained"] = backbone_encoder(untrained.to(place), place, bf16)
-        encoders["raw pixels"] = pixel_encoder(cfg.recipe)
+        encoders["raw pixels"] = pixel_encoder(recipe)
     rows = []
     for what, encode in encoders.items():
         report = (lambda done, total, what=what: progress(what, done, total)) if progress else None
         features = [
-            extract(found, cfg.recipe, used, encode, device=place, progress=report)
+            extract(found, recipe, used, encode, device=place, progress=report)
             for found, used in zip(sets, ids, strict=True)
         ]
         queries = (features[1], labels[1]) if len(sets) == 2 else (None, None)
@@ -109,14 +113,3 @@ def evaluate_knn(
         else f"leave one out of {len(ids[0]):,} samples"
     )
     return {"checkpoint": str(path), "step": state["step"], "queries": how, "classes": classes, "rows": rows}
-
-
-def _backbones(cfg: RunConfig, state: dict[str, Any], path: Path) -> tuple[nn.Module, nn.Module]:
-    """The backbone with the very weights that the run started from, and with those of the checkpoint."""
-    torch.manual_seed(cfg.train.seed)
-    untrained, trained = (build_backbone(cfg.model, cfg.recipe.size) for _ in range(2))
-    check_architecture(architecture(trained, cfg.model), state["architecture"], str(path))
-    prefix = "backbone."
-    weights = {k.removeprefix(prefix): v for k, v in state["method"].items() if k.startswith(prefix)}
-    checkpoints.load_weights(trained, weights, str(path))
-    return untrained, trained

@@ -12,12 +12,15 @@ from pathlib import Path
 from shards.terminal import note, wrapped
 from shards.units import plural
 
-USAGE = """usage: fastssl pretrain [CONFIG] [--recipe NAME] [--gpus all]
-                        [--resume [CHECKPOINT]] [--section.key value ...]
+USAGE = """usage: fastssl pretrain [CONFIG] [--recipe NAME] [--method NAME]
+                        [--gpus all] [--resume [CHECKPOINT]]
+                        [--section.key value ...]
 
 Pretrain a backbone on shards, without labels. CONFIG is a YAML file, or a name
 from `fastssl configs`; without one: laptop. Flags override its settings.
   --recipe NAME         preset of the augmentation, as for `fastssl preview`
+  --method NAME         the method, with its own recipe and optimizer, or a
+                        class of your own, such as my_module:MyMethod
   --gpus all            one process on each GPU of this machine; 2: on the first
                         two; 0,3: on these
   --processes N         N processes on this machine, for CPUs

@@ -1,7 +1,7 @@
 """The processes of a run: rank, world size, all-gather, all-reduce. A single process needs no process group."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -140,6 +140,30 @@ def gather_keys(keys: Tensor) -> Tensor:
     return gathered
 
 
+class _Gather(torch.autograd.Function):
+    """All-gather with gradient: backward sums, over ranks, what each rank's loss says of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.first, ctx.count = dist.get_rank() * len(rows), len(rows)
+        return gather_keys(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        summed = grad.contiguous().clone()
+        dist.all_reduce(summed)
+        return summed[ctx.first : ctx.first + ctx.count]
+
+
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """All-gather the rows of every rank in rank order, (N, ...) on each rank -> (world * N, ...), with gradient.
+
+    The gradient of a rank's rows is the sum of what all ranks' losses say of them; averaged over ranks by DDP, that is the gradient
+    of the mean of the losses. All ranks must run it in the same order. At world 1 the rows themselves are returned.
+    """
+    return _Gather.apply(rows) if _joined() else rows  # pyright: ignore[reportReturnType]
+
+
 def mean_over_ranks(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the means over ranks of scalar tensors, in one collective and in float32; every rank gets the same values.
 
@@ -150,6 +174,21 @@ def mean_over_ranks(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     stacked = torch.stack([value.detach().float() for value in metrics.values()])
     dist.all_reduce(stacked)
     return dict(zip(metrics, (stacked / dist.get_world_size()).unbind(), strict=True))
+
+
+@torch.no_grad()
+def average_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Replace floating-point tensors by their means over ranks, in place and in one collective; at world 1 nothing happens.
+
+    All ranks must pass the same shapes in the same order.
+    """
+    if not _joined() or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def any_over_ranks(flag: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def configuration(out: Path, args: Demo):
     """Return the configuration of the demo's run."""
     from fastssl.core.optimizers import OptimConfig
     from fastssl.evaluation.knn import KNNConfig
-    from fastssl.methods.moco_v3 import Config
+    from fastssl.methods.moco_v3 import MoCoV3Config
     from fastssl.models.model_config import ModelConfig
     from fastssl.pretraining.run_config import Resolved, RunConfig
     from fastssl.pretraining.train_config import TrainConfig
@@ -143,7 +143,7 @@ def configuration(out: Path, args: Demo):
         recipe=dataclasses.replace(get_recipe("satellite"), size=args.size, blur_sigma=(0.1, 1.0)),
         model=ModelConfig(backbone="resnet10_w32"),
         # The run has few steps: with the published 0.99 the teacher would lag 100 of them behind.
-        method=Config(hidden_dim=1024, momentum=0.96),
+        method=MoCoV3Config(hidden_dim=1024, momentum=0.96),
         optim=OptimConfig(name="adamw", lr=3e-3, weight_decay=0.05, warmup_epochs=min(2, epochs)),
         train=TrainConfig(
             out=str(out / "run"),

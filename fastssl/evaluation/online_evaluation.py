@@ -1,4 +1,4 @@
-"""Online evaluation: kNN and linear accuracy of the student during pretraining, on labels that the training never sees."""
+"""Online evaluation: kNN and linear accuracy of the evaluated backbone while it trains, on labels that the training never sees."""
 
 from __future__ import annotations
 

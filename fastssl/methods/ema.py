@@ -3,11 +3,26 @@
 # pyright: reportPrivateImportUsage=false
 # torch's multi-tensor operations (torch._foreach_*) have no public name; its own optimizers use them too.
 
+import copy
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def teacher_of(student: Module) -> Module:
+    """Return a frozen copy of a part of the student: its teacher at the start of a run.
+
+    It skips no blocks: stochastic depth regularises the student, and would make the teacher's answers noisy.
+    """
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    for module in teacher.modules():
+        if isinstance(getattr(module, "drop_prob", None), float):
+            module.drop_prob = 0.0  # pyright: ignore[reportArgumentType]
+    return teacher
 
 
 @torch.no_grad()

@@ -1,28 +1,28 @@
 """MoCo v3 (Chen, Xie, He: Training Self-Supervised Vision Transformers, arXiv 2104.02057)."""
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastssl.core.distributed import gather_keys, rank, world
-from fastssl.core.schedules import cosine_momentum
+from fastssl.core.schedules import Clock, cosine_momentum
 from fastssl.methods.collapse import batch_statistics
-from fastssl.methods.ema import ema_update, relative_distance
+from fastssl.methods.ema import ema_update, relative_distance, teacher_of
 from fastssl.methods.heads import mlp
 from fastssl.methods.losses import info_nce
 from fastssl.methods.method import Method, StepOutput
 from fastssl.methods.queue import KeyQueue
+from fastssl.methods.view_plan import ViewPlan, need_two_views
 from fastssl.models.batch_norm import depends_on_batch
 from shards.errors import UserError
 
 
 @dataclass(frozen=True)
-class Config:
+class MoCoV3Config:
     """Settings of MoCo v3. The defaults are those published for ViTs; ResNet-50 has temperature 1.0."""
 
     dim: int = 256
@@ -70,7 +70,7 @@ class MoCoV3(Method):
     teacher is a moving average of the student's backbone and projector, and has no predictor.
 
     One training step is: loss = method(views).loss; loss.backward(); optimizer.step();
-    method.update_teacher(method.teacher_momentum(progress after this step)). The paper's code updates the teacher at the start of
+    method.update_teacher(method.teacher_momentum(clock of this step)). The paper's code updates the teacher at the start of
     the next step instead, before the keys are computed. Both give the same keys, because its first update finds teacher and student
     equal; here, forward changes no weight.
 
@@ -78,52 +78,29 @@ class MoCoV3(Method):
     against all keys give the gradient of the whole batch. Only BatchNorm is inexact: it sees one chunk.
     """
 
-    Config = Config
+    Config = MoCoV3Config
+    cfg: MoCoV3Config
 
-    def __init__(self, backbone: nn.Module, cfg: Config) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.backbone = backbone
+    def __init__(self, backbone: nn.Module, cfg: MoCoV3Config) -> None:
+        super().__init__(backbone, cfg)
         self.projector, self.predictor = build_heads(backbone, cfg)
-        self.teacher_backbone = copy.deepcopy(backbone).requires_grad_(False)
-        self.teacher_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.teacher_backbone, self.teacher_projector = teacher_of(backbone), teacher_of(self.projector)
         self.queue = KeyQueue(2, cfg.queue, cfg.dim) if cfg.queue else None
-        # Stochastic depth regularises the student; a teacher that skips blocks would give noisy keys.
-        for module in self.teacher_backbone.modules():
-            if isinstance(getattr(module, "drop_prob", None), float):
-                module.drop_prob = 0.0  # pyright: ignore[reportArgumentType]
-        # Without BatchNorm one forward of both views is exact and launches half as many kernels. With it the views go one by one:
-        # in the paper each view has statistics of its own.
-        self._join_views = not depends_on_batch(backbone)
 
-    def check_views(self, num_global: int, num_local: int) -> None:
-        """Raise UserError unless there are two global views and no local ones."""
-        if num_local:
+    def plan_views(self, num_global: int, num_local: int) -> ViewPlan:
+        """Return the plan for two global views and no local ones; raise UserError for others."""
+        need_two_views("MoCo v3", num_global, num_local)
+        # With BatchNorm the views go one by one: in the paper each view has statistics of its own.
+        return ViewPlan()
+
+    def check_batch(self, batch: int) -> None:
+        """Raise UserError unless whole batches fill the queue."""
+        if self.cfg.queue % batch:
+            near = max(1, round(self.cfg.queue / batch)) * batch
             raise UserError(
-                f"MoCo v3 compares 2 global views but the recipe makes {num_local} local ones, too: set --recipe.local-views 0, or "
-                "choose another --recipe."
+                f"method.queue is {self.cfg.queue} and train.batch is {batch}, but whole batches must fill the queue: "
+                f"set --method.queue {near}."
             )
-        if num_global != 2:
-            raise UserError(
-                f"MoCo v3 compares 2 views of each image but the recipe makes {num_global}: set --recipe.num-views 2, or choose "
-                "another --recipe."
-            )
-
-    def forward(self, views: list[Tensor], targets: Keys | None = None, first: int = 0) -> StepOutput:
-        """Return the loss of two views of this rank's N images, each (N, C, H, W), against the keys of all ranks.
-
-        loss = 2 * temperature * (CE(q1, k2) + CE(q2, k1)), which is 4 * temperature * ln(number of keys) at
-        chance. Metrics: loss; ce, the mean of the two plain cross-entropies in nats; ce_norm, ce / ln(number
-        of keys), 1 at chance; acc, the share of queries that find their key, 0 to 1; feature_std of the first
-        view's backbone features (see `collapse.feature_std`). May run under autocast: the loss is computed in
-        float32 outside of it. With `targets` of a larger batch, the images are those from `first` on in this
-        rank's part of it. Raises UserError for other than two views, and in training for one image per
-        process.
-        """
-        # The teacher runs first, before the student's activations fill the memory.
-        if targets is None:
-            targets = self._gather(self.keys(views))
-        return self.loss(self.student_features(views), targets, first)
 
     def keys(self, views: list[Tensor]) -> list[Tensor]:
         """Return the teacher's keys of each view, (N, dim) each, without gradient and not yet normalised.
@@ -132,18 +109,19 @@ class MoCoV3(Method):
         """
         return self._project(self.teacher_features(views))
 
-    @torch.no_grad()
-    def teacher_features(self, views: list[Tensor]) -> list[Tensor]:
-        return self._features(self.teacher_backbone, views)
-
-    def targets(self, features: list[Tensor]) -> Keys:
+    def targets(self, teacher: list[Tensor], student: Any = None) -> Keys:
         """Return the keys of all ranks and of the queue, from the teacher's features of this rank's whole batch."""
-        return self._gather(self._project(features))
-
-    def student_features(self, views: list[Tensor]) -> list[Tensor]:
-        return self._features(self.backbone, views)
+        return self._gather(self._project(teacher))
 
     def loss(self, features: list[Tensor], targets: Keys, first: int = 0) -> StepOutput:
+        """Return the loss of two views of this rank's images against the keys of all ranks.
+
+        loss = 2 * temperature * (CE(q1, k2) + CE(q2, k1)), which is 4 * temperature * ln(number of keys) at
+        chance. Metrics: loss; ce, the mean of the two plain cross-entropies in nats; ce_norm, ce / ln(number
+        of keys), 1 at chance; acc, the share of queries that find their key, 0 to 1; feature_std of the first
+        view's backbone features (see `collapse.feature_std`). May run under autocast: the loss is computed in
+        float32 outside of it. Raises UserError in training for one image per process.
+        """
         self._check_enough(features)
         query1, query2 = (self.predictor(self.projector(feature)) for feature in features)
         with torch.autocast(query1.device.type, enabled=False):
@@ -155,15 +133,15 @@ class MoCoV3(Method):
     def heads(self) -> list[nn.Module]:
         return [self.projector, self.predictor]
 
-    def remember(self, targets: Keys) -> None:
+    def remember(self, targets: Keys, applied: Tensor | None = None) -> None:
         """Push the batch's keys into the queue, if there is one."""
         if self.queue is not None:
-            self.queue.push(torch.stack([keys[: targets.num_batch] for keys in targets[:2]]))
+            self.queue.push(torch.stack([keys[: targets.num_batch] for keys in targets[:2]]), applied)
 
     def update_teacher(self, momentum: float | Tensor) -> None:
         """Set teacher = momentum * teacher + (1 - momentum) * student, over parameters; buffers stay as they are.
 
-        Call it after optimizer.step(), with teacher_momentum of the progress after that step.
+        Call it after optimizer.step(), with teacher_momentum of that step.
         """
         ema_update(*self._averaged(), momentum, self.cfg.ema)
 
@@ -175,15 +153,11 @@ class MoCoV3(Method):
         student = [*self.backbone.parameters(), *self.projector.parameters()]
         return [*self.teacher_backbone.parameters(), *self.teacher_projector.parameters()], student
 
-    def teacher_momentum(self, progress: float) -> float:
-        """Return the momentum at `progress`, the share of the run done, in [0, 1]; see `schedules.cosine_momentum`."""
-        return cosine_momentum(progress, self.cfg.momentum) if self.cfg.momentum_cosine else self.cfg.momentum
-
-    def _features(self, backbone: nn.Module, views: list[Tensor]) -> list[Tensor]:
-        self.check_views(len(views), 0)
-        if self._join_views:
-            return list(backbone(torch.cat(views)).chunk(2))
-        return [backbone(view) for view in views]
+    def teacher_momentum(self, clock: Clock) -> float:
+        """Return the momentum, which follows the share of the run done after the step; see `schedules.cosine_momentum`."""
+        return (
+            cosine_momentum(clock.after, self.cfg.momentum) if self.cfg.momentum_cosine else self.cfg.momentum
+        )
 
     def _check_enough(self, features: list[Tensor]) -> None:
         if self.training and len(features[0]) < 2:
@@ -226,7 +200,7 @@ class MoCoV3(Method):
         return StepOutput(loss, metrics, features)
 
 
-def build_heads(backbone: nn.Module, cfg: Config) -> tuple[nn.Sequential, nn.Sequential]:
+def build_heads(backbone: nn.Module, cfg: MoCoV3Config) -> tuple[nn.Sequential, nn.Sequential]:
     """Return (projector, predictor) of the kind that cfg.head names, for a backbone of backbone.num_features features."""
     num_features = backbone.num_features
     assert isinstance(num_features, int)

@@ -25,16 +25,19 @@ class KeyQueue(nn.Module):
         return self.keys[:, : min(self.count, self.size)]
 
     @torch.no_grad()
-    def push(self, keys: Tensor) -> None:
+    def push(self, keys: Tensor, applied: Tensor | None = None) -> None:
         """Overwrite the oldest keys with (V, n, dim) keys; n must divide the size, so that a push never wraps around.
 
-        Values that are not finite become 0, so that one bad batch does not spoil the loss of the next steps.
+        Where `applied`, a boolean scalar on the device (None: true), is false, the oldest keys stay, so that one bad batch does not
+        spoil the loss of the next steps. They still count as pushed, since the host does not wait to learn it.
         """
         num = keys.shape[1]
         assert self.size % num == 0, "the configuration is checked for this"
         start = self.count % self.size
         assert start % num == 0, "the batch does not change during a run"
-        self.keys[:, start : start + num] = F.normalize(keys.float(), dim=2).nan_to_num(0.0, 0.0, 0.0)
+        slot = self.keys[:, start : start + num]
+        new = F.normalize(keys.float(), dim=2)
+        slot.copy_(new if applied is None else torch.where(applied, new, slot))
         self.count += num
 
     def get_extra_state(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fastssl.models.batch_norm import frozen_statistics
+from fastssl.models.stochastic_depth import same_depths
 from shards.errors import UserError
 
 # Where timm's models hold the parts they repeat.
@@ -82,10 +83,11 @@ def _recomputed(
 
 def _contexts(block: nn.Module, kind: str) -> tuple[Any, Any]:
     """Return the contexts of the first forward and of the recomputation."""
+    again = _both(same_depths(block), frozen_statistics(block))
     if kind != "selective":
-        return contextlib.nullcontext(), frozen_statistics(block)
+        return contextlib.nullcontext(), again
     first, cached = create_selective_checkpoint_contexts(expensive_operations())
-    return first, _both(cached, frozen_statistics(block))
+    return first, _both(cached, again)
 
 
 @contextlib.contextmanager

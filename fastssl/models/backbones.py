@@ -2,6 +2,7 @@
 
 import difflib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -13,23 +14,28 @@ from torch import Tensor, nn
 
 from fastssl.models.moco_vit import MOCO_VITS, build_moco_vit, check_patches
 from fastssl.models.model_config import ModelConfig
+from fastssl.models.stochastic_depth import key_stochastic_depth
 from shards.errors import UserError, nearest
 
 RESNET10_W32 = "resnet10_w32"
 
 
-def build_backbone(cfg: ModelConfig, image_size: int) -> nn.Module:
-    """Return the backbone of `cfg` with fresh weights, for square images of `image_size` pixels.
+def build_backbone(cfg: ModelConfig, image_size: int, other_sizes: Sequence[int] = ()) -> nn.Module:
+    """Return the backbone of `cfg` with fresh weights, for square images of `image_size` pixels and those of `other_sizes`.
 
-    It maps float images (N, cfg.channels, image_size, image_size) to features (N, backbone.num_features).
+    It maps float images (N, cfg.channels, image_size, image_size) to features (N, backbone.num_features). Other sizes, such as that of
+    local views, change neither its weights nor what it computes at `image_size`: a ViT's position table, whose grid is that of
+    `image_size`, is resampled for their grids (bicubic with antialias; DINO, arXiv 2104.14294, does so without antialias).
 
     Raises:
-        UserError: an unknown name, an image size that the patches do not divide, or a setting that the backbone cannot follow.
+        UserError: an unknown name, an image size that the patches do not divide or that the backbone cannot take, or a setting that it
+            cannot follow.
     """
     if cfg.backbone in MOCO_VITS:
         backbone: nn.Module = build_moco_vit(
             MOCO_VITS[cfg.backbone],
             image_size=image_size,
+            other_sizes=other_sizes,
             patch_size=cfg.patch_size,
             channels=cfg.channels,
             drop_path=cfg.drop_path,
@@ -41,7 +47,7 @@ def build_backbone(cfg: ModelConfig, image_size: int) -> nn.Module:
                 "it is for the moco_vit family.",
                 stacklevel=3,
             )
-        backbone = _build_other(cfg, image_size)
+        backbone = _build_other(cfg, image_size, other_sizes)
     if cfg.stem_stride != 4:
         _shrink_stem(backbone, cfg)
     if cfg.stop_grad_conv1:
@@ -49,6 +55,7 @@ def build_backbone(cfg: ModelConfig, image_size: int) -> nn.Module:
     for module in backbone.modules():
         if isinstance(getattr(module, "fused_attn", None), bool):  # as timm's attention layers call it
             module.fused_attn = cfg.attention == "sdpa"  # pyright: ignore[reportArgumentType]
+    key_stochastic_depth(backbone)
     if cfg.residual == "autocast":
         _narrow_residual_stream(backbone, cfg.backbone)
     return backbone
@@ -80,7 +87,7 @@ def _to_float32(module: nn.Module, args: tuple[Tensor]) -> Tensor:
     return args[0].float()
 
 
-def _build_other(cfg: ModelConfig, image_size: int) -> nn.Module:
+def _build_other(cfg: ModelConfig, image_size: int, other_sizes: Sequence[int]) -> nn.Module:
     """Return resnet10_w32 or a timm model; timm initialises ResNet blocks as the identity, as MoCo v3 does."""
     if cfg.backbone == RESNET10_W32:
         return ResNet(
@@ -103,20 +110,48 @@ def _build_other(cfg: ModelConfig, image_size: int) -> nn.Module:
     defaults = timm.get_pretrained_cfg(cfg.backbone)
     if defaults is not None and defaults.fixed_input_size:
         options["img_size"] = image_size
-    try:
-        backbone = timm.create_model(
-            cfg.backbone, pretrained=False, num_classes=0, in_chans=cfg.channels, **options
-        )
-    except TypeError as error:
-        if "drop_path_rate" not in str(error):
-            raise
-        raise UserError(f"{cfg.backbone} has no stochastic depth: set model.drop_path to 0.") from error
+        if other_sizes:
+            options["dynamic_img_size"] = True
+    backbone = _timm_model(cfg, options)
     # A few models (MobileNetV3, for one) pool into a wider layer than the one timm calls num_features.
     backbone.num_features = getattr(backbone, "head_hidden_size", backbone.num_features)
     patch_embed = getattr(backbone, "patch_embed", None)
     if isinstance(patch_embed, PatchEmbed):
-        check_patches(image_size, int(patch_embed.patch_size[0]))
+        for side in (image_size, *other_sizes):
+            check_patches(side, int(patch_embed.patch_size[0]))
+    _check_other_sizes(backbone, cfg, image_size, other_sizes)
     return backbone
+
+
+def _timm_model(cfg: ModelConfig, options: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(
+            cfg.backbone, pretrained=False, num_classes=0, in_chans=cfg.channels, **options
+        )
+    except TypeError as error:
+        if "dynamic_img_size" in str(error):
+            # Either it takes images of any size without being told (XCiT), or of one size only.
+            return _timm_model(cfg, {k: v for k, v in options.items() if k != "dynamic_img_size"})
+        if "drop_path_rate" not in str(error):
+            raise
+        raise UserError(f"{cfg.backbone} has no stochastic depth: set model.drop_path to 0.") from error
+
+
+@torch.no_grad()
+def _check_other_sizes(
+    backbone: nn.Module, cfg: ModelConfig, image_size: int, other_sizes: Sequence[int]
+) -> None:
+    """Raise UserError where an image of another size does not go through the backbone; no table says which models take them."""
+    backbone.eval()
+    for side in other_sizes:
+        try:
+            backbone(torch.zeros(1, cfg.channels, side, side))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{cfg.backbone} takes images of {image_size} pixels but not of {side} beside them ({error}): set "
+                "--recipe.local-views 0, or choose a backbone that takes any size, such as vit_small_patch16_224 or resnet50."
+            ) from error
+    backbone.train()
 
 
 def _unknown(name: str) -> UserError:

@@ -4,6 +4,7 @@ They have 12 heads, ViT-S too, a fixed position table, and a frozen or convoluti
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,14 +49,24 @@ def check_patches(image_size: int, patch_size: int) -> None:
 
 
 def build_moco_vit(
-    shape: ViTShape, *, image_size: int, patch_size: int, channels: int, drop_path: float
+    shape: ViTShape,
+    *,
+    image_size: int,
+    patch_size: int,
+    channels: int,
+    drop_path: float,
+    other_sizes: Sequence[int] = (),
 ) -> VisionTransformer:
     """Return a ViT of `shape` with MoCo v3's initialisation: (N, C, H, W) -> its class token (N, shape.dim).
 
+    For images of other sizes the fixed table of `image_size` is resampled as timm resamples learned ones (bicubic with antialias),
+    so that a place in the image has about the same position whatever the number of patches.
+
     Raises:
-        UserError: `patch_size` does not divide `image_size`, or is no power of two for a conv stem.
+        UserError: `patch_size` does not divide `image_size` or another size, or is no power of two for a conv stem.
     """
-    check_patches(image_size, patch_size)
+    for side in (image_size, *other_sizes):
+        check_patches(side, patch_size)
     vit = VisionTransformer(
         img_size=image_size,
         patch_size=patch_size,
@@ -69,6 +80,7 @@ def build_moco_vit(
         qkv_bias=True,
         drop_path_rate=drop_path,
         weight_init="skip",
+        dynamic_img_size=bool(other_sizes),
         norm_layer=partial(nn.LayerNorm, eps=1e-6),  # pyright: ignore[reportArgumentType]
         embed_layer=ConvStem if shape.conv_stem else PatchEmbed,
     )
@@ -129,8 +141,8 @@ def position_table(height: int, width: int, dim: int) -> Tensor:
 class ConvStem(nn.Module):
     """Patch embedding by 3x3 stride-2 convolutions with BatchNorm and ReLU, then a 1x1 convolution.
 
-    (N, C, H, W) -> (N, patches, dim). A patch size of 16 takes four, with dim/8, dim/4, dim/2 and dim
-    channels; 2^n takes n. timm calls it with the arguments of its own PatchEmbed.
+    (N, C, H, W) -> (N, patches, dim), or with `output_fmt` "NHWC" (N, H / patch, W / patch, dim). A patch size of 16 takes four, with
+    dim/8, dim/4, dim/2 and dim channels; 2^n takes n. timm calls it with the arguments of its own PatchEmbed.
     """
 
     def __init__(
@@ -140,12 +152,16 @@ class ConvStem(nn.Module):
         in_chans: int = 3,
         embed_dim: int = 768,
         bias: bool = True,
+        strict_img_size: bool = True,
+        output_fmt: str | None = None,
         dynamic_img_pad: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         assert not dynamic_img_pad
+        assert output_fmt in (None, "NHWC")
+        self.strict_img_size, self.flatten = strict_img_size, output_fmt is None
         num_steps = int(math.log2(patch_size))
         if patch_size < 2 or 2**num_steps != patch_size:
             raise UserError(
@@ -171,8 +187,9 @@ class ConvStem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        if (height, width) != self.img_size:
+        if self.strict_img_size and (height, width) != self.img_size:
             raise UserError(
                 f"The model was built for images of {self.img_size} pixels but got {(height, width)}."
             )
-        return self.proj(images).flatten(2).transpose(1, 2)
+        patches = self.proj(images)
+        return patches.flatten(2).transpose(1, 2) if self.flatten else patches.permute(0, 2, 3, 1)

@@ -30,6 +30,9 @@ class ModelConfig:
     """Number of image channels; pretraining takes it from the shards."""
     patch_size: int = 16
     """moco_vit family: side of a patch in pixels; use 4 or 8 for small images."""
+    bn_group: int = 0
+    """Images that share the statistics of each BatchNorm in training: neighbours in the batch, such as 32. The result is then the same
+    in any number of chunks (train.micro_batch) and processes. 0: those of a chunk or, without chunks, of all GPUs together."""
     stem_stride: Literal[1, 2, 4] = 4
     """ResNets: factor by which the stem reduces the resolution. 4 is the published stem; 2 or 1, for small images, is a 3x3
     convolution of that stride without max-pooling (1: SimCLR, arXiv 2002.05709, appendix B.9)."""
@@ -38,6 +41,8 @@ class ModelConfig:
         for name in ("channels", "patch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)} but must be 1 or more.")
+        if self.bn_group < 0 or self.bn_group == 1:
+            raise UserError(f"model.bn_group is {self.bn_group} but must be 0 (no groups) or at least 2.")
         if not 0 <= self.drop_path < 1:
             raise UserError(f"model.drop_path is {self.drop_path:g} but must be at least 0 and less than 1.")
 

@@ -7,27 +7,36 @@ import inspect
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.core import distributed
-from fastssl.methods import Method, MoCoV3, get_method
+from fastssl.methods import Method, get_method
+from fastssl.methods.method_weights import freeze_external
 from fastssl.models.activation_checkpointing import checkpoint_blocks
 from fastssl.models.backbones import build_backbone
-from fastssl.models.batch_norm import depends_on_batch, frozen_statistics
+from fastssl.models.batch_norm import frozen_statistics
+from fastssl.models.grouped_batch_norm import GroupedBatchNorm, group_batch_norm
 from fastssl.models.model_config import ModelConfig, architecture
-from fastssl.pretraining.step import DDPWrapper
+from fastssl.pretraining.step import DDPWrapper, depends_on_chunk
 from pipelines.augment.channels import fit_recipe
 from pipelines.kernels.view_params import Form
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from fastssl.pretraining.run_config import Resolved
+    from fastssl.pretraining.run_config import Resolved, RunConfig
     from fastssl.pretraining.train_config import TrainConfig
+
+
+# A compiled block has a graph for each mode (training or not, with gradients or without), for each size of views, and for stochastic
+# depth or none: 11 with all of them. Beyond its limit, which is 8 by default, the compiler runs the rest uncompiled.
+MAX_GRAPHS = 32
 
 
 def prepare_backend(device: torch.device) -> None:
@@ -75,7 +84,7 @@ def follow_shards(resolved: Resolved, shards: ShardSet) -> Resolved:
     return dataclasses.replace(resolved, config=dataclasses.replace(cfg, recipe=recipe, model=model))
 
 
-def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict[str, Any]]:
+def build_method(resolved: Resolved, device: torch.device) -> tuple[Method, dict[str, Any]]:
     """Return the method with the initial weights of the run's seed, on the device, and the architecture of its backbone.
 
     Raises:
@@ -88,21 +97,38 @@ def build_method(resolved: Resolved, device: torch.device) -> tuple[MoCoV3, dict
             "follows the shards."
         )
     torch.manual_seed(cfg.train.seed)
-    backbone = build_backbone(cfg.model, cfg.recipe.size)
+    sides = {cfg.recipe.side(view) for view in range(cfg.recipe.total_views)}
+    backbone = build_backbone(cfg.model, cfg.recipe.size, sorted(sides - {cfg.recipe.size}))
     shape = architecture(backbone, cfg.model)
-    if cfg.method.queue % cfg.train.batch:
-        near = max(1, round(cfg.method.queue / cfg.train.batch)) * cfg.train.batch
-        raise UserError(
-            f"method.queue is {cfg.method.queue} and train.batch is {cfg.train.batch}, but whole batches must fill the queue: "
-            f"set --method.queue {near}."
-        )
     method = get_method(resolved.method_name)(backbone, cfg.method)
-    method.check_views(cfg.recipe.num_views, cfg.recipe.local_views)
+    method.check_batch(cfg.train.batch)
+    method.plan = method.plan_views(cfg.recipe.num_views, cfg.recipe.local_views)
+    freeze_external(method)
+    if cfg.model.bn_group:
+        group_batch_norm(method, cfg.model.bn_group)
     # The teacher keeps no activations, so it has nothing to recompute.
     checkpoint_blocks(backbone, cfg.train.checkpointing, cfg.model.backbone)
     if cfg.train.channels_last:
         method = method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return method.to(device), shape
+
+
+def check_groups(cfg: RunConfig, world: int) -> None:
+    """Raise UserError where a process's images, or those of a chunk, are not whole groups of BatchNorm."""
+    group, batch, micro_batch = cfg.model.bn_group, cfg.train.batch, cfg.train.micro_batch
+    if not group:
+        return
+    if batch % (group * world):
+        near = max(1, round(batch / (group * world))) * group * world
+        raise UserError(
+            f"model.bn_group is {group}, but train.batch {batch} gives {batch / world:g} images to each of {world} processes, not "
+            f"whole groups: set --train.batch {near}, or another --model.bn-group."
+        )
+    if micro_batch != "auto" and 0 < micro_batch < group:
+        raise UserError(
+            f"model.bn_group is {group}, but train.micro_batch {micro_batch} is smaller than a group: set --train.micro-batch {group} "
+            "or more."
+        )
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -124,6 +150,10 @@ def compile_blocks(method: Method, device: torch.device) -> bool:
             stacklevel=2,
         )
         return False
+    # Imported with the compiler: it takes a second.
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
     for backbone in method.backbones():
         blocks = getattr(backbone, "blocks", None)
         for part in blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else [backbone]:
@@ -138,9 +168,10 @@ def spread(method: Method, ranks: distributed.Dist) -> nn.Module:
     on_gpu = ranks.device.type == "cuda"
     if on_gpu:
         convert_batch_norm(method)
-    elif ranks.is_main and depends_on_batch(method):
+    elif ranks.is_main and depends_on_chunk(method):
         warnings.warn(
-            "PyTorch has no SyncBatchNorm on CPUs: BatchNorm sees each process's share of the batch only.",
+            "PyTorch has no SyncBatchNorm on CPUs: BatchNorm sees each process's share of the batch only (model.bn_group N gives it "
+            "groups of N images, the same on any number of processes).",
             stacklevel=2,
         )
     # Each process keeps its own BatchNorm buffers (equal ones under SyncBatchNorm); torch 2.14 renamed the switch.
@@ -150,17 +181,21 @@ def spread(method: Method, ranks: distributed.Dist) -> nn.Module:
     return DistributedDataParallel(DDPWrapper(method), **options)
 
 
-def freeze_unused(method: Method, view_shape: tuple[int, ...], ranks: distributed.Dist) -> list[str]:
+def freeze_unused(
+    method: Method, view_shapes: Sequence[tuple[int, ...]], ranks: distributed.Dist
+) -> list[str]:
     """Freeze parameters that receive no gradient (DDP would hang), warn, and return their names.
 
-    It runs a step on two random images (C, H, W). Call it on every rank, after the optimizer is built, so that its state has the same
-    layout with any number of ranks, and before `spread`. At world 1 it does nothing.
+    It runs a step on two random images, or as many as a group of BatchNorm has, with views of these shapes (C, H, W). Call it on every
+    rank, after the optimizer is built, so that its state has the same layout with any number of ranks, and before `spread`. At world
+    1 it does nothing.
     """
     if ranks.world == 1:
         return []
     generator = torch.Generator().manual_seed(0)
-    views = [torch.rand(2, *view_shape, generator=generator).to(ranks.device) for _ in range(2)]
-    with frozen_statistics(method):
+    num = max((m.rows for m in method.modules() if isinstance(m, GroupedBatchNorm)), default=2)
+    views = [torch.rand(num, *shape, generator=generator).to(ranks.device) for shape in view_shapes]
+    with distributed.alone(), frozen_statistics(method):
         method(views).loss.backward()
     unused = {name: p for name, p in method.named_parameters() if p.requires_grad and p.grad is None}
     for parameter in method.parameters():
@@ -179,9 +214,13 @@ def freeze_unused(method: Method, view_shape: tuple[int, ...], ranks: distribute
 def convert_batch_norm(method: nn.Module) -> None:
     """Replace every BatchNorm of the method's modules by SyncBatchNorm, in place; the state dict keeps its keys.
 
-    This is timm's conversion: PyTorch's drops the activation that is part of timm's BatchNormAct2d.
+    This is timm's conversion: PyTorch's drops the activation that is part of timm's BatchNormAct2d. Layers with groups stay: they need
+    no other rank.
     """
     from timm.layers.norm_act import convert_sync_batchnorm
 
     for name, child in method.named_children():
-        setattr(method, name, convert_sync_batchnorm(child))
+        if isinstance(child, _BatchNorm) and not isinstance(child, GroupedBatchNorm):
+            setattr(method, name, convert_sync_batchnorm(child))
+        else:
+            convert_batch_norm(child)

@@ -83,7 +83,7 @@ def estimate_step(method: Method, trial: TrialStep) -> StepEstimate:
     threads, alone_s = torch.get_num_threads(), math.inf
     with alone(), restored(method), forgetful(method), torch.random.fork_rng(devices=[]):
         saved = saved_bytes(method, trial) * chunk
-        size = min(2, chunk)
+        size = min(max(2, trial.options.group), chunk)
         while True:
             seconds = seconds_of(method, trial, size)
             if size >= chunk or (seconds >= ENOUGH_S and (size > 2 or seconds >= 3 * ENOUGH_S)):
@@ -136,12 +136,11 @@ def saved_bytes(method: Method, trial: TrialStep) -> int:
             kept.append(tensor)
         return tensor
 
-    images = 2
-    views = [torch.zeros(images, *trial.view_shape, device=trial.device) for _ in range(2)]
+    images = max(2, trial.options.group)
+    views = [torch.zeros(images, *shape, device=trial.device) for shape in trial.view_shapes]
     autocast = torch.autocast(trial.device.type, trial.dtype, enabled=trial.dtype != torch.float32)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with warnings.catch_warnings(), hooks, autocast:
         warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
-        targets = method.targets(method.teacher_features(views))
-        method.loss(method.student_features(views), targets)
+        method(views)
     return sum(found.values()) // images

@@ -126,7 +126,7 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
         if not online or not (due(epoch, knn.every) or epoch == train.epochs):
             return
         with meters.paused():
-            found = online.evaluate(training.method.backbone)
+            found = online.evaluate(training.method.evaluated_backbone())
             if epoch:
                 folder.save_best(training.weights(), found["knn_accuracy"])
             else:
@@ -163,6 +163,7 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
                 log(step - logged)
                 logged = step
             if ends_epoch:
+                training.share_statistics()
                 log_rank(epoch)
 
             signal = stop_of_any.poll(step, stop.signal)
@@ -182,7 +183,7 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
 
 
 def _online_evaluation(training: Training) -> OnlineEvaluation | None:
-    """Return the evaluation of the student during training, where it is asked for; on the first rank only."""
+    """Return the evaluation during training, where it is asked for; on the first rank only."""
     cfg, ranks = training.resolved.config, training.ranks
     if not cfg.knn.every or not ranks.is_main:
         return None
@@ -214,7 +215,7 @@ def _greet(screen: ProgressDisplay, training: Training, loader: Loader) -> None:
         screen.say(f"resuming after step {training.done} of {training.total}")
     if training.num_chunks > 1:
         share = cfg.train.batch // training.ranks.world
-        screen.say(tell_chunks(training.method, share, training.num_chunks, cfg.train.exact_heads))
+        screen.say(tell_chunks(training.method, share, training.num_chunks, training.cached))
 
 
 def _expect(screen: ProgressDisplay, training: Training) -> None:

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from fastssl.core.distributed import Dist, alone, smallest_over_ranks
 from fastssl.core.optimizers import OptimConfig, build_optimizer, set_lr
 from fastssl.core.out_of_memory import bracketed_cause, is_out_of_memory
+from fastssl.core.schedules import Clock
 from fastssl.methods.method import Method
+from fastssl.methods.queue import KeyQueue
 from fastssl.pretraining.build import view_form
 from fastssl.pretraining.step import WHOLE_BATCH, DDPWrapper, Step, StepOptions, chunks
 from pipelines.loading.chunk_slot import BlankViews
+from pipelines.loading.slots import view_shapes
 from pipelines.streaming.batch_stream import SLOTS
 from shards.dataset.order import epoch_order
 from shards.errors import UserError
@@ -27,6 +30,9 @@ from shards.errors import UserError
 if TYPE_CHECKING:
     from fastssl.pretraining.run_config import Resolved
     from shards.dataset.shard_set import ShardSet
+
+# Far into a run: weights that a method freezes at first have gradients and optimizer state by then.
+LATE = Clock(step=10**6, total=10**6 + 1, steps_per_epoch=1)
 
 
 def trial_step(
@@ -39,10 +45,10 @@ def trial_step(
         cfg.optim,
         ranks.device,
         dtype,
-        (cfg.model.channels, cfg.recipe.size, cfg.recipe.size),
+        tuple(view_shapes(cfg.recipe)),
         train.batch // ranks.world,
         ranks.world,
-        StepOptions(micro_batch, train.exact_heads, train.clip_grad),
+        StepOptions(micro_batch, train.exact_heads, train.clip_grad, group=max(1, cfg.model.bn_group)),
         gpu_views,
     )
 
@@ -80,7 +86,8 @@ def choose_micro_batch(
     )
     if not 0 < found < share:
         return 0
-    sizes = sorted({part.stop - part.start for part in chunks(share, found)})
+    group = max(1, resolved.config.model.bn_group)
+    sizes = sorted({part.stop - part.start for part in chunks(share, found, group)})
     if train.compile and len(sizes) > 1 and ranks.is_main:
         warnings.warn(
             f"train.micro_batch {found} cuts {share} images into chunks of {sizes[0]} and {sizes[1]}, and the compiler makes "
@@ -157,8 +164,8 @@ class TrialStep:
     optim: OptimConfig
     device: torch.device
     dtype: torch.dtype
-    view_shape: tuple[int, ...]
-    """(C, H, W)."""
+    view_shapes: tuple[tuple[int, ...], ...]
+    """(C, H, W) of each view."""
     batch: int
     """Images of this process."""
     world: int = 1
@@ -169,20 +176,20 @@ class TrialStep:
 
     def run(self, method: Method, size: int) -> None:
         """Take two whole steps on empty images in chunks of `size`, at a learning rate of 0."""
-        optimizer = build_optimizer(method.parameters(), self.optim)
+        optimizer = build_optimizer(method.param_groups(), self.optim)
         set_lr(optimizer, 0.0)
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
         buckets = torch.empty(trained if self.world > 1 else 0, device=self.device)
         options = replace(self.options, micro_batch=size)
         step = Step(method, DDPWrapper(method), optimizer, self.device, self.dtype, options)
         # One empty image that poses as many: copied to the device chunk by chunk, or whole where the batch is one chunk.
-        views = [torch.zeros(1, *self.view_shape).expand(self.batch, *self.view_shape) for _ in range(2)]
+        views = [torch.zeros(1, *shape).expand(self.batch, *shape) for shape in self.view_shapes]
         in_chunks = size < self.batch
         from_host = 0 if in_chunks else nbytes(views)
         waiting = self.gpu_views.waiting_bytes(in_chunks) if self.gpu_views else from_host
         ahead = torch.empty(waiting, dtype=torch.uint8, device=self.device)
         for _ in range(2):
-            step.gradients(self.gpu_views.views if self.gpu_views else views)
+            step.gradients(self.gpu_views.views if self.gpu_views else views, LATE)
             step.update(1.0)
         del buckets, ahead
 
@@ -223,7 +230,7 @@ def nbytes(views: Sequence[Tensor]) -> int:
 @contextlib.contextmanager
 def forgetful(method: Method) -> Iterator[None]:
     """Keep steps inside the context from filling the queue of keys, which takes whole batches only."""
-    vars(method)["remember"] = lambda targets: None
+    vars(method)["remember"] = lambda targets, applied=None: None
     try:
         yield
     finally:
@@ -234,10 +241,9 @@ def forgetful(method: Method) -> Iterator[None]:
 def restored(method: nn.Module) -> Iterator[None]:
     """Restore buffers and gradients at the end; inside, a queue counts as full."""
     before: dict[str, Tensor] = {name: buffer.cpu().clone() for name, buffer in method.named_buffers()}
-    queue = getattr(method, "queue", None)
-    count = queue.count if queue is not None else 0
-    if queue is not None:
-        queue.count = queue.size
+    queues = [m for m in method.modules() if isinstance(m, KeyQueue)]
+    counts = [queue.count for queue in queues]
+    fill_queues(method)
     try:
         yield
     finally:
@@ -245,5 +251,12 @@ def restored(method: nn.Module) -> Iterator[None]:
             parameter.grad = None
         for name, buffer in method.named_buffers():
             buffer.copy_(before[name])
-        if queue is not None:
+        for queue, count in zip(queues, counts, strict=True):
             queue.count = count
+
+
+def fill_queues(method: nn.Module) -> None:
+    """Let every queue of keys count as full, as in all but a run's first steps."""
+    for module in method.modules():
+        if isinstance(module, KeyQueue):
+            module.count = module.size

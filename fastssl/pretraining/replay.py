@@ -122,11 +122,13 @@ def replay(args: Replay) -> list[str]:
 
     from fastssl.core import checkpoint
     from fastssl.core.distributed import choose_device
+    from fastssl.core.schedules import Clock
+    from fastssl.methods.method_weights import external_digests, load_own_weights
+    from fastssl.models.stochastic_depth import step_keys
     from fastssl.pretraining.build import build_method, compute_dtype
     from fastssl.pretraining.resume import data_set_of
     from fastssl.pretraining.run_config import from_tree
     from fastssl.pretraining.step import DDPWrapper, Step, StepOptions
-    from fastssl.pretraining.stochastic_depth import depth_draws
     from pipelines.loading.loader import open_loader
 
     state = checkpoint.load(Path(args.file))
@@ -147,7 +149,7 @@ def replay(args: Replay) -> list[str]:
         )
     place, step = choose_device(args.device), state["bad_step"]
     method, _ = build_method(resolved, place)
-    checkpoint.load_weights(method, state["method"], args.file)
+    load_own_weights(method, state, external_digests(method), args.file)
 
     chunk = args.micro_batch or (train.micro_batch if train.micro_batch != "auto" else 0)
     on_cpu = {"augment_on": "cpu", "decode": "cpu", "cache": "none"}
@@ -182,11 +184,11 @@ def replay(args: Replay) -> list[str]:
             optimizer,
             place,
             dtype,
-            StepOptions(micro_batch=chunk, exact_heads=train.exact_heads),
+            StepOptions(micro_batch=chunk, exact_heads=train.exact_heads, group=max(1, cfg.model.bn_group)),
         )
         trace = Trace(method)
-        draws = depth_draws(train.seed, step - 1, 0) if cfg.model.drop_path else None
-        stepper.gradients(batch.views, draws)
+        clock = Clock(step - 1, loader.steps_per_epoch * train.epochs, loader.steps_per_epoch)
+        stepper.gradients(batch.views, clock, step_keys(train.seed, step - 1, ids))
         lines.append(f"forward    {trace.forward.tell() if trace.forward else 'finite'}")
         if trace.forward and len(trace.forward.rows) and not chunk:
             named = [

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import re
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
@@ -22,11 +24,12 @@ from typing import Any
 
 import yaml
 
+from fastssl.core.former_names import present_names
 from fastssl.core.loggers import LogConfig
 from fastssl.core.optimizers import OptimConfig
 from fastssl.evaluation.knn import KNNConfig
-from fastssl.methods import METHODS, get_method
-from fastssl.methods.moco_v3 import Config as MoCoV3Config
+from fastssl.methods import METHODS, Method, MoCoV3, get_method
+from fastssl.methods.method_defaults import family_of
 from fastssl.models.model_config import ModelConfig
 from fastssl.pretraining.packaged_configs import find_config, is_config, packaged
 from fastssl.pretraining.train_config import TrainConfig
@@ -35,28 +38,42 @@ from pipelines.loading.data_config import DataConfig
 from shards.errors import UserError, nearest
 
 # Read before the rest, because they decide which other keys exist and what their defaults are.
-METHOD_NAME, PRESET = "method.name", "recipe.preset"
-# `--recipe NAME`, and `recipe: NAME` in a file, are short for the preset.
-RECIPE = "recipe"
-# Former names of settings, in older files and checkpoints: the present name, and present values by former ones.
-RENAMED = {
-    "model.grad_checkpointing": ("train.checkpointing", {"true": "blocks", "false": "none"}),
-    "train.keep": ("train.keep_last", {}),
-}
+METHOD_NAME, PRESET, BACKBONE = "method.name", "recipe.preset", "model.backbone"
+# `--recipe NAME` and `--method NAME`, and `recipe: NAME` and `method: NAME` in a file, are short for preset and name.
+RECIPE, METHOD = "recipe", "method"
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of one pretraining run."""
+    """All settings of one pretraining run; `config_of` returns the form whose section `method` is that of a method."""
 
     data: DataConfig = field(default_factory=DataConfig)
     recipe: Recipe = field(default_factory=Recipe)
     model: ModelConfig = field(default_factory=ModelConfig)
-    method: MoCoV3Config = field(default_factory=MoCoV3Config)
+    method: Any = field(default_factory=MoCoV3.Config)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     knn: KNNConfig = field(default_factory=KNNConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+@functools.cache
+def config_of(method: type[Method]) -> type[RunConfig]:
+    """Return `RunConfig` with the settings of this method in the section `method`."""
+    section = (METHOD, method.Config, field(default_factory=method.Config))
+    return dataclasses.make_dataclass(
+        "RunConfig", [section], bases=(RunConfig,), frozen=True, namespace={"__doc__": RunConfig.__doc__}
+    )
+
+
+def start_of(method: type[Method], backbone: str | None = None, recipe: Recipe | None = None) -> RunConfig:
+    """Return a method's default configuration, for a backbone and a recipe where these are named."""
+    defaults = method.defaults(family_of(backbone or ModelConfig.backbone))
+    return config_of(method)(
+        recipe=recipe or get_recipe(defaults.recipe),
+        model=ModelConfig(**defaults.model),
+        optim=defaults.optim,
+    )
 
 
 @dataclass(frozen=True)
@@ -109,13 +126,15 @@ def load_config(
 
 def _override(resolved: Resolved, tokens: list[str]) -> Resolved:
     """Return a configuration with flags applied. Its method and the values from a recipe's preset stay."""
-    for key in (METHOD_NAME, PRESET, RECIPE):
+    for key in (METHOD_NAME, METHOD, PRESET, RECIPE):
         if _take_flag(list(tokens), key) is not None:
             raise UserError(
                 f"The setting {key} decides which other settings there are: give it where the configuration is made."
             )
     _check_names(tokens, dict(leaves(_plain(dataclasses.asdict(resolved.config)))))
-    return dataclasses.replace(resolved, config=_parse(resolved.config, tokens, prog="overrides"))
+    own = config_of(get_method(resolved.method_name))
+    config = own(**{f.name: getattr(resolved.config, f.name) for f in dataclasses.fields(RunConfig)})
+    return dataclasses.replace(resolved, config=_parse(config, tokens, prog="overrides"))
 
 
 def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolved:
@@ -135,14 +154,20 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
     sections = {field.name for field in dataclasses.fields(RunConfig)}
     # A section may be empty: `train:` with nothing below it.
     named = {k: v for k, v in named.items() if v != "" or k not in sections}
-    method_name = _take_flag(tokens, METHOD_NAME) or named.get(METHOD_NAME, next(iter(METHODS)))
+    theirs = named.get(METHOD, named.get(METHOD_NAME))
+    method_name = _take_flag(tokens, METHOD, METHOD_NAME) or theirs or next(iter(METHODS))
+    method = get_method(method_name)
+    if theirs and theirs != method_name:
+        named = _without_method(named, theirs, method_name, where)
+    backbone = _take_flag(list(tokens), BACKBONE) or named.get(BACKBONE)
     in_file, by_flag = named.get(RECIPE, named.get(PRESET)), _take_flag(tokens, RECIPE, PRESET)
-    own = get_recipe(in_file) if in_file else Recipe()
+    usual = start_of(method, backbone)
+    own = get_recipe(in_file) if in_file else usual.recipe
     recipe = _named_recipe(by_flag) if by_flag else own
-    for key in (METHOD_NAME, PRESET, RECIPE):
+    for key in (METHOD_NAME, METHOD, PRESET, RECIPE):
         named.pop(key, None)
-    named = _renamed(named)
-    start = RunConfig(recipe=recipe, method=get_method(method_name).Config())
+    named = present_names(named)
+    start = dataclasses.replace(usual, recipe=recipe)
 
     known = dict(leaves(_plain(dataclasses.asdict(start)))).keys()
     names = [*known, METHOD_NAME, PRESET]
@@ -160,6 +185,28 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
     return Resolved(_parse(base, tokens, prog="fastssl pretrain"), method_name)
 
 
+def _without_method(named: dict[str, Any], theirs: str, other: str, where: str) -> dict[str, Any]:
+    """Return those settings of a file for the method `theirs` that hold for another one as well, and warn of the rest.
+
+    A file's sections `method` and `optim` are chosen for its method, and so is a preset that is named after it (moco_v3_resnet).
+    """
+    preset = named.get(RECIPE, named.get(PRESET, ""))
+    names = {METHOD, METHOD_NAME, *((RECIPE, PRESET) if preset.startswith(theirs) else ())}
+    left = [key for key in named if key in names or key.split(".")[0] in (METHOD, "optim")]
+    what = [
+        f"section {section}"
+        for section in dict.fromkeys(key.split(".")[0] for key in left if key not in names)
+    ]
+    if names & {RECIPE, PRESET}:
+        what.insert(0, f"recipe {preset}")
+    if what:
+        warnings.warn(
+            f"{where} is made for {theirs}: {other} has its own defaults in place of the file's {', '.join(what)}.",
+            stacklevel=3,
+        )
+    return {key: value for key, value in named.items() if key not in left}
+
+
 def _named_recipe(name: str) -> Recipe:
     """Return the preset of this name, or the recipe of the configuration of this name or path."""
     return load(name).config.recipe if is_config(name) else get_recipe(name)
@@ -170,7 +217,7 @@ def _check_names(tokens: list[str], known: Collection[str]) -> None:
         name = token.split("=", 1)[0].removeprefix("--").replace("-", "_")
         # tyro's own: --help, --tyro-print-completion.
         if token.startswith("--") and name != "help" and not name.startswith("tyro_") and name not in known:
-            hint = _suggest(name, [*known, METHOD_NAME, PRESET, RECIPE])
+            hint = _suggest(name, [*known, METHOD_NAME, METHOD, PRESET, RECIPE])
             raise UserError(f"There is no setting '{token.split('=', 1)[0]}'.{hint}")
 
 
@@ -178,18 +225,10 @@ def from_tree(tree: dict[str, Any]) -> Resolved:
     """Return the configuration stored in a checkpoint (`Resolved.tree`)."""
     tree = {section: dict(values) for section, values in tree.items()}
     method_name = tree["method"].pop("name")
-    start = RunConfig(method=get_method(method_name).Config())
-    return Resolved(_parse(start, list(_flags(_renamed(dict(leaves(tree))))), prog="checkpoint"), method_name)
-
-
-def _renamed(named: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings under their present names; where both names are given, the present one wins."""
-    moved = {}
-    for old, (new, values) in RENAMED.items():
-        if old in named:
-            value = str(named[old])
-            moved[new] = values.get(value.lower(), value)
-    return {**moved, **{name: value for name, value in named.items() if name not in RENAMED}}
+    start = start_of(get_method(method_name), tree.get("model", {}).get("backbone"))
+    return Resolved(
+        _parse(start, list(_flags(present_names(dict(leaves(tree))))), prog="checkpoint"), method_name
+    )
 
 
 def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:
@@ -199,10 +238,10 @@ def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:
 
     description = (
         f"All settings, with the values of the file. Besides these: --{RECIPE} NAME ({', '.join(RECIPES)}) and "
-        f"--{METHOD_NAME} NAME ({', '.join(METHODS)})."
+        f"--{METHOD} NAME ({', '.join(METHODS)}, or my_module:MyMethod)."
     )
     return parse(
-        RunConfig,
+        type(default),
         prog,
         _spell_booleans(tokens, default),
         description=description,

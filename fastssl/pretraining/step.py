@@ -15,11 +15,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.core.distributed import any_over_ranks
+from fastssl.core.optimizers import clip_each
+from fastssl.core.schedules import Clock
 from fastssl.methods.collapse import batch_statistics
 from fastssl.methods.method import Method, StepOutput
+from fastssl.methods.trees import join_rows, tensors_of
 from fastssl.models.batch_norm import depends_on_batch, frozen_statistics
+from fastssl.models.grouped_batch_norm import GroupedBatchNorm, commit_statistics
 from pipelines.streaming.batch_stream import hand_over
 from pipelines.streaming.lazy_views import LazyViews, count_samples, rows_of
+from shards.counter_hash import UInt64
 
 
 class DDPWrapper(nn.Module):
@@ -42,23 +47,29 @@ class StepOptions:
     exact_heads: bool = False
     clip_grad: float = 0.0
     nonfinite: Literal["stop", "skip"] = "stop"
+    group: int = 1
+    """Images that share BatchNorm's statistics (model.bn_group): chunks hold whole groups."""
 
 
 WHOLE_BATCH = StepOptions()
+START = Clock()
 
 
 class Step:
     """Compute the gradients of a batch and apply them; `model` is the method's `DDPWrapper`, under DDP with several ranks.
 
     With `micro_batch` m > 0 the batch of this process runs through the backbones in chunks of at most m images, of nearly equal size.
-    The teacher comes first: its backbone in chunks, its heads once over the whole batch, its keys gathered once. Then one of these:
+    The teacher comes first: its backbone in chunks, its heads once over the whole batch, its targets gathered once. Then one of these:
 
     - The student runs in chunks, each against the targets of the whole batch, with a backward pass per chunk. The gradient is that of
-      the undivided batch, at no extra forward (8 forwards an image). Only BatchNorm is inexact (the student's, and that of the
-      teacher's backbone): it sees one chunk.
-    - With `exact_heads`, the student's backbone runs in chunks without gradient, heads and loss run once over the whole batch, and the
-      backbone runs in chunks again with the gradient of its features (gradient cache, Gao et al. 2021, arXiv 2101.06983; 10 forwards
-      an image). Only BatchNorm in the backbones is inexact. Running statistics follow the first forward only.
+      the undivided batch, at no extra forward. Only BatchNorm is inexact (the student's, and that of the teacher's backbone): it sees
+      one chunk.
+    - Where the method's loss is not separable, or its targets come from the student, and with `exact_heads`: the student's backbone
+      runs in chunks without gradient, heads and loss run once over the whole batch, and the backbone runs in chunks again with the
+      gradient of its features (gradient cache, Gao et al. 2021, arXiv 2101.06983; one more forward of the student). Only BatchNorm in
+      the backbones is inexact. Running statistics follow the first forward only.
+
+    BatchNorm in groups (`group` images) is exact in both ways: chunks hold whole groups.
 
     Under DDP only the last chunk's backward pass sums gradients over ranks. No step waits for a GPU, not even fp16's scaler.
 
@@ -79,7 +90,9 @@ class Step:
     ) -> None:
         self.method, self.model, self.optimizer = method, model, optimizer
         self.device, self.dtype = device, dtype
-        self.micro_batch, self.exact_heads = options.micro_batch, options.exact_heads
+        self.micro_batch, self.group = options.micro_batch, options.group
+        self.cached = caches_gradients(method, options.exact_heads)
+        """Whether a batch in chunks takes the gradient of the loss with respect to all features first."""
         self.clip_grad = options.clip_grad
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -94,23 +107,31 @@ class Step:
             else []
         )
         self._before: list[Tensor] = []
+        self._keys: UInt64 | None = None
+        self.remembered: Any = None
+        """The targets of the last `gradients`, until `update` lets the method remember them."""
 
     def gradients(
-        self, views: Sequence[Tensor], seed: Callable[[int], None] | None = None
+        self, views: Sequence[Tensor], clock: Clock = START, keys: UInt64 | None = None
     ) -> dict[str, Tensor]:
         """Compute the gradients of the batch into the parameters and return its metrics (see `StepOutput.metrics`).
 
         Args:
             views: (N, C, H, W) each, on the device; or float32 on the host, to be copied chunk by chunk; or `LazyViews`, to be made
                 chunk by chunk, anew for each pass over them.
-            seed: called with the number of a chunk before the student's forward on it, to fix its random draws.
+            clock: the place of the step in the run.
+            keys: of the samples, uint64 (N,), for what is drawn inside the model; None: PyTorch's random numbers.
         """
-        parts = chunks(count_samples(views), self.micro_batch)
+        parts = chunks(count_samples(views), self.micro_batch, self.group)
+        self._keys, self.method.clock = keys, clock
         self._before = [buffer.clone() for buffer in self._statistics]
-        targets = self._targets(views, parts)
-        run = self._exact if self.exact_heads and len(parts) > 1 else self._by_chunk
-        outputs = run(views, parts, targets, seed or (lambda number: None))
-        self.method.remember(targets)
+        self.method.before_step()
+        if len(parts) > 1 and self.cached:
+            outputs = self._exact(views, parts)
+        else:
+            targets = self._targets(views, parts) if self.method.targets_from == "teacher" else None
+            outputs = self._by_chunk(views, parts, targets)
+        self.remembered = outputs[0].targets
         if len(outputs) == 1:
             self.loss, self.features = outputs[0].loss, outputs[0].features
             return outputs[0].metrics
@@ -131,8 +152,9 @@ class Step:
         weights and optimizer are as before. Under fp16's scaler gradients overflow now and then, which the scaler handles; there only
         the loss makes a step unusable.
         """
-        parameters = [p for p in self.method.parameters() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
+        self.method.after_backward()
+        parameters = [p for p in self.method.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         bad = ~self.loss.isfinite()
         if self.scaler.is_enabled():
@@ -142,12 +164,18 @@ class Step:
             bad |= ~norm.isfinite()
         if not self._skip:
             self._stopped = bad = bad | self._stopped
+        clip_each(self.optimizer)
         if self.clip_grad:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self._apply(bad)
         self.optimizer.zero_grad(set_to_none=True)
-        self._move_teacher(momentum, bad)
+        if self.group > 1:
+            commit_statistics(self.method, ~bad)
         self.grad_norm, self.applied = norm, norm.isfinite() & ~bad
+        if self.remembered is not None:
+            self.method.remember(self.remembered, self.applied)
+        self.remembered = None
+        self._move_teacher(momentum, bad)
         return bad
 
     def _move_teacher(self, momentum: float, bad: Tensor) -> None:
@@ -175,19 +203,25 @@ class Step:
             self.optimizer.step()
 
     def _targets(self, views: Sequence[Tensor], parts: list[slice]) -> Any:
+        teacher = self._teacher_features(views, parts)
+        with self._autocast():
+            return self.method.targets(teacher)
+
+    def _teacher_features(self, views: Sequence[Tensor], parts: list[slice]) -> Any:
+        """Return the teacher's features of the whole batch; None without a teacher."""
+        if not self.method.plan.teacher:
+            return None
         features = []
-        for chunk in self._on_device(views, parts):
+        for rows, chunk in zip(parts, self._on_device(views, parts), strict=True):
+            self._begin(rows)
             with self._autocast():
                 features.append(self.method.teacher_features(chunk))
-        with self._autocast():
-            return self.method.targets(_joined(features))
+        return join_rows(features)
 
-    def _by_chunk(
-        self, views: Sequence[Tensor], parts: list[slice], targets: Any, seed: Callable[[int], None]
-    ) -> list[StepOutput]:
+    def _by_chunk(self, views: Sequence[Tensor], parts: list[slice], targets: Any) -> list[StepOutput]:
         outputs = []
-        for number, (rows, chunk) in enumerate(zip(parts, self._on_device(views, parts), strict=True)):
-            seed(number)
+        for rows, chunk in zip(parts, self._on_device(views, parts), strict=True):
+            self._begin(rows)
             with self._gradients_of_ranks(rows is parts[-1]):
                 output = self._run(self.method.forward, chunk, targets, rows.start)
                 share = (rows.stop - rows.start) / parts[-1].stop
@@ -195,33 +229,44 @@ class Step:
             outputs.append(output._replace(loss=output.loss.detach()))
         return outputs
 
-    def _exact(
-        self, views: Sequence[Tensor], parts: list[slice], targets: Any, seed: Callable[[int], None]
-    ) -> list[StepOutput]:
+    def _exact(self, views: Sequence[Tensor], parts: list[slice]) -> list[StepOutput]:
+        method = self.method
+        teacher = self._teacher_features(views, parts)
         kept = []
-        for number, chunk in enumerate(self._on_device(views, parts)):
-            seed(number)
+        for rows, chunk in zip(parts, self._on_device(views, parts), strict=True):
+            self._begin(rows)
             with torch.no_grad(), self._autocast():
-                kept.append(self.method.student_features(chunk))
-        features = [feature.requires_grad_() for feature in _joined(kept)]
+                kept.append(method.student_features(chunk))
+        whole = join_rows(kept)
+        with self._autocast():
+            targets = (
+                method.targets(teacher, whole)
+                if method.targets_from == "student"
+                else method.targets(teacher)
+            )
+        features = [feature.requires_grad_() for feature in tensors_of(whole) if feature.is_floating_point()]
         with self._gradients_of_ranks(False):
-            output = self._run(self.method.loss, features, targets)
+            output = self._run(method.loss, whole, targets)
             self.scaler.scale(output.loss).backward()
         pulls = [feature.grad for feature in features]
-        for number, (rows, chunk) in enumerate(zip(parts, self._on_device(views, parts), strict=True)):
-            # Stochastic depth skips the same blocks again.
-            seed(number)
+        for rows, chunk in zip(parts, self._on_device(views, parts), strict=True):
+            # What is drawn inside the model is drawn as before.
+            self._begin(rows)
             last = rows is parts[-1]
             with self._gradients_of_ranks(last):
-                with frozen_statistics(self.method.backbone):
+                with frozen_statistics(method.backbone):
                     again = self._run(self._features_again, chunk, last)
                 pull = [p[rows] for p in pulls if p is not None]
                 torch.autograd.backward(again, pull + [torch.ones_like(x) for x in again[len(pull) :]])
-        return [output._replace(loss=output.loss.detach())]
+        return [output._replace(loss=output.loss.detach(), targets=targets)]
+
+    def _begin(self, rows: slice) -> None:
+        """Let what is drawn inside the model follow these images."""
+        self.method.draw_keys = None if self._keys is None else self._keys[rows]
 
     def _features_again(self, views: list[Tensor], last: bool) -> list[Tensor]:
         """Return the student's features and, for DDP's last pass, a zero made from the heads: DDP waits for every parameter."""
-        features = self.method.student_features(views)
+        features = [x for x in tensors_of(self.method.student_features(views)) if x.requires_grad]
         if last and isinstance(self.model, DistributedDataParallel):
             trained = [p for head in self.method.heads() for p in head.parameters() if p.requires_grad]
             features = [*features, 0 * torch.stack([p.sum() for p in trained]).sum()]
@@ -271,35 +316,49 @@ class Step:
         return chunk, brought
 
 
-def chunks(count: int, micro_batch: int) -> list[slice]:
-    """Divide 0 .. count - 1 into the fewest parts of at most `micro_batch` (0: one part), whose sizes differ by at most one."""
-    num = -(-count // micro_batch) if micro_batch else 1
-    edges = [part * count // num for part in range(num + 1)]
+def chunks(count: int, micro_batch: int, group: int = 1) -> list[slice]:
+    """Divide 0 .. count - 1 into the fewest parts of at most `micro_batch` (0: one part), whose sizes differ by at most one.
+
+    With `group` > 1 the parts hold whole groups of that size, and at least one; their sizes differ by at most one group.
+    """
+    groups = count // group
+    assert groups * group == count, "the configuration is checked for this"
+    num = -(-groups // max(1, micro_batch // group)) if micro_batch else 1
+    edges = [part * groups // num * group for part in range(num + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
-def steady_statistics(method: Method, num_chunks: int, exact_heads: bool) -> None:
-    """Lower BatchNorm's momentum so that updates once a chunk equal one update a step: momentum 1 - (1 - m)^(1 / chunks)."""
-    for module in [*method.backbones(), *([] if exact_heads else method.heads())]:
+def caches_gradients(method: Method, exact_heads: bool) -> bool:
+    """Return whether a batch in chunks takes a gradient cache: where it was asked for, or the loss needs all features at once."""
+    return exact_heads or not method.separable or method.targets_from == "student"
+
+
+def steady_statistics(method: Method, num_chunks: int, cached: bool) -> None:
+    """Lower BatchNorm's momentum so that updates once a chunk equal one update a step: momentum 1 - (1 - m)^(1 / chunks).
+
+    `cached`: the heads see the whole batch at once, see `caches_gradients`.
+    """
+    for module in [*method.backbones(), *([] if cached else method.heads())]:
         for norm in module.modules():
-            if isinstance(norm, _BatchNorm) and norm.momentum:
+            if isinstance(norm, _BatchNorm) and norm.momentum and not isinstance(norm, GroupedBatchNorm):
                 norm.momentum = 1 - (1 - norm.momentum) ** (1 / num_chunks)
 
 
-def tell_chunks(method: Method, count: int, num_chunks: int, exact_heads: bool) -> str:
+def depends_on_chunk(module: nn.Module) -> bool:
+    """Return whether the module's output for an image depends on its chunk: groups of BatchNorm are whole in each."""
+    grouped = any(isinstance(m, GroupedBatchNorm) for m in module.modules())
+    return depends_on_batch(module) and not grouped
+
+
+def tell_chunks(method: Method, count: int, num_chunks: int, cached: bool) -> str:
     """Return a line for the screen: how the `count` images of a process are divided, and which gradients are inexact."""
     inexact = []
-    if any(map(depends_on_batch, method.backbones())):
+    if any(map(depends_on_chunk, method.backbones())):
         inexact.append("the backbones")
-    if not exact_heads and any(map(depends_on_batch, method.heads())):
+    if not cached and any(map(depends_on_chunk, method.heads())):
         inexact.append("the student's heads")
-    line = f"{count} images a process in {num_chunks} chunks of at most {-(-count // num_chunks)}, each against the keys of all"
+    line = f"{count} images a process in {num_chunks} chunks of at most {-(-count // num_chunks)}, each against the whole batch"
     if not inexact:
         return f"{line}: the gradient of the undivided batch"
-    way_out = "" if exact_heads else ", --train.exact-heads True gives the heads the whole batch"
+    way_out = "" if cached else ", --train.exact-heads True gives the heads the whole batch"
     return f"{line}; BatchNorm in {' and '.join(inexact)} sees one chunk at a time{way_out}"
-
-
-def _joined(parts: list[list[Tensor]]) -> list[Tensor]:
-    """Concatenate the chunks of each view."""
-    return parts[0] if len(parts) == 1 else [torch.cat(view) for view in zip(*parts, strict=True)]

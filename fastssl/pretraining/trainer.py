@@ -9,15 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastssl.core import checkpoint, distributed
+from fastssl.core import distributed
 from fastssl.core.distributed import Dist, gather_keys
 from fastssl.core.meters import Meters
 from fastssl.core.nonfinite import NonFiniteMonitor, rank_me
-from fastssl.core.optimizers import build_optimizer, match_layout, scaled_lr, set_lr
+from fastssl.core.optimizers import (
+    build_optimizer,
+    learning_rate,
+    match_layout,
+    set_schedules,
+    trained_groups,
+)
 from fastssl.core.peak_memory import peak_memory
-from fastssl.core.schedules import lr_at, progress_at
+from fastssl.core.schedules import Clock
+from fastssl.methods.method_weights import external_digests, load_own_weights, own_weights
+from fastssl.models.contract import DataFacts, make_contract
+from fastssl.models.grouped_batch_norm import average_statistics
+from fastssl.models.stochastic_depth import step_keys
 from fastssl.pretraining.build import (
     build_method,
+    check_groups,
     compile_blocks,
     compute_dtype,
     freeze_unused,
@@ -29,26 +40,15 @@ from fastssl.pretraining.micro_batch import choose_micro_batch, trial_step
 from fastssl.pretraining.replay import capture
 from fastssl.pretraining.resume import check_same_run, data_set_of
 from fastssl.pretraining.run_folder import RunFolder
-from fastssl.pretraining.step import Step, StepOptions, chunks, steady_statistics
-from fastssl.pretraining.stochastic_depth import depth_draws
+from fastssl.pretraining.step import Step, StepOptions, caches_gradients, chunks, steady_statistics
 from pipelines.loading.loader import Batch
+from pipelines.loading.slots import view_shapes
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.units import plural
 
 if TYPE_CHECKING:
     from fastssl.pretraining.run_config import Resolved, RunConfig
-
-
-def learning_rate(step: int, cfg: RunConfig, steps_per_epoch: int) -> float:
-    """Return the learning rate of `step`, counted from 0, on a configuration's schedule, which spans its train.epochs."""
-    return lr_at(
-        step,
-        base_lr=scaled_lr(cfg.optim, cfg.train.batch),
-        steps_per_epoch=steps_per_epoch,
-        epochs=cfg.train.epochs,
-        warmup_epochs=min(cfg.optim.warmup_epochs, cfg.train.epochs),
-    )
 
 
 class Training:
@@ -82,18 +82,23 @@ class Training:
         self._momentum = 0.0
         self.total = steps_per_epoch * train.epochs
         prepare_backend(ranks.device)
+        check_groups(resolved.config, ranks.world)
         self.method, self.shape = build_method(resolved, ranks.device)
+        self._external, self._facts = external_digests(self.method), DataFacts.of(shards)
         if found is not None:
             path, state = found
             before = check_same_run(state, resolved, shards, self.shape, str(path))
-            checkpoint.load_weights(self.method, state["method"], str(path))
+            load_own_weights(self.method, state, self._external, str(path))
         self.dtype = compute_dtype(train.precision, ranks.device)
-        self.optimizer = build_optimizer(self.method.parameters(), cfg.optim)
-        view_shape = (cfg.model.channels, cfg.recipe.size, cfg.recipe.size)
+        self.groups = trained_groups(self.method.param_groups())
+        self.optimizer = build_optimizer(self.groups, cfg.optim)
         micro_batch = choose_micro_batch(train.micro_batch, self.method, resolved, ranks, self.dtype, shards)
-        self.num_chunks = len(chunks(train.batch // ranks.world, micro_batch))
-        steady_statistics(self.method, self.num_chunks, train.exact_heads)
-        freeze_unused(self.method, view_shape, ranks)
+        group = max(1, cfg.model.bn_group)
+        self.num_chunks = len(chunks(train.batch // ranks.world, micro_batch, group))
+        self.cached = caches_gradients(self.method, train.exact_heads)
+        """Whether the heads see the whole batch where it is taken in chunks."""
+        steady_statistics(self.method, self.num_chunks, self.cached)
+        freeze_unused(self.method, view_shapes(cfg.recipe), ranks)
         self.estimate: StepEstimate | None = None
         """What a step takes; None on a GPU, where the first steps tell it at once, and for a run that is complete."""
         if ranks.device.type == "cpu" and (found is None or found[1]["step"] < self.total):
@@ -106,7 +111,7 @@ class Training:
             self.optimizer,
             ranks.device,
             self.dtype,
-            StepOptions(micro_batch, train.exact_heads, train.clip_grad, train.nonfinite),
+            StepOptions(micro_batch, train.exact_heads, train.clip_grad, train.nonfinite, group),
         )
         self.meters, self.watch = Meters(), NonFiniteMonitor(ranks.device)
         if cfg.optim.warmup_epochs > train.epochs and ranks.is_main:
@@ -121,18 +126,13 @@ class Training:
 
     def step(self, batch: Batch, wait_s: float) -> None:
         """Take one optimizer step on this rank's batch, for which the run has waited `wait_s` seconds."""
-        train = self.resolved.config.train
-        set_lr(self.optimizer, learning_rate(self.done, self.resolved.config, self.steps_per_epoch))
-        draws = (
-            depth_draws(train.seed, self.done, self.ranks.rank)
-            if self.resolved.config.model.drop_path
-            else None
-        )
-        metrics = self.stepper.gradients(batch.views, draws)
+        cfg, clock = self.resolved.config, Clock(self.done, self.total, self.steps_per_epoch)
+        set_schedules(self.optimizer, self.groups, clock, cfg.optim, cfg.train.batch)
+        keys = step_keys(cfg.train.seed, self.done, batch.sample_ids)
+        metrics = self.stepper.gradients(batch.views, clock, keys)
         self.done += 1
-        progress = progress_at(self.done, steps_per_epoch=self.steps_per_epoch, epochs=train.epochs)
         stepper = self.stepper
-        self._momentum = self.method.teacher_momentum(progress)
+        self._momentum = self.method.teacher_momentum(clock)
         bad = stepper.update(self._momentum)
         self.watch.record(self.done, bad, stepper.loss, batch.sample_ids)
         metrics["grad_norm"] = stepper.grad_norm
@@ -140,7 +140,9 @@ class Training:
 
     def row(self, steps_timed: int) -> dict[str, float]:
         """Return the metrics since the last call. Every rank calls it, and it waits for the device."""
-        values = {"lr": self.optimizer.param_groups[0]["lr"], "teacher_momentum": self._momentum}
+        values = {"lr": self.optimizer.param_groups[0]["lr"]}
+        if self.method.plan.teacher:
+            values["teacher_momentum"] = self._momentum
         values |= self.meters.read(self.resolved.config.train.batch, steps_timed)
         distance = self.method.teacher_distance()
         if distance is not None:
@@ -183,16 +185,26 @@ class Training:
 
     def weights(self) -> dict[str, Any]:
         """Return what evaluation and export need of a checkpoint."""
-        return {
+        facts = {
             "step": self.done,
             "config": self.resolved.tree(),
             "architecture": self.shape,
             "shards": data_set_of(self.shards),
-            "method": self.method.state_dict(),
         }
+        return {
+            **facts,
+            "contract": make_contract(facts, self.method.evaluated, self._facts).to_json(),
+            "method": own_weights(self.method),
+            "external": self._external,
+        }
+
+    def share_statistics(self) -> None:
+        """Give every rank the running statistics of all of them, where BatchNorm has groups. Every rank calls it."""
+        average_statistics(self.method)
 
     def state(self) -> dict[str, Any]:
         """Return the content of a checkpoint. Every rank calls it."""
+        self.share_statistics()
         return {
             **self.weights(),
             "optimizer": self.optimizer.state_dict(),
@@ -228,19 +240,15 @@ class Training:
             )
         if old == new or not self.ranks.is_main:
             return
+        clocks = (Clock(done, self.steps_per_epoch * epochs, self.steps_per_epoch) for epochs in (old, new))
         was, now = (
-            (
-                learning_rate(done, cfg, self.steps_per_epoch),
-                self.method.teacher_momentum(
-                    progress_at(done + 1, steps_per_epoch=self.steps_per_epoch, epochs=cfg.train.epochs)
-                ),
-            )
-            for cfg in (before, self.resolved.config)
+            (learning_rate(clock, cfg.optim, cfg.train.batch), self.method.teacher_momentum(clock))
+            for clock, cfg in zip(clocks, (before, self.resolved.config), strict=True)
         )
+        momenta = f" and teacher's momentum {now[1]:.4g} ({was[1]:.4g})" if self.method.plan.teacher else ""
         warnings.warn(
             f"train.epochs was {old} so far and is {new} from now on: step {done + 1} continues on the schedules of {new} epochs, "
-            f"with learning rate {now[0]:.4g} (with {plural(old, 'epoch')}: {was[0]:.4g}) and teacher's momentum {now[1]:.4g} "
-            f"({was[1]:.4g}).",
+            f"with learning rate {now[0]:.4g} (with {plural(old, 'epoch')}: {was[0]:.4g}){momenta}.",
             stacklevel=3,
         )
 

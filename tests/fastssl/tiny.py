@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from fastssl.methods.moco_v3 import Config, MoCoV3
+from fastssl.methods.moco_v3 import MoCoV3
+from fastssl.methods.moco_v3 import MoCoV3Config as Config
 
 
 class Plain(nn.Module):

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastssl.bench.report import Row, Stopwatch
@@ -82,7 +81,7 @@ def _counts(event: Any, on_gpu: bool) -> bool:
     """Return whether an entry of the profile is work of the device, and not a span around such work."""
     if getattr(event, "is_user_annotation", False) or _SPANS.search(event.key):
         return False
-    return (event.device_type == torch.autograd.DeviceType.CUDA) == on_gpu
+    return (event.device_type.name == "CUDA") == on_gpu
 
 
 def _own_us(event: Any, on_gpu: bool) -> float:

@@ -17,7 +17,7 @@ from fastssl.bench.hardware import Peak
 from fastssl.bench.ladder.data_rungs import data_rows, loader_views, open_work, resident_views
 from fastssl.bench.ladder.kernel_times import profiled_row
 from fastssl.bench.ladder.step_peers import STEP_PEERS, ema_loop, ema_pairs
-from fastssl.bench.ladder.step_rungs import FORWARDS, Trainee, step_rows, step_views
+from fastssl.bench.ladder.step_rungs import MIDWAY, Trainee, step_rows, step_views
 from fastssl.bench.ladder.verdict import (
     AUGMENT,
     COMPILED,
@@ -82,7 +82,6 @@ GROUPS = {
 WITH_SHARDS = frozenset({*ENDINGS, "augment", "data"})
 QUICK = frozenset({"full", "end", "augment", "parts", "data"})
 _OF_A_STEP = (FULL, FULL_AUGMENT, EAGER, COMPILED, *(ending.names[1] for ending in ENDINGS.values()))
-_FORWARDS = {STUDENT: 6, TEACHER: 2} | dict.fromkeys(_OF_A_STEP, FORWARDS)
 
 
 def usual_groups(resolved: Resolved, device: torch.device) -> list[str]:
@@ -123,7 +122,7 @@ class Ladder:
         self._rows: dict[str, Row] = {}
         self.can_compile = has_compiler(clock.device)
         self.compiled = resolved.config.train.compile and compile_blocks(trainee.method, clock.device)
-        self._momentum = trainee.method.teacher_momentum(0.5)
+        self._momentum = trainee.method.teacher_momentum(MIDWAY)
         # The names of a group's rows, and a function that returns their measures.
         self._groups: dict[str, tuple[tuple[str, ...], Callable[[], Measures]]] = {
             "full": ((FULL,), lambda: {FULL: lambda: self._full(FULL)}),
@@ -218,6 +217,8 @@ class Ladder:
     def _ema(self) -> Measures:
         method, clock = self.trainee.method, self.clock
         pairs = ema_pairs(method)
+        if not pairs:
+            raise NotImplementedError(f"{self.resolved.method_name} has no teacher")
         return {
             EMA: lambda: clock.row(EMA, lambda: method.update_teacher(0.99)),
             EMA_LOOP: lambda: clock.row(EMA_LOOP, lambda: ema_loop(pairs, 0.99)),
@@ -271,12 +272,15 @@ def _place(name: str) -> int:
 
 
 def annotate(row: Row, trainee: Trainee, top: Peak) -> None:
-    """Add to a row of the step its MFU, of 8 forwards an image, and the TB/s that its operations would move unfused."""
+    """Add to a row of the step its MFU, without what is recomputed, and the TB/s that its operations would move unfused."""
     rate = row.images_per_s
     if not rate:
         return
-    if row.name in _FORWARDS:
-        row.more["mfu"] = rate * trainee.flops * _FORWARDS[row.name] / FORWARDS / (top.tflops * 1e12)
+    flops = {STUDENT: trainee.student_flops, TEACHER: trainee.teacher_flops} | dict.fromkeys(
+        _OF_A_STEP, trainee.flops
+    )
+    if row.name in flops:
+        row.more["mfu"] = rate * flops[row.name] / (top.tflops * 1e12)
     if row.name in _OF_A_STEP:
         row.more["tb_per_s"] = rate * trainee.traffic(trainee.batch) / trainee.batch / 1e12
     elif row.name == UPDATE:

@@ -44,9 +44,9 @@ def show(
     say(
         console,
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores{busy(where)}; median of {clock.repeats} x {clock.steps} steps "
-        f"after warm-up. MFU: 8 forwards an image, of {top.tflops:,.3g} TFLOP/s ({top.source}). TB/s: bytes that operations "
-        f"read and write, each by itself, of {top.tb_per_s:.3g} ({top.source}); fused ones move less. "
-        f"GB: {'GPU peak' if where['gpu'] else 'process'}.",
+        f"after warm-up. MFU: of {top.tflops:,.3g} TFLOP/s ({top.source}), a backward pass counted as two forwards, "
+        f"without what is recomputed. TB/s: bytes that operations read and write, each by itself, of {top.tb_per_s:.3g} "
+        f"({top.source}); fused ones move less. GB: {'GPU peak' if where['gpu'] else 'process'}.",
     )
     for row in ladder.rows.values():
         if row.ratio is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastssl.bench.ladder.verdict import LIGHTLY, MOCO_V3, TODAY
 from fastssl.bench.report import Row
 from fastssl.core.optimizers import OptimConfig, build_optimizer, set_lr
-from fastssl.methods import MoCoV3
+from fastssl.methods import Method, MoCoV3
 from fastssl.pretraining.build import build_method
 from fastssl.pretraining.run_config import Resolved
 
@@ -60,7 +60,7 @@ def peer_rows(resolved: Resolved, clock: Clock, groups: Iterable[str]) -> dict[s
     return {name: measured(name) for group in groups if group in GROUPS for name in GROUPS[group]}
 
 
-def ema_pairs(method: MoCoV3) -> list[tuple[Tensor, Tensor]]:
+def ema_pairs(method: Method) -> list[tuple[Tensor, Tensor]]:
     """Return (teacher, student) of every averaged parameter: module `teacher_x` follows module `x`."""
     pairs: list[tuple[Tensor, Tensor]] = []
     for name, teacher in method.named_children():
@@ -122,6 +122,8 @@ def start(
     from fastssl.bench.ladder.step_rungs import views
 
     method, _ = build_method(resolved, device)
+    if not isinstance(method, MoCoV3):
+        raise NotImplementedError(f"this step is MoCo v3's, and the run trains {resolved.method_name}")
     optim = resolved.config.optim
     if optim.name == "lars" and implementation == "loop":
         optimizer: torch.optim.Optimizer = LoopLARS(

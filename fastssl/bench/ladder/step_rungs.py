@@ -15,24 +15,26 @@ from fastssl.bench.clock import Clock
 from fastssl.bench.hardware import bytes_of
 from fastssl.bench.ladder.verdict import STUDENT, TEACHER, UPDATE
 from fastssl.bench.report import Row
+from fastssl.core import schedules
 from fastssl.core.distributed import Dist
 from fastssl.core.optimizers import build_optimizer, set_lr
-from fastssl.methods import MoCoV3
+from fastssl.methods import Method
 from fastssl.pretraining.build import build_method, compute_dtype, prepare_backend, view_form
-from fastssl.pretraining.micro_batch import choose_micro_batch, forgetful
+from fastssl.pretraining.micro_batch import choose_micro_batch, fill_queues, forgetful
 from fastssl.pretraining.run_config import Resolved
 from fastssl.pretraining.step import DDPWrapper, Step, StepOptions, chunks
+from pipelines.loading.slots import view_shapes
 from pipelines.streaming.lazy_views import LazyViews
 
-# Per image: student 2 views x (forward + backward = 3), teacher 2 x 1.
-FORWARDS = 8
+# In the middle of a run, where a teacher's momentum is neither its first nor its last.
+MIDWAY = schedules.Clock(step=49, total=100)
 
 
 @dataclass(frozen=True)
 class Trainee:
     """Everything that a step needs, and its cost per image."""
 
-    method: MoCoV3
+    method: Method
     optimizer: torch.optim.Optimizer
     step: Step
     device: torch.device
@@ -41,14 +43,21 @@ class Trainee:
     """Images a step."""
     chunk: int
     """Images on the device at a time."""
-    flops: int
-    """Floating-point operations of a step per image: 8 forwards; recomputing does not count."""
+    student_flops: int
+    """Floating-point operations of a step per image in the student, forward and backward (3 forwards); recomputing does not count."""
+    teacher_flops: int
+    """Those in the teacher: a forward of the views that it sees."""
     bytes_per_image: float
     """Bytes that the student's and the teacher's operations read and write for an image, each operation by itself."""
     bytes_per_step: float
     """Bytes that they move once a step, for any batch: weights and their gradients."""
     update_bytes: int
     """Bytes that the optimizer and the EMA move."""
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a step per image: for two views of each network, 8 forwards."""
+        return self.student_flops + self.teacher_flops
 
     @property
     def in_chunks(self) -> bool:
@@ -61,28 +70,30 @@ class Trainee:
 
 
 def build(resolved: Resolved, device: torch.device) -> Trainee:
-    """Return method, optimizer and step as the trainer builds them, uncompiled, with costs counted on two and four images."""
+    """Return method, optimizer and step as the trainer builds them, uncompiled, with costs counted on a few images."""
     train = resolved.config.train
     prepare_backend(device)
     method, _ = build_method(resolved, device)
     dtype = compute_dtype(train.precision, device)
-    optimizer = build_optimizer(method.parameters(), resolved.config.optim)
+    optimizer = build_optimizer(method.param_groups(), resolved.config.optim)
     # The same work, but the weights stay unchanged.
     set_lr(optimizer, 0.0)
     shards = resolved.config.data.open() if resolved.config.data.shards else None
     alone = Dist(0, 1, 0, device)
     chunk = choose_micro_batch(train.micro_batch, method, resolved, alone, dtype, shards)
-    options = StepOptions(chunk, train.exact_heads, train.clip_grad)
+    group = max(1, resolved.config.model.bn_group)
+    options = StepOptions(chunk, train.exact_heads, train.clip_grad, group=group)
     step = Step(method, DDPWrapper(method), optimizer, device, dtype, options)
-    if method.queue is not None:
-        # As in all but a run's first steps.
-        method.queue.count = method.queue.size
+    fill_queues(method)
     with forgetful(method):
-        few, more = (_moved(step, views(resolved, device, count)) for count in (2, 4))
-        step.gradients(views(resolved, device, 2))
-    per_image = (more - few) / 2
-    update_bytes = bytes_of(lambda: step.update(0.99))
-    size = max(part.stop - part.start for part in chunks(train.batch, chunk))
+        least = max(2, group)
+        few, more = (_moved(step, views(resolved, device, count)) for count in (least, 2 * least))
+        step.gradients(views(resolved, device, least))
+        update_bytes = bytes_of(lambda: step.update(0.99))
+    per_image = (more - few) / least
+    images = views(resolved, device, least)
+    of_teacher = forward_flops(images, lambda images: method.targets(method.teacher_features(images)))
+    size = max(part.stop - part.start for part in chunks(train.batch, chunk, group))
     return Trainee(
         method,
         optimizer,
@@ -91,9 +102,10 @@ def build(resolved: Resolved, device: torch.device) -> Trainee:
         dtype,
         train.batch,
         size,
-        FORWARDS * forward_flops(method, views(resolved, device, 2)[0]),
+        3 * (forward_flops(images, method) - of_teacher),
+        of_teacher,
         per_image,
-        few - 2 * per_image,
+        few - least * per_image,
         update_bytes,
     )
 
@@ -106,9 +118,7 @@ def _moved(step: Step, images: list[Tensor]) -> int:
 
 def views(resolved: Resolved, device: torch.device | str, batch: int) -> list[Tensor]:
     """Return synthetic views as the loader gives them: float32 (batch, C, S, S) each."""
-    cfg = resolved.config
-    shape = (batch, cfg.model.channels, cfg.recipe.size, cfg.recipe.size)
-    return [torch.randn(shape, device=device) for _ in range(cfg.recipe.num_views)]
+    return [torch.randn((batch, *shape), device=device) for shape in view_shapes(resolved.config.recipe)]
 
 
 class OneChunk(LazyViews):
@@ -144,11 +154,11 @@ def _as_loaded(resolved: Resolved, images: list[Tensor]) -> list[Tensor]:
     return [view.to(form.dtype, memory_format=form.memory_format) for view in images]
 
 
-def forward_flops(method: MoCoV3, images: Tensor) -> int:
-    """Return the floating-point operations of an image through backbone, projector and predictor; a multiply-add is two."""
+def forward_flops(images: list[Tensor], forward: Callable[[list[Tensor]], Any]) -> int:
+    """Return the floating-point operations of `forward` for an image, given views of some; a multiply-add is two."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        method.predictor(method.projector(method.backbone(images)))
-    return counter.get_total_flops() // len(images)
+        forward(images)
+    return counter.get_total_flops() // len(images[0])
 
 
 def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, Callable[[], Row]]:
@@ -156,9 +166,12 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, C
     method, step, chunk = trainee.method, trainee.step, trainee.chunk
     synthetic = _as_loaded(resolved, views(resolved, trainee.device, chunk))
     # Without a micro batch: a chunk is all it is given.
-    whole = Step(method, DDPWrapper(method), trainee.optimizer, trainee.device, trainee.dtype)
+    options = StepOptions(group=step.group)
+    whole = Step(method, DDPWrapper(method), trainee.optimizer, trainee.device, trainee.dtype, options)
 
     def teacher() -> Any:
+        if method.targets_from == "student":
+            return None
         with _autocast(trainee):
             return method.targets(method.teacher_features(synthetic))
 
@@ -171,6 +184,8 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, C
             return clock.row(STUDENT, student, batch=chunk)
 
     def teacher_row() -> Row:
+        if not method.plan.teacher:
+            return Row(TEACHER, error=f"{resolved.method_name} has no teacher")
         with forgetful(method):
             return clock.row(TEACHER, teacher, batch=chunk)
 
@@ -181,7 +196,7 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, C
             # A step clears the gradients.
             for parameter, grad in grads:
                 parameter.grad = grad
-            step.update(method.teacher_momentum(0.5))
+            step.update(method.teacher_momentum(MIDWAY))
 
         return clock.row(UPDATE, update, batch=trainee.batch)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastssl.cli import main
-from fastssl.commands.configs_command import summary
+from fastssl.commands.configs_command import short_name, summary
 from fastssl.pretraining.packaged_configs import packaged
 from fastssl.pretraining.run_config import load
 from pipelines.augment.recipe import RECIPES
@@ -21,8 +21,15 @@ def test_the_list_fits_80_columns(
     assert lines[0].split() == ["name", "model", "recipe", "batch", "machine"]
     # A configuration a line, whole.
     for name, line in zip(packaged(), lines[1:], strict=False):
-        assert line.split() == [name, *" ".join(summary(packaged()[name])).split()]
-        assert summary(packaged()[name])[3]
+        model, *rest = summary(packaged()[name])
+        assert line.split() == [name, short_name(model), *" ".join(rest).split()]
+        assert rest[2]
+
+
+def test_names_of_timm_s_vits_are_shown_short() -> None:
+    assert short_name("vit_small_patch16_224") == "vit_small/16"
+    assert short_name("deit3_base_patch16_384") == "deit3_base/16"
+    assert [short_name(name) for name in ("resnet50", "moco_vit_small")] == ["resnet50", "moco_vit_small"]
 
 
 @pytest.mark.parametrize("name", packaged())

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from fastssl.core.distributed import (
     Dist,
+    average_over_ranks,
     barrier,
     choose_device,
     cleanup,
@@ -40,6 +41,8 @@ def test_a_single_process_needs_no_process_group() -> None:
     assert not gathered.requires_grad
     value = torch.tensor(3.0)
     assert mean_over_ranks({"loss": value}) == {"loss": value}
+    average_over_ranks([value])
+    assert value == 3
     barrier()
     cleanup()
     assert not dist.is_initialized()
@@ -78,8 +81,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 def _collectives(here: Dist) -> dict:
     rows = torch.arange(6.0).reshape(3, 2) + 100 * here.rank
     means = mean_over_ranks({"a": torch.tensor(float(here.rank)), "b": torch.tensor(4.0 - 2 * here.rank)})
+    tensors = [torch.full((2, 1), 2.0 * here.rank), torch.tensor(4.0 - 2 * here.rank)]
+    average_over_ranks(tensors)
     barrier()
     return {
+        "averages": [tensor.tolist() for tensor in tensors],
         "dist": (here.rank, here.world, here.is_main, rank()),
         "gathered": gather_keys(rows.requires_grad_()),
         "transposed": gather_keys(rows.T),
@@ -97,6 +103,7 @@ def test_two_processes_gather_in_rank_order_and_average() -> None:
         assert not result["gathered"].requires_grad
         assert torch.equal(result["transposed"], torch.cat([expected[:3].T, expected[3:].T]))
         assert result["means"] == {"a": 0.5, "b": 3.0}
+        assert result["averages"] == [[[1.0], [1.0]], 3.0]
 
 
 def _fail_on_rank_1(here: Dist) -> None:

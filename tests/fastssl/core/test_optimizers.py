@@ -124,7 +124,10 @@ def test_each_name_builds_its_optimizer() -> None:
     model = nn.Linear(2, 2)
     lars = build_optimizer(model.parameters(), OptimConfig(name="lars", lr=0.6, weight_decay=1e-6))
     assert isinstance(lars, LARS)
-    assert lars.defaults == {"lr": 0.6, "weight_decay": 1e-6, "momentum": 0.9, "trust_coefficient": 1e-3}
+    (group,) = lars.param_groups
+    assert {
+        name: group[name] for name in ("lr", "weight_decay", "momentum", "trust_coefficient", "trust")
+    } == {**{"lr": 0.6, "weight_decay": 1e-6, "momentum": 0.9, "trust_coefficient": 1e-3, "trust": True}}
     sgd = build_optimizer(model.parameters(), OptimConfig(name="sgd", lr=0.03, weight_decay=1e-4))
     assert isinstance(sgd, torch.optim.SGD)
     assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.9, False)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastssl.core.schedules import cosine_momentum, due, lr_at, progress_at
+from fastssl.core.schedules import Clock, cosine_between, cosine_momentum, due, lr_at
 from shards.errors import UserError
 
 # MoCo v3's ResNet-50 run of 100 epochs: base rate 0.6 per 256 images, batch 4096, so a peak of 9.6; 312 steps
@@ -98,10 +98,18 @@ def test_the_last_momentum_is_exactly_one() -> None:
 
 
 def test_progress_is_the_share_of_steps_done() -> None:
-    assert progress_at(0, steps_per_epoch=10, epochs=4) == 0
-    assert progress_at(10, steps_per_epoch=10, epochs=4) == 0.25
-    assert progress_at(40, steps_per_epoch=10, epochs=4) == 1
-    assert progress_at(99, steps_per_epoch=10, epochs=4) == 1
+    clocks = [Clock(step, total=40, steps_per_epoch=10) for step in (0, 10, 39, 40, 99)]
+    assert [clock.before for clock in clocks] == [0, 0.25, 39 / 40, 1, 1]
+    assert [clock.after for clock in clocks] == [1 / 40, 11 / 40, 1, 1, 1]
+    assert clocks[1].epoch == 1
+
+
+def test_a_cosine_between_two_values_and_a_rate_that_ends_above_0() -> None:
+    assert [cosine_between(0.04, 0.4, progress) for progress in (0, 0.5, 1)] == pytest.approx(
+        [0.04, 0.22, 0.4]
+    )
+    options = {"base_lr": 1.0, "steps_per_epoch": 1, "epochs": 3, "warmup_epochs": 1, "final_lr": 0.5}
+    assert [lr_at(step, **options) for step in range(5)] == pytest.approx([0, 1, 0.75, 0.5, 0.5])
 
 
 def test_due_every_so_many_steps_and_never_for_0() -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastssl.methods import METHODS, MoCoV3, StepOutput, get_method
+from fastssl.methods import METHODS, MoCoV3, StepOutput, ViewPlan, get_method
 from fastssl.methods.collapse import feature_std
 from fastssl.methods.losses import info_nce
-from fastssl.methods.moco_v3 import Config, Keys, build_heads
+from fastssl.methods.moco_v3 import Keys, build_heads
+from fastssl.methods.moco_v3 import MoCoV3Config as Config
 from fastssl.models.backbones import build_backbone
 from fastssl.models.batch_norm import depends_on_batch
 from fastssl.models.model_config import ModelConfig
@@ -242,7 +243,7 @@ def test_joined_views_give_the_same_loss_without_batchnorm() -> None:
 def test_joined_views_would_change_the_loss_with_batchnorm() -> None:
     method = make_method(Normed())
     joined = copy.deepcopy(method)
-    joined._join_views = True
+    joined.plan = ViewPlan(together=True)
     dark, bright = make_views()
     views = [dark * 0.1, bright * 3]
     assert abs(method(views).loss.item() - joined(views).loss.item()) > 1e-3
@@ -266,8 +267,12 @@ def test_depends_on_batch() -> None:
 
 
 def test_other_than_two_views_is_refused() -> None:
+    method = make_method(Plain())
+    assert method.plan_views(2, 0) == method.plan == ViewPlan((0, 1), (0, 1))
     with pytest.raises(UserError, match="2 views of each image but the recipe makes 3"):
-        make_method(Plain())([*make_views(), make_views()[0]])
+        method.plan_views(3, 0)
+    with pytest.raises(UserError, match="uses 2 views of each image, but got 3"):
+        method([*make_views(), make_views()[0]])
 
 
 def test_one_image_per_process_is_refused_in_training_only() -> None:

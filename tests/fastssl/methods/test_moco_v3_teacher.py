@@ -8,9 +8,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.core.distributed import Dist, mean_over_ranks
+from fastssl.core.schedules import Clock
 from fastssl.methods import MoCoV3
-from fastssl.methods.ema import ema_update
-from fastssl.methods.moco_v3 import Config, Keys
+from fastssl.methods.ema import ema_update, teacher_of
+from fastssl.methods.moco_v3 import Keys
+from fastssl.methods.moco_v3 import MoCoV3Config as Config
+from fastssl.models.backbones import build_backbone
+from fastssl.models.model_config import ModelConfig
 from tests.fastssl.tiny import Normed, Plain, make_method, make_views
 from tests.gloo import run_ranks
 
@@ -26,6 +30,21 @@ def test_the_teacher_starts_as_the_student_projector_included() -> None:
         assert all(torch.equal(student[key], teacher[key]) for key in student)
         for p in getattr(method, f"teacher_{part}").parameters():
             assert not any(p is q for q in method.backbone.parameters())
+
+
+def test_a_teacher_skips_no_blocks_and_shares_nothing_with_the_student() -> None:
+    student = build_backbone(ModelConfig(backbone="test_vit", drop_path=0.9), 32)
+    teacher = teacher_of(student)
+    images = torch.rand(4, 3, 32, 32)
+    assert teacher.training
+    assert torch.equal(teacher(images), student.eval()(images))
+    assert not torch.equal(student.train()(images), teacher(images))
+    assert all(p.requires_grad for name, p in student.named_parameters() if "patch_embed" not in name)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            assert not p.requires_grad
+            p.zero_()
+    assert student.eval()(images).any()
 
 
 def test_keys_do_not_pass_through_a_predictor() -> None:
@@ -86,9 +105,11 @@ def test_the_teacher_keeps_running_statistics_of_its_own() -> None:
 
 def test_teacher_momentum() -> None:
     method = MoCoV3(Plain(), Config(dim=4, hidden_dim=4, momentum=0.99))
-    assert [round(method.teacher_momentum(p), 6) for p in (0, 0.25, 0.5, 1)] == [0.99, 0.991464, 0.995, 1.0]
+    assert [round(method.teacher_momentum(Clock(s, 100)), 6) for s in (-1, 24, 49, 99)] == [
+        *(0.99, 0.991464, 0.995, 1.0)
+    ]
     constant = MoCoV3(Plain(), Config(dim=4, hidden_dim=4, momentum=0.996, momentum_cosine=False))
-    assert [constant.teacher_momentum(p) for p in (0, 0.5, 1)] == [0.996] * 3
+    assert [constant.teacher_momentum(Clock(s, 100)) for s in (0, 49, 99)] == [0.996] * 3
 
 
 def test_updating_after_the_step_equals_the_published_order() -> None:
@@ -107,10 +128,10 @@ def test_updating_after_the_step_equals_the_published_order() -> None:
         first.zero_grad()
         loss.backward()
         first.step()
-        ours.update_teacher(ours.teacher_momentum((step + 1) / num_steps))
+        ours.update_teacher(ours.teacher_momentum(Clock(step, num_steps)))
 
         q1, q2 = (published.predictor(published.projector(published.backbone(view))) for view in views)
-        momentum = published.teacher_momentum(step / num_steps)
+        momentum = published.teacher_momentum(Clock(step - 1, num_steps))
         with torch.no_grad():
             for part in ("backbone", "projector"):
                 pairs = zip(

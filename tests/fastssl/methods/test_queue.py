@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.core.checkpoint import load_weights
-from fastssl.methods.moco_v3 import Config
+from fastssl.methods.moco_v3 import MoCoV3Config as Config
 from fastssl.methods.queue import KeyQueue
 from tests.fastssl.pretraining.test_step import make_step
 from tests.fastssl.tiny import Plain, make_method, make_views
@@ -63,7 +63,9 @@ def test_earlier_keys_are_negatives_of_their_own_direction() -> None:
     bare.queue = None
     assert torch.equal(method(first).loss, bare(first).loss)  # empty: nothing is added
     earlier = copy.deepcopy(method).keys(first)
-    make_step(method).gradients(first)
+    step = make_step(method)
+    step.gradients(first)
+    method.remember(step.remembered)
     keys = copy.deepcopy(method).keys(second)
     queries = [method.predictor(method.projector(f)) for f in copy.deepcopy(method).student_features(second)]
     output = copy.deepcopy(method)(second)

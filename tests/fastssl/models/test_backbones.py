@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastssl.models.backbones import build_backbone
 from fastssl.models.moco_vit import MOCO_VITS, position_table
 from fastssl.models.model_config import ModelConfig, architecture, check_architecture
+from fastssl.models.stochastic_depth import KeyedDropPath
 from shards.errors import UserError
 
 
@@ -237,7 +238,7 @@ def test_any_timm_name_with_its_true_feature_length() -> None:
 def test_drop_path_reaches_the_blocks_or_is_refused() -> None:
     for name in ("moco_vit_conv_small", "resnet10_w32", "resnet18"):
         backbone = build_backbone(ModelConfig(backbone=name, drop_path=0.2), 32)
-        rates = [m.drop_prob for m in backbone.modules() if type(m).__name__ == "DropPath"]
+        rates = [m.drop_prob for m in backbone.modules() if isinstance(m, KeyedDropPath)]
         assert max(rates) == pytest.approx(0.2)
     with pytest.raises(UserError, match="vgg11 has no stochastic depth"), torch.device("meta"):
         build_backbone(ModelConfig(backbone="vgg11", drop_path=0.1), 32)

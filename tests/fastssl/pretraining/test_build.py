@@ -1,14 +1,17 @@
 import functools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fastssl.core.distributed import choose_device
 from fastssl.core.optimizers import OptimConfig, build_optimizer, match_layout
-from fastssl.methods.moco_v3 import Config, MoCoV3
+from fastssl.methods.moco_v3 import MoCoV3
+from fastssl.methods.moco_v3 import MoCoV3Config as Config
 from fastssl.models.backbones import build_backbone
 from fastssl.models.model_config import ModelConfig
+from fastssl.models.stochastic_depth import step_keys
 from fastssl.pretraining import build
 from fastssl.pretraining.run_config import load
 from shards.errors import UserError
@@ -78,6 +81,31 @@ def test_a_compiler_is_looked_for_by_device(monkeypatch, kind, variable):
     assert not build.has_compiler(torch.device(kind))
     monkeypatch.setenv(variable, "some-compiler")
     assert build.has_compiler(torch.device(kind))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # the compiler's own look
+def test_every_mode_and_size_of_a_block_is_compiled(monkeypatch):
+    """The compiler's own limit on graphs would leave some blocks uncompiled, with a warning in the log only."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda part: compiled(part, backend="eager"))
+    monkeypatch.setattr(build, "has_compiler", lambda device: True)
+    model = ModelConfig(backbone="test_vit", drop_path=0.2)
+    method = MoCoV3(build_backbone(model, 32, (16,)), Config(dim=8, hidden_dim=8))
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        assert build.compile_blocks(method, torch.device("cpu"))
+        for num, side in ((16, 32), (7, 32), (3, 16)):
+            with torch.no_grad():
+                method.backbone.eval()(torch.rand(num, 3, side, side))
+        method.train()
+        for num, side in ((4, 32), (6, 16)):
+            method.draw_keys = step_keys(0, 0, np.arange(num))
+            method([torch.rand(num, 3, side, side) for _ in range(2)]).loss.backward()
+        assert 8 < torch._dynamo.config.recompile_limit == build.MAX_GRAPHS
+        assert 8 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < build.MAX_GRAPHS
 
 
 def test_restored_optimiser_state_takes_its_parameters_layout():

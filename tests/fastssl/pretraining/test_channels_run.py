@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastssl import load_backbone
 from fastssl.commands.evaluate_checkpoint import evaluate_knn
 from fastssl.core import checkpoint
 from fastssl.pretraining.build import build_method, follow_shards
@@ -33,7 +34,7 @@ def tiles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return ShardSet.open(root / "shards")
 
 
-def test_a_run_follows_the_bands_of_its_shards(tiles: ShardSet, tmp_path: Path) -> None:
+def test_a_run_follows_the_bands_of_its_shards(tiles: ShardSet, shards: Path, tmp_path: Path) -> None:
     channels = int(tiles.channels[0])
     resolved = resolve(tiles.folder, tmp_path / "run", BANDS, SHORT)
     summary = train(resolved)
@@ -43,12 +44,21 @@ def test_a_run_follows_the_bands_of_its_shards(tiles: ShardSet, tmp_path: Path) 
     assert state["architecture"]["channels"] == channels
     recipe = state["config"]["recipe"]
     assert [len(recipe[name]) for name in ("mean", "std", "value_low", "value_high")] == [channels] * 4
+    contract = load_backbone(tmp_path / "run").contract
+    assert (contract.channels, contract.dtypes, contract.channel_names) == (channels, ("uint16",), None)
+    assert contract.data.num_samples == len(tiles)
+    for name in ("mean", "std", "value_low", "value_high"):
+        assert list(getattr(contract, name)) == recipe[name]
     assert state["method"]["backbone.conv1.weight"].shape[1] == channels
     again = train(resolved, resume=True)
     assert again.steps == 3
     assert again.images_per_s == 0
     report = evaluate_knn(str(tmp_path / "run"), str(tiles.folder), ks=(3,), device="cpu")
     assert report["queries"] == "leave one out of 24 samples"
+    with pytest.raises(
+        UserError, match=rf"was trained on {channels} channels, and the images of .* views of 3"
+    ):
+        evaluate_knn(str(tmp_path / "run"), shards, device="cpu")
 
 
 def test_another_number_of_channels_and_colours_are_refused_before_the_run(

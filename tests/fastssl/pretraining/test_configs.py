@@ -14,6 +14,7 @@ from fastssl.pretraining import run_config
 from fastssl.pretraining.build import build_method
 from fastssl.pretraining.step import DDPWrapper, Step, StepOptions, chunks
 from fastssl.pretraining.train_config import TrainConfig
+from pipelines.loading.slots import view_shapes
 
 FOLDER = Path(__file__).parents[3] / "configs"
 CONFIGS = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
@@ -85,40 +86,43 @@ def test_header_says_how_where_and_what_comes_out(name):
     assert re.search(r"not run|published\)\. Not run by this project|docs/results/", fields["Expected"])
 
 
+# Settings of methods that make them small; each method has some of them.
+SMALL = {"hidden_dim": "16", "dim": "8", "bottleneck_dim": "8", "out_dim": "32"}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_trains_at_tiny_size(name):
     full = run_config.load(CONFIGS[name]).config
-    tiny = ["--recipe.size", "32", "--method.hidden_dim", "16", "--method.dim", "8", "--train.device", "cpu"]
-    tiny += [
-        "--train.batch",
-        "8",
-        "--train.precision",
-        "fp32",
-        "--method.queue",
-        "16" if full.method.queue else "0",
-    ]
-    tiny += ["--train.micro_batch", "4" if full.train.micro_batch else "0"]
-    tiny += ["--model.backbone", "test_vit" if "vit" in full.model.backbone else "resnet10_w32"]
-    resolved = run_config.load(CONFIGS[name], tiny)
+    small = {key: value for key, value in SMALL.items() if hasattr(full.method, key)}
+    if getattr(full.method, "queue", 0):
+        small["queue"] = "16"
+    sizes = {"recipe.size": "32", "recipe.local_size": "16", "train.batch": "8"}
+    sizes["train.micro_batch"] = "4" if full.train.micro_batch else "0"
+    sizes["model.backbone"] = "test_vit" if "vit" in full.model.backbone else "resnet10_w32"
+    where = {"train.device": "cpu", "train.precision": "fp32"}
+    flags = {**{f"method.{key}": value for key, value in small.items()}, **sizes, **where}
+    resolved = run_config.load(CONFIGS[name], [word for k, v in flags.items() for word in (f"--{k}", v)])
     cfg = resolved.config
     method, _ = build_method(resolved, torch.device("cpu"))
-    optimizer = build_optimizer(method.parameters(), cfg.optim)
+    optimizer = build_optimizer(method.param_groups(), cfg.optim)
     set_lr(optimizer, 0.01)
     options = StepOptions(int(cfg.train.micro_batch), cfg.train.exact_heads, cfg.train.clip_grad)
     step = Step(method, DDPWrapper(method), optimizer, torch.device("cpu"), options=options)
-    student = [p.detach().clone() for p in method.backbone.parameters() if p.requires_grad]
-    teacher = [p.detach().clone() for p in method.teacher_backbone.parameters()]
+    # The student's backbone, and the teacher's where there is one.
+    trained = [
+        [p for p in backbone.parameters() if p.requires_grad or number]
+        for number, backbone in enumerate(method.backbones())
+    ]
+    before = [[p.detach().clone() for p in parameters] for parameters in trained]
+    assert len(before) == (2 if method.plan.teacher else 1)
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
-        views = [torch.randn(8, 3, 32, 32, generator=generator) for _ in range(cfg.recipe.num_views)]
+        views = [torch.randn(8, *shape, generator=generator) for shape in view_shapes(cfg.recipe)]
         metrics = step.gradients(views)
         assert not step.update(0.5)
     assert all(bool(value.isfinite()) for value in metrics.values())
-    for before, after in (
-        (student, [p for p in method.backbone.parameters() if p.requires_grad]),
-        (teacher, list(method.teacher_backbone.parameters())),
-    ):
-        assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > len(before) / 2
+    for old, new in zip(before, trained, strict=True):
+        assert sum(not torch.equal(a, b) for a, b in zip(old, new, strict=True)) > len(old) / 2
 
 
 def num_sizes(train: TrainConfig, world: int) -> int:

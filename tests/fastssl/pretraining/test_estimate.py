@@ -9,7 +9,7 @@ from torch import nn
 
 from fastssl.core.distributed import Dist
 from fastssl.core.optimizers import OptimConfig
-from fastssl.methods.method import Method, StepOutput
+from fastssl.methods import Method, StepOutput, ViewPlan
 from fastssl.pretraining import estimate
 from fastssl.pretraining.estimate import StepEstimate, estimate_run, estimate_step, saved_bytes
 from fastssl.pretraining.micro_batch import TrialStep, trial_step
@@ -23,17 +23,8 @@ class OneLayer(Method):
     """Keeps one tensor of 4 * 10 bytes an image for the backward pass, beside its input of 4 * 3 * 2 * 2 bytes a view."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Linear(12, 10)
-
-    def teacher_features(self, views):
-        return views
-
-    def targets(self, features):
-        return None
-
-    def forward(self, views, targets=None, first=0):
-        return self.loss(self.student_features(views), targets, first)
+        super().__init__(nn.Linear(12, 10), None)
+        self.plan = ViewPlan(teacher=())
 
     def student_features(self, views):
         return [self.backbone(view.flatten(1)) for view in views]
@@ -45,7 +36,9 @@ class OneLayer(Method):
 
 
 def trial(batch: int, micro_batch: int = 0) -> TrialStep:
-    return TrialStep(OptimConfig(), CPU, torch.float32, (3, 2, 2), batch, options=StepOptions(micro_batch))
+    return TrialStep(
+        OptimConfig(), CPU, torch.float32, ((3, 2, 2),) * 2, batch, options=StepOptions(micro_batch)
+    )
 
 
 def test_the_bytes_kept_for_the_backward_pass_are_counted_exactly() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastssl.methods import MoCoV3
-from fastssl.methods.moco_v3 import Config
+from fastssl.methods.moco_v3 import MoCoV3Config as Config
 from fastssl.models.backbones import build_backbone
 from fastssl.models.model_config import ModelConfig
 from fastssl.pretraining.loop import train

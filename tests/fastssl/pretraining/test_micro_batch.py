@@ -45,7 +45,7 @@ def test_another_number_of_chunks_continues_a_run(
     with pytest.warns(UserWarning, match=r"train\.(micro_batch was 0|exact_heads was False)"):
         train(resolve(shards, tmp_path / "run", TINY_VIT, changes, EXACT), resume=True)
     assert (
-        "8 images a process in 3 chunks of at most 3, each against the keys of all: the gradient of"
+        "8 images a process in 3 chunks of at most 3, each against the whole batch: the gradient of"
         in said[2]
     )
     found, expected = rows(tmp_path / "run"), rows(tmp_path / "expected")

@@ -9,7 +9,7 @@ import torch
 from fastssl.core.distributed import Dist
 from fastssl.core.optimizers import OptimConfig
 from fastssl.methods import MoCoV3
-from fastssl.methods.moco_v3 import Config
+from fastssl.methods.moco_v3 import MoCoV3Config as Config
 from fastssl.pretraining.micro_batch import (
     GPUViews,
     TrialStep,
@@ -75,6 +75,14 @@ def test_where_nothing_fits_the_ways_out_are_named() -> None:
         largest_that_fits(8, run)
 
 
+def test_steps_are_tried_as_late_in_a_run_when_nothing_is_frozen_any_more() -> None:
+    method, epochs = make_method(Normed()), []
+    method.after_backward = lambda: epochs.append(method.clock.epoch)
+    find_micro_batch(method, TrialStep(OptimConfig(), CPU, torch.float32, ((3, 4, 4),) * 2, 4))
+    assert len(epochs) == 2
+    assert min(epochs) > 10_000
+
+
 @pytest.mark.parametrize("exact_heads", [False, True])
 def test_trying_leaves_everything_as_it_was(exact_heads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     method = make_method(Normed(), Config(dim=5, hidden_dim=7, queue=32))
@@ -90,7 +98,9 @@ def test_trying_leaves_everything_as_it_was(exact_heads: bool, monkeypatch: pyte
 
     monkeypatch.setattr(MoCoV3, "student_features", limited)
     options = StepOptions(exact_heads=exact_heads, clip_grad=1.0)
-    trial = TrialStep(OptimConfig(), CPU, torch.float32, view_shape=(3, 4, 4), batch=16, options=options)
+    trial = TrialStep(
+        OptimConfig(), CPU, torch.float32, view_shapes=((3, 4, 4),) * 2, batch=16, options=options
+    )
     found = find_micro_batch(method, trial)
     assert found == 4
     assert sizes[:2] == [16, 8]
@@ -165,7 +175,7 @@ def test_a_trial_makes_its_views_as_the_run_will(
         OptimConfig(),
         CPU,
         torch.bfloat16,
-        view_shape=(3, 32, 32),
+        view_shapes=((3, 32, 32),) * 2,
         batch=12,
         options=StepOptions(exact_heads=exact_heads),
         gpu_views=made,
@@ -196,7 +206,7 @@ def test_a_batch_in_one_piece_has_the_next_one_s_views_beside_it(monkeypatch: py
         features = MoCoV3.student_features
         with monkeypatch.context() as patch:
             patch.setattr(MoCoV3, "student_features", limited)
-            trial = TrialStep(OptimConfig(), CPU, torch.float32, view_shape=(3, 4, 4), batch=batch)
+            trial = TrialStep(OptimConfig(), CPU, torch.float32, view_shapes=((3, 4, 4),) * 2, batch=batch)
             return find_micro_batch(make_method(Normed()), trial)
 
     assert find(8, 8) == 8

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.cli import main
-from fastssl.core import checkpoint
+from fastssl.core import checkpoint, optimizers
 from fastssl.methods import MoCoV3
 from fastssl.methods.ema import ema_update, relative_distance
-from fastssl.pretraining import trainer
 from fastssl.pretraining.loop import train
 from fastssl.pretraining.replay import MAX_FILES, Replay, Trace, replay, same_draws
 from fastssl.pretraining.step import DDPWrapper, Step, StepOptions
@@ -177,7 +176,7 @@ def test_too_many_skipped_steps_stop_the_run(
 def diverged(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a run whose first step made its weights enormous."""
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "scaled_lr", lambda cfg, batch: 1e30)
+        patch.setattr(optimizers, "scaled_lr", lambda cfg, batch: 1e30)
         with pytest.raises(UserError, match=r"(loss|gradient) was .* at step 2, replay it with"):
             train(resolve(shards, tmp_path / "run", {"optim": {"warmup_epochs": 0}}))
     return tmp_path / "run" / "nonfinite-step-000000002.pt"

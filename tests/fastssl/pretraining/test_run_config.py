@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastssl.methods.moco_v3 import Config
+from fastssl.methods.moco_v3 import MoCoV3Config as Config
 from fastssl.pretraining.run_config import Resolved, from_tree, load
 from pipelines.augment.recipe import RECIPES
 from shards.errors import UserError

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fastssl.cli import main
-from fastssl.core import checkpoint
+from fastssl.core import checkpoint, optimizers
 from fastssl.core.meters import MetricsLog
-from fastssl.pretraining import run_folder, trainer
+from fastssl.pretraining import run_folder
 from shards.storage.atomic_files import lock_file
 from tests.fastssl.runs import SAVE_STEPS, STEPS, TOTAL, assert_same_end, differences, newest, rows
 
@@ -239,7 +239,7 @@ def test_a_refused_run_leaves_nothing(
 
 
 def test_a_loss_that_is_no_number(told, config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "scaled_lr", lambda cfg, batch: 1e30)
+    monkeypatch.setattr(optimizers, "scaled_lr", lambda cfg, batch: 1e30)
     sentence = told("pretrain", config({"optim": {"warmup_epochs": 0}}))
     assert "lower --optim.lr (now 0.06) or set --train.clip_grad" in sentence
     assert "keeps the earlier checkpoints" in sentence

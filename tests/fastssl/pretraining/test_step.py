@@ -3,18 +3,22 @@
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fastssl.core.schedules import Clock
 from fastssl.methods import Method, MoCoV3, StepOutput
-from fastssl.methods.moco_v3 import Config
+from fastssl.methods.moco_v3 import MoCoV3Config as Config
 from fastssl.models.activation_checkpointing import checkpoint_blocks
 from fastssl.models.backbones import build_backbone
 from fastssl.models.model_config import ModelConfig
+from fastssl.models.stochastic_depth import step_keys
 from fastssl.pretraining.step import DDPWrapper, Step, StepOptions, chunks, steady_statistics, tell_chunks
+from shards.counter_hash import UInt64
 from tests.fastssl.tiny import Normed, Plain, make_method, make_views
 
 CPU = torch.device("cpu")
@@ -37,7 +41,7 @@ def make_step(method: Method, dtype: torch.dtype = torch.float32, **options) -> 
     return Step(method, DDPWrapper(method), optimizer, CPU, dtype, StepOptions(**options))
 
 
-def gradients(method: MoCoV3, views: list[Tensor], **options) -> tuple[dict[str, Tensor], dict[str, float]]:
+def gradients(method: Method, views: list[Tensor], **options) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Gradients and metrics of one batch, on a copy of the method."""
     method = copy.deepcopy(method)
     metrics = make_step(method, **options).gradients(views)
@@ -145,7 +149,7 @@ def test_both_forwards_of_exact_heads_skip_the_same_blocks() -> None:
     method, views = MoCoV3(backbone, Config(dim=8, hidden_dim=16)), large_views(8)
     seen: list[Tensor] = []
     backbone.register_forward_hook(lambda _m, _i, out: seen.append(out.detach().clone()))
-    make_step(method, micro_batch=4, exact_heads=True).gradients(views, torch.manual_seed)
+    make_step(method, micro_batch=4, exact_heads=True).gradients(views, keys=step_keys(0, 3, np.arange(8)))
     first, second, first_again, second_again = seen
     assert torch.equal(first, first_again)
     assert torch.equal(second, second_again)
@@ -189,7 +193,7 @@ def test_exact_heads_update_running_statistics_once() -> None:
 
 def test_running_statistics_follow_as_fast_as_in_whole_batches() -> None:
     whole, parts = make_method(Normed()), make_method(Normed())
-    steady_statistics(parts, 4, exact_heads=False)
+    steady_statistics(parts, 4, cached=False)
     norm = parts.backbone.get_submodule("body.1")
     assert (1 - norm.momentum) ** 4 == pytest.approx(0.9)  # pyright: ignore[reportOperatorIssue]
     assert parts.teacher_projector[1].momentum == 0.1  # once a step in any case
@@ -205,13 +209,13 @@ def test_running_statistics_follow_as_fast_as_in_whole_batches() -> None:
 
 
 def test_what_is_inexact_is_told() -> None:
-    line = tell_chunks(make_method(Normed()), 10, 4, exact_heads=False)
+    line = tell_chunks(make_method(Normed()), 10, 4, cached=False)
     assert line.startswith(
-        "10 images a process in 4 chunks of at most 3, each against the keys of all; BatchNorm in the backbones and "
+        "10 images a process in 4 chunks of at most 3, each against the whole batch; BatchNorm in the backbones and "
     )
     assert "the student's heads sees one chunk at a time, --train.exact-heads" in line
-    assert "heads" not in tell_chunks(make_method(Normed()), 10, 4, exact_heads=True)
-    assert tell_chunks(vit(), 10, 4, exact_heads=True).endswith(": the gradient of the undivided batch")
+    assert "heads" not in tell_chunks(make_method(Normed()), 10, 4, cached=True)
+    assert tell_chunks(vit(), 10, 4, cached=True).endswith(": the gradient of the undivided batch")
 
 
 def test_a_step_waits_for_nothing_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +230,7 @@ def test_a_step_waits_for_nothing_on_the_device(monkeypatch: pytest.MonkeyPatch)
         step = Step(method, DDPWrapper(method), optimizer, torch.device("meta"), options=options)
         for _ in range(2):
             assert step.gradients(views)["loss"].is_meta
+            method.remember(step.remembered, torch.ones((), dtype=torch.bool, device="meta"))
             step.optimizer.zero_grad()
             method.update_teacher(0.9)
         assert method.queue is not None
@@ -273,11 +278,25 @@ def test_every_trained_weight_gets_a_gradient_in_every_mode() -> None:
     assert {name for name, p in make_method(Normed()).named_parameters() if p.requires_grad} == found[0]
 
 
-def test_chunks_draw_by_their_number() -> None:
-    numbers: list[int] = []
-    seed: Callable[[int], None] = numbers.append
-    make_step(make_method(Plain()), micro_batch=3).gradients(make_views(8), seed)
-    assert numbers == [0, 1, 2]
+def test_chunks_do_not_change_which_blocks_an_image_skips() -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone(ModelConfig(backbone="test_vit", drop_path=0.5), 32)
+    method, views, keys = (
+        MoCoV3(backbone, Config(dim=8, hidden_dim=16)),
+        large_views(8),
+        step_keys(0, 3, np.arange(8)),
+    )
+    for head in (method.projector, method.predictor, method.teacher_projector):
+        head.eval()  # BatchNorm sees a chunk
+
+    def found(clock: Clock, keys: UInt64, **options: Any) -> dict[str, Tensor]:
+        step = make_step(copy.deepcopy(method), **options)
+        step.gradients(views, clock, keys)
+        return {name: p.grad for name, p in step.method.named_parameters() if p.grad is not None}
+
+    whole = found(Clock(), keys)
+    assert largest_difference(found(Clock(), keys, micro_batch=3), whole) < 1e-5
+    assert largest_difference(found(Clock(), step_keys(0, 4, np.arange(8)), micro_batch=3), whole) > 1e-2
 
 
 # ---------------------------------------------------------------- other methods
@@ -287,23 +306,17 @@ class Distance(Method):
     """A method of another kind, BYOL's: the distance to the teacher's projection, no negatives and no gathering."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.backbone = Plain()
+        super().__init__(Plain(), None)
         self.projector, self.predictor = nn.Linear(6, 4), nn.Linear(4, 4)
         self.teacher = copy.deepcopy(nn.Sequential(self.backbone, self.projector)).requires_grad_(False)
-
-    def forward(self, views, targets=None, first=0) -> StepOutput:
-        if targets is None:
-            targets = self.targets(self.teacher_features(views))
-        return self.loss(self.student_features(views), targets, first)
 
     @torch.no_grad()
     def teacher_features(self, views):
         return [self.teacher[0](view) for view in views]
 
     @torch.no_grad()
-    def targets(self, features):
-        return [self.teacher[1](feature) for feature in features]
+    def targets(self, teacher, student=None):
+        return [self.teacher[1](feature) for feature in teacher]
 
     def student_features(self, views):
         return [self.backbone(view) for view in views]

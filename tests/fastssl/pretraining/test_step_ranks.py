@@ -17,7 +17,7 @@ from fastssl.core.distributed import (
     world,
 )
 from fastssl.methods import MoCoV3
-from fastssl.methods.moco_v3 import Config
+from fastssl.methods.moco_v3 import MoCoV3Config as Config
 from fastssl.pretraining.build import freeze_unused, spread
 from fastssl.pretraining.step import DDPWrapper, Step, StepOptions
 from tests.fastssl.pretraining.test_step import CPU, largest_difference, make_step, without_norms
@@ -93,7 +93,7 @@ def _train_with_spare(here: Dist) -> tuple[list[str], list[str], bool]:
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        names = freeze_unused(method, (3, 4, 4), here)
+        names = freeze_unused(method, [(3, 4, 4)] * 2, here)
     same = all(torch.equal(value, start[name]) for name, value in method.state_dict().items())
     step = Step(method, DistributedDataParallel(DDPWrapper(method)), optimizer, CPU)
     for _ in range(3):  # DDP complains at the second step after one that left a parameter out

@@ -7,7 +7,7 @@ import torch
 from timm.layers import LayerScale
 
 from fastssl.core.optimizers import OptimConfig, build_optimizer
-from fastssl.methods.moco_v3 import Config
+from fastssl.methods.moco_v3 import MoCoV3Config as Config
 from fastssl.models.activation_checkpointing import checkpoint_blocks
 from fastssl.models.backbones import build_backbone
 from fastssl.models.model_config import ModelConfig

@@ -195,7 +195,11 @@ def test_forward_flops_of_linear_layers():
     # Backbone 48 -> 6, projector 6 -> 7 -> 7 -> 5, predictor 5 -> 7 -> 5; a multiply-add is two operations.
     method = make_method(Plain())
     expected = 2 * (48 * 6 + 6 * 7 + 7 * 7 + 7 * 5 + 5 * 7 + 7 * 5)
-    assert step_rungs.forward_flops(method, torch.randn(2, 3, 4, 4)) == expected
+    images = [torch.randn(2, 3, 4, 4)]
+    found = step_rungs.forward_flops(
+        images, lambda views: method.predictor(method.projector(method.backbone(views[0])))
+    )
+    assert found == expected
 
 
 def test_traffic_of_a_step_is_linear_in_the_batch(config_file):
@@ -206,7 +210,15 @@ def test_traffic_of_a_step_is_linear_in_the_batch(config_file):
     assert trainee.traffic(6) - trainee.update_bytes == pytest.approx(counted, rel=0.02)
     trained = sum(p.numel() for p in trainee.method.parameters() if p.requires_grad)
     assert trainee.update_bytes > 4 * 7 * trained  # AdamW alone reads four and writes three floats a weight
-    assert trainee.flops == 8 * step_rungs.forward_flops(trainee.method, images[0])
+    method = trainee.method
+    one = step_rungs.forward_flops(images, lambda views: method.projector(method.backbone(views[0])))
+    of_predictor = step_rungs.forward_flops(
+        [torch.randn(6, method.cfg.dim)], lambda views: method.predictor(views[0])
+    )
+    assert trainee.teacher_flops == 2 * one
+    # The logits of two images add a little.
+    assert trainee.student_flops == pytest.approx(6 * (one + of_predictor), rel=1e-3)
+    assert trainee.flops == trainee.student_flops + trainee.teacher_flops
 
 
 def test_a_chunk_on_the_device_poses_as_the_batch():
@@ -234,9 +246,20 @@ def test_the_step_with_augmentation_takes_its_views_as_the_run_s_step_does(confi
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
-def test_mfu_counts_eight_forwards():
+def test_mfu_counts_student_and_teacher():
     trainee = step_rungs.Trainee(
-        None, None, None, torch.device("cpu"), torch.float32, 4, 4, 98_900_000_000, 1e9, 0.0, 8
+        None,
+        None,
+        None,
+        torch.device("cpu"),
+        torch.float32,
+        4,
+        4,
+        74_175_000_000,
+        24_725_000_000,
+        1e9,
+        0.0,
+        8,
     )  # type: ignore[arg-type]
     rows = {
         verdict.FULL: Row(verdict.FULL, rates=[1000.0]),
