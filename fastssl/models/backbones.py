@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastssl.models.moco_vit import MOCO_VITS, build_moco_vit, check_patches
 from fastssl.models.model_config import ModelConfig
+from fastssl.models.patch_product import embed_by_product
 from fastssl.models.stochastic_depth import key_stochastic_depth
 from shards.errors import UserError, nearest
 
@@ -56,6 +57,7 @@ def build_backbone(cfg: ModelConfig, image_size: int, other_sizes: Sequence[int]
         if isinstance(getattr(module, "fused_attn", None), bool):  # as timm's attention layers call it
             module.fused_attn = cfg.attention == "sdpa"  # pyright: ignore[reportArgumentType]
     key_stochastic_depth(backbone)
+    embed_by_product(backbone)
     if cfg.residual == "autocast":
         _narrow_residual_stream(backbone, cfg.backbone)
     return backbone

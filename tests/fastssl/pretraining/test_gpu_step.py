@@ -8,6 +8,7 @@ import torch
 
 from fastssl.core.optimizers import build_optimizer
 from fastssl.methods import MoCoV3
+from fastssl.models.stochastic_depth import step_keys
 from fastssl.pretraining.build import build_method
 from fastssl.pretraining.micro_batch import TrialStep, find_micro_batch
 from fastssl.pretraining.run_config import load
@@ -33,9 +34,9 @@ def build(backbone: str, dtype: torch.dtype, *flags: str, **options) -> tuple[Mo
     return method, Step(method, DDPWrapper(method), optimizer, device, dtype, StepOptions(**options))
 
 
-def pinned_views() -> list[torch.Tensor]:
+def pinned_views(size: int = SIZE) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.rand(BATCH, 3, SIZE, SIZE, generator=generator).pin_memory() for _ in range(2)]
+    return [torch.rand(BATCH, 3, size, size, generator=generator).pin_memory() for _ in range(2)]
 
 
 @pytest.mark.parametrize("backbone", ["resnet10_w32", "vit_tiny_patch16_224"])
@@ -58,7 +59,7 @@ def test_a_step_never_waits_for_the_device(backbone, checkpointing, dtype, optio
     for number in range(4):
         torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
         try:
-            step.gradients(views, torch.manual_seed)
+            step.gradients(views, keys=step_keys(0, number, np.arange(BATCH)))
             step.update(0.99)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -79,7 +80,8 @@ def test_lars_never_waits_either(dtype):
 
 def peak_bytes(**options) -> int:
     _, step = build("resnet18", torch.bfloat16, **options)
-    views = pinned_views()
+    # Large enough for activations to outweigh weights, gradients and the optimizer's averages, which chunks leave as they are.
+    views = pinned_views(3 * SIZE)
     step.gradients(views)
     step.update(0.99)
     torch.cuda.reset_peak_memory_stats()
@@ -116,8 +118,8 @@ def test_auto_finds_less_than_the_batch_where_memory_is_short():
     def find() -> int:
         resolved = load(None, [*FLAGS, "--model.backbone", "resnet18"])
         method, _ = build_method(resolved, torch.device("cuda"))
-        shape = (3, SIZE, SIZE)
-        trial = TrialStep(resolved.config.optim, torch.device("cuda"), torch.bfloat16, shape, BATCH)
+        shapes = ((3, SIZE, SIZE),) * 2
+        trial = TrialStep(resolved.config.optim, torch.device("cuda"), torch.bfloat16, shapes, BATCH)
         return find_micro_batch(method, trial)
 
     torch.cuda.empty_cache()
@@ -133,20 +135,20 @@ def test_auto_finds_less_than_the_batch_where_memory_is_short():
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def lazy_views(shards: Path) -> BlankViews:
+def lazy_views(shards: Path, dtype: torch.dtype) -> BlankViews:
     data = ShardSet.open(shards)
     ids = np.arange(BATCH) % len(data)
-    return BlankViews(data, Recipe(size=SIZE), ids, torch.device("cuda"), form=Form(torch.bfloat16))
+    return BlankViews(data, Recipe(size=SIZE), ids, torch.device("cuda"), form=Form(dtype))
 
 
 @pytest.mark.parametrize("options", [{"micro_batch": 16}, {"micro_batch": 16, "exact_heads": True}], ids=str)
 def test_a_step_never_waits_where_views_are_made_chunk_by_chunk(options, shards):
     _, step = build("resnet10_w32", torch.bfloat16, **options)
-    views = lazy_views(shards)
+    views = lazy_views(shards, torch.bfloat16)
     for number in range(4):
         torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
         try:
-            step.gradients(views, torch.manual_seed)
+            step.gradients(views, keys=step_keys(0, number, np.arange(BATCH)))
             step.update(0.99)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -158,7 +160,7 @@ def test_chunks_made_ahead_give_the_gradient_of_those_made_before(shards):
     for lazy in (True, False):
         torch.manual_seed(0)
         method, step = build("resnet10_w32", torch.float32, micro_batch=8)
-        views = lazy_views(shards)
+        views = lazy_views(shards, torch.float32)
         for _ in range(3):
             step.optimizer.zero_grad()
             step.gradients(views if lazy else [view.clone() for view in views])
