@@ -142,8 +142,9 @@ def _verdict(rows: list[dict]) -> str:
     cells = []
     for row in rows:
         figure = "" if row["figure"] is None else f"{row['figure']:,.4g} {row['unit']}".strip()
-        end = {True: "met", False: "**missed**", None: f"not known: {row['why']}"}[row["met"]]
-        cells.append([row["goal"], row["wanted"], figure, end if row["why"] != "not run" else "not run"])
+        why = f"stage `{row['stage']}` was not run" if row["why"] == "not run" else row["why"]
+        end = {True: "met", False: "**missed**", None: f"not known: {why}"}[row["met"]]
+        cells.append([row["goal"], row["wanted"], figure, end])
     return _lines(["goal", "wanted", "measured", ""], "lrrl", cells)
 
 

@@ -98,8 +98,14 @@ def _fastest_loader(rows: Any) -> float:
     return max(rates)
 
 
+def _end_to_end_row(report: Any) -> dict[str, Any]:
+    """Return the fastest of the rows end to end, wherever the images are decoded and the views made."""
+    measured = [row for row in report["rows"] if row["name"].startswith(END_TO_END) and row["images_per_s"]]
+    return max(measured, key=lambda row: row["images_per_s"]) if measured else _row(report, END_TO_END)
+
+
 def _end_to_end(report: Any) -> float:
-    return _row(report, END_TO_END)["images_per_s"]
+    return _end_to_end_row(report)["images_per_s"]
 
 
 def _of_synthetic(report: Any) -> float:
@@ -107,7 +113,7 @@ def _of_synthetic(report: Any) -> float:
 
 
 def _contention(report: Any) -> float:
-    beside = _row(report, END_TO_END).get("contention")
+    beside = _end_to_end_row(report).get("contention")
     if beside is None:
         # Raises Unknown with the reason, if the full step has none.
         _row(report, FULL)
@@ -214,7 +220,7 @@ GOALS: tuple[Goal, ...] = (
             "ViT-B/16 end to end, MFU of 8 forwards",
             "vit_base",
             "ladder-vit_base",
-            lambda report: 100 * _row(report, END_TO_END)["mfu"],
+            lambda report: 100 * _end_to_end_row(report)["mfu"],
             45,
             "%",
         ),

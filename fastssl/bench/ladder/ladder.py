@@ -207,21 +207,32 @@ def switches(resolved: Resolved, trainee: Trainee) -> Switches:
     """Return the run's settings that a verdict may advise to change; whether the step is compiled is set later."""
     import torch
 
+    from fastssl.bench.installed import is_there
     from fastssl.bench.ladder.step_rungs import is_cnn
     from fastssl.bench.ladder.verdict import Switches
     from fastssl.pretraining.build import compute_dtype
     from pipelines.loading.loader import default_threads
-    from pipelines.streaming.cache import SHARE, decoded_sizes, free_memory
+    from pipelines.streaming.cache import SHARE, decoded_sizes, eight_bit, free_memory
 
-    data, train = resolved.config.data, resolved.config.train
-    fits = False
+    data, train, channels = resolved.config.data, resolved.config.train, len(resolved.config.recipe.mean)
+    fits = can_decode = False
     if data.shards:
-        fits = int(decoded_sizes(data.open(), len(resolved.config.recipe.mean)).sum()) < SHARE * free_memory()
+        shards = data.open()
+        fits = int(decoded_sizes(shards, channels).sum()) < SHARE * free_memory()
+        can_decode = (
+            eight_bit(shards)
+            and channels == 3
+            and data.engine == "fused"
+            and not trainee.in_chunks
+            and is_there("nvidia.nvimgcodec")
+        )
     return Switches(
         on_gpu=trainee.device.type == "cuda",
         has_shards=bool(data.shards),
         engine=data.engine,
         augment_on=data.augment_on,
+        decode=data.decode,
+        can_decode=can_decode,
         cache=data.cache,
         threads=data.threads or default_threads(),
         cores=default_threads(),

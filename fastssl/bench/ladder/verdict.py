@@ -19,6 +19,8 @@ KERNELS = "full step, profiled"
 # Others' steps.
 MOCO_V3, TODAY, LIGHTLY = "moco-v3's own kind of step", "plain step of today's PyTorch", "lightly's blocks"
 
+ALL_ON_GPU = "--data.augment-on gpu --data.decode gpu"
+
 # A step that takes this many times as long beside the loader competes with it.
 BESIDE = 1.1
 # From this many times as fast on, a setting is advised.
@@ -35,6 +37,9 @@ class Switches:
     has_shards: bool = False
     engine: str = "fused"
     augment_on: str = "cpu"
+    decode: str = "cpu"
+    can_decode: bool = False
+    """The GPU could decode these images."""
     cache: str = "none"
     threads: int = 1
     cores: int = 1
@@ -92,12 +97,15 @@ def judge(rates: Mapping[str, float | None], switches: Switches, contention: flo
         f"{overlap:.0%} of what they allow"
     )
     if overlap < WELL and switches.on_gpu and contention and contention >= BESIDE:
-        what = "GPU" if switches.augment_on == "gpu" else "CPU cores"
-        advice = (
-            "try --data.augment-on cpu"
-            if what == "GPU"
-            else f"try --data.threads {max(1, switches.threads * 3 // 4)}, which leaves cores to launch kernels"
-        )
+        # Where the CPU decodes, its threads and the one that launches kernels wait for each other.
+        what = "GPU" if switches.augment_on == "gpu" and not _decodes_instead(switches) else "CPU cores"
+        fewer = f"--data.threads {max(1, switches.threads * 3 // 4)}"
+        if what == "GPU":
+            advice = "try --data.augment-on cpu"
+        elif _decodes_instead(switches):
+            advice = f"try {ALL_ON_GPU}, which leave the cores to launch kernels"
+        else:
+            advice = f"try {fewer}, which leaves cores to launch kernels"
         sentence = (
             f"Loader and step compete for the {what} (a step takes {contention:.2f} times as long beside the loader): "
             f"{advice}; {told}."
@@ -135,14 +143,23 @@ def _slow_part_of_loader(rates: Mapping[str, float | None], switches: Switches) 
     if part == DECODE:
         if switches.fits_in_ram and switches.cache == "none":
             return part, "try --data.cache ram, which decodes each image once"
+        if _decodes_instead(switches):
+            return part, f"try {ALL_ON_GPU}"
         return part, "convert with `fastssl shard --short-side 256`, or use more cores"
     # Only the engine fused makes views of a part of a batch.
     able = not switches.in_chunks or switches.engine == "fused"
+    if switches.augment_on == "cpu" and _decodes_instead(switches):
+        return part, f"try {ALL_ON_GPU}"
     if switches.on_gpu and switches.augment_on == "cpu" and able:
         return part, "try --data.augment-on gpu" + (
             ", which sends bytes instead of floats" if part == TO_DEVICE else ""
         )
     return part, "try a smaller --recipe.size, or more cores"
+
+
+def _decodes_instead(switches: Switches) -> bool:
+    """Return whether the GPU could decode, and the CPU does."""
+    return switches.on_gpu and switches.can_decode and switches.decode == "cpu"
 
 
 def _slow_part_of_step(rates: Mapping[str, float | None], switches: Switches) -> tuple[str, str]:

@@ -213,6 +213,10 @@ def test_figures_of_other_sizes_or_of_a_cpu_meet_and_miss_no_goal(tmp_path):
         return row["met"], row["why"]
 
     assert judged_as(at()) == (True, None)
+    slow = ladder(4000, 2950, 1000, 1.0)
+    elsewhere = {"name": f"{END_TO_END}, decoded on the GPU", "images_per_s": 3010.0}
+    assert judged_as(at() | slow) == (False, None)
+    assert judged_as(at() | slow | {"rows": [*slow["rows"], elsewhere]}) == (True, None)
     assert judged_as(at(backbone="resnet10_w32")) == (
         None,
         "measured with backbone resnet10_w32, not moco_vit_small",

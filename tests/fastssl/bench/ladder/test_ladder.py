@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,9 @@ def test_a_slow_update_asks_for_a_larger_batch():
         (verdict.DECODE, {}, "--short-side 256"),
         (verdict.DECODE, {"fits_in_ram": True}, "--data.cache ram, which decodes"),
         (verdict.DECODE, {"fits_in_ram": True, "cache": "ram"}, "--short-side 256"),
+        (verdict.DECODE, {"can_decode": True}, "--data.augment-on gpu --data.decode gpu;"),
+        (verdict.DECODE, {"can_decode": True, "decode": "gpu", "augment_on": "gpu"}, "--short-side 256"),
+        (verdict.AUGMENT, {"can_decode": True}, "--data.augment-on gpu --data.decode gpu;"),
         (verdict.AUGMENT, {}, "--data.augment-on gpu;"),
         (verdict.TO_DEVICE, {}, "--data.augment-on gpu, which sends bytes"),
         (verdict.AUGMENT, {"in_chunks": True}, "--data.augment-on gpu;"),
@@ -129,6 +133,11 @@ def test_sides_that_compete():
         "Loader and step compete for the CPU cores (a step takes 1.40 times as long beside the loader):"
     )
     assert "--data.threads 12" in found.sentence
+    able = Switches(on_gpu=True, can_decode=True, threads=16, cores=16)
+    for cpu in (able, replace(able, augment_on="gpu")):
+        told = judge(EVEN | {verdict.END_TO_END: 2100.0}, cpu, 1.4).sentence
+        assert "compete for the CPU cores" in told
+        assert "try --data.augment-on gpu --data.decode gpu, which leave the cores" in told
     on_gpu = Switches(on_gpu=True, augment_on="gpu", threads=16, cores=16)
     assert "compete for the GPU" in judge(EVEN | {verdict.END_TO_END: 2100.0}, on_gpu, 1.4).sentence
     # A step that takes no longer is not held up by sharing.
