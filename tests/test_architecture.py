@@ -49,10 +49,11 @@ LAYERS = {
     },
     "pipelines": {
         "augment": (),
-        "kernels": ("augment",),
+        "cpu_kernels": ("augment",),
+        "kernels": ("augment", "cpu_kernels"),
         "streaming": ("augment",),
-        "engines": ("augment", "kernels", "streaming"),
-        "loading": ("augment", "kernels", "streaming", "engines"),
+        "engines": ("augment", "cpu_kernels", "kernels", "streaming"),
+        "loading": ("augment", "cpu_kernels", "kernels", "streaming", "engines"),
         "previews": ("augment", "kernels", "streaming", "engines", "loading"),
     },
     "fastssl": {

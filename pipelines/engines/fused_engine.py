@@ -1,8 +1,9 @@
-"""The default engine: decode once with libjpeg-turbo, crop each view with torchvision's SIMD resize, then our kernels.
+"""The default engine: decode once with libjpeg-turbo, then make each view in one call of our kernels.
 
-Images of 16 bits, of floats or of other than three channels take `float_kernels` instead, in 32-bit floats.
+Images of 16 bits, of floats or of other than three channels take `float_views` instead, in 32-bit floats.
 
-All three release the GIL, so plain threads use every core and no pixels travel between processes.
+Both release the GIL, and ask for it again once an image and once a view: so plain threads use every core, and no pixels travel between
+processes.
 """
 
 from __future__ import annotations
@@ -11,14 +12,12 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from pipelines.augment.channels import gain_and_offset, is_deep
 from pipelines.augment.noise import noise_table
 from pipelines.augment.pointwise import apply, drawn
 from pipelines.augment.recipe import Recipe
-from pipelines.kernels import cpu_kernels, float_kernels
+from pipelines.cpu_kernels import colour, float_views, views
 from pipelines.kernels.decode import decode_array, decode_rgb
 
 
@@ -37,6 +36,7 @@ class FusedEngine:
         self._scale = 1 / std
         self._bias = -np.array(recipe.mean, dtype=np.float32) / std
         self._fill = np.array(recipe.erased(), dtype=np.float32)
+        self._cubic = recipe.interpolation == "bicubic"
         self._local = threading.local()
 
     def __call__(self, data: memoryview, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
@@ -55,51 +55,50 @@ class FusedEngine:
     def decode(self, data: memoryview) -> np.ndarray:
         """Return the pixels of an image, (H, W, C), uint8 but for other arrays. Raise RuntimeError where it does not decode."""
         pixels = decode_array(data, len(self.recipe.mean))
-        return decode_rgb(data).permute(1, 2, 0).numpy() if pixels is None else pixels
+        return decode_rgb(data).numpy().transpose(1, 2, 0) if pixels is None else pixels
 
     def render(self, pixels: np.ndarray, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
         """Write the views of a decoded image, (H, W, C), to `out`: V arrays float32 (C, S, S)."""
         if is_deep(pixels, self.recipe):
             self._render_deep(pixels, draws, out)
             return
-        for index, draw in enumerate(draws):
-            size = out[index].shape[-1]
-            # Copied by numpy, which stays in this thread: torch would start a team of threads for it in every loader thread.
-            crop = torch.from_numpy(np.ascontiguousarray(cut(pixels, draw))).permute(2, 0, 1)
-            view = F.interpolate(crop[None], (size, size), mode=self.recipe.interpolation, antialias=True)[0]
-            view = view.contiguous().numpy()
-            rest = (self._scale, self._bias, self._fill, noise_table())
-            pointwise = drawn(draw)
+        # Stored arrays may lie otherwise, or in memory that must not be written, for which Numba would compile once more.
+        pixels = np.require(pixels, requirements=["C", "W"])
+        rest = (self._scale, self._bias, self._fill, noise_table())
+        height, width, _ = pixels.shape
+        memory = self._memory(height, width, max(view.shape[-1] for view in out))
+        for index, view in enumerate(out):
+            pointwise = drawn(draws[index])
             if not pointwise:
-                cpu_kernels.make_view(view, draws, index, *rest, self._spare(size), out[index])
+                views.make_view(pixels, draws, index, self._cubic, *rest, memory, view)
                 continue
-            cpu_kernels.adjust_colors(view, draws, index, self._spare(size))
-            apply(pointwise, view, draw)
-            cpu_kernels.complete(view, draws, index, *rest, out[index])
+            cropped = views.cut_view(pixels, draws, index, self._cubic, memory, view.shape[-1])
+            apply(pointwise, cropped, draws[index])
+            colour.complete(cropped, draws, index, *rest, view)
 
     def _render_deep(self, pixels: np.ndarray, draws: np.ndarray, out: Sequence[np.ndarray]) -> None:
         gain, offset = gain_and_offset(self.recipe, pixels.dtype)
-        cubic = self.recipe.interpolation == "bicubic"
         for index, draw in enumerate(draws):
             crop = cut(pixels, draw)
             image = np.empty((len(gain), *crop.shape[:2]), dtype=np.float32)
-            float_kernels.levels(crop, gain, offset, image)
+            float_views.levels(crop, gain, offset, image)
             rest = (self._scale, self._bias, self._fill, noise_table())
             pointwise = drawn(draw)
             if not pointwise:
-                float_kernels.make_view(image, draws, index, cubic, *rest, out[index])
+                float_views.make_view(image, draws, index, self._cubic, *rest, out[index])
                 continue
             view = np.empty(out[index].shape, dtype=np.float32)
-            float_kernels.adjust_colors(image, draws, index, cubic, view)
+            float_views.adjust_colors(image, draws, index, self._cubic, view)
             apply(pointwise, view, draw)
-            float_kernels.complete(view, draws, index, *rest, out[index])
+            float_views.complete(view, draws, index, *rest, out[index])
 
-    def _spare(self, size: int) -> np.ndarray:
-        """Return the scratch planes of this thread, uint8 (2, S, S)."""
-        planes = self._local.__dict__.setdefault("planes", {})
-        if size not in planes:
-            planes[size] = np.empty((2, size, size), dtype=np.uint8)
-        return planes[size]
+    def _memory(self, height: int, width: int, size: int) -> np.ndarray:
+        """Return scratch memory of this thread for views of up to `size` pixels of an image: uint8."""
+        wanted = views.num_scratch(height, width, size)
+        memory = self._local.__dict__.get("memory")
+        if memory is None or len(memory) < wanted:
+            memory = self._local.memory = np.empty(wanted, dtype=np.uint8)
+        return memory
 
 
 class ReferenceEngine:

@@ -1,1 +1,1 @@
-"""The operations themselves: compiled for the CPU, batched in torch and Triton, as DALI graphs, and the slow reference."""
+"""The operations themselves for whole batches: in torch and Triton, as DALI graphs; decoding, and the slow reference."""

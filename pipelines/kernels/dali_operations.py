@@ -17,7 +17,7 @@ import numpy as np
 from nvidia.dali import fn as _fn
 from nvidia.dali import math, types
 
-from pipelines.kernels.cpu_kernels import _box_weights
+from pipelines.cpu_kernels.colour import _box_weights
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's convert("L")
 _FLAT = "HW"  # layout of planes (3, H * W)

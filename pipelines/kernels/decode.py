@@ -32,7 +32,8 @@ def _operator():
         libraries = []
     if not libraries:  # other systems; of another version of PyTorch
         import torchvision.io  # noqa: F401
-    return getattr(getattr(torch.ops, "image", None), "decode_image", None)
+    # The one overload, so that no call has to choose among them.
+    return getattr(getattr(getattr(torch.ops, "image", None), "decode_image", None), "default", None)
 
 
 def decode_rgb(data: memoryview) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Colour jitter and grayscale of a batch of views as torch functions, in Pillow's 8 bits or torchvision's floats.
 
-Formulas: uint8 as in `cpu_kernels`, float32 as in `float_kernels`.
+Formulas: uint8 as in `cpu_kernels.colour`, float32 as in `cpu_kernels.float_views`.
 """
 
 from __future__ import annotations

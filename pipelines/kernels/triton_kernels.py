@@ -1,7 +1,7 @@
 """The batched kernels of `torch_kernels` in Triton: the same signatures and values, in a few passes over the pixels.
 
 Compiled on first use on a CUDA device; on a CPU only Triton's interpreter runs them (the tests do). What threads sum up together are
-integers, so a result does not depend on their order. Formulas: as in `cpu_kernels` and `float_kernels`.
+integers, so a result does not depend on their order. Formulas: as in `cpu_kernels.colour` and `cpu_kernels.float_views`.
 """
 
 # Triton's decorators hide from the type checker that launches take plain numbers for constants, and what `static_range` is.

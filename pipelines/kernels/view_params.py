@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pipelines.augment.channels import FULL
 from pipelines.augment.pointwise import drawn_fields
+from pipelines.cpu_kernels.colour import _box_weights
 from pipelines.kernel_cache import njit
-from pipelines.kernels.cpu_kernels import _box_weights
 
 # The element types of decoded images; the number of one is its place here.
 TYPES = tuple(FULL)

@@ -74,10 +74,14 @@ class GpuSlot(Slot):
         self._encoded: dict[int, np.ndarray] = {}
         self._decoded: dict[int, torch.Tensor] = {}
         self._host, self._pixels = self._memory(0), torch.empty(0, dtype=torch.uint8, device=device)
+        # The same memory for the threads that fill it: each operation of torch would ask for Python's lock once more.
+        self._host_bytes = self._host.numpy()
         self._copied = torch.cuda.Event() if side is not None else None
         self._ids: np.ndarray = np.empty(0, dtype=np.int64)
         self._draws: np.ndarray = np.empty(0, dtype=DRAW)
-        self._first_bytes, self._end = np.empty(0, dtype=np.int64), 0
+        # Of each image's place: its first byte and its size.
+        self._first_bytes, self._places = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        self._end = 0
         # Places in TYPES.
         self._types = np.empty(0, dtype=np.uint8)
         self._strays: dict[int, np.ndarray] = {}
@@ -90,7 +94,7 @@ class GpuSlot(Slot):
             self._copied.synchronize()
         self._ids, self._draws = np.array(request.ids), request.draws.copy()
         sizes = self._sizes(self._ids)
-        self._first_bytes = np.cumsum(sizes) - sizes
+        self._first_bytes, self._places = np.cumsum(sizes) - sizes, sizes
         self._types = np.zeros(len(sizes), dtype=np.uint8)
         self._strays, self._fresh = {}, []
         self._encoded, self._decoded = {}, {}
@@ -99,6 +103,7 @@ class GpuSlot(Slot):
         # Grows by quarters, so that batches of mixed sizes soon find it large enough.
         if len(self._host) < self._end:
             self._host = self._memory(self._end * 5 // 4)
+            self._host_bytes = self._host.numpy()
 
     def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
         """As `Slot.fill`: decode, or gather what the device will decode."""
@@ -125,16 +130,17 @@ class GpuSlot(Slot):
 
     def _fill_pixels(self, i: int, sample_id: int) -> None:
         image = self._samples.pixels(sample_id)
-        [size] = self._sizes(np.array([sample_id]))
+        own = sample_id == self._ids[i]
+        size = self._places[i] if own else self._sizes(np.array([sample_id]))[0]
         if image.nbytes > size or image.shape[2] != self._samples.channels:
             raise Unreadable(
                 f"it is {image.shape[2]} x {image.dtype}, but the table has {self._samples.channels} channels of "
                 f"{' or '.join(self._samples.shards.manifest.dtypes)}"
             )
         pixels = np.ascontiguousarray(image).reshape(-1).view(np.uint8)
-        if sample_id == self._ids[i]:
+        if own:
             first = int(self._first_bytes[i])
-            self._host[first : first + len(pixels)].numpy()[:] = pixels
+            self._host_bytes[first : first + len(pixels)] = pixels
         else:
             # Stands in for a bad sample and may be larger.
             self._strays[i] = pixels
@@ -220,11 +226,12 @@ class GpuSlot(Slot):
         old, total = self._host, self._end + int(sizes.sum())
         if total > len(old):
             self._host = self._memory(total)
+            self._host_bytes = self._host.numpy()
             self._host[: self._end] = old[: self._end]
         for i, size in zip(places, sizes, strict=True):
             pixels = self._strays[i]
             self._first_bytes[i] = self._end
-            self._host[self._end : self._end + len(pixels)].numpy()[:] = pixels
+            self._host_bytes[self._end : self._end + len(pixels)] = pixels
             self._end += int(size)
 
     def _sizes(self, ids: np.ndarray) -> np.ndarray:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from pipelines.cpu_kernels.colour import source_row
 from pipelines.kernel_cache import njit
-from pipelines.kernels.cpu_kernels import source_row
 
 # Fills the mask of a sample that has none; segmentation data sets leave it out of loss and score.
 NO_MASK = 255

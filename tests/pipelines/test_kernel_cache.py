@@ -22,8 +22,8 @@ from numba.core import caching
 caching.InTreeCacheLocator.from_function = classmethod(lambda *_: None)
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
-    from pipelines.kernels.cpu_kernels import solarize
-    from pipelines.kernels import float_kernels
+    from pipelines.cpu_kernels.colour import solarize
+    from pipelines.cpu_kernels import float_views
     from pipelines.augment import draws
 import numpy
 view = numpy.array([10, 200], numpy.uint8)

@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 
+from pipelines.cpu_kernels.transpose import transpose
 from pipelines.kernel_cache import njit
 from shards.counter_hash import GAMMA, mix64
 
@@ -107,11 +108,10 @@ def adjust_hue(view, shift):
 @njit(nogil=True, cache=True)
 def to_gray(view):
     """Replace the three channels by the luma, in place."""
-    r, g, b = view[0].reshape(-1), view[1].reshape(-1), view[2].reshape(-1)
-    for i in range(r.size):
-        r[i] = _luma(r[i], g[i], b[i])
-    g[:] = r
-    b[:] = r
+    flat, plane = view.reshape(-1), np.uint64(view.shape[1] * view.shape[2])
+    for i in range(plane):
+        luma = _luma(flat[i], flat[plane + i], flat[2 * plane + i])
+        flat[i], flat[plane + i], flat[2 * plane + i] = luma, luma, luma
 
 
 @njit(nogil=True, cache=True)
@@ -143,40 +143,40 @@ def _box_weights(sigma):
 
 
 @njit(nogil=True, cache=True)
-def _box_rows(src, dst, reach, inner, outer):
-    """One box pass down the columns of a plane, so that the loop over a row vectorises; edges repeat."""
-    last = src.shape[0] - 1
-    half = np.uint32(1 << 23)
-    for y in range(last + 1):
-        a, b = src[max(y - 1, 0)], src[min(y + 1, last)]
-        mid, out = src[y], dst[y]
+def _box_rows(src, dst, size, reach, inner, outer):
+    """One box pass down the columns of a plane, flat uint8 (S * S,), so that the loop over a row vectorises; edges repeat."""
+    # Unsigned indices cannot be meant from the end, and with few arrays few pairs of them have to be told apart.
+    last, half = size - 1, np.uint32(1 << 23)
+    for y in range(size):
+        mid = np.uint64(y * size)
+        a, b = np.uint64(max(y - 1, 0) * size), np.uint64(min(y + 1, last) * size)
         if reach == 0:
-            for x in range(mid.size):
-                bulk = np.uint32(mid[x]) * inner + (np.uint32(a[x]) + np.uint32(b[x])) * outer
-                out[x] = np.uint8((bulk + half) >> np.uint32(24))
+            for x in range(np.uint64(size)):
+                beside = np.uint32(np.uint32(src[a + x]) + np.uint32(src[b + x]))
+                bulk = np.uint32(np.uint32(np.uint32(src[mid + x]) * inner) + np.uint32(beside * outer))
+                dst[mid + x] = np.uint8(np.uint32(bulk + half) >> np.uint32(24))
         else:
-            c, d = src[max(y - 2, 0)], src[min(y + 2, last)]
-            for x in range(mid.size):
-                near = np.uint32(a[x]) + np.uint32(mid[x]) + np.uint32(b[x])
-                bulk = near * inner + (np.uint32(c[x]) + np.uint32(d[x])) * outer
-                out[x] = np.uint8((bulk + half) >> np.uint32(24))
+            c, d = np.uint64(max(y - 2, 0) * size), np.uint64(min(y + 2, last) * size)
+            for x in range(np.uint64(size)):
+                near = np.uint32(np.uint32(src[a + x]) + np.uint32(src[mid + x]) + np.uint32(src[b + x]))
+                far = np.uint32(np.uint32(src[c + x]) + np.uint32(src[d + x]))
+                bulk = np.uint32(np.uint32(near * inner) + np.uint32(far * outer))
+                dst[mid + x] = np.uint8(np.uint32(bulk + half) >> np.uint32(24))
 
 
 @njit(nogil=True, cache=True)
 def gaussian_blur(view, sigma, spare):
     """Pillow's GaussianBlur(sigma) for 0 < sigma <= 2 (at most five taps a pass), in place. `spare`: uint8 (2, S, S)."""
     reach, inner, outer = _box_weights(sigma)
-    a, b = spare[0], spare[1]
+    a, b = spare[0].reshape(-1), spare[1].reshape(-1)
     size = view.shape[1]
     for c in range(3):
-        plane = view[c]
+        plane = view[c].reshape(-1)
         for _ in range(2):  # along x, then along y: each time three passes and a transpose
-            for x in range(size):
-                for y in range(size):  # writing in rows is twice as fast as reading in rows
-                    a[x, y] = plane[y, x]
-            _box_rows(a, b, reach, inner, outer)
-            _box_rows(b, a, reach, inner, outer)
-            _box_rows(a, plane, reach, inner, outer)
+            transpose(plane, 0, size, size, size, a, 0, size)
+            _box_rows(a, b, size, reach, inner, outer)
+            _box_rows(b, a, size, reach, inner, outer)
+            _box_rows(a, plane, size, reach, inner, outer)
 
 
 @njit(nogil=True, cache=True)
@@ -271,10 +271,3 @@ def complete(view, draws, index, scale, bias, fill, table, out):
     if draw.solarize:
         solarize(view)
     finish(view, draw, _F1 / _F255, scale, bias, fill, table, out)
-
-
-@njit(nogil=True, cache=True)
-def make_view(view, draws, index, scale, bias, fill, table, spare, out):
-    """Apply `draws[index]`, without its crop and pointwise operations, to `view` uint8 (3, S, S); as `complete`."""
-    adjust_colors(view, draws, index, spare)
-    complete(view, draws, index, scale, bias, fill, table, out)

@@ -7,7 +7,7 @@ from torchvision.transforms import functional as tvf
 
 from pipelines.augment import noise
 from pipelines.augment.draws import DRAW
-from pipelines.kernels import cpu_kernels
+from pipelines.cpu_kernels import colour
 from shards.counter_hash import mix64
 from tests.pictures import colours, photo
 
@@ -33,7 +33,7 @@ def image(request) -> Image.Image:
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
 def test_enhancements_equal_torchvision_on_pil(image, name, factor):
     view = planar(image)
-    getattr(cpu_kernels, f"adjust_{name}")(view, np.float32(factor))
+    getattr(colour, f"adjust_{name}")(view, np.float32(factor))
     expected = getattr(tvf, f"adjust_{name}")(image, float(np.float32(factor)))
     np.testing.assert_array_equal(view, planar(expected))
 
@@ -41,7 +41,7 @@ def test_enhancements_equal_torchvision_on_pil(image, name, factor):
 @pytest.mark.parametrize("shift", [-0.5, -0.1, -0.0517, -0.001, 0.0, 0.02, 0.0999, 0.37, 0.5])
 def test_hue_equals_torchvision_on_pil(image, shift):
     view = planar(image)
-    cpu_kernels.adjust_hue(view, np.float32(shift))
+    colour.adjust_hue(view, np.float32(shift))
     np.testing.assert_array_equal(view, planar(tvf.adjust_hue(image, float(np.float32(shift)))))
 
 
@@ -49,23 +49,23 @@ def test_hue_equals_torchvision_for_a_quarter_million_colours():
     cube = np.stack(np.meshgrid(*[np.arange(0, 256, 4) + np.arange(64) % 4] * 3, indexing="ij"), axis=-1)
     image = Image.fromarray(cube.reshape(512, 512, 3).astype(np.uint8))
     view = planar(image)
-    cpu_kernels.adjust_hue(view, np.float32(0.07))
+    colour.adjust_hue(view, np.float32(0.07))
     np.testing.assert_array_equal(view, planar(tvf.adjust_hue(image, float(np.float32(0.07)))))
 
 
 def test_gray_and_solarize_equal_pil(image):
     view = planar(image)
-    cpu_kernels.to_gray(view)
+    colour.to_gray(view)
     np.testing.assert_array_equal(view, planar(image.convert("L").convert("RGB")))
     view = planar(image)
-    cpu_kernels.solarize(view)
+    colour.solarize(view)
     np.testing.assert_array_equal(view, planar(ImageOps.solarize(image, threshold=128)))
 
 
 @pytest.mark.parametrize("sigma", np.linspace(0.02, 2.0, 34).round(4).tolist())
 def test_blur_equals_pil(image, sigma):
     view, spare = planar(image), np.empty((2, SIDE, SIDE), dtype=np.uint8)
-    cpu_kernels.gaussian_blur(view, np.float32(sigma), spare)
+    colour.gaussian_blur(view, np.float32(sigma), spare)
     expected = image.filter(ImageFilter.GaussianBlur(radius=float(np.float32(sigma))))
     np.testing.assert_array_equal(view, planar(expected))
 
@@ -74,7 +74,7 @@ def test_blur_equals_pil(image, sigma):
 def test_blur_of_tiny_views_repeats_edges_as_pil(side):
     image = photo(side, side)
     view, spare = planar(image), np.empty((2, side, side), dtype=np.uint8)
-    cpu_kernels.gaussian_blur(view, np.float32(1.9), spare)
+    colour.gaussian_blur(view, np.float32(1.9), spare)
     np.testing.assert_array_equal(
         view, planar(image.filter(ImageFilter.GaussianBlur(radius=float(np.float32(1.9)))))
     )
@@ -85,8 +85,7 @@ def finish(view: np.ndarray, fill: np.ndarray = NOTHING, **fields) -> np.ndarray
     for name, value in fields.items():
         draws[name] = value
     out, ones = np.empty(view.shape, dtype=np.float32), np.ones(3, dtype=np.float32)
-    spare = np.empty((2, view.shape[1], view.shape[1]), dtype=np.uint8)
-    cpu_kernels.make_view(view.copy(), draws, 0, ones, 0 * ones, fill, noise.noise_table(), spare, out)
+    colour.complete(view.copy(), draws, 0, ones, 0 * ones, fill, noise.noise_table(), out)
     return out
 
 
@@ -125,7 +124,7 @@ def test_noise_has_the_stated_distribution_and_is_clamped():
 
 def test_compiled_hash_is_the_hash():
     words = np.arange(1000, dtype=np.uint64) * np.uint64(0x123456789ABCDEF)
-    np.testing.assert_array_equal([cpu_kernels._mix(word) for word in words], mix64(words))
+    np.testing.assert_array_equal([colour._mix(word) for word in words], mix64(words))
 
 
 def test_a_rectangle_is_erased_last():

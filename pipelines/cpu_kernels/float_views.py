@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
+from pipelines.cpu_kernels.colour import _box_weights, finish
 from pipelines.kernel_cache import njit
-from pipelines.kernels.cpu_kernels import _box_weights, finish
 
 _F0, _F1, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # torchvision's, for tensors
