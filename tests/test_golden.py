@@ -3,8 +3,8 @@
 `python -m tests.test_golden` wrote `tests/golden` with the code of 2026-11-27. It is run again only for a change of format that is
 meant and told; otherwise a difference here means that old runs, shards or results can no longer be continued or compared.
 
-Made again since: `views-fused`, `weights` and the losses on 2026-11-28, when the CPU's crops took Pillow's rounding in place of torch's of
-weights to 16 bits (0.006 levels apart on average, so an older run goes on with views that differ by rounding).
+Made again since: `views-fused`, `weights` and the losses on 2026-11-28, when the CPU's crops took Pillow's rounding in place of
+torch's, which has weights of 16 bits: 0.006 levels apart on average, so an older run goes on with views that differ by rounding.
 """
 
 import json

@@ -2,8 +2,8 @@
 
 Views of 8-bit RGB images are uint8 (M, 3, S, S), and every step rounds to 8 bits as Pillow does, so that the steps after the crop stay
 within a fraction of a level of the reference (formulas: `cpu_kernels.colour`). Those of all other images are float32 (M, C, S, S) in
-[0, 1], and nothing is rounded on the way (formulas: `cpu_kernels.float_views`). The type of the views says which. Nothing here waits for
-the device.
+[0, 1], and nothing is rounded on the way (formulas: `cpu_kernels.float_views`). The type of the views says which. Nothing here waits
+for the device.
 """
 
 from __future__ import annotations
