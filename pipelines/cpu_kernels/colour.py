@@ -16,7 +16,9 @@ from pipelines.cpu_kernels.transpose import transpose
 from pipelines.kernel_cache import njit
 from shards.counter_hash import GAMMA, mix64
 
-_F0, _F1, _F255, _HALF = np.float32(0), np.float32(1), np.float32(255), np.float32(0.5)
+_F0, _F1, _F3, _F5, _F6 = np.float32(0), np.float32(1), np.float32(3), np.float32(5), np.float32(6)
+_F255, _F256, _HALF = np.float32(255), np.float32(256), np.float32(0.5)
+_ONE, _SIX, _LAST = np.int32(1), np.int32(6), np.int32(255)
 _mix = njit(nogil=True, cache=True)(mix64)
 
 
@@ -69,40 +71,43 @@ def adjust_saturation(view, factor):
 def adjust_hue(view, shift):
     """Turn the hue of 8-bit HSV by trunc(255 * shift) levels, in place."""
     level = np.int32(shift * 255)
-    r, g, b = view[0].reshape(-1), view[1].reshape(-1), view[2].reshape(-1)
-    for i in range(r.size):
-        ir, ig, ib = np.int32(r[i]), np.int32(g[i]), np.int32(b[i])
-        top, low = max(ir, max(ig, ib)), min(ir, min(ig, ib))
-        span = top - low
+    flat, plane = view.reshape(-1), np.uint64(view.shape[1] * view.shape[2])
+    for i in range(plane):
+        # Numba computes with integers of 64 bits, whose shifts and conversions AVX2 lacks: rounded back to 32, the loop vectorises.
+        r, g, b = np.int32(flat[i]), np.int32(flat[plane + i]), np.int32(flat[2 * plane + i])
+        top, low = max(r, max(g, b)), min(r, min(g, b))
+        span = np.int32(top - low)
         # Of the channels' distances from the top, in spans, one is 0, one is 1, and the third is `away`. Gray pixels come out right
         # with any hue: their saturation is 0.
-        away = np.float32(top - (ir + ig + ib - top - low)) / np.float32(max(span, 1))
-        if ir == top:
-            sector = _F1 - away if ib == low else away - _F1
-        elif ig == top:
-            sector = _F1 + away if ib == low else np.float32(3) - away
-        else:
-            sector = np.float32(3) + away if ir == low else np.float32(5) - away
+        away = np.float32(np.int32(top - np.int32(np.int32(r + g + b) - top - low))) / np.float32(
+            max(span, _ONE)
+        )
+        of_red = _F1 - away if b == low else away - _F1
+        of_green = _F1 + away if b == low else _F3 - away
+        of_blue = _F3 + away if r == low else _F5 - away
+        sector = of_red if r == top else (of_green if g == top else of_blue)
         # Pillow's C code computes the hue in doubles and stores a float: whole levels hang on that rounding, nothing else does.
-        turn = sector / np.float32(6)
-        turn = turn + _F1 if turn < 0 else turn
+        turn = sector / _F6
+        turn = turn + _F1 if turn < _F0 else turn
         # floor(255 turn) = floor(256 turn - turn), which is exact where 255 turn would be rounded to a whole level.
-        wide = turn * np.float32(256)
+        wide = turn * _F256
         whole = np.int32(wide)
-        hue = (whole - np.int32(wide - np.float32(whole) < turn) + level) & 255
+        hue = np.int32(np.int32(whole - np.int32(wide - np.float32(whole) < turn) + level) & _LAST)
 
-        sat = np.float32(np.int32(np.float32(255 * span) / np.float32(max(top, 1)))) / _F255
-        six = 6 * hue
-        k = (six * 257 + 257) >> 16  # six // 255
-        frac = np.float32(six - 255 * k) / _F255
-        k = 0 if k == 6 else k
+        sat = np.float32(np.int32(np.float32(np.int32(_LAST * span)) / np.float32(max(top, _ONE)))) / _F255
+        six = np.int32(hue * _SIX)
+        k = np.int32(np.int32(six * 257 + 257) >> 16)  # six // 255
+        frac = np.float32(np.int32(six - np.int32(_LAST * k))) / _F255
         value = np.float32(top)
         p = np.int32(value * (_F1 - sat) + _HALF)
         q = np.int32(value * (_F1 - sat * frac) + _HALF)
         t = np.int32(value * (_F1 - sat * (_F1 - frac)) + _HALF)
-        r[i] = top if (k == 0 or k == 5) else (q if k == 1 else (t if k == 4 else p))
-        g[i] = top if (k == 1 or k == 2) else (q if k == 3 else (t if k == 0 else p))
-        b[i] = top if (k == 3 or k == 4) else (q if k == 5 else (t if k == 2 else p))
+        # Sums of products, where conditions would be branches: of these factors one is 1.
+        in_0, in_1, in_2 = np.int32((k == 0) | (k == 6)), np.int32(k == 1), np.int32(k == 2)
+        in_3, in_4, in_5 = np.int32(k == 3), np.int32(k == 4), np.int32(k == 5)
+        flat[i] = np.uint8((in_0 + in_5) * top + in_1 * q + (in_2 + in_3) * p + in_4 * t)
+        flat[plane + i] = np.uint8((in_1 + in_2) * top + in_3 * q + (in_4 + in_5) * p + in_0 * t)
+        flat[2 * plane + i] = np.uint8((in_3 + in_4) * top + in_5 * q + (in_0 + in_1) * p + in_2 * t)
 
 
 @njit(nogil=True, cache=True)
