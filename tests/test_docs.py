@@ -71,6 +71,10 @@ def test_no_page_shows_tables_of_what_was_not_measured(page: Path) -> None:
 
 
 def test_forms_of_what_a_gpu_check_writes() -> None:
+    part = {"name": "crop", "ms": 0.4531, "spread": [0.4, 0.5], "share": 0.131}
+    assert make_table.table({"kind": "parts", "parts": [part]}).splitlines()[2:] == [
+        "| crop | 0.453 | 0.400 to 0.500 | 13.1% |"
+    ]
     ladder = {
         "kind": "ladder",
         "rows": [

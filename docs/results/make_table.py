@@ -19,6 +19,8 @@ def table(report: list[dict] | dict) -> str:
     if isinstance(report, dict):
         if "part" in report:
             return _switches(report["rows"])
+        if "parts" in report:
+            return _parts(report["parts"])
         return _ladder(report) if report["kind"] == "ladder" else _shard(report["rows"])
     first = report[0]
     for key, form in (("wanted", _verdict), ("engine", _fidelity)):
@@ -154,6 +156,14 @@ def _shard(rows: list[dict]) -> str:
         for row in rows
     ]
     return _lines(["", "images/s", "spread", "of its base", "core-ms per image"], "lrrrr", cells)
+
+
+def _parts(rows: list[dict]) -> str:
+    cells = [
+        [row["name"], f"{row['ms']:.3f}", "{:.3f} to {:.3f}".format(*row["spread"]), f"{row['share']:.1%}"]
+        for row in rows
+    ]
+    return _lines(["", "ms", "spread", "of the loader"], "lrrr", cells)
 
 
 def _fidelity(rows: list[dict]) -> str:

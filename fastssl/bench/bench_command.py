@@ -8,6 +8,7 @@ LADDER = "fastssl.bench.ladder.ladder"
 SUBCOMMANDS = {
     "loader": "fastssl.bench.loaders.bench_loader",
     "augment": "fastssl.bench.loaders.bench_augment",
+    "parts": "fastssl.bench.loaders.bench_parts",
     "fidelity": "fastssl.bench.loaders.bench_fidelity",
     "step": LADDER,
     "shard": "fastssl.bench.conversion.bench_shard",
@@ -21,6 +22,8 @@ USAGE = """usage: fastssl bench CONFIG [options]
            images per second from shards to views, beside other loaders
        fastssl bench augment [SHARDS] [options]
            time from decoded images to views, beside other libraries
+       fastssl bench parts SHARDS [options]
+           where an image's time goes on the CPU, kernel by kernel
        fastssl bench fidelity SHARDS [options]
            difference of each engine's views to the reference, in gray levels
        fastssl bench shard FOLDER [options]
