@@ -219,6 +219,6 @@ def _show(console: Any, rows: list[dict[str, Any]], about: str, args: BenchParts
     console.print(table)
     say(
         console,
-        f"{about}; median and spread of {num_turns} turns of {args.images:,} images. A row is the time that all views of an image spend in "
-        "an operation, which only some of them meet.",
+        f"{about}; median and spread of {num_turns} turns of {args.images:,} images. A row is the time that all views of an image "
+        "spend in an operation, which only some of them meet.",
     )
