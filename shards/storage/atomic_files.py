@@ -8,6 +8,8 @@ import os
 import re
 import secrets
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -16,7 +18,9 @@ from typing import IO, Any, BinaryIO, TypeVar
 from shards.errors import UserError
 
 T = TypeVar("T")
-_UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
+# No other program's file ends so: what a killed writer left is removed by its name.
+_MARK = "fastssl-tmp"
+_UNFINISHED = re.compile(rf"\..+\.\d+\.{_MARK}")
 _SALT = secrets.randbelow(10**6)  # process ids of two machines, or containers, may be equal
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
@@ -54,14 +58,17 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], 
     """Write a file so that a crash at any moment leaves the old file or the whole new one.
 
     `content` is the bytes, or a function that writes them to the open file; its result is returned. Written
-    beside the target, flushed to the disk, renamed over it, and the folder flushed too. Raise UserError when
-    the disk is full, read-only or failing, or the file too large for it; the unfinished file is then removed.
+    beside the target, flushed to the disk, renamed over it, and the folder flushed too. A device or a pipe, such
+    as /dev/stdout, is written to and stays what it is. Raise UserError when the disk is full, read-only or failing,
+    or the file too large for it; the unfinished file is then removed.
     """
     path = Path(path)
+    if is_device(path):
+        return _write_to_device(path, content)
     # Process id and salt keep two writers apart; whatever a killed one leaves is removed by `remove_unfinished`.
-    tmp = path.with_name(f".{path.name}.{os.getpid()}{_SALT:06d}.tmp")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}{_SALT:06d}.{_MARK}")
     try:
-        with open(tmp, "wb", buffering=1 << 17) as file:
+        with open(tmp, "xb", buffering=1 << 17) as file:
             if callable(content):
                 result = content(file)
             else:
@@ -94,6 +101,40 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], 
     return result
 
 
+def is_device(path: Path) -> bool:
+    """Whether a path is a device, a pipe, a socket, or one of the files that this process has open, as /dev/stdout is."""
+    if _own_descriptor(path) is not None:
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _own_descriptor(path: Path) -> int | None:
+    """The number of the open file that a path names, or None: /dev/stdout leads to /proc/self/fd/1, /dev/fd to /proc/self/fd."""
+    with contextlib.suppress(OSError):
+        named = Path(os.readlink(path)) if path.parent == Path("/dev") and path.is_symlink() else path
+        if named.name.isdigit() and os.path.realpath(named.parent) == f"/proc/{os.getpid()}/fd":
+            return int(named.name)
+    return None
+
+
+def _write_to_device(path: Path, content: bytes | Callable[[BinaryIO], T]) -> T | None:
+    own = _own_descriptor(path)
+    try:
+        # Opened anew, a file behind /dev/stdout would be written over from its start.
+        sys.stdout.flush()
+        with open(path if own is None else os.dup(own), "wb") as file:
+            if callable(content):
+                return content(file)
+            file.write(content)
+            return None
+    except OSError as error:
+        raise UserError(f"'{path}' could not be written ({error.strerror}): choose another place.") from error
+
+
 def check_output(path: str | os.PathLike, flag: str) -> None:
     """Make sure that `atomic_write` will be able to write `path`: called before the work, not after it.
 
@@ -101,6 +142,10 @@ def check_output(path: str | os.PathLike, flag: str) -> None:
     not writable. What stands at `path` is left as it is.
     """
     path = Path(path)
+    if is_device(path):
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{flag} '{path}' cannot be written: choose another place.")
+        return
     if path.is_dir():
         raise UserError(f"{flag} '{path}' is a folder: name a file.")
     if not path.parent.is_dir():
@@ -130,10 +175,22 @@ def lock_file(path: Path, *, shared: bool = False) -> IO[str]:
 
     Whoever holds it alone may remove the file before closing it.
 
-    Raises BlockingIOError where another process holds it (unless both share it), OSError where the file cannot be made.
+    Raises BlockingIOError where another process holds it (unless both share it), OSError where the file cannot be made,
+    UserError where something else has its name: a link would empty the file that it leads to.
     """
     while True:
-        file = open(path, "w")  # noqa: SIM115 (the caller's)
+        try:
+            descriptor = os.open(
+                path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
+            )
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+                raise UserError(_other_file(path)) from error
+            raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise UserError(_other_file(path))
+        file = os.fdopen(descriptor, "r+")
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
@@ -144,6 +201,10 @@ def lock_file(path: Path, *, shared: bool = False) -> IO[str]:
                 return file
         # Its last holder has removed it since it was opened: a lock on it would keep nobody out.
         file.close()
+
+
+def _other_file(path: Path) -> str:
+    return f"'{path}' should be our lock, a plain file, and is a link or another thing: remove it, or choose another folder."
 
 
 def missing_folders(folder: Path) -> list[Path]:
@@ -159,7 +220,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether `atomic_write` gives such a name to a file it is writing: `.shard-000012.tar.4711.tmp`."""
+    """Whether `atomic_write` gives such a name to a file it is writing: `.shard-000012.tar.4711.fastssl-tmp`."""
     return _UNFINISHED.fullmatch(name) is not None
 
 

@@ -69,7 +69,7 @@ class Process:
 
     def saving(self) -> bool:
         """Whether a checkpoint is being written."""
-        return any(self.run.glob("checkpoints/.*.tmp"))
+        return any(self.run.glob("checkpoints/.*.fastssl-tmp"))
 
     def stop_when(self, moment: Callable[["Process"], bool], number: int) -> tuple[int, str]:
         """Send a signal as soon as `moment` has come; return the exit code and what was printed."""
@@ -101,7 +101,7 @@ def test_sigkill_at_any_moment_costs_nothing(shards: Path, finished: Path, tmp_p
     assert code == 0, text
     assert f"of {TOTAL}" in text
     assert_same_end(run, finished)
-    assert not list(run.rglob(".*.tmp"))
+    assert not list(run.rglob(".*.fastssl-tmp"))
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def _progress(run: Path) -> tuple[int, int, bool]:
     return (
         log.stat().st_size if log.exists() else 0,
         len(checkpoint.list_checkpoints(run)),
-        any(run.glob("checkpoints/.*.tmp")),
+        any(run.glob("checkpoints/.*.fastssl-tmp")),
     )
 
 
@@ -87,4 +87,4 @@ def test_twenty_kills_anywhere_cost_nothing(shards: Path, tmp_path: Path) -> Non
     assert codes.count(-signal.SIGKILL) >= NUM_KILLS // 2
     assert newest(run)["step"] == 8 * STEPS
     assert_same_end(run, expected)
-    assert not list(run.rglob(".*.tmp"))
+    assert not list(run.rglob(".*.fastssl-tmp"))

@@ -107,7 +107,7 @@ def test_a_shard_and_the_table_at_once_by_processes(folder: Path, photos: Path):
     wanted = fingerprints(folder)
     cut(folder / layout.shard_name(2))
     hurt(folder / layout.TABLE)
-    (folder / ".samples.parquet.77.tmp").write_bytes(b"litter")
+    (folder / ".samples.parquet.77.fastssl-tmp").write_bytes(b"litter")
     assert set(mend(folder, photos, workers=2).mended) == {layout.shard_name(2), layout.TABLE}
     assert fingerprints(folder) == wanted
 

@@ -259,7 +259,7 @@ def test_a_sample_that_no_longer_decodes(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_litter_is_told_but_is_no_damage(folder: Path):
-    (folder / f".{layout.shard_name(2)}.77.tmp").write_bytes(b"x")
+    (folder / f".{layout.shard_name(2)}.77.fastssl-tmp").write_bytes(b"x")
     (folder / layout.ROWS).mkdir()
     (folder / layout.ROWS / layout.rows_name(0)).write_bytes(b"x")
     verdict = verify(open_place(folder))

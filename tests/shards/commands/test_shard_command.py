@@ -204,7 +204,7 @@ run([{str(source)!r}, {str(dest)!r}, "--workers", "0", "--samples-per-shard", "5
     assert process.returncode == 130
     assert b"Stopped. What is finished is kept; the same command goes on from there." in out
     assert err == b""
-    assert not list(dest.glob("*.tmp"))
+    assert not list(dest.glob("*.fastssl-tmp"))
 
 
 def test_the_command_imports_nothing_heavy():

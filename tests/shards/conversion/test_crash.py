@@ -132,7 +132,7 @@ def test_a_full_disk_keeps_what_is_whole(
             break
         assert "The disk is full" in fault
         after = fingerprints(dest)
-        assert not [name for name in after if name.endswith(".tmp")]
+        assert not [name for name in after if name.endswith(".fastssl-tmp")]
         assert {name: after.get(name) for name in before} == before
     assert free > 3
     assert fingerprints(dest) == wanted
@@ -149,7 +149,7 @@ def test_an_interrupt_stops_the_workers_and_keeps_what_is_finished(
 
     with pytest.raises(KeyboardInterrupt):
         convert(source, dest, samples_per_shard=PER_SHARD, workers=2, report=OnProgress(interrupt))
-    assert not list(dest.glob(".*.tmp"))
+    assert not list(dest.glob(".*.fastssl-tmp"))
     assert list((dest / layout.ROWS).glob("*.parquet"))
     convert(source, dest, samples_per_shard=PER_SHARD)
     assert fingerprints(dest) == wanted

@@ -63,7 +63,7 @@ def test_a_table_and_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert table.column_names == ["sample_id", "default", "default_labelled"]
     assert table["sample_id"].to_pylist() == list(range(60))
     assert {i for i, side in enumerate(table["default"].to_pylist()) if side == "val"} == val
-    assert [f.name for f in folder.iterdir() if f.name.endswith(".tmp")] == []
+    assert [f.name for f in folder.iterdir() if f.name.endswith(".fastssl-tmp")] == []
 
 
 def test_equal_pixels_stay_together_even_across_scenes(folder: Path) -> None:

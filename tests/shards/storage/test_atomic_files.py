@@ -1,7 +1,11 @@
 import errno
 import fcntl
 import os
+import stat
+import subprocess
+import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -119,11 +123,86 @@ def test_outputs_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         check_output(tmp_path / "a", "--out")
 
 
-def test_what_killed_writers_left_is_removed(tmp_path: Path):
-    for name in (".a.123.tmp", "a", ".hidden", "b.tmp", ".b.tmp"):
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path):
+    for name in (".a.123.fastssl-tmp", "a", ".hidden", "b.tmp", ".b.tmp", ".backup.2024.tmp"):
         (tmp_path / name).write_bytes(b"")
     remove_unfinished(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".b.tmp", ".hidden", "a", "b.tmp"]
+    assert sorted(os.listdir(tmp_path)) == [".b.tmp", ".backup.2024.tmp", ".hidden", "a", "b.tmp"]
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path):
+    """As root a rename would put a file in the place of /dev/stdout, for every program of the machine."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    got: list[bytes] = []
+    for content in (b"whole", lambda file: file.write(b"by parts")):
+        reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+        reader.start()
+        check_output(pipe, "--json")
+        atomic_write(pipe, content)
+        reader.join()
+    assert got == [b"whole", b"by parts"]
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices")
+def test_a_device_stays_one_and_a_link_to_it_too(tmp_path: Path):
+    null, link = tmp_path / "null", tmp_path / "link"
+    try:
+        os.mknod(null, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except OSError:
+        pytest.skip("this container makes no devices")
+    link.symlink_to(null)
+    for path in (null, link):
+        check_output(path, "--json")
+        atomic_write(path, b"gone")
+    assert stat.S_ISCHR(null.lstat().st_mode)
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+@pytest.mark.parametrize("to_file", [True, False])
+def test_stdout_gets_the_content_after_what_was_printed(name: str, to_file: bool, tmp_path: Path):
+    code = (
+        "from shards.storage.atomic_files import atomic_write, check_output\n"
+        f"print('before'); check_output({name!r}, '--json'); atomic_write({name!r}, b'content\\n'); print('after')"
+    )
+    before = os.lstat(name) if name == "/dev/stdout" else None
+    with open(tmp_path / "out", "wb") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=file if to_file else subprocess.PIPE, check=True
+        )
+    shown = (tmp_path / "out").read_bytes() if to_file else done.stdout
+    assert shown == b"before\ncontent\nafter\n"
+    assert before is None or stat.S_ISLNK(os.lstat(name).st_mode) == stat.S_ISLNK(before.st_mode)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
+def test_a_lock_empties_nothing_and_writes_through_no_link(kind: str, tmp_path: Path):
+    victim, lock = tmp_path / "victim", tmp_path / ".lock"
+    if kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(victim)
+    if kind == "link":
+        victim.write_bytes(b"mine")
+    with pytest.raises(
+        UserError, match=r"\.lock' should be our lock, a plain file, and is a link or another thing"
+    ):
+        lock_file(lock)
+    assert (victim.read_bytes() == b"mine") if kind == "link" else not victim.exists()
+
+
+def test_a_link_in_the_place_of_an_output_is_replaced_and_what_it_leads_to_stays(tmp_path: Path):
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.write_bytes(b"mine")
+    out.symlink_to(victim)
+    atomic_write(out, b"new")
+    assert (victim.read_bytes(), out.read_bytes(), out.is_symlink()) == (b"mine", b"new", False)
 
 
 def test_nearest_suggests_or_lists():
