@@ -51,7 +51,10 @@ def read_sums(place: Place) -> Sums | None:
     digest = hashlib.sha256(body + b"\n").hexdigest()
     whole = data.endswith(b"\n") and own is not None and own.group(1) == digest
     lines = map(_LINE.fullmatch, body.decode("utf-8", "replace").splitlines())
-    return Sums({found.group(2): found.group(1) for found in lines if found}, whole)
+    named = {found.group(2): found.group(1) for found in lines if found}
+    # Files of the folder itself: a path would have others' files read.
+    plain = {name: digest for name, digest in named.items() if "/" not in name and name not in (".", "..")}
+    return Sums(plain, whole and len(plain) == len(named))
 
 
 def sha256_of(place: Place, name: str) -> str:

@@ -7,14 +7,18 @@ import importlib.metadata
 import json
 import os
 import re
+import reprlib
+import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from shards.errors import UserError
 from shards.storage.opening import open_place
 from shards.storage.place import Place
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 2
 INDEX_VERSION = "v1.2"  # of DALI's webdataset index
@@ -168,12 +172,16 @@ class Manifest:
             fields: Any = json.loads(place.read(MANIFEST))
             version = fields["format_version"]
             if version == FORMAT_VERSION:
-                shards = [ShardFile(**shard) for shard in fields.pop("shards")]
-                appended = [Appended(**part) for part in fields.pop("appended", [])]
-                return cls(shards=shards, appended=appended, **fields)
+                shards = [checked_fields(ShardFile, shard, "shards") for shard in fields.pop("shards")]
+                appended = [checked_fields(Appended, part, "appended") for part in fields.pop("appended", [])]
+                for shard in shards:
+                    # A name out of a file that strangers may have written: with a path in it others' files would be read and mended.
+                    if not shard.name.endswith(".tar") or shard_of(shard.name) is None:
+                        raise ValueError(f"a shard is called {shard.name!r}, not as {shard_name(0)}")
+                return checked_fields(cls, fields | {"shards": shards, "appended": appended}, "the manifest")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(_no_manifest(place)) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"'{place / MANIFEST}' is damaged ({error}); convert to a new folder.") from error
         raise UserError(
             f"'{place / MANIFEST}' has format version {version}, this fastssl reads {FORMAT_VERSION}; convert again, "
@@ -201,6 +209,33 @@ class Manifest:
     def save(self, folder: str | os.PathLike | Place) -> None:
         """Write `manifest.json`, atomically."""
         open_place(folder).write(MANIFEST, self.to_bytes())
+
+
+def checked_fields(kind: type[T], fields: Any, where: str) -> T:
+    """Make a dataclass of what a JSON file holds; ValueError names the field that is missing, unknown or of another type."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: {type(fields).__name__} in the place of an object")
+    types = typing.get_type_hints(kind)
+    for name, value in fields.items():
+        if name not in types:
+            raise ValueError(f"{where}: unknown field {name!r}")
+        _check_type(types[name], value, f"{where}: {name}")
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_type(kind: Any, value: Any, where: str) -> None:
+    outer, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if outer is Any:
+        return
+    if not isinstance(value, outer) or (outer is int and isinstance(value, bool)):
+        raise ValueError(f"{where} is {reprlib.repr(value)}, not {outer.__name__}")
+    if outer is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where} is {value}")
+    for one in value if outer is list else ():
+        _check_type(inner[0], one, where)
 
 
 def is_appending(place: Place, manifest: Manifest) -> bool:
