@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ requeues a preempted run. Needs submitit (pip install submitit).
 
 # Exit code of `fastssl pretrain` after it has saved on Slurm's warning.
 REQUEUE = 128 + signal.SIGUSR1
+_PLAIN_PATH = re.compile(r"[\w./+=@,:-]+", re.ASCII)
 PASSED_ON = ("partition", "account", "qos", "constraint")
 
 
@@ -160,6 +162,11 @@ def check(path: str, overrides: list[str], args: argparse.Namespace) -> None:
     from fastssl.pretraining import run_config
 
     check_least(args, nodes=1, gpus=1, cpus_per_gpu=1, max_requeues=0)
+    if not 0 < args.hours <= 24 * 366:
+        raise UserError(
+            f"--hours is {args.hours:g}, but it must be above 0 and at most {24 * 366:,} (a year)."
+        )
+    _check_words(args)
     if not 0 < args.save_before < args.hours * 3600:
         raise UserError(
             f"--save-before is {args.save_before} s, but it must be above 0 and less than --hours {args.hours:g} "
@@ -177,6 +184,21 @@ def check(path: str, overrides: list[str], args: argparse.Namespace) -> None:
         raise UserError("No shards to train on: give --data.shards SHARDS, which all nodes must see.")
     if args.nodes == 1:
         cfg.data.open()  # raises for shards that are missing or incomplete
+
+
+def _check_words(args: argparse.Namespace) -> None:
+    """Refuse what would become something else in the sbatch script, where submitit writes these words unquoted."""
+    for name in (*PASSED_ON, "setup"):
+        given = getattr(args, name) or ""
+        for text in given if isinstance(given, list) else [given]:
+            kind = "spaces, line breaks" if name != "setup" else "line breaks"
+            if any(not c.isprintable() or (c.isspace() and name != "setup") for c in text):
+                raise UserError(f"--{name} is {text!r}, but it must have no {kind} or control characters.")
+    if not _PLAIN_PATH.fullmatch(args.folder):
+        raise UserError(
+            f"--folder is {args.folder!r}, but Slurm's script takes only letters, digits and _ . / + = @ , : - in it: choose another "
+            "folder, or a link to it with such a name."
+        )
 
 
 def parameters(args: argparse.Namespace) -> dict[str, Any]:

@@ -52,6 +52,20 @@ def test_the_script_asks_for_what_was_asked(config, capsys):
             r"train.batch is 8, which 1 x 3 = 3 processes cannot share: set --train.batch 9",
         ),
         (["slurm", "CONFIG", "--hours", "0.01"], "--save-before is 300 s"),
+        (["slurm", "CONFIG", "--hours", "inf"], "--hours is inf, but it must be above 0"),
+        (["slurm", "CONFIG", "--hours", "nan"], "--hours is nan"),
+        (
+            ["slurm", "CONFIG", "--partition", "gpu\nrm -rf x"],
+            r"--partition is 'gpu\\nrm -rf x', but it must have no",
+        ),
+        (["slurm", "CONFIG", "--qos", "a b"], "--qos is 'a b', but it must have no spaces"),
+        (["slurm", "CONFIG", "--setup", "true", "--setup", "a\rb"], "--setup is .* no line breaks"),
+        (
+            ["slurm", "CONFIG", "--folder", "x;touch y"],
+            "--folder is 'x;touch y', but Slurm's script takes only",
+        ),
+        (["slurm", "CONFIG", "--folder", "a\nb"], "--folder is "),
+        (["slurm", "CONFIG", "--folder", "$(id)"], "--folder is "),
         (["slurm", "CONFIG", "--train.bach", "8"], "Did you mean 'train.batch'"),
         (["slurm", "CONFIG", "--gpus", "2", "--data.shards", "nowhere"], "no folder 'nowhere'"),
         (
