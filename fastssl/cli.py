@@ -7,7 +7,7 @@ import warnings
 from importlib import import_module
 
 from fastssl import __version__
-from shards.terminal import note, wrapped
+from shards.terminal import note, shown_lines, wrapped
 
 # name: (module with run(argv), one line of help)
 COMMANDS = {
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"There is no command '{argv[0]}'.{nearest(argv[0], COMMANDS)}")
         return import_module(COMMANDS[argv[0]][0]).run(argv[1:]) or 0
     except UserError as error:
-        print(wrapped(f"fastssl: {error}", sys.stderr), file=sys.stderr)
+        print(wrapped(f"fastssl: {shown_lines(error)}", sys.stderr), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastssl: interrupted.", file=sys.stderr)

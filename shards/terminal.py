@@ -13,12 +13,23 @@ from typing import Any
 
 def note(message: object) -> str:
     """Return a warning as a user reads it: the sentence, without its place in the source."""
-    return wrapped(f"fastssl: note: {message}", sys.stderr)
+    return wrapped(f"fastssl: note: {shown_lines(message)}", sys.stderr)
+
+
+def shown(name: object) -> str:
+    """Return a name out of a file or a folder as it may reach a terminal: control characters, which could clear the screen or set its
+    title, and what is no text become escapes such as \\x1b."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
 def print_wrapped(console: Any, text: str, style: str = "") -> None:
     """Print sentences on a Console of rich, which by itself breaks them at 80 columns in a file, also within a path."""
-    console.print(wrapped(text, console), style=style, markup=False, soft_wrap=True)
+    console.print(wrapped(shown_lines(text), console), style=style, markup=False, soft_wrap=True)
+
+
+def shown_lines(text: object) -> str:
+    """Return sentences with the control characters of names in them shown, but for our own line breaks."""
+    return "\n".join(shown(line) for line in str(text).split("\n"))
 
 
 def wrapped(text: str, stream: Any) -> str:

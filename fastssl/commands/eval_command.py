@@ -12,7 +12,7 @@ import tyro
 from shards.command_line import File, Name, SeveralShards, parse
 from shards.errors import UserError, nearest
 from shards.storage.atomic_files import atomic_write, check_output
-from shards.terminal import print_wrapped
+from shards.terminal import print_wrapped, shown
 
 TESTS = ("knn",)
 
@@ -100,6 +100,7 @@ def run(argv: list[str]) -> int:
 def print_knn(report: dict[str, Any], console: Any) -> None:
     """Print the report of `evaluate_knn` as two tables: by number of neighbours, and by class."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"kNN accuracy, {report['queries']}", title_justify="left")
     table.add_column("features")
@@ -110,14 +111,16 @@ def print_knn(report: dict[str, Any], console: Any) -> None:
         table.add_row(row["features"], *(f"{row['accuracy'][k]:.1%}" for k in ks))
     console.print(table)
 
-    shown = report["classes"][:30]
+    listed = report["classes"][:30]
     by_class = Table(title=f"By class, k = {report['rows'][0]['per_class_k']}", title_justify="left")
     by_class.add_column("class")
     for row in report["rows"]:
         by_class.add_column(row["features"].split(", ")[-1], justify="right")
-    for name in shown:
+    for name in listed:
         shares = (row["per_class"][name] for row in report["rows"])
-        by_class.add_row(name, *("-" if share is None else f"{share:.1%}" for share in shares))
+        by_class.add_row(Text(shown(name)), *("-" if share is None else f"{share:.1%}" for share in shares))
     console.print(by_class)
-    if len(shown) < len(report["classes"]):
-        print_wrapped(console, f"{len(report['classes']) - len(shown)} more classes: --json writes them all.")
+    if len(listed) < len(report["classes"]):
+        print_wrapped(
+            console, f"{len(report['classes']) - len(listed)} more classes: --json writes them all."
+        )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from shards.command_line import parse
-from shards.terminal import print_wrapped
+from shards.terminal import print_wrapped, shown
 from shards.units import human_size
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
@@ -215,6 +215,6 @@ def _table(
             head, justify="right" if right else "left", overflow="fold", style="cyan" if number == 0 else ""
         )
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(shown(cell)) for cell in row))
     console.print(table)
     console.print()

@@ -18,7 +18,7 @@ from shards.command_line import parse
 from shards.errors import UserError
 from shards.images.policy import Policy
 from shards.sources.source_options import SourceOptions
-from shards.terminal import print_wrapped
+from shards.terminal import print_wrapped, shown
 from shards.units import human_size, plural
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
@@ -157,7 +157,7 @@ def _print_summary(
         table.add_row("duplicates", f"{manifest.num_duplicates:,}, {fate(manifest, _num_marked(dest))}")
     table.add_row("quarantined", f"{manifest.num_quarantined:,}" if manifest.num_quarantined else "none")
     for reason, count in reasons(dest).most_common(_SHOWN_REASONS):
-        table.add_row("", Text(f"{count:,}: {reason}"))
+        table.add_row("", Text(shown(f"{count:,}: {reason}")))
     speed = f", {num_converted / max(duration_s, 1e-9):,.0f} {noun}s/s" if num_converted else ""
     table.add_row("time", f"{duration_s:,.1f} s{speed}")
     # Paths stand outside of the table, which would cut them.

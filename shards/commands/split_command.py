@@ -11,7 +11,7 @@ import tyro
 
 from shards.command_line import parse
 from shards.errors import UserError
-from shards.terminal import print_wrapped
+from shards.terminal import print_wrapped, shown
 
 if TYPE_CHECKING:  # imported where used: the help reads this file too
     import numpy as np
@@ -120,7 +120,7 @@ def _show(console: Console, args: Split, rule: SplitRule, made: Division) -> Non
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for name in parts:
-        table.add_column(Text(name), justify="right")
+        table.add_column(Text(shown(name)), justify="right")
     table.add_row("images", *(f"{int(inside.sum()):,}" for inside in parts.values()), style="bold")
     groups = [len(np.unique(made.groups[inside])) for inside in parts.values()]
     table.add_row("groups", *(f"{num:,}" for num in groups))
@@ -129,7 +129,7 @@ def _show(console: Console, args: Split, rule: SplitRule, made: Division) -> Non
         for inside in parts.values()
     ]
     for i, name in enumerate(classes[:_SHOWN_CLASSES]):
-        table.add_row(Text(name), *(f"{count[i]:,}" for count in counts), style="dim")
+        table.add_row(Text(shown(name)), *(f"{count[i]:,}" for count in counts), style="dim")
     unlabelled = [int((inside & (made.labels < 0)).sum()) for inside in parts.values()]
     if classes and any(unlabelled):
         table.add_row("no label", *(f"{num:,}" for num in unlabelled), style="dim")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from shards.command_line import parse
-from shards.terminal import print_wrapped
+from shards.terminal import print_wrapped, shown
 
 if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from collections.abc import Iterator
@@ -224,5 +224,5 @@ def _table(findings: list[Damage]):
             f"{number}{finding.source or finding.key or ''}",
             f"{member}{finding.what}",
         )
-        table.add_row(*(Text(cell) for cell in cells), style="dim" if finding.harmless else "")
+        table.add_row(*(Text(shown(cell)) for cell in cells), style="dim" if finding.harmless else "")
     return table

@@ -7,7 +7,7 @@ import random
 import pytest
 from rich.console import Console
 
-from shards.terminal import print_wrapped, wrapped
+from shards.terminal import note, print_wrapped, shown, wrapped
 
 
 class Screen(io.StringIO):
@@ -57,3 +57,25 @@ def test_what_is_told_is_one_line_in_a_file_and_keeps_its_words_on_a_terminal() 
     lines = screen.getvalue().splitlines()
     assert " ".join(lines) == text
     assert path in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("Straße 3, ü", "Straße 3, ü"),
+        ("\x1b[2Jx\x07", "\\x1b[2Jx\\x07"),
+        ("a\tb\nc\r", "a\\tb\\nc\\r"),
+        ("\x9b2J", "\\x9b2J"),
+        ("\udcff", "\\udcff"),
+        ("left\u202eright", "left\\u202eright"),
+    ],
+)
+def test_names_cannot_act_on_the_terminal(name: str, wanted: str):
+    assert shown(name) == wanted
+
+
+def test_sentences_show_names_and_keep_their_own_lines():
+    file = io.StringIO()
+    print_wrapped(Console(file=file, width=80), "first \x1b[2Jname\nsecond [/line]")
+    assert file.getvalue() == "first \\x1b[2Jname\nsecond [/line]\n"
+    assert note("\x1b]0;title\x07") == "fastssl: note: \\x1b]0;title\\x07"
