@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from shards import terminal
 from shards.checking.damage import Row
 from shards.checking.shard_checker import read_rows
 from shards.dataset.order import epoch_order
@@ -134,7 +135,7 @@ def overview_figure(
             (-0.03, label, {"fontsize": 8, "weight": "bold", "color": _INK}),
             (-0.15, row["source"], {"fontsize": 6.5, "color": _FAINT}),
         ):
-            fits = _fitting(text, room, looks["fontsize"], looks.get("weight", "normal"))
+            fits = _fitting(terminal.shown(text), room, looks["fontsize"], looks.get("weight", "normal"))
             axis.text(0.5, y, fits, **looks, **below)
     classes = sorted(shown - {0})
     if classes:
@@ -277,7 +278,7 @@ def _named(axis: Any, counts: dict[str, int], title: str) -> None:
     axis.barh(range(len(ordered)), [count for _, count in ordered], color=_PALE)
     for number, (name, count) in enumerate(ordered):
         at = (0, number), (4, 0)
-        text = f"{_short(name, 24)}  {count:,}"
+        text = f"{_short(terminal.shown(name), 24)}  {count:,}"
         axis.annotate(text, at[0], at[1], textcoords="offset points", fontsize=8, color=_INK, va="center")
     axis.set_yticks([])
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
