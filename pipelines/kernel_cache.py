@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import stat
 import tempfile
@@ -18,8 +19,14 @@ import numba as _numba
 numba: Any = _numba
 
 
+_SOURCES = ("pipelines/cpu_kernels/*.py", "pipelines/augment/*.py", "shards/counter_hash.py")
+
+
 def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that compiles a function as `numba.njit` does with these options.
+
+    A cached kernel holds the code of all that it calls, and Numba looks only at the kernel's own file for changes: here a change of
+    any file in `_SOURCES` makes all of them be compiled again.
 
     With cache=True Numba raises where it finds no place for its files, as in a container whose packages and home are read-only. The
     cache is then kept in a temporary folder, with one warning, or not at all where there is no such folder either.
@@ -27,13 +34,30 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def compile_function(function: Callable[..., Any]) -> Any:
         try:
-            return numba.njit(**options)(function)
+            return _stamped(numba.njit(**options)(function))
         except RuntimeError as error:
             if "no locator available" not in str(error):
                 raise
-        return numba.njit(**{**options, "cache": fall_back()})(function)
+        return _stamped(numba.njit(**{**options, "cache": fall_back()})(function))
 
     return compile_function
+
+
+def _stamped(kernel: Any) -> Any:
+    """Let a kernel's cache be valid only as long as no file with kernels has changed."""
+    # Numba has no public way to say so. Without these attributes, in another version, it looks at the kernel's own file.
+    file = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
+    if hasattr(file, "_source_stamp"):
+        file._source_stamp = (file._source_stamp, _sources())
+    return kernel
+
+
+@functools.cache
+def _sources() -> bytes:
+    """Return a digest of all files that may hold kernels."""
+    root = Path(__file__).parents[1]
+    files = sorted(path for pattern in _SOURCES for path in root.glob(pattern))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()
 
 
 @functools.cache

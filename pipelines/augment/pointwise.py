@@ -31,7 +31,7 @@ def apply(names: list[str], view: np.ndarray, draw: np.void) -> None:
 
 @cache
 def compiled(name: str) -> Callable[[np.ndarray, np.void], None]:
-    """Return an operation's kernel, compiled. It is not part of the fused kernels: Numba would not see that its file has changed."""
+    """Return an operation's kernel, compiled by itself: a new operation is one file, and no other kernel changes."""
     return njit(nogil=True, cache=True)(POINTWISE[name].kernel)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -123,6 +124,36 @@ def test_a_folder_that_others_may_write_is_not_used(
     other = kernel_cache.temporary_folder()
     assert other not in (own, own.with_name(f"fastssl-kernels-{os.getuid()}"))
     assert other.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_change_of_a_kernel_reaches_the_cached_ones_that_call_it(tmp_path: Path) -> None:
+    """Numba alone would go on with the old code: a silent wrong result after an update of one file."""
+    for package in ("pipelines", "shards"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import numpy as np; from pipelines.cpu_kernels.float_views import levels as kernel\n"
+        "out = np.empty((1, 1, 1), np.float32)\n"
+        "kernel(np.full((1, 1, 1), 2, np.uint8), np.ones(1, np.float32), np.zeros(1, np.float32), out)\n"
+        "print(float(out[0, 0, 0]), sum(kernel.stats.cache_hits.values()))"
+    )
+
+    def run() -> str:
+        environment = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=HANGS_S,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert [run(), run()] == ["1.0 0", "1.0 1"]
+    changed = tmp_path / "pipelines" / "cpu_kernels" / "colour.py"
+    changed.write_text(changed.read_text() + "\n# changed\n")
+    assert [run(), run()] == ["1.0 0", "1.0 1"]
 
 
 def test_every_kernel_is_compiled_here() -> None:
