@@ -46,7 +46,7 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 def _stamped(kernel: Any) -> Any:
     """Let a kernel's cache be valid only as long as no file with kernels has changed."""
     # Numba has no public way to say so. Without these attributes, in another version, it looks at the kernel's own file.
-    file = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
+    file: Any = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
     if hasattr(file, "_source_stamp"):
         file._source_stamp = (file._source_stamp, _sources())
     return kernel
