@@ -1,214 +1,34 @@
-"""The loop and its run folder under a supervised trainer, which this file defines: nothing of pretraining takes part."""
+"""The loop and its run folder under a supervised trainer: nothing of pretraining takes part."""
 
 import multiprocessing
-import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import nn
 
-from fastssl.core import checkpoint, distributed
-from fastssl.core.config_tree import plain
-from fastssl.core.distributed import Dist
-from fastssl.training import BestBy, Evaluation, LoopConfig, RunFolder, Summary, Trainer, train
-from fastssl.training.resume import (
-    ResumeRules,
-    check_data_set,
-    check_length,
-    check_settings,
-    data_set_of,
-    restore_optimizer,
-)
-from pipelines.augment.recipe import Recipe
-from pipelines.loading.evaluation_views import eval_batches
-from pipelines.loading.loader import Loader, open_loader
+from fastssl.core import checkpoint
 from pipelines.streaming.batch import Batch
 from shards.dataset.order import epoch_order
-from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.storage.atomic_files import lock_file
-from tests.fastssl.runs import NUM_IMAGES, differences, newest, rows, timeless
-from tests.gloo import run_ranks
+from tests.fastssl.runs import NUM_IMAGES, newest, rows
+from tests.fastssl.training.classifier import (
+    STEPS,
+    TOTAL,
+    Classifier,
+    Job,
+    Settings,
+    assert_equal_runs,
+    classify,
+)
 from tests.needs import HANGS_S
 
 ROOT = Path(__file__).parents[3]
-SIZE, CLASSES = 8, 3
-RECIPE = Recipe(
-    size=SIZE, num_views=1, crop_scale=(0.6, 1.0), jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0
-)
-ALONE = Dist(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
-
-
-@dataclass(frozen=True)
-class Settings(LoopConfig):
-    """The section `train` of this kind of training."""
-
-    epochs: int = 3
-    log_every: int = 2
-    save_every_steps: int = 3
-    batch: int = 8
-    seed: int = 0
-    lr: float = 0.05
-
-
-STEPS = NUM_IMAGES // Settings.batch
-TOTAL = STEPS * Settings.epochs
-RULES = ResumeRules(fixed=("train.batch", "train.seed"))
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run: its shards and settings, how many images are evaluated, and what happens to it."""
-
-    shards: Path
-    settings: Settings
-    evaluated: int = 30
-    evaluates: tuple[int, ...] = (0,)
-    """Ranks that hold an evaluation."""
-    signals: tuple[tuple[int, int, int], ...] = ()
-    """(rank, step, number): signals that a process gets in this step."""
-
-    def config(self) -> dict[str, Any]:
-        return {"train": plain(asdict(self.settings)), "eval": {"number": self.evaluated, "every": 1}}
-
-
-class Classifier(Trainer):
-    """A linear classifier of pixels, trained on labels by SGD with momentum."""
-
-    task = "classify"
-
-    def __init__(
-        self, job: Job, shards: ShardSet, ranks: Dist, loader: Loader, found: tuple[Path, dict] | None
-    ) -> None:
-        super().__init__(job.settings.epochs, loader.steps_per_epoch)
-        self.job, self.shards, self.ranks = job, shards, ranks
-        self.seen: list[list[int]] = []
-        torch.manual_seed(job.settings.seed)
-        self.model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, CLASSES))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=job.settings.lr, momentum=0.9)
-        if found is not None:
-            path, state = found
-            check_data_set(state["shards"], shards, str(path))
-            check_settings(state["config"], job.config(), RULES, str(path))
-            checkpoint.load_weights(self.model, state["model"], str(path))
-            restore_optimizer(self.optimizer, state["optimizer"])
-            self.meters.restore(state["meters"], ranks.device)
-            self.done = state["step"]
-            check_length(self, Settings(**state["config"]["train"]), job.settings, str(path))
-
-    def headline(self, loader: Loader) -> str:
-        return f"{CLASSES} classes of {len(loader.shards)} images"
-
-    def remarks(self) -> Iterator[str]:
-        yield f"{self.total - self.done} steps to go"
-
-    def step(self, batch: Batch, wait_s: float) -> None:
-        rate = self.job.settings.lr * (1 - self.done / self.total)
-        self.optimizer.param_groups[0]["lr"] = rate
-        labels = torch.from_numpy(batch.labels)
-        scores = self.model(batch.views[0])
-        loss = F.cross_entropy(scores, labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        distributed.average_over_ranks([p.grad for p in self.model.parameters() if p.grad is not None])
-        self.optimizer.step()
-        self.done += 1
-        self.seen.append(batch.sample_ids.tolist())
-        right = (scores.argmax(dim=1) == labels).float().mean()
-        self.meters.add({"loss": loss, "acc": right}, wait_s, replaced=batch.replaced)
-        for rank, step, number in self.job.signals:
-            if (rank, step) == (self.ranks.rank, self.done):
-                os.kill(os.getpid(), number)
-
-    def row(self, steps_timed: int) -> dict[str, float]:
-        return {
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **self.meters.read(self.job.settings.batch, steps_timed),
-        }
-
-    def end_epoch(self) -> dict[str, float]:
-        return {"weight_norm": float(self.model[1].weight.detach().norm())}
-
-    def check(self, folder: Path, *, to_save: bool = False) -> None:
-        if to_save and not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            (folder / "cause.txt").write_text("weights")
-            raise UserError("The weights are not finite.")
-
-    def weights(self) -> dict[str, Any]:
-        return {
-            "step": self.done,
-            "config": self.job.config(),
-            "shards": data_set_of(self.shards),
-            "model": self.model.state_dict(),
-        }
-
-    def state(self) -> dict[str, Any]:
-        return {
-            **self.weights(),
-            "optimizer": self.optimizer.state_dict(),
-            "meters": self.meters.state(),
-        }
-
-
-class Accuracy(Evaluation):
-    """Share of the first images that the classifier names; those ranks that hold one divide them among themselves."""
-
-    every = 1
-    best = BestBy("accuracy", ("eval.number",))
-
-    def __init__(self, job: Job, trainer: Classifier, ranks: Dist) -> None:
-        self._trainer, self._shared = trainer, len(job.evaluates) > 1
-        place = (ranks.rank, ranks.world) if self._shared else (0, 1)
-        self._ids = trainer.shards.ids[: job.evaluated][place[0] :: place[1]]
-
-    def evaluate(self, epoch: int) -> dict[str, float]:
-        right, number = torch.zeros(()), torch.tensor(float(len(self._ids)))
-        for batch in eval_batches(self._trainer.shards, RECIPE, self._ids, threads=1):
-            with torch.no_grad():
-                named = self._trainer.model(batch.views[0]).argmax(dim=1)
-            right += (named == torch.from_numpy(batch.labels)).sum()
-        if self._shared:
-            distributed.average_over_ranks([right, number])
-        return {"accuracy": float(right / number)}
-
-    def describe(self, found: dict[str, float]) -> str:
-        return f"accuracy {found['accuracy']:.1%}"
-
-
-def classify(job: Job, resume: bool | Path = False, ranks: Dist = ALONE) -> tuple[Summary, Classifier]:
-    """Run, or continue, a job: what a command for this kind of training would do."""
-    settings, shards = job.settings, ShardSet.open(job.shards)
-    loader = open_loader(
-        shards,
-        RECIPE,
-        batch=settings.batch,
-        seed=settings.seed,
-        rank=ranks.rank,
-        world=ranks.world,
-        threads=1,
-    )
-    with RunFolder(settings, job.config(), ranks) as folder:
-        trainer = Classifier(job, shards, ranks, loader, folder.newest(resume))
-        evaluation = Accuracy(job, trainer, ranks) if ranks.rank in job.evaluates else None
-        return train(trainer, loader, folder, evaluation), trainer
-
-
-def assert_equal_runs(run: Path, expected: Path) -> None:
-    """Newest and best weights, the optimizer, the meters and each row have the same bits."""
-    for name in (checkpoint.list_checkpoints(expected)[-1].name, "best.pt"):
-        one, other = (checkpoint.load(folder / "checkpoints" / name) for folder in (run, expected))
-        assert differences({**one, "config": None}, {**other, "config": None}) == []
-    assert timeless(run) == timeless(expected)
 
 
 @pytest.fixture
@@ -378,56 +198,3 @@ def test_what_the_trainer_refuses_is_not_saved(
         classify(job)
     assert newest(tmp_path / "run")["step"] == 3
     assert (tmp_path / "run" / "cause.txt").exists()
-
-
-# ---------------------------------------------------------------- two processes
-
-# Four steps an epoch: a signal that one rank gets in the first steps stops both at the end of the second epoch, since they ask each
-# other every four steps.
-PAIR = {"batch": 14, "epochs": 5, "save_every_steps": 0}
-
-
-def _train_rank(here: Dist, jobs: list[Job]) -> list[dict[str, Any]]:
-    found = []
-    for number, job in enumerate(jobs):
-        summary, trainer = classify(job, resume=number > 0, ranks=here)
-        found.append(
-            {
-                "steps": summary.steps,
-                "interrupted": summary.interrupted,
-                "seen": trainer.seen,
-                "model": trainer.model.state_dict(),
-            }
-        )
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("evaluates", [(0,), (0, 1)], ids=["first", "each"])
-def test_two_ranks_train_one_model_and_stop_and_resume_together(
-    evaluates: tuple[int, ...], shards: Path, tmp_path: Path
-) -> None:
-    names = ("one", "whole", "run")
-    one, whole, run = (
-        Job(shards, Settings(out=str(tmp_path / name), **PAIR), evaluates=evaluates) for name in names
-    )
-    stopped = replace(run, signals=((1, 2, signal.SIGTERM),))
-    first, second = (run_ranks(_train_rank, jobs, timeout_s=HANGS_S) for jobs in ([whole], [stopped, run]))
-    steps = NUM_IMAGES // 14
-    total = 5 * steps
-    # Both ranks hold the same weights, also after the resume, and laid end to end what they saw is the order of one process.
-    for ranks in (first, second):
-        assert differences(ranks[0][-1]["model"], ranks[1][-1]["model"]) == []
-    assert [[part["steps"] for part in rank] for rank in second] == 2 * [[2 * steps, total]]
-    assert [[part["interrupted"] for part in rank] for rank in second] == 2 * [[signal.SIGTERM, 0]]
-    seen = [[a + b for a, b in zip(*(rank[i]["seen"] for rank in second), strict=True)] for i in (0, 1)]
-    order = [epoch_order(NUM_IMAGES, seed=0, epoch=e)[: steps * 14] for e in range(5)]
-    assert seen[0] + seen[1] == np.concatenate(order).reshape(-1, 14).tolist()
-    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
-
-    # One process computes the same up to rounding, and evaluates the same images.
-    classify(replace(one, evaluates=(0,)))
-    for name in ("loss", "accuracy", "weight_norm"):
-        values = [[row[name] for row in rows(tmp_path / n) if name in row] for n in ("one", "whole")]
-        assert len(values[0]) == {"loss": total // 2, "accuracy": 6, "weight_norm": 5}[name]
-        assert values[0] == pytest.approx(values[1], rel=1e-4)
