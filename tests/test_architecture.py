@@ -18,9 +18,17 @@ FORBIDDEN = {
     "shards": ("pipelines", "fastssl", "torch", "torchvision", "timm"),
     "pipelines": ("fastssl",),
     "fastssl/methods": (
-        "fastssl.pretraining.loop",
-        "fastssl.pretraining.run_config",
-        "fastssl.commands.pretrain_command",
+        "fastssl.training",
+        "fastssl.pretraining",
+        "fastssl.commands",
+        "fastssl.cli",
+    ),
+    # Whatever is trained: it knows no kind of training, no method and no pretraining configuration.
+    "fastssl/training": (
+        "fastssl.pretraining",
+        "fastssl.methods",
+        "fastssl.evaluation",
+        "fastssl.commands",
         "fastssl.cli",
     ),
 }
@@ -58,10 +66,11 @@ LAYERS = {
     },
     "fastssl": {
         "core": (),
+        "training": ("core",),
         "models": ("core",),
         "methods": ("core", "models"),
         "evaluation": ("core", "models"),
-        "pretraining": ("core", "models", "methods", "evaluation"),
+        "pretraining": ("core", "training", "models", "methods", "evaluation"),
         "commands": ("core", "models", "methods", "evaluation", "pretraining"),
         "demo": ("core", "models", "methods", "evaluation", "pretraining", "commands"),
         "bench": ("core", "models", "methods", "evaluation", "pretraining"),
@@ -73,6 +82,7 @@ SETTINGS = {
     "fastssl/pretraining/replay.py": ("Replay",),
     "fastssl/core/loggers.py": ("LogConfig",),
     "fastssl/core/optimizers.py": ("OptimConfig",),
+    "fastssl/training/loop_config.py": ("LoopConfig",),
     "fastssl/pretraining/train_config.py": ("TrainConfig",),
     "fastssl/evaluation/knn.py": ("KNNConfig",),
     "fastssl/commands/eval_command.py": ("EvalKNN",),

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from fastssl.core import checkpoint, distributed
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from fastssl.pretraining.run_config import load
 from pipelines.augment.draws import draw
 from pipelines.augment.recipe import RECIPES

@@ -71,6 +71,7 @@ def test_the_page_shows_what_a_reader_looks_for():
         "masks=True",
         "pretrain(",
         "load_backbone(",
+        "(Trainer)",
     ):
         assert words in text
     assert sum(bool(package) for package, _ in BLOCKS) == 1

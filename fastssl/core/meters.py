@@ -36,8 +36,11 @@ class Meters:
         self._sums: dict[str, torch.Tensor] = {}
         self._count: torch.Tensor | int = 0
         self._replaced = 0
-        self._started_s = time.perf_counter()
-        self._wait_s = 0.0
+        self._started_s, self._wait_s = time.perf_counter(), 0.0
+
+    def start(self) -> None:
+        """Measure time from now on: what was before, such as building the model, is not of the first row."""
+        self._started_s, self._wait_s = time.perf_counter(), 0.0
 
     def add(
         self,
@@ -89,7 +92,7 @@ class Meters:
         """Continue from the result of `state`. Times start again at 0."""
         self._sums = {k: v.to(device) for k, v in state["sums"].items()}
         self._count, self._replaced = state["count"], 0 if rank() else state.get("replaced", 0)
-        self._started_s, self._wait_s = time.perf_counter(), 0.0
+        self.start()
 
     def read(self, images_per_step: int, steps_timed: int) -> dict[str, float]:
         """Return the values since the last reading and reset; every rank calls it.
@@ -106,7 +109,7 @@ class Meters:
         values["data_wait"] = min(1.0, self._wait_s / seconds)
         values["stand_ins"] = replaced
         self._sums, self._count, self._replaced = {}, 0, 0
-        self._started_s, self._wait_s = time.perf_counter(), 0.0
+        self.start()
         return values
 
     def _over_ranks(self) -> tuple[dict[str, torch.Tensor], int]:
@@ -202,7 +205,8 @@ class ProgressDisplay:
     # Seconds between lines, without a terminal.
     QUIET_S = 20.0
 
-    def __init__(self, total_steps: int, done_steps: int, show: bool):
+    def __init__(self, total_steps: int, done_steps: int, show: bool, task: str = "train"):
+        """Prepare the display; `task` names the bar until the first metrics."""
         self.console = Console(quiet=not show, highlight=False)
         self._live = show and self.console.is_terminal
         self._total = total_steps
@@ -211,7 +215,7 @@ class ProgressDisplay:
         # The first line comes at once.
         self._spoke_s = -self.QUIET_S
         self._bar = self._progress(TextColumn("{task.fields[status]}"))
-        self._task = self._bar.add_task("pretrain", total=total_steps, completed=done_steps, status="")
+        self._task = self._bar.add_task(task, total=total_steps, completed=done_steps, status="")
 
     def _progress(self, *more: ProgressColumn) -> Progress:
         return Progress(

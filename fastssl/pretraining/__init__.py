@@ -1,1 +1,1 @@
-"""The pretraining loop, its trainer and step, the run folder, resume and replay."""
+"""Pretraining: its configuration, trainer and step, micro-batches and replay."""

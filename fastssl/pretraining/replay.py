@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
 
 
 def capture(path: Path, bad: BadStep, weights: dict[str, Any], shards: ShardSet) -> None:
-    """Write the file that `replay` reads; where it cannot be written, warn and return. `weights`: as `Training.weights` gives them."""
+    """Write the file that `replay` reads; where it cannot be written, warn and return. `weights`: those of the trainer."""
     import torch
 
     from fastssl.core import checkpoint
@@ -126,9 +126,9 @@ def replay(args: Replay) -> list[str]:
     from fastssl.methods.method_weights import external_digests, load_own_weights
     from fastssl.models.stochastic_depth import step_keys
     from fastssl.pretraining.build import build_method, compute_dtype
-    from fastssl.pretraining.resume import data_set_of
     from fastssl.pretraining.run_config import from_tree
     from fastssl.pretraining.step import DDPWrapper, Step, StepOptions
+    from fastssl.training.resume import data_set_of
     from pipelines.loading.loader import open_loader
 
     state = checkpoint.load(Path(args.file))

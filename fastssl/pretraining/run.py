@@ -1,4 +1,4 @@
-"""`fastssl.pretrain`: run pretraining from a configuration, in Python and for the command; `loop.train` does the work."""
+"""`fastssl.pretrain`: run pretraining from a configuration, in Python and for the command."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 from fastssl.core import distributed
 from fastssl.core.out_of_memory import bracketed_cause, is_out_of_memory
-from fastssl.pretraining import loop
-from fastssl.pretraining.loop import Summary
+from fastssl.pretraining.build import follow_shards, view_form
+from fastssl.pretraining.knn_evaluation import open_evaluation
+from fastssl.pretraining.method_trainer import MethodTrainer
 from fastssl.pretraining.run_config import Resolved, load_config
+from fastssl.training import RunFolder, Summary, loop
+from pipelines.loading.loader import open_loader
 from shards.errors import UserError
 
 
@@ -40,7 +43,7 @@ def pretrain(
     """
     resolved = load_config(config, overrides)
     try:
-        return loop.train(resolved, resume=Path(resume) if isinstance(resume, str) else resume)
+        return train(resolved, resume=Path(resume) if isinstance(resume, str) else resume)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -51,3 +54,41 @@ def pretrain(
         ) from error
     finally:
         distributed.cleanup()
+
+
+def train(resolved: Resolved, *, resume: bool | Path = False) -> Summary:
+    """Run, or continue, the pretraining that a configuration describes; `pretrain` is the way in.
+
+    Order, draws, schedules and initial weights are functions of the configuration, and a checkpoint holds everything else, so a
+    resumed run on a CPU ends with the same bits as one that was never stopped.
+
+    Raises:
+        UserError: shards missing or too few, a batch that does not divide by the ranks, a run folder in use without `resume` or by
+            another trainer, a checkpoint of another architecture or data set, a non-finite loss, a full disk.
+    """
+    cfg, settings = resolved.config, resolved.config.train
+    ranks = distributed.setup(settings.device, timeout_s=1800)
+    if not cfg.data.shards:
+        raise UserError(
+            "No shards to train on: give --data.shards SHARDS, the folder that `fastssl shard` made."
+        )
+    if cfg.data.masks:
+        raise UserError("data.masks is for segmentation, and pretraining uses no masks: leave it out.")
+    shards = cfg.data.open()
+    resolved = follow_shards(resolved, shards)
+    cfg = resolved.config
+    options = cfg.data.options(
+        rank=ranks.rank,
+        world=ranks.world,
+        device=ranks.device,
+        form=view_form(settings, ranks.device),
+        reuse_memory=True,
+    )
+    loader = open_loader(shards, cfg.recipe, batch=settings.batch, seed=settings.seed, options=options)
+    with RunFolder(cfg.train, resolved.tree(), ranks, cfg.log) as folder:
+        trainer = MethodTrainer(resolved, shards, ranks, loader.steps_per_epoch, folder.newest(resume))
+        if trainer.num_chunks > 1:
+            # The device never holds more than a chunk of the views.
+            loader = loader.in_chunks()
+        evaluation = open_evaluation(cfg, trainer.method, shards, ranks, trainer.dtype, loader)
+        return loop.train(trainer, loader, folder, evaluation)

@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from fastssl.core.config_tree import leaves, plain, to_yaml
 from fastssl.core.former_names import present_names
 from fastssl.core.loggers import LogConfig
 from fastssl.core.optimizers import OptimConfig
@@ -85,13 +86,13 @@ class Resolved:
 
     def tree(self) -> dict[str, Any]:
         """Return the whole configuration as plain nested values; `from_tree` reads it, and `load` its YAML."""
-        tree = _plain(dataclasses.asdict(self.config))
+        tree = plain(dataclasses.asdict(self.config))
         tree["method"] = {"name": self.method_name, **tree["method"]}
         return tree
 
     def to_yaml(self) -> str:
         """Return `tree` as YAML."""
-        return yaml.safe_dump(self.tree(), sort_keys=False, width=110)
+        return to_yaml(self.tree())
 
 
 def load_config(
@@ -131,7 +132,7 @@ def _override(resolved: Resolved, tokens: list[str]) -> Resolved:
             raise UserError(
                 f"The setting {key} decides which other settings there are: give it where the configuration is made."
             )
-    _check_names(tokens, dict(leaves(_plain(dataclasses.asdict(resolved.config)))))
+    _check_names(tokens, dict(leaves(plain(dataclasses.asdict(resolved.config)))))
     own = config_of(get_method(resolved.method_name))
     config = own(**{f.name: getattr(resolved.config, f.name) for f in dataclasses.fields(RunConfig)})
     return dataclasses.replace(resolved, config=_parse(config, tokens, prog="overrides"))
@@ -169,7 +170,7 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
     named = present_names(named)
     start = dataclasses.replace(usual, recipe=recipe)
 
-    known = dict(leaves(_plain(dataclasses.asdict(start)))).keys()
+    known = dict(leaves(plain(dataclasses.asdict(start)))).keys()
     names = [*known, METHOD_NAME, PRESET]
     for key in named:
         if key not in known:
@@ -302,15 +303,6 @@ def _check_once(
         _check_once(value, path, f"{name}.", lines)
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield full names and values: {'train': {'lr': 1}} -> ('train.lr', 1)."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _flags(named: dict[str, Any]) -> Iterator[str]:
     for key, value in named.items():
         yield f"--{key}"
@@ -356,10 +348,3 @@ def _suggest(key: str, known: Any) -> str:
     hint = nearest(key, known)
     # A sentence with sixty names would not help.
     return hint if "Did you mean" in hint else " `fastssl pretrain CONFIG --settings` lists them all."
-
-
-def _plain(value: Any) -> Any:
-    """Return the value with lists in place of tuples, for YAML and JSON."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,21 +1,20 @@
-"""The settings of the training loop; see `fastssl.pretraining.loop`."""
+"""The section `train` of a pretraining run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from fastssl.training.loop_config import LoopConfig
 from shards.errors import UserError, check_least
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(LoopConfig):
     """Length, batch, device, precision, speed switches, logging and checkpoints of a run."""
 
     out: str = "runs/pretrain"
     """Folder of the run: configuration, metrics.jsonl, checkpoints."""
-    epochs: int = 100
-    """Passes over the shards."""
     batch: int = 256
     """Images a step, over all processes."""
     micro_batch: int | Literal["auto"] = 0
@@ -42,16 +41,6 @@ class TrainConfig:
     attention, for little more work."""
     clip_grad: float = 0.0
     """Clip the gradient to this norm; 0: no clipping."""
-    log_every: int = 10
-    """Log metrics to metrics.jsonl every N steps."""
-    save_every: int = 1
-    """Save a checkpoint every N epochs; the last step is always saved."""
-    save_every_steps: int = 0
-    """Save a checkpoint every N steps too; 0: at ends of epochs only."""
-    keep_last: int = 2
-    """Number of newest checkpoints to keep; 0: all. With knn.every the best weights so far are also in checkpoints/best.pt."""
-    keep_every: int = 0
-    """Save every N-th epoch's checkpoint and keep it permanently; 0: none."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do at a loss or gradient that is not finite. stop: end the run; skip: leave weights, optimizer and teacher as they were
     before the step, and continue. Both write the batch to a file for `fastssl replay`."""
@@ -59,7 +48,8 @@ class TrainConfig:
     """Number of steps that may be skipped in a run; one more stops it."""
 
     def __post_init__(self) -> None:
-        check_least(self, "train.", epochs=1, batch=2, seed=0, log_every=1, save_every=1, clip_grad=0)
+        super().__post_init__()
+        check_least(self, "train.", batch=2, seed=0, clip_grad=0)
         if self.micro_batch != "auto" and (self.micro_batch < 0 or self.micro_batch == 1):
             raise UserError(
                 f"train.micro_batch is {self.micro_batch}, but it must be 0 (the whole batch), auto, or at least 2."
@@ -68,6 +58,5 @@ class TrainConfig:
             raise UserError(
                 "train.exact_heads is for batches in chunks, but train.micro_batch is 0: set --train.micro-batch, or leave it False."
             )
-        for name in ("save_every_steps", "keep_last", "keep_every", "max_skipped"):
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name} is {getattr(self, name)}, but it must not be negative.")
+        if self.max_skipped < 0:
+            raise UserError(f"train.max_skipped is {self.max_skipped}, but it must not be negative.")

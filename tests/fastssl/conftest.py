@@ -8,7 +8,7 @@ from PIL import Image
 
 from fastssl.cli import main
 from fastssl.core import distributed
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from shards.conversion.convert import convert
 from tests.fastssl.runs import NUM_IMAGES, resolve, tiny, write_yaml
 from tests.pictures import picture

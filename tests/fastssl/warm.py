@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from shards.conversion.convert import convert
 from tests.fastssl.runs import resolve
 from tests.pictures import picture

@@ -14,7 +14,7 @@ import yaml
 
 from fastssl import __version__
 from fastssl.cli import COMMANDS, main
-from fastssl.pretraining import loop
+from fastssl.core import distributed
 from shards.format.layout import Manifest, shard_name
 from tests.fastssl.runs import NUM_IMAGES
 from tests.needs import HANGS_S
@@ -269,8 +269,8 @@ def test_settings_that_cannot_be(changes: dict, expected: str, told, config) -> 
 
 
 def test_a_batch_that_does_not_divide_among_ranks(told, config, monkeypatch: pytest.MonkeyPatch) -> None:
-    four = loop.distributed.Dist(rank=0, world=4, local_rank=0, device=torch.device("cpu"))
-    monkeypatch.setattr(loop.distributed, "setup", lambda device, **options: four)
+    four = distributed.Dist(rank=0, world=4, local_rank=0, device=torch.device("cpu"))
+    monkeypatch.setattr(distributed, "setup", lambda device, **options: four)
     sentence = told("pretrain", config({"train": {"batch": 10}}))
     assert (
         sentence == "The global batch size 10 does not divide among 4 ranks; use a multiple, such as 8 or 12."

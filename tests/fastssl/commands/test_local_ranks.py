@@ -15,7 +15,7 @@ from fastssl.commands import local_ranks
 from fastssl.commands.local_ranks import choose_gpus, take_processes
 from fastssl.core.distributed import Dist, cleanup
 from fastssl.core.signals import GRACE_S
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from fastssl.pretraining.run_config import load
 from shards.errors import UserError
 from tests.fastssl.runs import STEPS, assert_same_end, newest, rows

@@ -17,7 +17,7 @@ from fastssl.core.checkpoint import (
     load_weights,
     save,
 )
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from shards.errors import UserError
 from shards.storage import atomic_files
 from tests.fastssl.runs import SAVE_STEPS, differences, newest, resolve

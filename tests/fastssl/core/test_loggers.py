@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastssl.core.loggers import LogConfig, Loggers
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from tests.fastssl.runs import STEPS, resolve, rows
 
 CONFIG = {"train.lr": 0.1, "recipe.mean": [0.5, 0.5]}

@@ -11,7 +11,7 @@ from fastssl.bench.ladder import ladder, step_peers, step_rungs
 from fastssl.bench.report import Row
 from fastssl.commands import pretrain_command as command
 from fastssl.core.out_of_memory import bracketed_cause, is_out_of_memory
-from fastssl.pretraining import loop
+from fastssl.pretraining import run as pretraining_run
 from fastssl.pretraining.run_config import load
 from shards.errors import UserError
 
@@ -69,7 +69,7 @@ def raising(error: Exception):
 
 @pytest.mark.parametrize("error", [LACKS[0], LACKS[3], LACKS[6]], ids=str)
 def test_pretrain_says_what_to_do(error: Exception, config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "train", raising(error))
+    monkeypatch.setattr(pretraining_run, "train", raising(error))
     with pytest.raises(UserError) as told:
         command.run([str(config())])
     text = str(told.value)
@@ -83,7 +83,7 @@ def test_pretrain_says_what_to_do(error: Exception, config, monkeypatch: pytest.
 def test_pretrain_lets_other_failures_through(
     error: Exception, config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "train", raising(error))
+    monkeypatch.setattr(pretraining_run, "train", raising(error))
     with pytest.raises(RuntimeError) as raised:
         command.run([str(config())])
     assert raised.value is error

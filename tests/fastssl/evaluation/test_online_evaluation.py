@@ -10,7 +10,7 @@ from fastssl.evaluation.knn import KNNConfig
 from fastssl.evaluation.online_evaluation import OnlineEvaluation
 from fastssl.methods import MoCoV3
 from fastssl.models.backbones import build_backbone
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from pipelines.augment.recipe import RECIPES
 from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet

@@ -23,7 +23,7 @@ from fastssl.models.model_config import ModelConfig
 from fastssl.models.pretrained import load_backbone
 from fastssl.models.stochastic_depth import step_keys
 from fastssl.pretraining.build import build_method, spread
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from fastssl.pretraining.run_config import Resolved, load
 from fastssl.pretraining.step import DDPWrapper, Step, StepOptions
 from pipelines.loading.loader import Loader

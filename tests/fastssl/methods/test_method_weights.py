@@ -17,7 +17,7 @@ from fastssl.methods.method_weights import (
     load_own_weights,
     own_weights,
 )
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from shards.errors import UserError
 from tests.fastssl.runs import TOTAL, assert_same_end, newest, resolve
 from tests.fastssl.tiny import SMALL, Plain, make_method

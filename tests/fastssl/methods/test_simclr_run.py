@@ -9,8 +9,8 @@ import yaml
 
 from fastssl.cli import main
 from fastssl.commands.evaluate_checkpoint import evaluate_knn
-from fastssl.pretraining.loop import train
 from fastssl.pretraining.packaged_configs import packaged
+from fastssl.pretraining.run import train
 from pipelines.augment.recipe import RECIPES
 from tests.fastssl.pretraining.test_resume import resume_after_crashes
 from tests.fastssl.runs import (

@@ -13,7 +13,7 @@ from fastssl.core import checkpoint
 from fastssl.methods import METHODS, MoCoV3
 from fastssl.models.contract import Contract, TrainingData
 from fastssl.pretraining.build import build_method
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from fastssl.pretraining.run_config import from_tree
 from pipelines.augment.recipe import IMAGENET_MEAN, IMAGENET_STD
 from shards.dataset.shard_set import ShardSet

@@ -7,7 +7,7 @@ import pytest
 
 from fastssl.core.distributed import Dist, cleanup
 from fastssl.core.meters import ProgressDisplay
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from pipelines.streaming import cache
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError

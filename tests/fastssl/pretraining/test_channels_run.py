@@ -10,7 +10,7 @@ from fastssl import load_backbone
 from fastssl.commands.evaluate_checkpoint import evaluate_knn
 from fastssl.core import checkpoint
 from fastssl.pretraining.build import build_method, follow_shards
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError

@@ -10,7 +10,7 @@ from fastssl.bench import bench_command
 from fastssl.methods import get_method
 from fastssl.models.backbones import build_backbone
 from fastssl.pretraining import run_config
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.loader import open_loader
 from shards.conversion.convert import convert

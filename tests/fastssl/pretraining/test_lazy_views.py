@@ -15,8 +15,8 @@ from fastssl.methods import MoCoV3
 from fastssl.methods.moco_v3 import MoCoV3Config as Config
 from fastssl.models.backbones import build_backbone
 from fastssl.models.model_config import ModelConfig
-from fastssl.pretraining.loop import train
 from fastssl.pretraining.replay import Replay, replay
+from fastssl.pretraining.run import train
 from fastssl.pretraining.step import DDPWrapper, Step, StepOptions, chunks
 from pipelines.augment.draws import draw
 from pipelines.augment.recipe import RECIPES, Recipe

@@ -16,9 +16,9 @@ from fastssl.core.meters import ProgressDisplay
 from fastssl.core.schedules import lr_at
 from fastssl.methods import MoCoV3
 from fastssl.models.backbones import build_backbone
-from fastssl.pretraining import build, trainer
+from fastssl.pretraining import build, method_trainer
 from fastssl.pretraining.build import compile_blocks, use_bf16
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from fastssl.pretraining.run_config import load
 from fastssl.pretraining.train_config import TrainConfig
 from pipelines.loading.loader import Loader
@@ -249,7 +249,7 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, at: int, what: str) -> None:
     monkeypatch.setattr(MoCoV3, "forward", spoiled_forward)
     monkeypatch.setattr(MoCoV3, "update_teacher", spoiled_update)
     # Its trial steps would count.
-    monkeypatch.setattr(trainer, "estimate_step", lambda method, trial: None)
+    monkeypatch.setattr(method_trainer, "estimate_step", lambda method, trial: None)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from fastssl.core.distributed import Dist, cleanup
 from fastssl.core.meters import ProgressDisplay
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from fastssl.pretraining.run_config import from_tree
 from tests.fastssl.pretraining.test_resume import Crash, crash_at, resume_after_crashes
 from tests.fastssl.runs import BATCH, STEPS, TINY_VIT, assert_same_end, differences, newest, resolve, rows

@@ -7,7 +7,7 @@ from PIL import Image
 
 from fastssl.core import checkpoint
 from fastssl.evaluation.features import query_labels
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from shards import ShardSet, UserError, convert
 from shards.dataset.mixed_set import MixedShardSet
 from tests.fastssl.runs import assert_same_end, resolve, rows

@@ -14,8 +14,8 @@ from fastssl.cli import main
 from fastssl.core import checkpoint, optimizers
 from fastssl.methods import MoCoV3
 from fastssl.methods.ema import ema_update, relative_distance
-from fastssl.pretraining.loop import train
 from fastssl.pretraining.replay import MAX_FILES, Replay, Trace, replay, same_draws
+from fastssl.pretraining.run import train
 from fastssl.pretraining.step import DDPWrapper, Step, StepOptions
 from pipelines.augment.draws import draw
 from pipelines.augment.recipe import Recipe

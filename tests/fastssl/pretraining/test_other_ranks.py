@@ -10,7 +10,7 @@ import pytest
 
 from fastssl.core import checkpoint
 from fastssl.core.distributed import Dist, cleanup
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from fastssl.pretraining.run_config import load
 from pipelines.loading.loader import Loader, open_loader
 from shards.dataset.shard_set import ShardSet

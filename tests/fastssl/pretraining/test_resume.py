@@ -14,7 +14,7 @@ import torch
 
 from fastssl.core import checkpoint
 from fastssl.core.meters import ProgressDisplay
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from fastssl.pretraining.run_config import Resolved
 from tests.fastssl.runs import (
     SAVE_STEPS,

@@ -14,8 +14,7 @@ import pytest
 
 from fastssl.cli import main
 from fastssl.core import checkpoint
-from fastssl.pretraining.loop import train
-from fastssl.pretraining.run import pretrain
+from fastssl.pretraining.run import pretrain, train
 from pipelines.loading.loader import Loader
 from shards.errors import UserError
 from tests.fastssl.runs import (

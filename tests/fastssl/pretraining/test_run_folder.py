@@ -11,7 +11,7 @@ import torch
 from fastssl.cli import main
 from fastssl.core import checkpoint, optimizers
 from fastssl.core.meters import MetricsLog
-from fastssl.pretraining import run_folder
+from fastssl.training import run_folder
 from shards.storage.atomic_files import lock_file
 from tests.fastssl.runs import SAVE_STEPS, STEPS, TOTAL, assert_same_end, differences, newest, rows
 

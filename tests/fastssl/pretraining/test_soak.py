@@ -27,7 +27,7 @@ fork = multiprocessing.get_context("forkserver")
 def _continue(shards: str, run: str) -> None:
     """The run in a process of its own; its exit code is what the command's would be."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
-    from fastssl.pretraining.loop import train
+    from fastssl.pretraining.run import train
 
     summary = train(resolve(shards, Path(run), OFTEN), resume=True)
     os._exit(128 + summary.interrupted if summary.interrupted else 0)

@@ -9,7 +9,7 @@ import pytest
 from fastssl.cli import main
 from fastssl.commands.evaluate_checkpoint import evaluate_knn
 from fastssl.core import checkpoint
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.splits.split_rules import SplitRule

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from fastssl.core import checkpoint, distributed
-from fastssl.core.loggers import Loggers
+from fastssl.core.config_tree import leaves, to_yaml
+from fastssl.core.loggers import LogConfig, Loggers
 from fastssl.core.meters import MetricsLog, six_digits
-from fastssl.pretraining.run_config import leaves
+from fastssl.training.evaluation import BestBy
+from fastssl.training.loop_config import LoopConfig
 from shards.errors import UserError
 from shards.storage.atomic_files import (
     atomic_write,
@@ -21,9 +24,6 @@ from shards.storage.atomic_files import (
     remove_empty,
     remove_unfinished,
 )
-
-if TYPE_CHECKING:
-    from fastssl.pretraining.run_config import Resolved
 
 BEST = "best.pt"
 # Names the folder of the run that this one continues.
@@ -34,13 +34,27 @@ class RunFolder:
     """A context that locks a run's folder for one trainer. Every rank enters it, but only the first writes to the disk.
 
     config.yaml is the configuration, metrics.jsonl the log, checkpoints/step-*.pt are what `resume` continues from, and
-    checkpoints/best.pt holds the weights with the best kNN accuracy. A second trainer in the same folder is refused. Of a run that
-    ends before it has begun, such as one that is refused, nothing stays.
+    checkpoints/best.pt holds the weights that the evaluation found best. A second trainer in the same folder is refused. Of a run
+    that ends before it has begun, such as one that is refused, nothing stays.
     """
 
-    def __init__(self, resolved: Resolved, ranks: distributed.Dist, steps_per_epoch: int) -> None:
-        self.path = Path(resolved.config.train.out)
-        self._resolved, self._ranks, self._steps = resolved, ranks, steps_per_epoch
+    def __init__(
+        self,
+        settings: LoopConfig,
+        config: Mapping[str, Any],
+        ranks: distributed.Dist,
+        log: LogConfig | None = None,
+    ) -> None:
+        """Prepare the context.
+
+        Args:
+            settings: where the folder is, and which checkpoints it keeps.
+            config: the run's whole configuration as plain nested values, section by section.
+            log: loggers besides metrics.jsonl; None: none.
+        """
+        self.path, self.settings, self.ranks = Path(settings.out), settings, ranks
+        self._config, self._log_config = config, log or LogConfig()
+        self._best: BestBy | None = None
         self._lock: IO[str] | None = None
         self._new: list[Path] = []
         self._origin: Path | None = None
@@ -83,13 +97,23 @@ class RunFolder:
             return None
         return path, found[0] if found else checkpoint.load(path)
 
-    def begin(self, step: int, total: int) -> None:
+    def begin(self, step: int, total: int, best: BestBy | None = None) -> None:
         """Write the configuration, and cut the log back to `step`, from which the run continues.
 
         A run that continues from another folder's checkpoint begins with a copy of its log, and of its best weights if they are not
         of a later step. UserError where it has no steps left of its `total`.
+
+        Args:
+            best: the value by which `save_best` chooses; None for a run that is not evaluated.
         """
+        self._best = best
         distributed.on_main(lambda: self._begin(step, total))
+
+    def ends_evaluated(self) -> bool:
+        """Return whether the log that the run continues ends with an evaluation, or the run has none. Every rank calls it."""
+        return distributed.on_main(
+            lambda: self._best is None or (self.log is not None and self._best.metric in self.log.last)
+        )
 
     def write(self, row: dict[str, Any]) -> None:
         """Log a row of metrics, which must hold `step`, to metrics.jsonl and the other loggers; on the first rank only."""
@@ -98,24 +122,24 @@ class RunFolder:
             self.log.write(row)
             self.loggers.write(row)
 
-    def save(self, state: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Any], steps_per_epoch: int) -> None:
         """Flush the log, write the checkpoint of `state["step"]`, and remove checkpoints that need not be kept."""
-        train = self._resolved.config.train
-        if self._ranks.is_main:
+        if self.ranks.is_main:
             assert self.log is not None
             # A checkpoint that survives a power loss must find the rows before it.
             self.log.flush()
-            lasting = train.keep_every * self._steps
-            checkpoint.save(
-                checkpoint.checkpoint_path(self.path, state["step"]), state, train.keep_last, lasting
-            )
+            path = checkpoint.checkpoint_path(self.path, state["step"])
+            lasting = self.settings.keep_every * steps_per_epoch
+            checkpoint.save(path, state, self.settings.keep_last, lasting)
 
-    def save_best(self, weights: dict[str, Any], accuracy: float) -> None:
-        """Write best.pt if there is none, or `accuracy` is above all accuracies in the log; call it before this one is logged."""
-        assert self.log is not None
-        best = self.path / "checkpoints" / BEST
-        if six_digits(accuracy) > self.log.highest.get("knn_accuracy", -1.0) or not best.exists():
-            checkpoint.save(best, {**weights, "knn_accuracy": accuracy})
+    def save_best(self, weights: dict[str, Any], found: Mapping[str, float]) -> None:
+        """Write best.pt if there is none, or the value in `found` is above all in the log; call it before `found` is logged."""
+        if self.ranks.is_main:
+            assert self.log is not None
+            assert self._best is not None
+            path, metric = self.path / "checkpoints" / BEST, self._best.metric
+            if six_digits(found[metric]) > self.log.highest.get(metric, -math.inf) or not path.exists():
+                checkpoint.save(path, {**weights, metric: found[metric]})
 
     def _take(self) -> None:
         try:
@@ -201,20 +225,16 @@ class RunFolder:
             if best.is_file() and checkpoint.load(best)["step"] <= step:
                 atomic_write(self.path / "checkpoints" / BEST, best.read_bytes())
 
-    def _forget_other_accuracies(self, log: MetricsLog) -> None:
-        """Compare the accuracies to come with each other only, where the run's evaluation has changed: best.pt is then replaced."""
-        tree, best = self._resolved.tree(), self.path / "checkpoints" / BEST
+    def _forget_other_values(self, log: MetricsLog, by: BestBy) -> None:
+        """Compare the values to come with each other only, where the run's evaluation has changed: best.pt is then replaced."""
+        now, best = dict(leaves(self._config)), self.path / "checkpoints" / BEST
         with contextlib.suppress(UserError):
-            before = checkpoint.load(best).get("config", {}) if best.is_file() else {}
-            changed = [
-                f"knn.{key}"
-                for key, value in tree["knn"].items()
-                if key not in ("every", "linear") and before.get("knn", {}).get(key, value) != value
-            ]
+            before = dict(leaves(checkpoint.load(best).get("config", {}))) if best.is_file() else {}
+            changed = [name for name in by.settings if name in before and before[name] != now[name]]
             if changed:
-                log.highest.pop("knn_accuracy", None)
+                log.highest.pop(by.metric, None)
                 warnings.warn(
-                    f"{' and '.join(changed)} changed: the next evaluation's accuracy is not compared with earlier ones, and "
+                    f"{' and '.join(changed)} changed: the next evaluation's {by.noun} is not compared with earlier ones, and "
                     f"{BEST} is written anew.",
                     stacklevel=2,
                 )
@@ -229,13 +249,13 @@ class RunFolder:
                 remove_unfinished(folder)
             if self._origin is not None:
                 atomic_write(self.path / ORIGIN, str(_run_of(self._origin)).encode())
-            atomic_write(self.path / "config.yaml", self._resolved.to_yaml().encode())
+            atomic_write(self.path / "config.yaml", to_yaml(self._config).encode())
             if self._origin is not None:
                 self._copy_history(self._origin, step)
             self.log = MetricsLog(self.path / "metrics.jsonl", step)
-            self._forget_other_accuracies(self.log)
-            settings = dict(leaves(self._resolved.tree()))
-            self.loggers = Loggers(self._resolved.config.log, self.path, settings, step)
+            if self._best is not None:
+                self._forget_other_values(self.log, self._best)
+            self.loggers = Loggers(self._log_config, self.path, dict(leaves(self._config)), step)
         except OSError as error:
             raise self._unwritable(error) from error
 

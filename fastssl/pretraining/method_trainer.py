@@ -1,9 +1,11 @@
-"""The state that a run changes step by step: method, optimizer and meters, built from a configuration, saved in a checkpoint."""
+"""The trainer of pretraining: a method, its optimizer and meters, built from a configuration, saved in a checkpoint."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,10 @@ import torch
 
 from fastssl.core import distributed
 from fastssl.core.distributed import Dist, gather_keys
-from fastssl.core.meters import Meters
 from fastssl.core.nonfinite import NonFiniteMonitor, rank_me
 from fastssl.core.optimizers import (
     build_optimizer,
     learning_rate,
-    match_layout,
     set_schedules,
     trained_groups,
 )
@@ -38,11 +38,20 @@ from fastssl.pretraining.build import (
 from fastssl.pretraining.estimate import StepEstimate, estimate_step
 from fastssl.pretraining.micro_batch import choose_micro_batch, trial_step
 from fastssl.pretraining.replay import capture
-from fastssl.pretraining.resume import check_same_run, data_set_of
-from fastssl.pretraining.run_folder import RunFolder
-from fastssl.pretraining.step import Step, StepOptions, caches_gradients, chunks, steady_statistics
-from pipelines.loading.loader import Batch
+from fastssl.pretraining.resume_rules import check_same_run
+from fastssl.pretraining.step import (
+    Step,
+    StepOptions,
+    caches_gradients,
+    chunks,
+    steady_statistics,
+    tell_chunks,
+)
+from fastssl.training.resume import check_length, data_set_of, restore_optimizer
+from fastssl.training.trainer import Trainer
+from pipelines.loading.loader import Batch, Loader
 from pipelines.loading.slots import view_shapes
+from pipelines.streaming.machine_memory import free_memory
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.units import plural
@@ -51,8 +60,10 @@ if TYPE_CHECKING:
     from fastssl.pretraining.run_config import Resolved, RunConfig
 
 
-class Training:
-    """Trainer state on one rank. Schedules and draws are functions of `done`, so a checkpoint needs `state` only."""
+class MethodTrainer(Trainer):
+    """Steps a method. Schedules and draws are functions of `done`, so a checkpoint needs `state` only."""
+
+    task = "pretrain"
 
     def __init__(
         self,
@@ -71,16 +82,9 @@ class Training:
             UserError: the configuration cannot be built, the checkpoint is of a different run, or not even 2 images fit in the GPU.
         """
         cfg, train = resolved.config, resolved.config.train
-        self.resolved, self.shards, self.ranks, self.steps_per_epoch = (
-            resolved,
-            shards,
-            ranks,
-            steps_per_epoch,
-        )
-        self.done = 0
-        """Optimizer steps completed."""
+        super().__init__(train.epochs, steps_per_epoch)
+        self.resolved, self.shards, self.ranks = resolved, shards, ranks
         self._momentum = 0.0
-        self.total = steps_per_epoch * train.epochs
         prepare_backend(ranks.device)
         check_groups(resolved.config, ranks.world)
         self.method, self.shape = build_method(resolved, ranks.device)
@@ -113,7 +117,7 @@ class Training:
             self.dtype,
             StepOptions(micro_batch, train.exact_heads, train.clip_grad, train.nonfinite, group),
         )
-        self.meters, self.watch = Meters(), NonFiniteMonitor(ranks.device)
+        self.watch = NonFiniteMonitor(ranks.device)
         if cfg.optim.warmup_epochs > train.epochs and ranks.is_main:
             warnings.warn(
                 f"The warm-up of {cfg.optim.warmup_epochs:g} epochs is longer than the run of {train.epochs}: the learning rate rises "
@@ -122,10 +126,30 @@ class Training:
             )
         if found is not None:
             self._restore(found[1])
-            self._check_length(before, str(path))
+            check_length(self, before.train, train, str(path))
+            self._tell_length(before)
+
+    def headline(self, loader: Loader) -> str:
+        cfg = self.resolved.config
+        name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[self.dtype]
+        images, epochs = plural(len(loader.shards), "image"), plural(cfg.train.epochs, "epoch")
+        return (
+            f"{self.resolved.method_name} {cfg.model.backbone} on {images} at {cfg.recipe.size} px: batch {loader.batch} on "
+            f"{loader.options.world} x {loader.options.device}, {name}, {epochs} of {plural(loader.steps_per_epoch, 'step')}"
+        )
+
+    def remarks(self) -> Iterator[str]:
+        """Yield how a batch is taken in chunks, and what the rest of a run on a CPU takes; warn where that is more than there is."""
+        share, steps = self.resolved.config.train.batch // self.ranks.world, self.total - self.done
+        if self.num_chunks > 1:
+            yield tell_chunks(self.method, share, self.num_chunks, self.cached)
+        if self.estimate is not None and steps and self.ranks.is_main:
+            yield self.estimate.describe(steps)
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            for doubt in self.estimate.doubts(steps, free_memory() // processes, share):
+                warnings.warn(doubt, stacklevel=2)
 
     def step(self, batch: Batch, wait_s: float) -> None:
-        """Take one optimizer step on this rank's batch, for which the run has waited `wait_s` seconds."""
         cfg, clock = self.resolved.config, Clock(self.done, self.total, self.steps_per_epoch)
         set_schedules(self.optimizer, self.groups, clock, cfg.optim, cfg.train.batch)
         keys = step_keys(cfg.train.seed, self.done, batch.sample_ids)
@@ -139,7 +163,6 @@ class Training:
         self.meters.add(metrics, wait_s, stepper.applied, batch.replaced)
 
     def row(self, steps_timed: int) -> dict[str, float]:
-        """Return the metrics since the last call. Every rank calls it, and it waits for the device."""
         values = {"lr": self.optimizer.param_groups[0]["lr"]}
         if self.method.plan.teacher:
             values["teacher_momentum"] = self._momentum
@@ -151,11 +174,12 @@ class Training:
             values["skipped"] = self.watch.count
         return values | peak_memory(self.ranks.device)
 
-    def rank_me(self) -> float:
-        """Return RankMe of the last batch's features over all ranks. Every rank calls it, and it waits for the device."""
-        return rank_me(gather_keys(self.stepper.features))
+    def end_epoch(self) -> dict[str, float]:
+        """Share BatchNorm's running statistics; return RankMe of the last batch's features over all ranks."""
+        average_statistics(self.method)
+        return {"rank_me": rank_me(gather_keys(self.stepper.features))}
 
-    def check(self, folder: RunFolder, to_save: bool = False) -> None:
+    def check(self, folder: Path, *, to_save: bool = False) -> None:
         """Check for steps since the last call that were not finite, and write the first one's batch for `fastssl replay`.
 
         Every rank checks, and all raise or none. With `to_save` the weights are checked too: a checkpoint must be able to continue.
@@ -166,7 +190,7 @@ class Training:
         train = self.resolved.config.train
         bad = self.watch.poll()
         if bad is not None:
-            path = folder.path / f"nonfinite-step-{bad.step:09d}.pt"
+            path = folder / f"nonfinite-step-{bad.step:09d}.pt"
             distributed.on_main(lambda: capture(path, bad, self.weights(), self.shards))
             if train.nonfinite == "stop":
                 raise self._diverged(f"{bad}, replay it with `fastssl replay {shlex.quote(str(path))}`")
@@ -184,7 +208,7 @@ class Training:
             raise self._diverged(f"The weights are no longer finite at step {self.done}")
 
     def weights(self) -> dict[str, Any]:
-        """Return what evaluation and export need of a checkpoint."""
+        """Return what evaluation and export need."""
         facts = {
             "step": self.done,
             "config": self.resolved.tree(),
@@ -198,13 +222,9 @@ class Training:
             "external": self._external,
         }
 
-    def share_statistics(self) -> None:
-        """Give every rank the running statistics of all of them, where BatchNorm has groups. Every rank calls it."""
-        average_statistics(self.method)
-
     def state(self) -> dict[str, Any]:
-        """Return the content of a checkpoint. Every rank calls it."""
-        self.share_statistics()
+        # Of BatchNorm in groups: every rank's own until now.
+        average_statistics(self.method)
         return {
             **self.weights(),
             "optimizer": self.optimizer.state_dict(),
@@ -215,10 +235,7 @@ class Training:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        # Keep this run's settings, such as weight_decay: those in the checkpoint would silently undo a change.
-        own_groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own_groups})
-        match_layout(self.optimizer)
+        restore_optimizer(self.optimizer, state["optimizer"])
         if state.get("scaler"):
             self.stepper.scaler.load_state_dict(state["scaler"])
         self.meters.restore(state["meters"], self.ranks.device)
@@ -226,18 +243,9 @@ class Training:
         torch.set_rng_state(state["rng"])
         self.done = state["step"]
 
-    def _check_length(self, before: RunConfig, where: str) -> None:
-        """Tell of another train.epochs than that of the checkpoint: schedules are those of the new length from here on.
-
-        Raises:
-            UserError: more steps are done than the new length has.
-        """
+    def _tell_length(self, before: RunConfig) -> None:
+        """Warn of another train.epochs than that of the checkpoint: schedules are those of the new length from here on."""
         old, new, done = before.train.epochs, self.resolved.config.train.epochs, self.done
-        if done > self.total:
-            raise UserError(
-                f"'{where}' is {done} steps into its run, and train.epochs = {new} ends after {self.total}: set --train.epochs "
-                f"{-(-done // self.steps_per_epoch)} or more (it was {old})."
-            )
         if old == new or not self.ranks.is_main:
             return
         clocks = (Clock(done, self.steps_per_epoch * epochs, self.steps_per_epoch) for epochs in (old, new))
