@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastssl.bench.clock import best_s
+from fastssl.bench.step_timer import best_s
 
 # Measurements of a product or a copy, of which the fastest counts.
 TIMES = 6

@@ -21,9 +21,9 @@ from fastssl.evaluation.features import (
 )
 from fastssl.evaluation.knn import KS, classify
 from fastssl.models.backbones import build_backbone
-from fastssl.models.pretrained import restore_backbone
+from fastssl.models.pretrained import model_config, restore_backbone
 from fastssl.pretraining.build import use_bf16
-from fastssl.pretraining.run_config import from_tree
+from fastssl.pretraining.train_config import TrainConfig
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
@@ -69,7 +69,11 @@ def evaluate_knn(
     path = checkpoints.find_checkpoint(Path(checkpoint))
     state = checkpoints.load(path)
     trained, contract = restore_backbone(state, str(path))
-    recipe, cfg = contract.eval_recipe(), from_tree(state["config"]).config
+    recipe, model, train = (
+        contract.eval_recipe(),
+        model_config(state["config"], str(path)),
+        state["config"]["train"],
+    )
 
     given = [shards] if test_shards is None else [shards, test_shards]
     sets = [found if isinstance(found, ShardSet) else ShardSet.open(found) for found in given]
@@ -82,14 +86,14 @@ def evaluate_knn(
         torch.from_numpy(query_labels(sets[0], found)[used]) for found, used in zip(sets, ids, strict=True)
     ]
 
-    bf16, name = use_bf16(cfg.train.precision, place), cfg.model.backbone
+    bf16, name = use_bf16(train.get("precision", TrainConfig.precision), place), model.backbone
     encoders = {
         f"{name}, pretrained {state['step']:,} steps": backbone_encoder(trained.to(place), place, bf16)
     }
     if baselines:
         # The very weights that the run started from.
-        torch.manual_seed(cfg.train.seed)
-        untrained = build_backbone(cfg.model, cfg.recipe.size)
+        torch.manual_seed(train.get("seed", TrainConfig.seed))
+        untrained = build_backbone(model, contract.size)
         encoders[f"{name}, untrained"] = backbone_encoder(untrained.to(place), place, bf16)
         encoders["raw pixels"] = pixel_encoder(recipe)
     rows = []

@@ -49,7 +49,7 @@ def restore_backbone(state: dict[str, Any], where: str) -> tuple[nn.Module, Cont
             f"'{where}' holds no backbone: it lacks the entry '{lacking[0]}'. Give a checkpoint that `fastssl pretrain` saved."
         )
     contract = contract_of(state)
-    cfg = _model_config(state["config"], where)
+    cfg = model_config(state["config"], where)
     # Initial values are drawn and then overwritten: the caller's random numbers stay what they would have been.
     with torch.random.fork_rng(devices=[]):
         backbone = build_backbone(cfg, contract.size)
@@ -61,8 +61,12 @@ def restore_backbone(state: dict[str, Any], where: str) -> tuple[nn.Module, Cont
     return backbone.requires_grad_(False).eval(), contract
 
 
-def _model_config(config: dict[str, Any], where: str) -> ModelConfig:
-    """Return the section `model` alone: the method, which may be a package of its own, need not be installed."""
+def model_config(config: dict[str, Any], where: str) -> ModelConfig:
+    """Return the section `model` of a checkpoint's configuration: the method, which may be a module of its own, need not be there.
+
+    Raises:
+        UserError: a setting that this version does not know; `where` names the checkpoint in it.
+    """
     named = present_names({f"model.{name}": value for name, value in config["model"].items()})
     values = {
         name.removeprefix("model."): value for name, value in named.items() if name.startswith("model.")

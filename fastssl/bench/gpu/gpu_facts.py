@@ -95,7 +95,7 @@ def copies_gb_per_s(device: Any) -> dict[str, float] | None:
 
     if device.type != "cuda":
         return None
-    from fastssl.bench.clock import best_s
+    from fastssl.bench.step_timer import best_s
 
     host = torch.empty(COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device=device)

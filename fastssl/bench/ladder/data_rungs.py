@@ -31,7 +31,7 @@ from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from fastssl.bench.clock import Clock
+    from fastssl.bench.step_timer import StepTimer
     from fastssl.pretraining.run_config import Resolved
 
 # More than a measurement takes; a stream makes only the batches that are requested.
@@ -69,13 +69,13 @@ def open_work(resolved: Resolved) -> Work:
     return Work(shards, cfg.recipe, ids, cfg.train.batch, cfg.data.threads or default_threads())
 
 
-def data_rows(resolved: Resolved, work: Work, clock: Clock) -> dict[str, Callable[[], Row]]:
+def data_rows(resolved: Resolved, work: Work, timer: StepTimer) -> dict[str, Callable[[], Row]]:
     """Return functions that measure read, decode, to device and augment."""
     data = resolved.config.data
 
     def timed(name: str, made: Generator[Any]) -> Row:
         with contextlib.closing(made) as batches:
-            return clock.row(name, lambda: next(batches), batch=work.batch)
+            return timer.row(name, lambda: next(batches), batch=work.batch)
 
     def decode() -> Row:
         if data.decode == "gpu":
@@ -89,26 +89,26 @@ def data_rows(resolved: Resolved, work: Work, clock: Clock) -> dict[str, Callabl
     return {
         READ: lambda: timed(READ, read_batches(work)),
         DECODE: decode,
-        TO_DEVICE: lambda: _copy_row(resolved, clock),
-        AUGMENT: lambda: timed(AUGMENT, resident_views(resolved, work, clock.device)),
+        TO_DEVICE: lambda: _copy_row(resolved, timer),
+        AUGMENT: lambda: timed(AUGMENT, resident_views(resolved, work, timer.device)),
     }
 
 
-def _copy_row(resolved: Resolved, clock: Clock) -> Row:
+def _copy_row(resolved: Resolved, timer: StepTimer) -> Row:
     from fastssl.bench.ladder.step_rungs import views
 
-    if clock.device.type == "cpu":
+    if timer.device.type == "cpu":
         return Row(TO_DEVICE, error="nothing is copied: the views are made on the device that uses them")
     if resolved.config.data.augment_on == "gpu":
         return Row(TO_DEVICE, error="pixels are copied as part of the augment rung: data.augment_on is gpu")
-    images = [view.pin_memory() for view in views(resolved, "cpu", clock.batch)]
-    target = [torch.empty_like(view, device=clock.device) for view in images]
+    images = [view.pin_memory() for view in views(resolved, "cpu", timer.batch)]
+    target = [torch.empty_like(view, device=timer.device) for view in images]
 
     def copy() -> None:
         for to, view in zip(target, images, strict=True):
             to.copy_(view, non_blocking=True)
 
-    row = clock.row(TO_DEVICE, copy)
+    row = timer.row(TO_DEVICE, copy)
     row.more["bytes"] = sum(view.nbytes for view in images)
     return row
 

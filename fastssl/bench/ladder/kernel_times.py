@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastssl.bench.report import Row, Stopwatch
 
 if TYPE_CHECKING:
-    from fastssl.bench.clock import Clock
+    from fastssl.bench.step_timer import StepTimer
 
 # Kinds of kernels by a part of their names, the first that fits: of cuDNN, cuBLAS, CUTLASS, PyTorch and Inductor on a GPU, and of
 # PyTorch's operations on a CPU.
@@ -40,25 +40,25 @@ def kind_of(kernel: str) -> str:
     return next(found, OTHER)
 
 
-def profiled_row(name: str, step: Callable[[], Any], clock: Clock, steps: int = 3) -> Row:
+def profiled_row(name: str, step: Callable[[], Any], timer: StepTimer, steps: int = 3) -> Row:
     """Return a row with the device's milliseconds of a step, `kinds_ms` by kind and `kernels` one by one: [name, calls, ms].
 
     On a GPU these are the durations of its kernels, which overlap where streams do; on a CPU each operation's own time. `device_ms` is
     their sum, and `wall_ms` the time of a step under the profiler.
     """
-    on_gpu = clock.device.type == "cuda"
+    on_gpu = timer.device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     for _ in range(2):
         step()
-    clock.wait()
+    timer.wait()
     with profile(activities=activities) as profiler:
         watch = Stopwatch()
         for _ in range(steps):
             step()
-        clock.wait()
+        timer.wait()
         wall_s, cores = watch.wall_s(), watch.cores()
     row = Row(name)
-    row.add(clock.batch * steps / wall_s, cores)
+    row.add(timer.batch * steps / wall_s, cores)
     kernels = [
         (event.key, event.count / steps, _own_us(event, on_gpu) / 1000 / steps)
         for event in profiler.key_averages()

@@ -96,7 +96,6 @@ def report(resolved: Resolved, options: Options) -> int:
     """
     from rich.console import Console
 
-    from fastssl.bench.clock import Clock
     from fastssl.bench.guard import Guard, exit_code, out_of_memory
     from fastssl.bench.hardware import peak
     from fastssl.bench.ladder.ladder_rows import Ladder
@@ -106,6 +105,7 @@ def report(resolved: Resolved, options: Options) -> int:
     from fastssl.bench.ladder.verdict import judge
     from fastssl.bench.report import machine, write_report
     from fastssl.bench.screen import Stoppable, say_written
+    from fastssl.bench.step_timer import StepTimer
     from fastssl.core.distributed import choose_device
     from fastssl.core.out_of_memory import bracketed_cause
     from fastssl.pretraining.build import follow_shards
@@ -117,7 +117,7 @@ def report(resolved: Resolved, options: Options) -> int:
     groups = choose_groups(resolved, device, options)
     where = machine(device)
     console = Console(highlight=False)
-    clock = Clock(device, train.batch, options.steps, options.repeats, console)
+    timer = StepTimer(device, train.batch, options.steps, options.repeats, console)
     advice = "lower --train.batch to what one device gets, or set --train.micro-batch auto"
     no_memory = f"a batch of {train.batch} does not fit in the memory of the device: {advice}"
     try:
@@ -162,12 +162,12 @@ def report(resolved: Resolved, options: Options) -> int:
             rows = list(ladder.rows.values())
             write_report(options.json, "ladder", where, known, rows, complete=complete, **more)
 
-    ladder = Ladder(resolved, trainee, clock, Guard(device, no_memory), top, save)
+    ladder = Ladder(resolved, trainee, timer, Guard(device, no_memory), top, save)
     del trainee
     with Stoppable(console) as measuring:
         ladder.measure(groups)
         # Others' steps take longer.
-        fewer = Clock(device, train.batch, max(1, options.steps // 2), options.repeats, console)
+        fewer = StepTimer(device, train.batch, max(1, options.steps // 2), options.repeats, console)
         ladder.each(peer_rows(resolved, fewer, groups))
     save(ladder, complete=not measuring.stopped)
     known = facts | {"compiled": ladder.compiled}

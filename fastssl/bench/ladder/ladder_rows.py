@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from fastssl.bench.clock import Clock
 from fastssl.bench.guard import Guard
 from fastssl.bench.hardware import Peak
 from fastssl.bench.ladder.data_rungs import data_rows, loader_views, open_work, resident_views
@@ -37,6 +36,7 @@ from fastssl.bench.ladder.verdict import (
 )
 from fastssl.bench.report import Row
 from fastssl.bench.screen import say_row
+from fastssl.bench.step_timer import StepTimer
 from fastssl.pretraining.build import compile_blocks, has_compiler
 from fastssl.pretraining.run_config import Resolved
 
@@ -111,27 +111,27 @@ class Ladder:
         self,
         resolved: Resolved,
         trainee: Trainee,
-        clock: Clock,
+        timer: StepTimer,
         guard: Guard,
         top: Peak,
         save: Callable[[Ladder], None] = lambda ladder: None,
     ):
         """Compile the trainee, if the run does. `save` is called after each row."""
-        self.resolved, self.trainee, self.clock = resolved, trainee, clock
+        self.resolved, self.trainee, self.timer = resolved, trainee, timer
         self.guard, self.top, self._save = guard, top, save
         self._rows: dict[str, Row] = {}
-        self.can_compile = has_compiler(clock.device)
-        self.compiled = resolved.config.train.compile and compile_blocks(trainee.method, clock.device)
+        self.can_compile = has_compiler(timer.device)
+        self.compiled = resolved.config.train.compile and compile_blocks(trainee.method, timer.device)
         self._momentum = trainee.method.teacher_momentum(MIDWAY)
         # The names of a group's rows, and a function that returns their measures.
         self._groups: dict[str, tuple[tuple[str, ...], Callable[[], Measures]]] = {
             "full": ((FULL,), lambda: {FULL: lambda: self._full(FULL)}),
             "kernels": ((KERNELS,), lambda: {KERNELS: self._kernels}),
             "augment": ((FULL_AUGMENT,), lambda: {FULL_AUGMENT: self._full_augment}),
-            "parts": ((STUDENT, TEACHER, UPDATE), lambda: step_rows(resolved, trainee, clock)),
+            "parts": ((STUDENT, TEACHER, UPDATE), lambda: step_rows(resolved, trainee, timer)),
             "data": (
                 (READ, DECODE, TO_DEVICE, AUGMENT),
-                lambda: data_rows(resolved, open_work(resolved), clock),
+                lambda: data_rows(resolved, open_work(resolved), timer),
             ),
             "ema": ((EMA, EMA_LOOP), self._ema),
             "compile": ((EAGER if self.compiled else COMPILED,), self._other_kind),
@@ -188,7 +188,7 @@ class Ladder:
                 full.compare(row)
         if row.name == EMA_LOOP:
             self._rows[EMA].compare(row)
-        say_row(self.clock.console, row)
+        say_row(self.timer.console, row)
         self._save(self)
 
     def _clear(self) -> None:
@@ -202,26 +202,26 @@ class Ladder:
 
     def _full(self, name: str) -> Row:
         synthetic = step_views(self.resolved, self.trainee)
-        return self.clock.row(name, lambda: self._step(synthetic))
+        return self.timer.row(name, lambda: self._step(synthetic))
 
     def _kernels(self) -> Row:
         synthetic = step_views(self.resolved, self.trainee)
-        return profiled_row(KERNELS, lambda: self._step(synthetic), self.clock)
+        return profiled_row(KERNELS, lambda: self._step(synthetic), self.timer)
 
     def _full_augment(self) -> Row:
-        resolved, clock = self.resolved, self.clock
+        resolved, timer = self.resolved, self.timer
         work, in_chunks = open_work(resolved), self.trainee.in_chunks
-        with contextlib.closing(resident_views(resolved, work, clock.device, in_chunks)) as made:
-            return clock.row(FULL_AUGMENT, lambda: self._step(next(made)))
+        with contextlib.closing(resident_views(resolved, work, timer.device, in_chunks)) as made:
+            return timer.row(FULL_AUGMENT, lambda: self._step(next(made)))
 
     def _ema(self) -> Measures:
-        method, clock = self.trainee.method, self.clock
+        method, timer = self.trainee.method, self.timer
         pairs = ema_pairs(method)
         if not pairs:
             raise NotImplementedError(f"{self.resolved.method_name} has no teacher")
         return {
-            EMA: lambda: clock.row(EMA, lambda: method.update_teacher(0.99)),
-            EMA_LOOP: lambda: clock.row(EMA_LOOP, lambda: ema_loop(pairs, 0.99)),
+            EMA: lambda: timer.row(EMA, lambda: method.update_teacher(0.99)),
+            EMA_LOOP: lambda: timer.row(EMA_LOOP, lambda: ema_loop(pairs, 0.99)),
         }
 
     def _other_kind(self) -> Measures:
@@ -232,7 +232,7 @@ class Ladder:
                 return self._full(EAGER)
 
         def compiled() -> Row:
-            compile_blocks(self.trainee.method, self.clock.device)
+            compile_blocks(self.trainee.method, self.timer.device)
             return self._full(COMPILED)
 
         if self.compiled:
@@ -242,22 +242,22 @@ class Ladder:
     def _end(self, ending: Ending) -> None:
         loader, whole = (Row(name) for name in ending.names)
         left = [loader, whole]
-        clock, spans = self.clock, []
+        timer, spans = self.timer, []
 
         def full(images: Sequence[torch.Tensor]) -> None:
-            began = clock.mark()
+            began = timer.mark()
             self._step(images)
-            spans.append((began, clock.mark()))
+            spans.append((began, timer.mark()))
 
         def measured() -> None:
-            views = loader_views(self.resolved, clock.device, self.trainee.in_chunks, ending.changes)
+            views = loader_views(self.resolved, timer.device, self.trainee.in_chunks, ending.changes)
             with contextlib.closing(views) as batches:
-                made = clock.row(loader.name, lambda: next(batches))
+                made = timer.row(loader.name, lambda: next(batches))
                 left.remove(loader)
                 self._add(made)
-                made = clock.row(whole.name, lambda: full(next(batches)))
-                beside = spans[-clock.steps * clock.repeats :]
-                made.more["step_ms"] = statistics.median(clock.between_ms(a, b) for a, b in beside)
+                made = timer.row(whole.name, lambda: full(next(batches)))
+                beside = spans[-timer.steps * timer.repeats :]
+                made.more["step_ms"] = statistics.median(timer.between_ms(a, b) for a, b in beside)
                 left.remove(whole)
                 self._add(made)
 

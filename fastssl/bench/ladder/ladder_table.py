@@ -27,7 +27,7 @@ def show(
     from fastssl.bench.ladder.kernel_times import told as kinds_told
     from fastssl.bench.ladder.verdict import RUNGS
 
-    resolved, clock, top = ladder.resolved, ladder.clock, ladder.top
+    resolved, timer, top = ladder.resolved, ladder.timer, ladder.top
     cfg = resolved.config
     chunks = f" in chunks of {facts['chunk']}" if facts["chunk"] < cfg.train.batch else ""
     kind = f"{facts['dtype']}{', compiled' if facts['compiled'] else ', eager'}"
@@ -43,7 +43,7 @@ def show(
     show_failures(console, ladder.rows.values())
     say(
         console,
-        f"{where['gpu'] or where['cpu']}, {where['cores']} cores{busy(where)}; median of {clock.repeats} x {clock.steps} steps "
+        f"{where['gpu'] or where['cpu']}, {where['cores']} cores{busy(where)}; median of {timer.repeats} x {timer.steps} steps "
         f"after warm-up. MFU: of {top.tflops:,.3g} TFLOP/s ({top.source}), a backward pass counted as two forwards, "
         f"without what is recomputed. TB/s: bytes that operations read and write, each by itself, of {top.tb_per_s:.3g} "
         f"({top.source}); fused ones move less. GB: {'GPU peak' if where['gpu'] else 'process'}.",

@@ -19,16 +19,16 @@ from fastssl.pretraining.build import build_method
 from fastssl.pretraining.run_config import Resolved
 
 if TYPE_CHECKING:
-    from fastssl.bench.clock import Clock
+    from fastssl.bench.step_timer import StepTimer
 
 STEP_PEERS = (MOCO_V3, TODAY, LIGHTLY)
 GROUPS = {"plain": (MOCO_V3, TODAY), "lightly": (LIGHTLY,)}
 """The steps of each group of `--rows`."""
 
 
-def peer_rows(resolved: Resolved, clock: Clock, groups: Iterable[str]) -> dict[str, Callable[[], Row]]:
+def peer_rows(resolved: Resolved, timer: StepTimer, groups: Iterable[str]) -> dict[str, Callable[[], Row]]:
     """Return functions that measure each peer of the groups, by its name; goals are judged against MOCO_V3."""
-    half = "fp16 autocast and GradScaler" if clock.device.type == "cuda" else "float32"
+    half = "fp16 autocast and GradScaler" if timer.device.type == "cuda" else "float32"
     plain = f"NCHW, eager, a forward per view, {half}, EMA as a Python loop, two .item() a step"
     update = "multi-tensor LARS (ours)" if resolved.config.optim.name == "lars" else "PyTorch's fastest AdamW"
     notes = {
@@ -48,9 +48,9 @@ def peer_rows(resolved: Resolved, clock: Clock, groups: Iterable[str]) -> dict[s
 
         def row() -> Row:
             try:
-                made = clock.row(name, make(resolved, clock.device, clock.batch), warm_up=2)
+                made = timer.row(name, make(resolved, timer.device, timer.batch), warm_up=2)
             finally:
-                if clock.device.type == "cuda":
+                if timer.device.type == "cuda":
                     torch.cuda.empty_cache()
             made.note = note
             return made

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastssl.bench.clock import Clock
 from fastssl.bench.hardware import bytes_of
 from fastssl.bench.ladder.verdict import STUDENT, TEACHER, UPDATE
 from fastssl.bench.report import Row
+from fastssl.bench.step_timer import StepTimer
 from fastssl.core import schedules
 from fastssl.core.distributed import Dist
 from fastssl.core.optimizers import build_optimizer, set_lr
@@ -161,7 +161,7 @@ def forward_flops(images: list[Tensor], forward: Callable[[list[Tensor]], Any]) 
     return counter.get_total_flops() // len(images[0])
 
 
-def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, Callable[[], Row]]:
+def step_rows(resolved: Resolved, trainee: Trainee, timer: StepTimer) -> dict[str, Callable[[], Row]]:
     """Return functions that measure student, teacher and update by themselves, each on as many images as a chunk has."""
     method, step, chunk = trainee.method, trainee.step, trainee.chunk
     synthetic = _as_loaded(resolved, views(resolved, trainee.device, chunk))
@@ -181,13 +181,13 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, C
 
     def student_row() -> Row:
         with forgetful(method), _given_targets(whole, teacher()):
-            return clock.row(STUDENT, student, batch=chunk)
+            return timer.row(STUDENT, student, batch=chunk)
 
     def teacher_row() -> Row:
         if not method.plan.teacher:
             return Row(TEACHER, error=f"{resolved.method_name} has no teacher")
         with forgetful(method):
-            return clock.row(TEACHER, teacher, batch=chunk)
+            return timer.row(TEACHER, teacher, batch=chunk)
 
     def update_row() -> Row:
         grads = [(p, torch.randn_like(p)) for p in method.parameters() if p.requires_grad]
@@ -198,7 +198,7 @@ def step_rows(resolved: Resolved, trainee: Trainee, clock: Clock) -> dict[str, C
                 parameter.grad = grad
             step.update(method.teacher_momentum(MIDWAY))
 
-        return clock.row(UPDATE, update, batch=trainee.batch)
+        return timer.row(UPDATE, update, batch=trainee.batch)
 
     return {STUDENT: student_row, TEACHER: teacher_row, UPDATE: update_row}
 

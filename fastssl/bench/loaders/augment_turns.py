@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from fastssl.bench.clock import Clock
 from fastssl.bench.guard import Guard
 from fastssl.bench.loaders.augmenters import Augmenter, Decoded, Step, measured_levels
 from fastssl.bench.report import PeakMemory, Row
 from fastssl.bench.screen import say_row
+from fastssl.bench.step_timer import StepTimer
 from fastssl.bench.turns import take_turns
 from pipelines.augment.draws import draw
 from pipelines.previews.engine_fidelity import classify
@@ -106,15 +106,15 @@ class _Turn:
             for _ in range(WARM_UP):
                 began = time.perf_counter()
                 self._step()
-                self._clock(1, None).wait()
+                self._timer(1, None).wait()
                 self._step_s = time.perf_counter() - began
         row.more["peak_memory_bytes"] = memory.taken_bytes
 
     def take(self, console: Any) -> None:
         """Add one measurement."""
-        clock = self._clock(max(1, round(self._seconds / self._step_s)), console)
-        made = clock.row(self.row.name, self._step, warm_up=1)
-        alone = device_ms(self._step, clock) if self._device.type == "cuda" else None
+        timer = self._timer(max(1, round(self._seconds / self._step_s)), console)
+        made = timer.row(self.row.name, self._step, warm_up=1)
+        alone = device_ms(self._step, timer) if self._device.type == "cuda" else None
         for name, figure in {**made.more, "device_ms": alone}.items():
             if name in self._ms and figure is not None:
                 self._ms[name].append(figure)
@@ -124,8 +124,8 @@ class _Turn:
         # The rate comes last, so that Ctrl-C leaves no half of a row.
         self.row.add(made.rates[0], made.cores[0])
 
-    def _clock(self, steps: int, console: Any) -> Clock:
-        return Clock(self._device, self._batch, steps, 1, console)
+    def _timer(self, steps: int, console: Any) -> StepTimer:
+        return StepTimer(self._device, self._batch, steps, 1, console)
 
 
 class _Memory:
@@ -161,30 +161,30 @@ class _Memory:
         self.taken_bytes = max(0, taken)
 
 
-def device_ms(step: Step, clock: Clock) -> float | None:
+def device_ms(step: Step, timer: StepTimer) -> float | None:
     """Return the milliseconds of device work per batch, with all launches queued before it starts: what a step beside it loses.
 
     None for engines that wait for the device, or launch so slowly or so much that the queue runs empty or full.
     """
     sleep = getattr(torch.cuda, "_sleep", None)
-    clock.wait()
+    timer.wait()
     began = time.perf_counter()
     for _ in range(QUEUED):
         step()
     launch_s = time.perf_counter() - began
-    clock.wait()
+    timer.wait()
     if sleep is None or launch_s > LONGEST_LAUNCH_S:
         return None
     # Twice: the first time, pinned memory for so many batches at once has to be allocated.
     for _ in range(2):
         sleep(int(2 * launch_s * CLOCK_HZ))
-        first = clock.mark()
+        first = timer.mark()
         for _ in range(QUEUED):
             step()
         # All launches were queued before the first began.
         asleep = not first.query()
-        last = clock.mark()
-        clock.wait()
+        last = timer.mark()
+        timer.wait()
         if asleep:
-            return clock.between_ms(first, last) / QUEUED
+            return timer.between_ms(first, last) / QUEUED
     return None

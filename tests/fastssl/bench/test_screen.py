@@ -187,7 +187,7 @@ def test_tables_fit_80_columns(kind: str, console, capsys) -> None:
         )
         ladder = SimpleNamespace(
             resolved=SimpleNamespace(method_name="moco_v3", config=config),
-            clock=SimpleNamespace(repeats=3, steps=20),
+            timer=SimpleNamespace(repeats=3, steps=20),
             top=SimpleNamespace(tflops=989.0, tb_per_s=3.35, source="data sheet"),
             rows={name: measured(name) for name in names} | {"augment": absent("augment")},
         )

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl.bench.clock import Clock
 from fastssl.bench.guard import Guard
 from fastssl.bench.ladder import ladder, step_peers, step_rungs
 from fastssl.bench.report import Row
+from fastssl.bench.step_timer import StepTimer
 from fastssl.commands import pretrain_command as command
 from fastssl.core.out_of_memory import bracketed_cause, is_out_of_memory
 from fastssl.pretraining import run as pretraining_run
@@ -107,14 +107,14 @@ def test_bench_says_what_to_do_and_lets_other_failures_through(
 def test_a_peer_s_step_that_fails_is_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    clock = Clock(torch.device("cpu"), 6, 1, 1, Console(quiet=True))
-    guard = Guard(clock.device, "a batch of 6 does not fit in the memory of the device")
+    timer = StepTimer(torch.device("cpu"), 6, 1, 1, Console(quiet=True))
+    guard = Guard(timer.device, "a batch of 6 does not fit in the memory of the device")
     resolved = load(None, ["--train.device", "cpu", "--train.batch", "6"])
     monkeypatch.setattr(step_peers, "moco_v3_step", raising(LACKS[4]))
     monkeypatch.setattr(step_peers, "todays_step", raising(OTHERS[4]))
     monkeypatch.setattr(step_peers, "lightly_step", raising(ImportError("no lightly")))
     rows = []
-    for name, measure in step_peers.peer_rows(resolved, clock, ("plain", "lightly")).items():
+    for name, measure in step_peers.peer_rows(resolved, timer, ("plain", "lightly")).items():
         rows.append(Row(name))
         assert guard.run(rows[-1:], measure) is None
     memory, other, absent = (row.error for row in rows)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.commands.evaluate_checkpoint import evaluate_knn
-from fastssl.core.distributed import Dist, mean_over_ranks
+from fastssl.core.distributed import Dist
 from fastssl.core.optimizers import OptimConfig, build_optimizer, set_lr, set_schedules, trained_groups
 from fastssl.core.schedules import Clock
 from fastssl.methods.dino import DINO, DINOConfig, DINOHead
@@ -30,7 +30,7 @@ from pipelines.loading.loader import Loader
 from shards.errors import UserError
 from tests.fastssl.methods.test_dino import SMALL, make_dino, make_views
 from tests.fastssl.pretraining.test_resume import resume_after_crashes
-from tests.fastssl.pretraining.test_step import CPU, in_float64, largest_difference
+from tests.fastssl.pretraining.test_step import CPU, in_float64, largest_difference, take_steps
 from tests.fastssl.runs import STEPS, assert_same_end, newest, rows, tiny, write_yaml
 from tests.gloo import run_ranks
 from tests.needs import module
@@ -249,15 +249,9 @@ def test_twelve_steps_equal_a_plain_loop_around_lightly_s_head_and_loss(
 
 
 def _train(method: DINO, step: Step, views_of: list[list[Tensor]]) -> dict:
-    """Two steps, the last layer frozen in the first: gradients, metrics, and the state at the end."""
+    """Two steps, the last layer frozen in the first."""
     set_lr(step.optimizer, 0.1)
-    grads, metrics = [], []
-    for number, views in enumerate(views_of):
-        found = step.gradients(views, Clock(number, 2, 1))
-        grads.append({n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None})
-        metrics.append({name: value.item() for name, value in mean_over_ranks(found).items()})
-        step.update(0.5)
-    return {"grads": grads, "metrics": metrics, "state": method.state_dict()}
+    return take_steps(method, step, views_of)
 
 
 def _rank_steps(here: Dist, exact_heads: bool) -> dict:

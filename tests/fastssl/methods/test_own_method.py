@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastssl import evaluate_knn
 from fastssl.cli import main
 from fastssl.core import checkpoint
 from fastssl.methods import get_method
@@ -185,14 +186,23 @@ def test_a_module_in_a_package_will_do(simsiam: Path) -> None:
     assert get_method("ours.methods_of_mine:SimSiam").__name__ == "SimSiam"
 
 
-def test_a_checkpoint_whose_module_is_gone_says_so(simsiam: Path, shards: Path, told) -> None:
+def test_a_checkpoint_is_evaluated_without_its_module_and_continued_only_with_it(
+    simsiam: Path, shards: Path, told
+) -> None:
     one_epoch = ["--train.epochs", "1", "--method", NAME, "--method.dim", "16"]
     assert main(["pretrain", str(configuration(shards, simsiam, "run")), *one_epoch]) == 0
     assert checkpoint.list_checkpoints(simsiam / "run")
+    with_module = evaluate_knn("run", shards, device="cpu")
     (simsiam / "simsiam_of_mine.py").unlink()
     forget("simsiam_of_mine")
     importlib.invalidate_caches()
-    said = told("eval", "knn", "run", "--shards", str(shards), "--device", "cpu")
+    assert evaluate_knn("run", shards, device="cpu") == with_module
+    assert [row["features"] for row in with_module["rows"]] == [
+        f"resnet10_w32, pretrained {STEPS} steps",
+        "resnet10_w32, untrained",
+        "raw pixels",
+    ]
+    said = told("pretrain", "run/config.yaml", "--resume")
     assert said.startswith(
         "The method's module 'simsiam_of_mine' cannot be imported (ModuleNotFoundError: "
         "No module named 'simsiam_of_mine'): it must lie in the current folder or be installed."

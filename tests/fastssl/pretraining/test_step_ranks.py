@@ -5,14 +5,13 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.core.distributed import (
     Dist,
     LargestOverRanks,
     alone,
-    mean_over_ranks,
     smallest_over_ranks,
     world,
 )
@@ -20,23 +19,12 @@ from fastssl.methods import MoCoV3
 from fastssl.methods.moco_v3 import MoCoV3Config as Config
 from fastssl.pretraining.build import freeze_unused, spread
 from fastssl.pretraining.step import DDPWrapper, Step, StepOptions
-from tests.fastssl.pretraining.test_step import CPU, largest_difference, make_step, without_norms
+from tests.fastssl.pretraining.test_step import CPU, largest_difference, make_step, take_steps, without_norms
 from tests.fastssl.tiny import Plain, make_method, make_views
 from tests.gloo import run_ranks
 
 SHARE = 5  # images of a rank: chunks of 3 make 2 and 3
 NUM_STEPS = 2
-
-
-def train(method: MoCoV3, step: Step, views_of: list[list[Tensor]]) -> dict:
-    """Two steps; gradients and metrics of each, and the state afterwards."""
-    grads, metrics = [], []
-    for views in views_of:
-        found = step.gradients(views)
-        grads.append({n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None})
-        metrics.append({name: value.item() for name, value in mean_over_ranks(found).items()})
-        step.update(0.5)
-    return {"grads": grads, "metrics": metrics, "state": method.state_dict()}
 
 
 def new_method(num: int) -> MoCoV3:
@@ -53,7 +41,7 @@ def _rank_steps(here: Dist, exact_heads: bool) -> dict:
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
     step = Step(method, model, optimizer, CPU, options=StepOptions(3, exact_heads))
     targets = method.targets(method.teacher_features(views_of[0]))
-    return {"targets": (targets.first, targets.second), **train(method, step, views_of)}
+    return {"targets": (targets.first, targets.second), **take_steps(method, step, views_of)}
 
 
 @pytest.mark.parametrize(("num_ranks", "exact_heads"), [(2, False), (2, True), (4, False)])
@@ -65,7 +53,7 @@ def test_chunks_on_several_ranks_equal_one_process_on_the_whole_batch(
     alone = new_method(num)
     views_of = [make_views(num, seed=step) for step in range(NUM_STEPS)]
     expected_targets = alone.targets(alone.teacher_features(views_of[0]))
-    expected = train(alone, make_step(alone), views_of)
+    expected = take_steps(alone, make_step(alone), views_of)
     for rank in found:
         for one, other in zip(rank["targets"], expected_targets[:2], strict=True):
             torch.testing.assert_close(one, other)  # in rank order

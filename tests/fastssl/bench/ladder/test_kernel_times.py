@@ -4,8 +4,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastssl.bench.clock import Clock
 from fastssl.bench.ladder.kernel_times import kind_of, profiled_row, told
+from fastssl.bench.step_timer import StepTimer
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,9 @@ def test_the_products_of_a_step_are_found_and_counted() -> None:
         torch.mm(a, a)
         torch.mm(a, a)
 
-    row = profiled_row("profiled", step, Clock(torch.device("cpu"), 8, 1, 1, Console(quiet=True)), steps=4)
+    row = profiled_row(
+        "profiled", step, StepTimer(torch.device("cpu"), 8, 1, 1, Console(quiet=True)), steps=4
+    )
     products = [kernel for kernel in row.more["kernels"] if kernel[0] == "aten::mm"]
     assert products[0][1] == 2
     assert row.more["kinds_ms"]["matrix products"] == pytest.approx(products[0][2])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl.bench import bench_command, clock, hardware
+from fastssl.bench import bench_command, hardware, step_timer
 from fastssl.bench.ladder import data_rungs, ladder_rows, step_peers, step_rungs, verdict
 from fastssl.bench.ladder.verdict import Switches, judge
 from fastssl.bench.report import Row
@@ -303,7 +303,7 @@ def test_ema_loop_does_what_ours_does():
 
 
 def test_percentiles():
-    assert [clock.percentile([3.0, 1.0, 2.0, 4.0], p) for p in (0, 25, 50, 95, 100)] == [1, 1, 2, 4, 4]
+    assert [step_timer.percentile([3.0, 1.0, 2.0, 4.0], p) for p in (0, 25, 50, 95, 100)] == [1, 1, 2, 4, 4]
 
 
 # ------------------------------------------------------------------------------------------------------- command

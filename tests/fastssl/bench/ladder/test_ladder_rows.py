@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fastssl.bench import bench_command, hardware
-from fastssl.bench.clock import Clock
 from fastssl.bench.guard import Guard
 from fastssl.bench.ladder import data_rungs, ladder_rows, step_peers, step_rungs, verdict
 from fastssl.bench.ladder.verdict import Switches, judge
 from fastssl.bench.report import Row
+from fastssl.bench.step_timer import StepTimer
 from fastssl.pretraining import run_config
 from pipelines.loading import loader as loader_module
 from shards.errors import UserError
@@ -27,9 +27,9 @@ def config_file(tmp_path: Path) -> str:
     return str(tmp_path / "run.yaml")
 
 
-def climb(resolved: run_config.Resolved, clock: Clock, save=lambda ladder: None) -> ladder_rows.Ladder:
-    guard, top = Guard(clock.device, "it does not fit"), hardware.Peak(1.0, 1.0, "measured")
-    return ladder_rows.Ladder(resolved, step_rungs.build(resolved, clock.device), clock, guard, top, save)
+def climb(resolved: run_config.Resolved, timer: StepTimer, save=lambda ladder: None) -> ladder_rows.Ladder:
+    guard, top = Guard(timer.device, "it does not fit"), hardware.Peak(1.0, 1.0, "measured")
+    return ladder_rows.Ladder(resolved, step_rungs.build(resolved, timer.device), timer, guard, top, save)
 
 
 def test_ratio_of_the_compiled_step(config_file, monkeypatch):
@@ -40,31 +40,31 @@ def test_ratio_of_the_compiled_step(config_file, monkeypatch):
     calls = []
     monkeypatch.setattr(ladder_rows, "has_compiler", lambda device: True)
     monkeypatch.setattr(ladder_rows, "compile_blocks", lambda method, device: calls.append(1) or True)
-    clock = Clock(device, 4, 1, 1, Console(quiet=True))
-    found = climb(resolved, clock)
+    timer = StepTimer(device, 4, 1, 1, Console(quiet=True))
+    found = climb(resolved, timer)
     assert calls == []
     found.measure(["full", "compile"])
     assert calls == [1]
     assert found.rows[ladder_rows.COMPILED].ratio_to == verdict.FULL
     assert not found.compiled
     compiled = run_config.load(config_file, [*STEP[:-4], "--train.compile", "True"])
-    found = climb(compiled, clock)
+    found = climb(compiled, timer)
     assert calls == [1, 1]
     found.measure(["full", "compile"])
     assert found.rows[verdict.FULL].ratio_to == ladder_rows.EAGER
     assert found.compiled
 
 
-def clock_of(steps: int = 1, device: str = "cpu") -> Clock:
+def timer_of(steps: int = 1, device: str = "cpu") -> StepTimer:
     from rich.console import Console
 
-    return Clock(torch.device(device), 4, steps, 1, Console(quiet=True))
+    return StepTimer(torch.device(device), 4, steps, 1, Console(quiet=True))
 
 
 def test_a_row_that_fails_is_told_and_the_others_go_on(config_file, monkeypatch, capsys):
     resolved = run_config.load(config_file, list(STEP[:-4]))
     kept: list[list[str]] = []
-    made = climb(resolved, clock_of(), lambda ladder: kept.append(list(ladder.rows)))
+    made = climb(resolved, timer_of(), lambda ladder: kept.append(list(ladder.rows)))
 
     def fail(views):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")

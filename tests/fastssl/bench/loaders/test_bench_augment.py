@@ -211,11 +211,11 @@ def test_device_time_is_not_told_where_the_host_could_not_launch_ahead(monkeypat
     slept = []
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append, raising=False)
     ready = SimpleNamespace(query=lambda: True)
-    clock = SimpleNamespace(wait=lambda: None, mark=lambda: ready, between_ms=lambda a, b: 10.0)
-    assert augment_turns.device_ms(lambda: [], clock) is None
+    timer = SimpleNamespace(wait=lambda: None, mark=lambda: ready, between_ms=lambda a, b: 10.0)
+    assert augment_turns.device_ms(lambda: [], timer) is None
     assert len(slept) == 2
     ready.query = lambda: False
-    assert augment_turns.device_ms(lambda: [], clock) == 10.0 / augment_turns.QUEUED
+    assert augment_turns.device_ms(lambda: [], timer) == 10.0 / augment_turns.QUEUED
 
 
 @pytest.mark.parametrize(

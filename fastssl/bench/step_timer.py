@@ -1,4 +1,4 @@
-"""Timing work on a device: the clock of the ladder and of `bench augment`, the best of some runs, and the memory in use."""
+"""Timing work on a device: the timer of the ladder and of `bench augment`, the best of some runs, and the memory in use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from fastssl.bench.report import Row, Stopwatch
 
 
-class Clock:
+class StepTimer:
     """Time a function that does one step: warm-up, then `repeats` measurements of `steps` steps each."""
 
     def __init__(self, device: torch.device, batch: int, steps: int, repeats: int, console: Console):
@@ -29,7 +29,7 @@ class Clock:
         Steps are timed between CUDA events on a GPU, so that the host does not wait.
 
         Args:
-            batch: images of one `step`, where that is not the clock's batch.
+            batch: images of one `step`, where that is not the timer's batch.
             warm_up: calls before the measurement: compiling, cuDNN's choice of algorithms, the allocator's first blocks.
         """
         row, times_ms = Row(name), []
