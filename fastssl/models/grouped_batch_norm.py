@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ class GroupedBatchNorm(_BatchNorm):
     mean and biased variance, as F.batch_norm does it for them alone. With several views (see `views_in_pass`) the rows come sample by
     sample: sample 0 view 0, sample 0 view 1, sample 1 view 0, ... In evaluation it is BatchNorm.
 
+    With `dealt` D above 1, the samples of D neighbouring groups are dealt among them like cards: group i of them has samples i, i + D,
+    i + 2 D, ... So a teacher's groups hold other samples than its student's, and shared statistics do not give the right pair away
+    (shuffled BatchNorm, arXiv 1911.05722, section 3.3). N is then a multiple of rows * views * D.
+
     Running statistics do not move in a forward. Means and unbiased variances are averaged over the groups of every forward since the
     last `commit_statistics`, which moves the running statistics by that average, once a step. Without a commit the average takes in
     ever more groups, in the same few buffers, which are no part of the state dict. `frozen_statistics` keeps a forward out of it.
@@ -34,6 +38,8 @@ class GroupedBatchNorm(_BatchNorm):
 
     rows: int
     """Samples of a group."""
+    dealt: int
+    """Neighbouring groups among which samples are dealt; 1: none."""
     views: int
     """Views of each sample that a forward holds. A Python number, so that compiled code needs no value from the device."""
     group_statistics: Tensor | None
@@ -48,14 +54,19 @@ class GroupedBatchNorm(_BatchNorm):
         size = self.rows * self.views
         # Not divmod, which the compiler refuses for sizes that vary.
         num_groups = input.shape[0] // size
-        if input.shape[0] % size:
+        if input.shape[0] % (size * self.dealt):
             views = "" if self.views == 1 else f" ({self.rows} samples x {self.views} views)"
+            dealt = "" if self.dealt == 1 else f" and are dealt by {self.dealt}"
             raise UserError(
-                f"BatchNorm received {input.shape[0]} rows, but its groups have {size}{views}: let every process and every chunk take "
-                f"a multiple of {self.rows} samples (train.batch, train.micro_batch), or choose another model.bn_group."
+                f"BatchNorm received {input.shape[0]} rows, but its groups have {size}{views}{dealt}: let every process and every "
+                f"chunk take a multiple of {self.rows * self.dealt} samples (train.batch, train.micro_batch), or choose another "
+                "model.bn_group."
             )
+        channels_last = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
         normalise = _at_once if num_groups > 1 and torch.compiler.is_compiling() else _one_by_one
         output, statistics = normalise(self, input, size)
+        if self.dealt > 1 and channels_last:
+            output = output.contiguous(memory_format=torch.channels_last)
         if self.tracks and statistics is not None:
             assert self.group_statistics is not None
             assert self.num_groups is not None
@@ -105,13 +116,33 @@ def _one_by_one(norm: GroupedBatchNorm, rows: Tensor, size: int) -> tuple[Tensor
     if norm.running_mean is not None:
         statistics = norm.running_mean.new_zeros(2, norm.num_features)
         mean, var = statistics.unbind()
-    groups = rows.split(size) if len(rows) > size else [rows]
+    dealt = norm.dealt > 1
+    groups = (
+        _deal(norm, rows).flatten(0, 1).unbind()
+        if dealt
+        else rows.split(size)
+        if len(rows) > size
+        else [rows]
+    )
     # With momentum 1 / number, F.batch_norm itself leaves the average over the groups so far in mean and var.
     outputs = [
         functional.batch_norm(group, mean, var, norm.weight, norm.bias, True, 1 / number, norm.eps)
         for number, group in enumerate(groups, start=1)
     ]
+    if dealt:
+        return _gather(norm, torch.stack(outputs).unflatten(0, (-1, norm.dealt))), statistics
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), statistics
+
+
+def _deal(norm: GroupedBatchNorm, rows: Tensor) -> Tensor:
+    """Return the rows (N, C, ...) by block and group: (N / (size D), D, size, C, ...), where size = rows * views and D is `dealt`."""
+    blocks = rows.unflatten(0, (-1, norm.rows, norm.dealt, norm.views))
+    return blocks.transpose(1, 2).flatten(2, 3)
+
+
+def _gather(norm: GroupedBatchNorm, groups: Tensor) -> Tensor:
+    """Return what `_deal` has dealt in its first order, (N, C, ...)."""
+    return groups.unflatten(2, (norm.rows, norm.views)).transpose(1, 2).flatten(0, 3)
 
 
 def _at_once(norm: GroupedBatchNorm, rows: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
@@ -120,6 +151,8 @@ def _at_once(norm: GroupedBatchNorm, rows: Tensor, size: int) -> tuple[Tensor, T
     The compiler fuses it like one BatchNorm, and its graph does not grow with the number of groups. Without it this is slow.
     """
     values = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    if norm.dealt > 1:
+        values = _deal(norm, values).flatten(0, 2)
     groups = values.unflatten(0, (-1, size))
     var, mean = torch.var_mean(groups, (1, *range(3, groups.ndim)), correction=0)  # (groups, C)
 
@@ -135,6 +168,8 @@ def _at_once(norm: GroupedBatchNorm, rows: Tensor, size: int) -> tuple[Tensor, T
         output = output + norm.bias.view(-1, *ones)
     num = groups[0, :, 0].numel()
     statistics = torch.stack([mean.mean(0), var.mean(0) * (num / (num - 1))]).detach()
+    if norm.dealt > 1:
+        output = _gather(norm, output.unflatten(0, (-1, norm.dealt, size)))
     return output.to(rows.dtype), statistics
 
 
@@ -177,7 +212,20 @@ def group_batch_norm(module: nn.Module, rows: int) -> None:
             for name, shape in (("group_statistics", (2, layer.num_features)), ("num_groups", ())):
                 buffer = None if mean is None else mean.new_zeros(shape)
                 layer.register_buffer(name, buffer, persistent=False)
-        layer.rows, layer.views = rows, 1
+        layer.rows, layer.views, layer.dealt = rows, 1, 1
+
+
+def deal_groups(module: nn.Module, among: int, but: Iterable[nn.Module] = ()) -> int:
+    """Deal the samples of every `among` neighbouring groups in the layers of `module`, those inside `but` excepted.
+
+    Returns:
+        The number of layers that deal.
+    """
+    kept = {id(layer) for part in but for layer in part.modules()}
+    layers = [layer for layer in _layers(module) if id(layer) not in kept]
+    for layer in layers:
+        layer.dealt = among
+    return len(layers)
 
 
 def _layers(module: nn.Module) -> list[GroupedBatchNorm]:

@@ -33,6 +33,9 @@ class ModelConfig:
     bn_group: int = 0
     """Images that share the statistics of each BatchNorm in training: neighbours in the batch, such as 32. The result is then the same
     in any number of chunks (train.micro_batch) and processes. 0: those of a chunk or, without chunks, of all GPUs together."""
+    bn_shuffle: int = 0
+    """Neighbouring groups of model.bn_group among which a teacher's images are dealt, such as 8: its BatchNorm then has other images
+    in a group than the student's, as MoCo's shuffled BatchNorm over 8 GPUs, on any number of them. 0: the student's groups."""
     stem_stride: Literal[1, 2, 4] = 4
     """ResNets: factor by which the stem reduces the resolution. 4 is the published stem; 2 or 1, for small images, is a 3x3
     convolution of that stride without max-pooling (1: SimCLR, arXiv 2002.05709, appendix B.9)."""
@@ -43,8 +46,21 @@ class ModelConfig:
                 raise UserError(f"model.{name} is {getattr(self, name)} but must be 1 or more.")
         if self.bn_group < 0 or self.bn_group == 1:
             raise UserError(f"model.bn_group is {self.bn_group} but must be 0 (no groups) or at least 2.")
+        if self.bn_shuffle < 0 or self.bn_shuffle == 1:
+            raise UserError(
+                f"model.bn_shuffle is {self.bn_shuffle} but must be 0 (no shuffling) or at least 2."
+            )
+        if self.bn_shuffle and not self.bn_group:
+            raise UserError(
+                f"model.bn_shuffle is {self.bn_shuffle}, but there are no groups to deal images among: set --model.bn-group N too."
+            )
         if not 0 <= self.drop_path < 1:
             raise UserError(f"model.drop_path is {self.drop_path:g} but must be at least 0 and less than 1.")
+
+    @property
+    def bn_block(self) -> int:
+        """The number of neighbouring images that BatchNorm needs at once: those of the groups that are dealt, of a group, or 1."""
+        return max(1, self.bn_group) * max(1, self.bn_shuffle)
 
 
 def architecture(backbone: nn.Module, cfg: ModelConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fastssl.methods.method_weights import freeze_external
 from fastssl.models.activation_checkpointing import checkpoint_blocks
 from fastssl.models.backbones import build_backbone
 from fastssl.models.batch_norm import frozen_statistics
-from fastssl.models.grouped_batch_norm import GroupedBatchNorm, group_batch_norm
+from fastssl.models.grouped_batch_norm import GroupedBatchNorm, deal_groups, group_batch_norm
 from fastssl.models.model_config import ModelConfig, architecture
 from fastssl.pretraining.step import DDPWrapper, depends_on_chunk
 from pipelines.augment.channels import fit_recipe
@@ -106,6 +106,11 @@ def build_method(resolved: Resolved, device: torch.device) -> tuple[Method, dict
     freeze_external(method)
     if cfg.model.bn_group:
         group_batch_norm(method, cfg.model.bn_group)
+        student = (method.backbone, *method.heads())
+        if cfg.model.bn_shuffle and not deal_groups(method, cfg.model.bn_shuffle, but=student):
+            raise UserError(
+                f"model.bn_shuffle is {cfg.model.bn_shuffle}, but {resolved.method_name} has no teacher with BatchNorm: leave it out."
+            )
     # The teacher keeps no activations, so it has nothing to recompute.
     checkpoint_blocks(backbone, cfg.train.checkpointing, cfg.model.backbone)
     if cfg.train.channels_last:
@@ -115,19 +120,24 @@ def build_method(resolved: Resolved, device: torch.device) -> tuple[Method, dict
 
 def check_groups(cfg: RunConfig, world: int) -> None:
     """Raise UserError where a process's images, or those of a chunk, are not whole groups of BatchNorm."""
-    group, batch, micro_batch = cfg.model.bn_group, cfg.train.batch, cfg.train.micro_batch
-    if not group:
+    block, batch, micro_batch = cfg.model.bn_block, cfg.train.batch, cfg.train.micro_batch
+    if not cfg.model.bn_group:
         return
-    if batch % (group * world):
-        near = max(1, round(batch / (group * world))) * group * world
+    dealt = (
+        f" and model.bn_shuffle {cfg.model.bn_shuffle}, together {block} images"
+        if cfg.model.bn_shuffle
+        else ""
+    )
+    if batch % (block * world):
+        near = max(1, round(batch / (block * world))) * block * world
         raise UserError(
-            f"model.bn_group is {group}, but train.batch {batch} gives {batch / world:g} images to each of {world} processes, not "
-            f"whole groups: set --train.batch {near}, or another --model.bn-group."
+            f"model.bn_group is {cfg.model.bn_group}{dealt}, but train.batch {batch} gives {batch / world:g} images to each of "
+            f"{world} processes, not whole groups: set --train.batch {near}, or another --model.bn-group."
         )
-    if micro_batch != "auto" and 0 < micro_batch < group:
+    if micro_batch != "auto" and 0 < micro_batch < block:
         raise UserError(
-            f"model.bn_group is {group}, but train.micro_batch {micro_batch} is smaller than a group: set --train.micro-batch {group} "
-            "or more."
+            f"model.bn_group is {cfg.model.bn_group}{dealt}, but train.micro_batch {micro_batch} is smaller than a group: set "
+            f"--train.micro-batch {block} or more."
         )
 
 

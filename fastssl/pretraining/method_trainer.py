@@ -97,7 +97,7 @@ class MethodTrainer(Trainer):
         self.groups = trained_groups(self.method.param_groups())
         self.optimizer = build_optimizer(self.groups, cfg.optim)
         micro_batch = choose_micro_batch(train.micro_batch, self.method, resolved, ranks, self.dtype, shards)
-        group = max(1, cfg.model.bn_group)
+        group = cfg.model.bn_block
         self.num_chunks = len(chunks(train.batch // ranks.world, micro_batch, group))
         self.cached = caches_gradients(self.method, train.exact_heads)
         """Whether the heads see the whole batch where it is taken in chunks."""

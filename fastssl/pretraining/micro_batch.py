@@ -48,7 +48,7 @@ def trial_step(
         tuple(view_shapes(cfg.recipe)),
         train.batch // ranks.world,
         ranks.world,
-        StepOptions(micro_batch, train.exact_heads, train.clip_grad, group=max(1, cfg.model.bn_group)),
+        StepOptions(micro_batch, train.exact_heads, train.clip_grad, group=cfg.model.bn_block),
         gpu_views,
     )
 
@@ -86,7 +86,7 @@ def choose_micro_batch(
     )
     if not 0 < found < share:
         return 0
-    group = max(1, resolved.config.model.bn_group)
+    group = resolved.config.model.bn_block
     sizes = sorted({part.stop - part.start for part in chunks(share, found, group)})
     if train.compile and len(sizes) > 1 and ranks.is_main:
         warnings.warn(

@@ -184,7 +184,7 @@ def replay(args: Replay) -> list[str]:
             optimizer,
             place,
             dtype,
-            StepOptions(micro_batch=chunk, exact_heads=train.exact_heads, group=max(1, cfg.model.bn_group)),
+            StepOptions(micro_batch=chunk, exact_heads=train.exact_heads, group=cfg.model.bn_block),
         )
         trace = Trace(method)
         clock = Clock(step - 1, loader.steps_per_epoch * train.epochs, loader.steps_per_epoch)

@@ -81,7 +81,7 @@ def build(resolved: Resolved, device: torch.device) -> Trainee:
     shards = resolved.config.data.open() if resolved.config.data.shards else None
     alone = Dist(0, 1, 0, device)
     chunk = choose_micro_batch(train.micro_batch, method, resolved, alone, dtype, shards)
-    group = max(1, resolved.config.model.bn_group)
+    group = resolved.config.model.bn_block
     options = StepOptions(chunk, train.exact_heads, train.clip_grad, group=group)
     step = Step(method, DDPWrapper(method), optimizer, device, dtype, options)
     fill_queues(method)

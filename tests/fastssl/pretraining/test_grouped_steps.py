@@ -10,10 +10,15 @@ from torch import Tensor
 from fastssl.core.distributed import Dist
 from fastssl.methods import MoCoV3, ViewPlan
 from fastssl.methods.moco_v3 import MoCoV3Config
-from fastssl.models.grouped_batch_norm import average_statistics, group_batch_norm
+from fastssl.models.grouped_batch_norm import (
+    GroupedBatchNorm,
+    average_statistics,
+    deal_groups,
+    group_batch_norm,
+)
 from fastssl.models.model_config import ModelConfig
 from fastssl.pretraining import run_config
-from fastssl.pretraining.build import check_groups, spread
+from fastssl.pretraining.build import build_method, check_groups, spread
 from fastssl.pretraining.step import Step, StepOptions, chunks, tell_chunks
 from shards.errors import UserError
 from tests.fastssl.pretraining.test_step import CPU, in_float64, largest_difference, make_step
@@ -31,11 +36,11 @@ def grouped(together: bool) -> MoCoV3:
 
 
 def stepped(
-    method: MoCoV3, views: list[Tensor], **options: Any
+    method: MoCoV3, views: list[Tensor], group: int = GROUP, **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients of a step on a copy of the method, and its buffers after the step."""
     method = copy.deepcopy(method)
-    step = make_step(method, group=GROUP, **options)
+    step = make_step(method, group=group, **options)
     step.gradients(views)
     grads = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
     step.update(1.0)
@@ -116,6 +121,58 @@ def test_two_ranks_are_one_process(micro_batch: int) -> None:
     for rank in found:
         for name, value in expected.items():
             torch.testing.assert_close(rank[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_teacher_s_dealt_groups_are_exact_in_chunks_and_other_than_its_student_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_float64(monkeypatch)
+    views, among = [view.double() for view in make_views(6 * GROUP)], 3
+    neighbours = grouped(together=False).double()
+    dealt = copy.deepcopy(neighbours)
+    layers = deal_groups(dealt, among, but=(dealt.backbone, *dealt.heads()))
+    assert 0 < layers < sum(isinstance(module, GroupedBatchNorm) for module in dealt.modules())
+    block = among * GROUP
+    whole, buffers = stepped(dealt, views, block)
+    found, after = stepped(dealt, views, block, micro_batch=block)
+    assert len(chunks(len(views[0]), block, block)) == 2
+    assert largest_difference(found, whole) < 1e-10
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(after[name], buffer, rtol=1e-10, atol=1e-12, msg=name)
+    assert largest_difference(stepped(neighbours, views)[0], whole) > 1e-4
+    # The student's own features stay those of neighbours.
+    for one, other in zip(dealt.student_features(views), neighbours.student_features(views), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert not torch.allclose(dealt.teacher_features(views)[0], neighbours.teacher_features(views)[0])
+
+
+def test_a_configuration_deals_the_teacher_s_groups() -> None:
+    def build(**flags: Any) -> list[int]:
+        small = {"model.backbone": "resnet10_w32", "recipe.size": 16, "train.batch": 32, "model.bn_group": 4}
+        resolved = run_config.load_config(None, small | flags)
+        check_groups(resolved.config, 1)
+        method, _ = build_method(resolved, CPU)
+        return sorted({m.dealt for m in method.modules() if isinstance(m, GroupedBatchNorm)})
+
+    assert build() == [1]
+    assert build(**{"model.bn_shuffle": 8}) == [1, 8]
+    with pytest.raises(
+        UserError,
+        match=r"bn_group is 4 and model.bn_shuffle 3, together 12 images, but .*set --train.batch 36",
+    ):
+        build(**{"model.bn_shuffle": 3})
+    with pytest.raises(
+        UserError, match=r"bn_shuffle 4, together 16 images, but train.micro_batch 8 is smaller than a group"
+    ):
+        build(**{"model.bn_shuffle": 4, "train.micro_batch": 8})
+    with pytest.raises(
+        UserError, match="bn_shuffle is 2, but simclr has no teacher with BatchNorm: leave it out"
+    ):
+        build(**{"model.bn_shuffle": 2, "method.name": "simclr"})
+    with pytest.raises(UserError, match="bn_shuffle is 2, but there are no groups to deal images among"):
+        ModelConfig(bn_shuffle=2)
+    with pytest.raises(UserError, match="bn_shuffle is 1 but"):
+        ModelConfig(bn_shuffle=1, bn_group=4)
 
 
 def test_groups_are_said_to_be_exact() -> None:
