@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from rich.console import Console
 
     from shards.format.layout import Manifest
+    from shards.sources.source import Source
     from shards.storage.place import Place
 
 _SHOWN_REASONS = 5
@@ -123,7 +124,7 @@ def shard(args: Shard) -> None:
         found = f"{plural(manifest.num_samples, source.noun)} in {plural(len(manifest.shards), 'shard')}"
         print_wrapped(console, f"{args.dest} is complete: {found}. Nothing to do.")
     else:
-        _print_summary(console, dest, manifest, source.noun, screen.num_converted, time.monotonic() - start_s)
+        _print_summary(console, dest, manifest, source, screen.num_converted, time.monotonic() - start_s)
         if args.append and dest.exists(SPLITS):
             again = f"`fastssl split {shlex.quote(args.dest)} ... --overwrite` divides all of them."
             print_wrapped(console, f"The new images are in no split yet: {again}")
@@ -133,13 +134,14 @@ def shard(args: Shard) -> None:
 
 
 def _print_summary(
-    console: Console, dest: Place, manifest: Manifest, noun: str, num_converted: int, duration_s: float
+    console: Console, dest: Place, manifest: Manifest, source: Source, num_converted: int, duration_s: float
 ) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from shards.format import layout
 
+    noun = source.noun
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
@@ -158,6 +160,8 @@ def _print_summary(
     table.add_row("quarantined", f"{manifest.num_quarantined:,}" if manifest.num_quarantined else "none")
     for reason, count in reasons(dest).most_common(_SHOWN_REASONS):
         table.add_row("", Text(f"{count:,}: {reason}"))
+    if left_out := source.left_out():
+        table.add_row("left out", Text(left_out))
     speed = f", {num_converted / max(duration_s, 1e-9):,.0f} {noun}s/s" if num_converted else ""
     table.add_row("time", f"{duration_s:,.1f} s{speed}")
     # Paths stand outside of the table, which would cut them.

@@ -36,14 +36,15 @@ from shards.images.pixels import (
     write_npy,
 )
 from shards.images.png import check_png, png_colour, png_depth
+from shards.images.pnm import deep_pnm
 from shards.images.policy import Policy
 from shards.images.tiff import TIFF_MAGIC, TiffHeader, tiff_header
 
 # No format that runs an interpreter (EPS) or hides several images; the content decides, not the file's name.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _EXT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _STORE = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
-_SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",)}
+_SUFFIXES = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png",), "WEBP": (".webp",)}
 _ALPHA_REFUSED = "has an alpha channel, which the policy refuses"
 _ALPHA_WORDS = {"white": "alpha on white", "black": "alpha on black", "drop": "alpha dropped"}
 _DEFAULT = Policy()
@@ -143,6 +144,10 @@ def _prove_opened(image: Image.Image, data: bytes, name: str, policy: Policy) ->
     check_size(*image.size, policy)
     tiff = tiff_header(data) if kind == "TIFF" else None
     reasons = _check_frames(image, kind, tiff, policy)
+    if kind == "PPM":
+        deep = np.asarray(image)[:, :, None] if image.mode == "F" else deep_pnm(data)
+        if deep is not None:
+            return _finish(deep, policy, reasons, image.size, 0)
     if (tiff and not tiff.plain) or (kind == "PNG" and png_depth(data) > 8):
         return _prove_deep(data, image, tiff, reasons, policy)
     file_size = image.size

@@ -43,14 +43,16 @@ class BandFiles:
         self.name = self.place.name
         self._bands = bands
         self._whole = whole
-        self._others: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
+        self._seen: list[str] = []
 
     def settings(self) -> list[Any]:
         return self._bands
 
     def scenes(self) -> Iterator[RasterScene]:
         self.place.check_folder("SOURCE")
-        self._others.clear()
+        self.others.clear()
+        self._seen.clear()
         # By folder, then by scene. A folder's files may come before and after those of the folders in it, but not later.
         held: dict[str, dict[str, dict[int, tuple[str, int]]]] = {}
         for name, size in self.place.walk():
@@ -61,7 +63,12 @@ class BandFiles:
                 yield from self._finished(held.pop(other))
             found = self._split(name)
             if found is None:
-                self._others[posixpath.basename(name)] += 1 if len(self._others) < _SHOWN else 0
+                suffix = os.path.splitext(name)[1].lower()
+                if suffix in RASTER_SUFFIXES:
+                    suffix = "rasters of other bands"
+                self.others[suffix or "without extension"] += 1
+                if len(self._seen) < _SHOWN:
+                    self._seen.append(posixpath.basename(name))
                 continue
             scene, band = found
             files = held.setdefault(folder, {}).setdefault(scene, {})
@@ -99,7 +106,7 @@ class BandFiles:
         return None
 
     def nothing(self) -> str:
-        seen = ", ".join(f"'{name}'" for name in self._others)
+        seen = ", ".join(f"'{name}'" for name in self._seen)
         return (
             f"'{self.place.url}' holds no raster whose name ends with a band of --bands ({', '.join(self._bands)})"
             f"{f', only files such as {seen}' if seen else ''}. Rasters with all bands in one file need numbers, such as --bands "

@@ -13,7 +13,15 @@ import pyarrow as pa
 from shards.errors import UserError
 from shards.images.mask_images import MaskFolder
 from shards.sources import source
-from shards.sources.file_set import IMAGE_SUFFIXES, names_file, names_files, nothing_found
+from shards.sources.file_set import (
+    IMAGE_SUFFIXES,
+    UNREAD_SUFFIXES,
+    UNREAD_WAY_OUT,
+    names_file,
+    names_files,
+    nothing_found,
+    told_kinds,
+)
 from shards.sources.source import Picture, Source, SourceKind, entry_batch, read_file
 from shards.sources.source_options import SourceOptions
 from shards.storage.opening import open_place
@@ -81,12 +89,22 @@ class FolderSource(Source):
 
     def describe(self) -> list[str]:
         """What lies in the folder beside the images."""
-        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in self._others.most_common(5))
-        return [f"Other files are left out, by their names: {kinds}."] if kinds else []
+        others = Counter({kind: n for kind, n in self._others.items() if kind not in UNREAD_SUFFIXES})
+        return [f"Other files are left out, by their names: {told_kinds(others)}."] if others else []
+
+    def left_out(self) -> str:
+        """See `Source.left_out`."""
+        return told_kinds(self._others)
 
     def warnings(self) -> list[str]:
-        """Masks without image and images without mask."""
-        return self.masks.warnings() if self.masks else []
+        """Images of kinds that are not read, and images without mask."""
+        unread = Counter({kind: n for kind, n in self._others.items() if kind in UNREAD_SUFFIXES})
+        found = (
+            [f"images of kinds that are not read are left out: {told_kinds(unread)}; {UNREAD_WAY_OUT}."]
+            if unread
+            else []
+        )
+        return found + (self.masks.warnings() if self.masks else [])
 
 
 def folder_label(name: str) -> str | None:

@@ -25,6 +25,7 @@ from shards.sources.file_set import (
     names_file,
     names_files,
     split_url,
+    told_kinds,
 )
 from shards.sources.parquet_columns import choose_image, class_names, has_path, holds_images, is_image
 from shards.sources.source import Picture, Source, SourceKind, entry_batch, read_file
@@ -129,12 +130,18 @@ class ImageTableSource(Source):
                 f"pages of the table have up to {human_size(self._largest_bytes)}, and each process needs some four times that: where "
                 "memory is short, use fewer --workers, or write the table with row groups of 100 rows."
             )
+        if self.files.others:
+            found.append(f"files beside the tables are left out: {told_kinds(self.files.others)}.")
         if self._split_files:
             found.append(
                 f"files of {', '.join(self._split_files)} are put together. To keep them apart, convert each: fastssl shard "
                 f"'{self.place / self._split_files[0]}*.parquet' ..."
             )
         return found
+
+    def left_out(self) -> str:
+        """See `Source.left_out`."""
+        return told_kinds(self.files.others)
 
     def entries(self) -> Iterator[pa.RecordBatch]:
         """See `Source.entries`. Reads all columns but those of images, and of these the headers of the pages."""

@@ -100,6 +100,11 @@ class Scenes(Protocol):
         """All scenes in any order. Raise UserError where the folder is missing."""
         ...
 
+    @property
+    def others(self) -> Counter[str]:
+        """After `scenes`: files that belong to no scene, by their endings."""
+        ...
+
     def nothing(self) -> str:
         """After `scenes`: why there is no scene."""
         ...
@@ -134,19 +139,19 @@ class RasterFiles:
         self.place = open_place(folder if self._one else where)
         self.name = self._one or self.place.name
         self.searched = None if self._one else self.place
-        self._others: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
 
     def settings(self) -> list[Any]:
         return self._bands
 
     def scenes(self) -> Iterator[RasterScene]:
-        self._others.clear()
+        self.others.clear()
         for name, size in self._files():
             suffix = os.path.splitext(name)[1].lower()
             if suffix in RASTER_SUFFIXES:
                 yield RasterScene(name, name, (name,), size)
             else:
-                self._others[suffix or "without extension"] += 1
+                self.others[suffix or "without extension"] += 1
 
     def _files(self) -> Iterator[tuple[str, int]]:
         if not self._one:
@@ -159,7 +164,7 @@ class RasterFiles:
         yield self._one, size
 
     def nothing(self) -> str:
-        return nothing_found(self.place.url, self._others, "rasters", RASTER_SUFFIXES)
+        return nothing_found(self.place.url, self.others, "rasters", RASTER_SUFFIXES)
 
     def columns(self, scene: RasterScene, count: int) -> dict[str, Any]:
         return {}

@@ -14,7 +14,7 @@ from shards.errors import UserError
 from shards.images.mask_images import MaskFolder
 from shards.images.pixels import BadImage, checked
 from shards.sources import source
-from shards.sources.file_set import names_file
+from shards.sources.file_set import names_file, told_kinds
 from shards.sources.image_folder import folder_label, mask_folder
 from shards.sources.raster_reader import (
     Header,
@@ -182,12 +182,20 @@ class RasterSource(Source):
             f"{count:,} of {bands} x {dtype}" for (bands, dtype), count in sorted(self._kinds.items())
         )
         size, share = self._options.tile, f"{self._options.nodata_max:.0%}"
+        others = (
+            [f"Other files are left out: {told_kinds(self._scenes.others)}."] if self._scenes.others else []
+        )
         if not size:
-            return [f"Scenes, whole: {kinds}; more than {share} without data: quarantined."]
+            return [f"Scenes, whole: {kinds}; more than {share} without data: quarantined.", *others]
         return [
             f"Rasters: {kinds}. {plural(self._num_tiles, 'tile')} of {size} x {size}, one every {self._stride} pixels, "
-            f"{_EDGES[self._options.edge]}; more than {share} without data: quarantined."
+            f"{_EDGES[self._options.edge]}; more than {share} without data: quarantined.",
+            *others,
         ]
+
+    def left_out(self) -> str:
+        """See `Source.left_out`."""
+        return told_kinds(self._scenes.others)
 
     def warnings(self) -> list[str]:
         """Scenes that cannot be used, those too small, and differing bands."""

@@ -97,6 +97,10 @@ class Source:
         """After `entries`: what was left out and why, a sentence each."""
         return []
 
+    def left_out(self) -> str:
+        """After `entries`: how many files of which kinds are no entries, as in `9 .txt, 2 .heic`; "" for none."""
+        return ""
+
     def locate(self, source: str) -> str:
         """Where an entry stands in the source, such as its lines in a list; for messages."""
         return ""
