@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,6 +49,22 @@ def rows_of(place: Place, manifest: Manifest, ids: set[int], columns: list[str])
     for batch in table_batches(place, manifest, ["sample_id", *columns]) if ids else ():
         inside = np.isin(batch["sample_id"].to_numpy(), wanted)
         found |= {row["sample_id"]: row for row in batch.filter(pa.array(inside)).to_pylist()}
+    return found
+
+
+def given_columns(place: Place, manifest: Manifest) -> dict[str, str]:
+    """Columns of the lists that the images came from whose values stand under another name: theirs -> that of the sample table."""
+    found: dict[str, str] = {}
+    for number in range(len(manifest.identities)):
+        try:
+            with place.open(layout.plan_name(number)) as file:
+                settings = json.loads((pq.read_schema(file).metadata or {}).get(b"settings", b"{}"))
+        except FileNotFoundError:
+            continue
+        columns = settings.get("source_settings", {}).get("columns", {})
+        for role, own in (("path", "source"), ("label", "label"), ("group", "group")):
+            if role in columns:
+                found.setdefault(columns[role], own)
     return found
 
 

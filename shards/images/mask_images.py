@@ -33,6 +33,9 @@ class MaskFolder:
         self._found = 0
         self._without: list[str] = []
         self._num_without = 0
+        # Names of a folder, the latest asked for, whose endings are not in small letters: few, as a rule.
+        self._listed: str | None = None
+        self._odd: set[str] = set()
 
     def settings(self) -> dict[str, Any]:
         """What decides which mask an image gets."""
@@ -41,7 +44,7 @@ class MaskFolder:
     def find(self, name: str) -> str | None:
         """The mask of an image, as a name in the mask folder; None where there is none."""
         stem = os.path.splitext(name)[0] + self._suffix
-        for ending in SUFFIXES:
+        for ending in (*SUFFIXES, *self._other_endings(stem)):
             if self.place.exists(stem + ending):
                 self._found += 1
                 return stem + ending
@@ -49,6 +52,17 @@ class MaskFolder:
         if len(self._without) < _SHOWN:
             self._without.append(name)
         return None
+
+    def _other_endings(self, stem: str) -> list[str]:
+        """The endings in other cases of letters, such as .TIF: of a folder on this machine those that are there."""
+        if self.place.local is None:
+            return [ending.upper() for ending in SUFFIXES]
+        folder, _, own = stem.rpartition("/")
+        if folder != self._listed:
+            endings = ((name, *os.path.splitext(name)) for name in self.place.names(folder))
+            self._odd = {name for name, _, end in endings if end != end.lower() and end.lower() in SUFFIXES}
+            self._listed = folder
+        return sorted(name[len(own) :] for name in self._odd if os.path.splitext(name)[0] == own)
 
     def read(self, mask_name: str) -> bytes:
         """A mask's file; BadImage where it cannot be read."""

@@ -17,7 +17,7 @@ from shards.format.columns import hash_values
 from shards.format.equal_hashes import first_of_equal
 from shards.format.label_table import read_labels
 from shards.format.layout import Manifest
-from shards.format.sample_table import table_batches
+from shards.format.sample_table import given_columns, table_batches
 from shards.splits import assignment
 from shards.splits.assignment import NONE, SIDES, Hashes, Ids
 from shards.splits.split_lists import read_lists, sides_of_lists
@@ -127,8 +127,8 @@ def _by_shares(place: Place, rule: SplitRule, least: Hashes, group: Ids) -> npt.
     sizes = np.bincount(group, minlength=len(least))
     strata = np.zeros(len(least), np.int64)
     if rule.stratify:
-        _check_column(place, rule.stratify, "--stratify")
-        values = [hash_values(_text(batch[rule.stratify])) for batch in read_batches(place, [rule.stratify])]
+        column = _column(place, rule.stratify, "--stratify")
+        values = [hash_values(_text(batch[column])) for batch in read_batches(place, [column])]
         known, of_sample = np.unique(np.concatenate(values), return_inverse=True)
         if len(known) > MAX_STRATA:
             raise UserError(
@@ -265,11 +265,9 @@ def _grouping(place: Place, rule: SplitRule) -> _Grouping:
         return _Grouping()
     with place.open(layout.TABLE) as file:
         names = pq.read_schema(file).names
-    if rule.group_by in names:
-        _check_column(place, rule.group_by, "--group-by")
-        return _ByColumn(rule.group_by)
-    if not set(rule.group_by) & set("([\\^$.*+?|"):
-        _check_column(place, rule.group_by, "--group-by")
+    known = {**given_columns(place, Manifest.load(place)), **{name: name for name in names}}
+    if rule.group_by in known or not set(rule.group_by) & set("([\\^$.*+?|"):
+        return _ByColumn(_column(place, rule.group_by, "--group-by"))
     try:
         pattern = re.compile(rule.group_by)
     except re.error as error:
@@ -284,10 +282,13 @@ def _grouping(place: Place, rule: SplitRule) -> _Grouping:
     return _ByPattern(pattern)
 
 
-def _check_column(place: Place, column: str, flag: str) -> None:
+def _column(place: Place, column: str, flag: str) -> str:
+    """The column of the sample table that a user means: by its name there, or in the list that the images came from."""
     with place.open(layout.TABLE) as file:
         schema = pq.read_schema(file)
     usable = [field.name for field in schema if not pa.types.is_nested(field.type)]
+    if column not in schema.names:
+        column = given_columns(place, Manifest.load(place)).get(column, column)
     if column not in usable:
         hint = nearest(column, usable)
         more = "" if hint.startswith(" Known") else f" Columns: {', '.join(usable)}."
@@ -295,6 +296,7 @@ def _check_column(place: Place, column: str, flag: str) -> None:
         raise UserError(
             f"{flag} '{column}': the sample table has no such column.{hint.replace('Known', 'Columns')}{more}{brackets}"
         )
+    return column
 
 
 def _groups_or_alone(groups: pa.Array, own: Hashes) -> Hashes:
