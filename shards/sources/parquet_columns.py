@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from shards.errors import UserError
 from shards.sources.file_list import USUAL, is_binary
@@ -69,10 +68,9 @@ def choose_image(table: ParquetFile, images: list[str], options: ListOptions) ->
     return found[0]
 
 
-def class_names(place: Place, name: str, label: str) -> list[str]:
-    """The names of a Hugging Face `ClassLabel`; none where the file tells none."""
-    with place.open(name) as file:
-        about = pq.read_schema(file).metadata or {}
+def class_names(schema: pa.Schema, label: str) -> list[str]:
+    """The names of a Hugging Face `ClassLabel`; none where a file's schema tells none."""
+    about = schema.metadata or {}
     try:
         names = json.loads(about[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, ValueError, TypeError):

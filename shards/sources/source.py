@@ -49,8 +49,8 @@ class Source:
     """Images to convert. Workers get it pickled, so it holds names and options, no open files.
 
     kind: its key in `source_kinds.SOURCES`; name: its own name wherever it lies; extra_schema: the columns beyond ENTRIES, typed,
-    which are kept in the table and in each sample's JSON; classes: those that count even where no entry has them; searched: the folder
-    all of whose files may be entries, so that the shards must not lie in it, or None.
+    which are kept in the table and in each sample's JSON; classes: those that count even where no entry has them, known after
+    `entries`; searched: the folder all of whose files may be entries, so that the shards must not lie in it, or None.
     """
 
     kind: str
