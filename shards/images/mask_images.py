@@ -20,6 +20,9 @@ from shards.images.tiff import tiff_header
 from shards.storage.place import Place
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
+# What losses ignore by convention: of a mask's pixels that have no class.
+NO_INDEX = 255
+_LARGEST_INDEX = 65535
 _SHOWN = 3
 
 
@@ -99,11 +102,29 @@ def read_mask(place: Place, name: str) -> bytes:
         raise BadImage(f"its mask '{name}' cannot be read: {error.strerror or error}") from error
 
 
+def is_index(value: float) -> bool:
+    """Whether a number can be a class index."""
+    return 0 <= value <= _LARGEST_INDEX and float(value).is_integer()
+
+
+def indices_of(mask: npt.NDArray, nodata: float | None) -> npt.NDArray:
+    """A mask (H, W) whose NaN, and whose declared nodata value where that is no class index, are NO_INDEX."""
+    unknown = np.isnan(mask) if mask.dtype.kind == "f" else np.zeros(mask.shape, np.bool_)
+    if nodata is not None and not np.isnan(nodata) and not is_index(nodata):
+        unknown |= mask == (mask.dtype.type(nodata) if mask.dtype.kind == "f" else nodata)
+    if not unknown.any():
+        return mask
+    # Bytes with a sign hold no 255.
+    return np.where(unknown, NO_INDEX, mask.astype(np.int16) if mask.dtype == np.int8 else mask)
+
+
 def prove_mask(mask: bytes | npt.NDArray, name: str, stored: Stored, policy: Policy) -> bytes:
     """A mask of class indices for an image, as a gray PNG of 8 or 16 bits and of the stored image's size.
 
-    Palette images give their indices. A mask of the file's size is turned as the image was, unless it has an EXIF orientation of its
-    own; scaling takes the nearest pixel. Raise BadImage for colour masks, other sizes and what does not decode.
+    Palette images give their indices, and files in which larger values are darker the values as they stand there. A mask of the
+    file's size is turned as the image was, unless it has an EXIF orientation of its own; scaling takes the nearest pixel.
+
+    Raise BadImage for colour masks, other sizes and what does not decode.
     """
     own_turn = 0
     if isinstance(mask, bytes):
@@ -125,16 +146,19 @@ def prove_mask(mask: bytes | npt.NDArray, name: str, stored: Stored, policy: Pol
                     f"its mask '{name}' has colours ({image.mode}); one grey channel of class indices is wanted"
                 )
             pixels = np.asarray(image)
+            if tiff and tiff.white_is_zero and image.mode in ("1", "L"):
+                # Pillow has turned them over, to show them.
+                pixels = 255 - pixels if image.mode == "L" else ~pixels
             if image.mode == "L":
                 pixels = pixels // _gray_step(mask, image.format, tiff.bits if tiff else 8)
-            mask = pixels if tiff else turned(pixels[:, :, None], own_turn)[:, :, 0]
+            mask = indices_of(pixels, tiff.nodata) if tiff else turned(pixels[:, :, None], own_turn)[:, :, 0]
     if mask.ndim == 3 and mask.shape[2] == 1:
         mask = mask[:, :, 0]
     if (
         mask.dtype.kind not in "buif"
         or mask.ndim != 2
         or mask.min() < 0
-        or mask.max() > 65535
+        or mask.max() > _LARGEST_INDEX
         or (mask != np.floor(mask)).any()
     ):
         raise BadImage(f"its mask '{name}' does not hold class indices of 0 to 65535")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shards.errors import UserError
-from shards.images.pixels import BadImage
+from shards.images.pixels import BadImage, Pixels
 from shards.sources.file_set import is_folder
 from shards.sources.image_folder import mask_folder
 from shards.sources.raster_reader import RASTER_SUFFIXES, Header, RasterScene, read_header, read_tile
@@ -143,10 +143,12 @@ class BandFiles:
             check_grid(first, header, f"'{name}'")
         return replace(first, dtypes=tuple(header.dtypes[0] for header in headers))
 
-    def read(self, files: tuple[str, ...], window: list[int]) -> tuple[npt.NDArray, npt.NDArray[np.bool_]]:
+    def read(self, files: tuple[str, ...], window: list[int]) -> tuple[Pixels, npt.NDArray[np.bool_]]:
         self._compared(files)
         bands, known = zip(*(read_tile(self.place, name, [1], window) for name in files), strict=True)
-        return np.concatenate(bands, axis=2), np.any(known, axis=0)
+        values = np.concatenate([band.values for band in bands], axis=2)
+        in_bands = np.concatenate([band.known for band in bands], axis=2)
+        return Pixels(values, in_bands, tuple(band.fill[0] for band in bands)), np.any(known, axis=0)
 
 
 def _open(where: str, options: SourceOptions) -> RasterSource:

@@ -232,7 +232,8 @@ class RasterSource(Source):
             if self._masks and row["mask"]
             else None
         )
-        return Picture(checked(pixels), mask, {"nodata_share": round(share, 6)})
+        facts = {"nodata_share": round(share, 6)}
+        return Picture(checked(pixels.values), mask, facts, pixels.known, pixels.fill, pixels.alpha)
 
     def read_all(self, rows: Sequence[dict[str, Any]]) -> Iterator[Picture | BadImage]:
         """As `Source.read_all`. Tiles lie shuffled: those that come next are read scene by scene and row by row, at most `AHEAD_BYTES`
@@ -256,7 +257,7 @@ class RasterSource(Source):
 
 
 def _num_bytes(found: Picture | BadImage) -> int:
-    parts = () if isinstance(found, BadImage) else (found.data, found.mask)
+    parts = () if isinstance(found, BadImage) else (found.data, found.mask, found.known)
     return sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
 
 
@@ -304,7 +305,7 @@ def _check_mask(scene: Header, mask: Header, name: str) -> None:
 
 def check_grid(scene: Header, other: Header, what: str) -> None:
     """Raise BadImage where a raster of a scene's size lies elsewhere on Earth; `what` names it."""
-    if scene.crs and other.crs and scene.crs != other.crs:
+    if scene.crs and other.crs and not _same_reference(scene.crs, other.crs):
         raise BadImage(f"{what} is in another reference system")
     if scene.transform and other.transform:
         # Far corners less than a tenth of a pixel apart.
@@ -313,6 +314,19 @@ def check_grid(scene: Header, other: Header, what: str) -> None:
         pixel = float(np.hypot(ours[0, 0], ours[1, 0]))
         if max(np.abs((ours - theirs) @ corner).max(), np.abs((ours - theirs)[:, 2]).max()) > 0.1 * pixel:
             raise BadImage(f"{what} lies elsewhere: the transforms differ")
+
+
+def _same_reference(one: str, other: str) -> bool:
+    """Whether two texts mean one reference system: `EPSG:32633` and its WKT, under whatever name."""
+    if one == other:
+        return True
+    from rasterio.crs import CRS
+    from rasterio.errors import CRSError
+
+    try:
+        return bool(CRS.from_user_input(one) == CRS.from_user_input(other))
+    except CRSError:
+        return False
 
 
 def _lists(values: npt.NDArray) -> pa.ListArray:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shards.errors import UserError
-from shards.images.pixels import BadImage
+from shards.images.pixels import BadImage, Pixels
 
 if TYPE_CHECKING:
     from shards.sources.source_options import SourceOptions
@@ -38,11 +38,24 @@ ENTRIES = pa.schema(
 
 @dataclass
 class Picture:
-    """What a source gives of one entry: encoded bytes, or pixels (H, W, C); `facts` are those known only now."""
+    """What a source gives of one entry: encoded bytes, or pixels (H, W, C); `facts` are those known only now.
+
+    known, fill, alpha: of pixels, as in `Pixels`.
+    """
 
     data: bytes | npt.NDArray
     mask: bytes | npt.NDArray | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    known: npt.NDArray[np.bool_] | None = None
+    fill: tuple[float | None, ...] = ()
+    alpha: bool = False
+
+    @property
+    def image(self) -> bytes | Pixels:
+        """What `prove` takes."""
+        if isinstance(self.data, bytes):
+            return self.data
+        return Pixels(self.data, self.known, self.fill, self.alpha)
 
 
 class Source:
