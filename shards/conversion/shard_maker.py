@@ -111,7 +111,8 @@ class _Work:
         stored = prove(picture.image, name, maker.policy, self._depth(row["position"]))
         mask = None
         if picture.mask is not None:
-            mask = prove_mask(picture.mask, row["mask"] or name, stored, maker.policy)
+            laid = maker.source.mask_orientation
+            mask = prove_mask(picture.mask, row["mask"] or name, stored, maker.policy, laid)
         if stored.sample is not None:
             self.statistics.add(stored.sample, stored.sample_known)
         label = row["label"]

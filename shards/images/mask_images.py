@@ -118,11 +118,14 @@ def indices_of(mask: npt.NDArray, nodata: float | None) -> npt.NDArray:
     return np.where(unknown, NO_INDEX, mask.astype(np.int16) if mask.dtype == np.int8 else mask)
 
 
-def prove_mask(mask: bytes | npt.NDArray, name: str, stored: Stored, policy: Policy) -> bytes:
+def prove_mask(
+    mask: bytes | npt.NDArray, name: str, stored: Stored, policy: Policy, laid: str = "auto"
+) -> bytes:
     """A mask of class indices for an image, as a gray PNG of 8 or 16 bits and of the stored image's size.
 
     Palette images give their indices, and files in which larger values are darker the values as they stand there. A mask of the
-    file's size is turned as the image was, unless it has an EXIF orientation of its own; scaling takes the nearest pixel.
+    file's size is turned as the image was, unless it has an EXIF orientation of its own; scaling takes the nearest pixel. Where EXIF
+    turns the image and its size stays, `laid` decides: "file" (turned with it), "shown" (upright already), "auto" (refused).
 
     Raise BadImage for colour masks, other sizes and what does not decode.
     """
@@ -165,7 +168,14 @@ def prove_mask(mask: bytes | npt.NDArray, name: str, stored: Stored, policy: Pol
     mask = mask.astype(np.uint8 if mask.max() < 256 else np.uint16)
     size = (mask.shape[1], mask.shape[0])
     upright = stored.file_size if stored.turn not in (5, 6, 7, 8) else stored.file_size[::-1]
-    if size == stored.file_size and own_turn not in TURNS:
+    if size == upright == stored.file_size and stored.turn in TURNS and own_turn not in TURNS:
+        if laid == "auto":
+            raise BadImage(
+                f"its mask '{name}' may lie as the file does or as the photo is shown: EXIF turns that (orientation {stored.turn}), "
+                "and both have one size; --mask-orientation file or shown says which"
+            )
+        mask = turned(mask[:, :, None], stored.turn if laid == "file" else 0)[:, :, 0]
+    elif size == stored.file_size and own_turn not in TURNS:
         mask = turned(mask[:, :, None], stored.turn)[:, :, 0]
     elif size != upright:
         raise BadImage(

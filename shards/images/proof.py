@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from shards.images.alpha import ALPHA_WORDS, deep_alpha, has_alpha, refuse_alpha, tile_alpha, upright_8_bit
+from shards.images.color_profile import in_srgb, jpeg_profile
 from shards.images.jpeg import (
     JPEG_MAGIC,
     JpegHeader,
@@ -49,7 +50,6 @@ _EXT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _STORE = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SUFFIXES = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png",), "WEBP": (".webp",)}
 _DEFAULT = Policy()
-
 
 Depth = Literal["pixels", "small", "both"]
 
@@ -135,7 +135,8 @@ def _prove_simple(data: bytes, header: JpegHeader, name: str, policy: Policy, de
         stored = _stored(data, "jpg", pixels, _kept("JPEG", name), size, 0)
     else:
         with as_damage():
-            stored = _changed(_as_image(pixels), "JPEG", [], policy, size, 0)
+            image, words = in_srgb(_as_image(pixels), jpeg_profile(data))
+            stored = _changed(image, "JPEG", words, policy, size, 0)
     return replace(stored, small_hash=small_hash) if small_hash else stored
 
 
@@ -173,7 +174,10 @@ def _prove_opened(image: Image.Image, data: bytes, name: str, policy: Policy) ->
         done = turn if turn in TURNS else 0
     if image.mode == "CMYK" and policy.cmyk == "refuse":
         raise BadImage("CMYK, which the policy refuses")
+    profile = image.info.get("icc_profile")
     if has_alpha(image) and policy.alpha == "keep":
+        image, words = in_srgb(image, profile)
+        reasons += words
         image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
         return _finish(turned(np.asarray(image), turn), policy, [*reasons, "alpha kept"], file_size, done)
     if has_alpha(image):
@@ -184,6 +188,8 @@ def _prove_opened(image: Image.Image, data: bytes, name: str, policy: Policy) ->
         return _stored(data, _EXT[kind], pixels, _kept(kind, name), file_size, 0)
     if pixels is not None:  # decoded, but not by Pillow
         image = _as_image(pixels)
+    image, words = in_srgb(image, profile)
+    reasons += words
     stored = _changed(upright_8_bit(image, turn, policy.alpha), kind, reasons, policy, file_size, done)
     return _without_nodata(stored, tiff) if tiff and image.mode in ("L", "RGB") else stored
 

@@ -71,6 +71,8 @@ class Source:
     searched: Place | None = None
     extra_schema: pa.Schema = pa.schema([])
     classes: Sequence[str] = ()
+    mask_orientation: str = "auto"
+    """As `prove_mask` takes it."""
     noun = "image"
     """What an entry is called on the screen."""
 

@@ -373,8 +373,8 @@ so finds each cut file and, of 300 damaged copies of 90 photographs for each kin
 
 JPEG has no checksum: Huffman codes are dense, so one flipped bit mostly leaves a valid stream of other pixels, and no
 decoder can tell. A file with a sampling of chroma that TurboJPEG does not know is decoded by Pillow, without these checks,
-and re-encoded. Colour profiles are neither applied nor removed from kept files. PNG has checksums, which are all checked;
-WebP and TIFF have none.
+and re-encoded. Colour profiles are neither applied nor removed from kept files; an image of
+8 bits that is re-encoded becomes sRGB. PNG has checksums, which are all checked; WebP and TIFF have none.
 """
 
 if __name__ == "__main__":
