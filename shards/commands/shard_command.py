@@ -140,6 +140,7 @@ def _print_summary(
     from rich.text import Text
 
     from shards.format import layout
+    from shards.overview.mask_shares import mask_shares
 
     noun = source.noun
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -167,6 +168,8 @@ def _print_summary(
     # Paths stand outside of the table, which would cut them.
     console.print(dest.url, style="bold", markup=False)
     console.print(table)
+    for text in mask_shares(dest, manifest).warnings():
+        print_wrapped(console, f"Warning: {text}", "yellow")
     if manifest.num_quarantined:
         print_wrapped(console, f"Quarantined {noun}s are listed in {dest / layout.QUARANTINE}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,15 +40,49 @@ class MaskFolder:
         # Names of a folder, the latest asked for, whose endings are not in small letters: few, as a rule.
         self._listed: str | None = None
         self._odd: set[str] = set()
+        # Where the masks lie below the folder of the images, as `sub/`; "" where the two are one, None where they are apart.
+        self._below: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """What decides which mask an image gets."""
         return {"folder": self.place.name, "suffix": self._suffix}
 
+    def lies_in(self, images: Place) -> bool:
+        """Whether the masks lie in the folder of the images, or below it. From then on no image is its own mask."""
+        if self.place.local is None or images.local is None:
+            outer, inner = images.url.rstrip("/"), self.place.url.rstrip("/")
+            self._below = (
+                f"{inner}/".removeprefix(f"{outer}/") if f"{inner}/".startswith(f"{outer}/") else None
+            )
+        else:
+            outer, inner = images.local.resolve(), self.place.local.resolve()
+            inside = outer == inner or outer in inner.parents
+            self._below = "".join(f"{part}/" for part in inner.relative_to(outer).parts) if inside else None
+        return self._below is not None
+
+    def among(self, names: Sequence[str]) -> set[str]:
+        """Those of `names`, of all files in the folder of the images, that are masks."""
+        if self._below:
+            return {name for name in names if name.startswith(self._below)}
+        by_stem: dict[str, list[str]] = {}
+        for name in names:
+            stem, ending = os.path.splitext(name)
+            if ending.lower() in SUFFIXES:
+                by_stem.setdefault(stem, []).append(name)
+        masks: set[str] = set()
+        # Files that cannot be masks first: of a.jpg and a.png the second is the mask.
+        for name in sorted(names, key=lambda name: os.path.splitext(name)[1].lower() in SUFFIXES):
+            others = by_stem.get(os.path.splitext(name)[0] + self._suffix, ())
+            if name not in masks:
+                masks |= {other for other in others if other != name}
+        return masks
+
     def find(self, name: str) -> str | None:
         """The mask of an image, as a name in the mask folder; None where there is none."""
         stem = os.path.splitext(name)[0] + self._suffix
         for ending in (*SUFFIXES, *self._other_endings(stem)):
+            if self._below == "" and stem + ending == name:
+                continue
             if self.place.exists(stem + ending):
                 self._found += 1
                 return stem + ending

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
@@ -38,6 +39,22 @@ UNREAD_SUFFIXES = (
 )
 UNREAD_WAY_OUT = "turn these into JPEG or PNG first"
 _SHOWN_KINDS = 12
+_IMAGE_FOLDERS = {"image", "images", "img", "imgs", "photos", "jpegimages", "leftimg8bit"}
+_MASK_FOLDERS = {
+    *(
+        "mask",
+        "masks",
+        "label",
+        "labels",
+        "annotation",
+        "annotations",
+        "gt",
+        "gtfine",
+        "ground_truth",
+        "groundtruth",
+    ),
+    *("seg", "segmentation", "segmentations", "segmentationclass", "labelids"),
+}
 SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
@@ -157,6 +174,34 @@ def expand_braces(pattern: str) -> list[str]:
 def looks_like_splits(classes: list[str]) -> bool:
     """Whether the class folders are named as train/validation/test splits, so that labels would be these."""
     return bool(classes) and {name.lower() for name in classes} <= SPLITS
+
+
+class MaskFolders:
+    """Notices folders that are named as images and their masks, both of them taken as images."""
+
+    def __init__(self):
+        self._images = self._masks = ""
+
+    def see(self, name: str) -> None:
+        """Take the name of an image."""
+        if self._images and self._masks:
+            return
+        folders = name.split("/")[:-1]
+        for depth, folder in enumerate(folders, 1):
+            if folder.lower() in _IMAGE_FOLDERS:
+                self._images = self._images or "/".join(folders[:depth])
+            elif folder.lower() in _MASK_FOLDERS:
+                self._masks = self._masks or "/".join(folders[:depth])
+
+    def warnings(self, where: str) -> list[str]:
+        """A sentence where there are both; `where`: the source, or "" where masks cannot be told apart by options."""
+        if not (self._images and self._masks):
+            return []
+        text = f"the folders '{self._images}' and '{self._masks}' look like images and their masks, and both are taken as images"
+        if where:
+            folders = (shlex.quote(f"{where.rstrip('/')}/{folder}") for folder in (self._images, self._masks))
+            text += ": fastssl shard {} ... --masks {}".format(*folders)
+        return [f"{text}."]
 
 
 def looks_like_split_files(names: list[str]) -> list[str]:

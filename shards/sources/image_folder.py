@@ -17,6 +17,7 @@ from shards.sources.file_set import (
     IMAGE_SUFFIXES,
     UNREAD_SUFFIXES,
     UNREAD_WAY_OUT,
+    MaskFolders,
     names_file,
     names_files,
     nothing_found,
@@ -26,6 +27,7 @@ from shards.sources.source import Picture, Source, SourceKind, entry_batch, read
 from shards.sources.source_options import SourceOptions
 from shards.storage.opening import open_place
 from shards.storage.place import Place
+from shards.units import plural
 
 
 class FolderSource(Source):
@@ -42,6 +44,8 @@ class FolderSource(Source):
         self.name = place.name
         self._others: Counter[str] = Counter()
         self._example = ""
+        self._num_masks = 0
+        self._folders = MaskFolders()
 
     def settings(self) -> dict[str, Any]:
         """The rule by which masks are found, where there are any."""
@@ -51,10 +55,11 @@ class FolderSource(Source):
         """See `Source.entries`; also raises UserError for a name that is not valid UTF-8."""
         self.place.check_folder("SOURCE")
         self._others.clear()
+        self._folders = MaskFolders()
         names: list[str] = []
         sizes: list[int] = []
         found = False
-        for name, size in self.place.walk():
+        for name, size in self._files():
             suffix = os.path.splitext(name)[1].lower()
             if suffix not in IMAGE_SUFFIXES:
                 self._others[suffix or "without extension"] += 1
@@ -62,6 +67,7 @@ class FolderSource(Source):
                     self._example = "*/" * name.count("/") + f"*{suffix}"
                 continue
             found = True
+            self._folders.see(name)
             names.append(name)
             sizes.append(size)
             if len(names) == source.BATCH_ROWS:
@@ -73,6 +79,16 @@ class FolderSource(Source):
             self.masks.check()
         if not found:
             raise UserError(nothing_found(self.place.url, self._others, example=self._example))
+
+    def _files(self) -> Iterator[tuple[str, int]]:
+        """All files but those of the masks, where these lie among the images."""
+        if not (self.masks and self.masks.lies_in(self.place)):
+            yield from self.place.walk()
+            return
+        found = list(self.place.walk())
+        masks = self.masks.among([name for name, _ in found])
+        self._num_masks = len(masks)
+        yield from ((name, size) for name, size in found if name not in masks)
 
     def _batch(self, names: list[str], sizes: list[int]) -> pa.RecordBatch:
         labels = [folder_label(name) for name in names]
@@ -90,7 +106,14 @@ class FolderSource(Source):
     def describe(self) -> list[str]:
         """What lies in the folder beside the images."""
         others = Counter({kind: n for kind, n in self._others.items() if kind not in UNREAD_SUFFIXES})
-        return [f"Other files are left out, by their names: {told_kinds(others)}."] if others else []
+        masks = (
+            [f"{plural(self._num_masks, 'file')} among the images are their masks."]
+            if self._num_masks
+            else []
+        )
+        return masks + (
+            [f"Other files are left out, by their names: {told_kinds(others)}."] if others else []
+        )
 
     def left_out(self) -> str:
         """See `Source.left_out`."""
@@ -104,6 +127,7 @@ class FolderSource(Source):
             if unread
             else []
         )
+        found += self._folders.warnings(self.place.url)
         return found + (self.masks.warnings() if self.masks else [])
 
 

@@ -94,7 +94,7 @@ class RasterSource(Source):
         """See `Source.entries`. Reads the header of every scene."""
         self._clear()
         held: list[pa.RecordBatch] = []
-        for scene in self._scenes.scenes():
+        for scene in self._images():
             held += self._scene(scene)
             if sum(batch.num_rows for batch in held) >= source.BATCH_ROWS // 4:
                 yield from _joined(held)
@@ -104,6 +104,15 @@ class RasterSource(Source):
             raise UserError(self._nothing())
         if self._masks:
             self._masks.check()
+
+    def _images(self) -> Iterator[RasterScene]:
+        """All scenes but the masks, where these lie among them."""
+        if not (self._masks and self._masks.lies_in(self.place)):
+            yield from self._scenes.scenes()
+            return
+        found = list(self._scenes.scenes())
+        masks = self._masks.among([scene.path for scene in found])
+        yield from (scene for scene in found if scene.path not in masks)
 
     def _nothing(self) -> str:
         where, size = self.place.url, self._options.tile

@@ -18,6 +18,7 @@ from shards.sources import source
 from shards.sources.file_set import (
     IMAGE_SUFFIXES,
     FileSet,
+    MaskFolders,
     holds_only,
     names_file,
     names_files,
@@ -62,6 +63,7 @@ class TarSource(Source):
         self._cut: list[str] = []
         self._again: list[str] = []
         self._examples: dict[str, str] = {}
+        self._folders = MaskFolders()
         self._num_bad_json = self._num_other_labels = 0
 
     def settings(self) -> dict[str, Any]:
@@ -157,6 +159,7 @@ class TarSource(Source):
         if self._rule.asks_sample:
             said, keep_label = self._said(tar.file, image.cls, image.json)
         file, mask = image.file, image.mask
+        self._folders.see(file.name)
         name = f"{tar.name}/{file.name}"
         origin, label = self._rule.label(said, file.name, tar.names, plain=bool(tar.plain))
         if label is not None:
@@ -238,6 +241,7 @@ class TarSource(Source):
         if self._others:
             kinds = told_kinds(self._others, self._examples)
             found.append(f"members of other kinds are left out: {kinds}.")
+        found += self._folders.warnings("")
         if self.files.others:
             found.append(f"files beside the tars are left out: {told_kinds(self.files.others)}.")
         return found
