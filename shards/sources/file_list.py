@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shards.errors import UserError, nearest
+from shards.errors import UserError, did_you_mean
 from shards.format import layout
 from shards.images.mask_images import read_mask
 from shards.images.pixels import BadImage
 from shards.sources.file_set import IMAGE_SUFFIXES, names_file, split_url
 from shards.sources.source import ENTRIES, Picture, Source, SourceKind, entry_batch, read_file
 from shards.sources.source_options import NO_COLUMN, ListOptions
-from shards.sources.table_reader import TABLE_SUFFIXES, ListFile, class_text, has_point, open_list
+from shards.sources.table_reader import TABLE_SUFFIXES, ListFile, class_text, has_point, known_text, open_list
 from shards.storage.local import LocalPlace
 from shards.storage.opening import open_place
 from shards.storage.place import Place
@@ -130,6 +130,7 @@ class ListSource(Source):
                     columns["label"], self._where, self._columns["label"], self._row_word, rows.first_lines
                 )
                 num_unlabelled += columns["label"].null_count
+            columns |= {role: known_text(columns[role]) for role in ("mask", "group") if role in columns}
             paths = columns.pop("path")
             if paths.null_count:
                 line = rows.first_lines[paths.is_null().to_pylist().index(True)]
@@ -278,7 +279,7 @@ def choose(listed: ListFile, role: str, wanted: str) -> str | None:
         if wanted not in known:
             raise UserError(
                 f"'{listed.where}' has no column '{wanted}' (--{role}-column). It has: {', '.join(known)}."
-                + (nearest(wanted, known) if len(known) > 12 else "")
+                + did_you_mean(wanted, known)
             )
         return wanted
     lowered = {name.lower(): name for name in reversed(known)}

@@ -6,7 +6,7 @@ import json
 
 import pyarrow as pa
 
-from shards.errors import UserError
+from shards.errors import UserError, did_you_mean
 from shards.sources.file_list import USUAL, is_binary
 from shards.sources.source_options import ListOptions
 from shards.sources.table_reader import ParquetFile
@@ -51,6 +51,7 @@ def choose_image(table: ParquetFile, images: list[str], options: ListOptions) ->
             )
         raise UserError(
             f"'{table.where}' has no column '{wanted}' (--path-column). It has: {', '.join(table.columns)}."
+            + did_you_mean(wanted, table.columns)
         )
     if wanted:
         return wanted

@@ -30,7 +30,7 @@ from shards.sources.file_set import (
 from shards.sources.parquet_columns import choose_image, class_names, has_path, holds_images, is_image
 from shards.sources.source import Picture, Source, SourceKind, entry_batch, read_file
 from shards.sources.source_options import NO_COLUMN, ListOptions, SourceOptions
-from shards.sources.table_reader import UNREADABLE, ParquetFile, as_text, class_text, has_point
+from shards.sources.table_reader import UNREADABLE, ParquetFile, as_text, class_text, has_point, known_text
 from shards.storage.opening import open_place
 from shards.storage.place import Place
 from shards.units import human_size, plural
@@ -192,7 +192,9 @@ class ImageTableSource(Source):
             if "label" in self._columns:
                 columns["label"] = self._labels(name, table[self._columns["label"]], first, schema)
             if "group" in self._columns:
-                columns["group"] = as_text(table[self._columns["group"]], name, self._columns["group"])
+                columns["group"] = known_text(
+                    as_text(table[self._columns["group"]], name, self._columns["group"])
+                )
             yield entry_batch(columns, self.extra_schema)
 
     def _rows(self, name: str) -> Iterator[tuple[int, pa.RecordBatch, pa.Schema]]:

@@ -26,6 +26,7 @@ from shards.sources.file_set import (
 )
 from shards.sources.source import Picture, Source, SourceKind, entry_batch, read_file
 from shards.sources.source_options import SourceOptions, TarOptions
+from shards.sources.table_reader import UNKNOWN
 from shards.sources.tar_labels import LabelRule, describe
 from shards.units import plural
 
@@ -194,14 +195,17 @@ class TarSource(Source):
         facts = _facts(_content(file, note)) if note and note.size <= _MAX_JSON_BYTES else None
         self._num_bad_json += facts == {}
         named = (facts or {}).get("label")
-        if isinstance(named, str) and named:
+        if isinstance(named, str):
+            named = named.strip()
+        if isinstance(named, str) and named not in UNKNOWN:
             return named, False
         text = (
             _content(file, cls).decode(errors="replace").strip()
             if cls and cls.size <= _MAX_LABEL_BYTES
             else ""
         )
-        if named in (None, ""):
+        text = "" if text in UNKNOWN else text
+        if named is None or isinstance(named, str):
             return text or None, False
         number = None
         if isinstance(named, int) or (isinstance(named, float) and named.is_integer()):
