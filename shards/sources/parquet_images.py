@@ -17,7 +17,7 @@ from shards.format.columns import hash_values
 from shards.format.parquet_pages import Column, Page
 from shards.images.pixels import BadImage
 from shards.sources import source
-from shards.sources.file_list import NO_MASKS, choose, extra_columns, find_file, is_binary, unlabelled
+from shards.sources.file_list import NO_MASKS, choose, extra_columns, is_binary, read_listed, unlabelled
 from shards.sources.file_set import (
     FileSet,
     holds_only,
@@ -292,7 +292,7 @@ class ImageTableSource(Source):
             path = row[self._path] if self._path else None
             if not path:
                 raise BadImage("its cell is empty")
-            data = read_file(*find_file(path, self.place), 0)
+            data = read_listed(path, self.place)
         return Picture(
             data, self._cell(_MASK, row["path"], row["mask_window"]) if row["mask_window"] else None
         )
