@@ -75,6 +75,7 @@ def inspect_command(args: Inspect) -> None:
 
 def _print(console: Console, place: Place, overview: Overview) -> None:
     from shards.commands.shard_command import reasons
+    from shards.overview.label_conflicts import label_conflicts
     from shards.overview.summary import PERCENTILES
 
     manifest = overview.manifest
@@ -121,6 +122,8 @@ def _print(console: Console, place: Place, overview: Overview) -> None:
     _table(console, "Stored", ["how", "samples", "share"], ways)
     if manifest.classes:
         _table(console, *_classes(overview))
+    if text := label_conflicts(place, manifest):
+        print_wrapped(console, f"Warning: {text}\n", "yellow")
     if manifest.num_masks:
         _masks(console, place, overview)
     _table(console, *_channels(overview), gap=1)
