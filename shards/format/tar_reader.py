@@ -180,6 +180,8 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 def is_hidden(name: str) -> bool:
     """Whether a member counts as little as a hidden file on a disk, or one in a hidden folder; so does metadata (`__x__`)."""
+    if not name.startswith(".") and "/." not in name and "__" not in name:
+        return False
     parts = name.split("/")
     return (
         any(part.startswith(".") and part not in (".", "..") for part in parts)

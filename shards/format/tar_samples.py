@@ -43,6 +43,8 @@ def images_of(sample: TarSample, image_endings: Collection[str]) -> tuple[list[T
     `22.1.jpg` takes `22.1.mask.png`, `22.1.cls` and so on, where they are there; else `22.mask.png` and `22.cls`, which all images of
     the key share. .npy counts as an image only where there are no others, since it may as well be a feature.
     """
+    if not any("." in ext for ext in sample.files):
+        return _plain_images(sample, image_endings)
     parts = {ext: tuple(ext.split(".")) for ext in sample.files}
     images = {ext: file for ext, file in sample.files.items() if parts[ext][-1] in image_endings}
     masks = {ext: file for ext, file in images.items() if not MASKS.isdisjoint(parts[ext][:-1])}
@@ -68,6 +70,22 @@ def images_of(sample: TarSample, image_endings: Collection[str]) -> tuple[list[T
         found.append(TarImage(file, mask, side("cls"), side("json"), side(*TEXTS), numbered))
         used |= {one.name for one in (file, mask, *found[-1].sides) if one}
     return found, [file for file in sample.files.values() if file.name not in used]
+
+
+def _plain_images(
+    sample: TarSample, image_endings: Collection[str]
+) -> tuple[list[TarImage], list[TarMember]]:
+    """As `images_of`, of a sample without a second dot in any name, as most are: `0.jpg`, `0.cls`, `0.json`."""
+    files = sample.files
+    images = [ext for ext in files if ext in image_endings]
+    pictures = [ext for ext in images if ext != "npy"] or images
+    if not pictures:
+        return [], list(files.values())
+    text = next((files[ext] for ext in TEXTS if ext in files), None)
+    cls, json = files.get("cls"), files.get("json")
+    found = [TarImage(files[ext], None, cls, json, text, numbered=False) for ext in pictures]
+    used = {*pictures, "cls", "json"}
+    return found, [file for ext, file in files.items() if ext not in used and file is not text]
 
 
 def are_one(images: list[TarImage]) -> bool:
