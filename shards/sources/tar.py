@@ -28,11 +28,11 @@ from shards.sources.source import Picture, Source, SourceKind, entry_batch, read
 from shards.sources.source_options import SourceOptions, TarOptions
 from shards.sources.table_reader import UNKNOWN
 from shards.sources.tar_labels import LabelRule, describe
-from shards.units import plural
+from shards.units import human_size, plural
 
 _IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
 _MAX_LABEL_BYTES = 1 << 10
-_MAX_JSON_BYTES = 1 << 20
+_MAX_JSON_BYTES = 1 << 24
 _OWN = ("height", "width", "label", "source")  # what our JSON says itself
 _SHOWN = 3
 _HELD = source.BATCH_ROWS  # samples of a tar, among which members of one key need not be neighbours
@@ -192,6 +192,9 @@ class TarSource(Source):
 
         The class is its name in the JSON before its number, since numbers mean other classes in other data sets.
         """
+        for member, most in ((cls, _MAX_LABEL_BYTES), (note, _MAX_JSON_BYTES)):
+            if member and member.size > most:
+                self._note(f"class in a member of more than {human_size(most)}", member.name)
         facts = _facts(_content(file, note)) if note and note.size <= _MAX_JSON_BYTES else None
         self._num_bad_json += facts == {}
         named = (facts or {}).get("label")

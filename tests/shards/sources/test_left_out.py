@@ -255,3 +255,11 @@ def test_a_folder_says_what_it_leaves_out(tmp_path: Path):
     source = FolderSource(open_place(tmp_path))
     assert list(rows_of(source)) == ["a.jpg"]
     assert sorted(source.left_out().split(", ")) == ["1 .jp2", "1 .txt", "1 without extension"]
+
+
+def test_a_class_that_is_too_long_to_be_one_is_counted(tmp_path: Path):
+    files = [("a.jpg", jpeg(0)), ("a.cls", b"7" * 2000), ("b.jpg", jpeg(1)), ("b.cls", b"7")]
+    source = TarSource(str(write(tmp_path / "x.tar", files)))
+    assert [row["label"] for row in rows_of(source).values()] == [None, "7"]
+    assert source.left_out() == "1 class in a member of more than 1.0 kB"
+    assert source.warnings()[-1].endswith("(such as 'a.cls').")
