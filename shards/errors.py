@@ -30,7 +30,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     Begins with a space, so that it can follow the sentence that names the mistake.
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    if close:
-        return f" Did you mean {close[0]!r}?"
-    return f" Known: {', '.join(names) or 'none'}."
+    return did_you_mean(name, names) or f" Known: {', '.join(names) or 'none'}."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """As `nearest`, but empty where no known name is close. The case of letters does not count."""
+    lowered = {one.lower(): one for one in sorted(known, reverse=True)}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f" Did you mean {lowered[close[0]]!r}?" if close else ""

@@ -276,7 +276,7 @@ def _fault_of(promise: Promise, name: str, grows: bool) -> str:
             if wanted >= 0 and not _is_count(parquet.metadata.num_rows, wanted, grows):
                 return f"has {parquet.metadata.num_rows:,} rows, but there are {wanted:,} {what}"
             for group in range(parquet.num_row_groups) if promise.sum_of(name) is None else ():
-                parquet.read_row_group(group)
+                parquet.read_row_group(group, use_threads=False)
     except Exception as error:  # a damaged table raises many kinds
         return f"is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return ""

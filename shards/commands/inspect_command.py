@@ -75,6 +75,7 @@ def inspect_command(args: Inspect) -> None:
 
 def _print(console: Console, place: Place, overview: Overview) -> None:
     from shards.commands.shard_command import reasons
+    from shards.overview.label_conflicts import label_conflicts
     from shards.overview.summary import PERCENTILES
 
     manifest = overview.manifest
@@ -121,6 +122,10 @@ def _print(console: Console, place: Place, overview: Overview) -> None:
     _table(console, "Stored", ["how", "samples", "share"], ways)
     if manifest.classes:
         _table(console, *_classes(overview))
+    if text := label_conflicts(place, manifest):
+        print_wrapped(console, f"Warning: {text}\n", "yellow")
+    if manifest.num_masks:
+        _masks(console, place, overview)
     _table(console, *_channels(overview), gap=1)
     if overview.extra:
         columns = [(name, kind, f"{nulls:,}", values) for name, kind, nulls, values in overview.extra]
@@ -160,6 +165,27 @@ def _classes(overview: Overview) -> tuple[str, list[str], list[tuple[str, ...]]]
         for label in shown
     ]
     return "Classes, from the largest", ["class", "samples", "share"], rows
+
+
+def _masks(console: Console, place: Place, overview: Overview) -> None:
+    """The share of each class in the masks, from a few hundred of them."""
+    from shards.overview.mask_overlay import class_name
+    from shards.overview.mask_shares import mask_shares
+
+    found = mask_shares(place, overview.manifest)
+    order = sorted(found.shares, key=lambda index: (-found.shares[index], index))
+    rows = [(class_name(index), f"{100 * found.shares[index]:.2f} %") for index in order[: 2 * _SHOWN]]
+    if len(order) > len(rows):
+        rows.append(("...", f"{len(order) - len(rows):,} more"))
+    if rows:
+        read = (
+            ""
+            if found.num_read == found.num_masks
+            else f" of {found.num_read:,} of {found.num_masks:,} masks"
+        )
+        _table(console, f"Pixels of the masks{read}, by class", ["class", "share"], rows)
+    for text in found.warnings():
+        print_wrapped(console, f"Warning: {text}", "yellow")
 
 
 def _channels(overview: Overview) -> tuple[str, list[str], list[tuple[str, ...]]]:

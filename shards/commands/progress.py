@@ -19,6 +19,7 @@ from shards.terminal import print_wrapped
 from shards.units import human_size, plural
 
 PLAIN_INTERVAL_S = 30.0
+_SHOWN = 3
 
 
 class ConversionScreen(ProgressReport):
@@ -73,6 +74,8 @@ class ConversionScreen(ProgressReport):
                 f"the folders {', '.join(classes)} look like splits, but are taken as classes. To keep them apart, convert each: "
                 f"fastssl shard {shlex.quote(self._source.rstrip('/') + '/' + classes[0])} ..."
             )
+        if numbers := renumbered(classes):
+            self.say(numbers)
         for text in source.describe():
             self.say(text)
         for text in source.warnings():
@@ -120,3 +123,16 @@ class ConversionScreen(ProgressReport):
         if time.monotonic() >= self._next_s:
             self.say(text)
             self._next_s = time.monotonic() + PLAIN_INTERVAL_S
+
+
+def renumbered(classes: list[str]) -> str:
+    """A sentence where the names of classes are numbers, and others than those that the shards give them; else ""."""
+    if not all(name.lstrip("-").isdecimal() for name in classes):
+        return ""
+    changed = [(name, number) for number, name in enumerate(classes) if name != str(number)]
+    if not changed:
+        return ""
+    shown = ", ".join(f"'{name}' is {number}" for name, number in changed[:_SHOWN]) + (
+        ", ..." if len(changed) > _SHOWN else ""
+    )
+    return f"Classes get numbers from 0 on, in .cls and the tables: {shown}. Their names stay, in manifest.json and each JSON."

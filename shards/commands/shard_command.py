@@ -25,9 +25,11 @@ if TYPE_CHECKING:  # imported where used: `fastssl --help` reads this file too
     from rich.console import Console
 
     from shards.format.layout import Manifest
+    from shards.sources.source import Source
     from shards.storage.place import Place
 
 _SHOWN_REASONS = 5
+_LOOKED_AT = 1000  # files of DEST, to see whether it holds images
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,35 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def shard(args: Shard) -> None:
     """Run one conversion with progress on the screen."""
+    try:
+        _shard(args)
+    except UserError as error:
+        if not _swapped(args):
+            raise
+        raise UserError(
+            f"{error} '{args.dest}' holds images: were SOURCE and DEST swapped? fastssl shard {shlex.quote(args.dest)} "
+            f"{shlex.quote(args.source)}"
+        ) from error
+
+
+def _swapped(args: Shard) -> bool:
+    """Whether DEST looks like a source and SOURCE like none, or like shards."""
+    from shards.sources.file_set import IMAGE_SUFFIXES
+    from shards.sources.shard_folder import is_shard_folder
+    from shards.storage.opening import open_place
+
+    source, dest = args.source, args.dest
+    if "://" in source + dest or os.path.isfile(source) or not os.path.isdir(dest):
+        return False
+    if os.path.isdir(source) and os.listdir(source) and not is_shard_folder(open_place(source)):
+        return False
+    if is_shard_folder(open_place(dest)):
+        return False
+    names = itertools.islice(open_place(dest).walk(), _LOOKED_AT)
+    return any(name.lower().endswith(IMAGE_SUFFIXES) for name, _ in names)
+
+
+def _shard(args: Shard) -> None:
     from rich.console import Console
 
     from shards.commands.progress import ConversionScreen
@@ -123,7 +154,7 @@ def shard(args: Shard) -> None:
         found = f"{plural(manifest.num_samples, source.noun)} in {plural(len(manifest.shards), 'shard')}"
         print_wrapped(console, f"{args.dest} is complete: {found}. Nothing to do.")
     else:
-        _print_summary(console, dest, manifest, source.noun, screen.num_converted, time.monotonic() - start_s)
+        _print_summary(console, dest, manifest, source, screen.num_converted, time.monotonic() - start_s)
         if args.append and dest.exists(SPLITS):
             again = f"`fastssl split {shlex.quote(args.dest)} ... --overwrite` divides all of them."
             print_wrapped(console, f"The new images are in no split yet: {again}")
@@ -133,20 +164,25 @@ def shard(args: Shard) -> None:
 
 
 def _print_summary(
-    console: Console, dest: Place, manifest: Manifest, noun: str, num_converted: int, duration_s: float
+    console: Console, dest: Place, manifest: Manifest, source: Source, num_converted: int, duration_s: float
 ) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from shards.format import layout
+    from shards.overview.label_conflicts import label_conflicts
+    from shards.overview.mask_shares import mask_shares
 
+    noun = source.noun
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
     table.add_row(f"{noun}s", f"{manifest.num_samples:,}")
     if manifest.dtypes != ["uint8"] or not set(manifest.channels) <= {1, 3}:
         table.add_row("channels", f"{', '.join(map(str, manifest.channels))} of {', '.join(manifest.dtypes)}")
-    table.add_row("classes", f"{len(manifest.classes):,}" if manifest.classes else "none: no labels")
+    labelled, num_marked = _labels(dest)
+    partly = f", {labelled:,} of {manifest.num_samples:,} labelled" if labelled < manifest.num_samples else ""
+    table.add_row("classes", f"{len(manifest.classes):,}{partly}" if manifest.classes else "none: no labels")
     if manifest.num_masks:
         table.add_row("masks", f"{manifest.num_masks:,}")
     table.add_row("shards", f"{len(manifest.shards):,}")
@@ -154,15 +190,21 @@ def _print_summary(
     for name, count in changes(dest).most_common(_SHOWN_REASONS):
         table.add_row(Text(name.partition(":")[0]), Text(f"{count:,}:{name.partition(':')[2]}"))
     if manifest.num_duplicates:
-        table.add_row("duplicates", f"{manifest.num_duplicates:,}, {fate(manifest, _num_marked(dest))}")
+        table.add_row("duplicates", f"{manifest.num_duplicates:,}, {fate(manifest, num_marked)}")
     table.add_row("quarantined", f"{manifest.num_quarantined:,}" if manifest.num_quarantined else "none")
     for reason, count in reasons(dest).most_common(_SHOWN_REASONS):
         table.add_row("", Text(shown(f"{count:,}: {reason}")))
+    if left_out := source.left_out():
+        table.add_row("left out", Text(shown(left_out)))
     speed = f", {num_converted / max(duration_s, 1e-9):,.0f} {noun}s/s" if num_converted else ""
     table.add_row("time", f"{duration_s:,.1f} s{speed}")
     # Paths stand outside of the table, which would cut them.
     console.print(dest.url, style="bold", markup=False)
     console.print(table)
+    if text := label_conflicts(dest, manifest):
+        print_wrapped(console, f"Warning: {text}", "yellow")
+    for text in mask_shares(dest, manifest).warnings():
+        print_wrapped(console, f"Warning: {text}", "yellow")
     if manifest.num_quarantined:
         print_wrapped(console, f"Quarantined {noun}s are listed in {dest / layout.QUARANTINE}")
 
@@ -175,13 +217,14 @@ def fate(manifest: Manifest, num_marked: int) -> str:
     return "left out" if num_dropped else "marked in the table"
 
 
-def _num_marked(dest: Place) -> int:
+def _labels(dest: Place) -> tuple[int, int]:
+    """How many samples have a label, and how many are marked as duplicates."""
     from shards.format.columns import read_columns
     from shards.format.layout import TABLE
 
     with dest.open(TABLE) as file:
-        column = read_columns(file, ["duplicate_of"])["duplicate_of"]
-    return len(column) - column.null_count
+        table = read_columns(file, ["label", "duplicate_of"])
+    return tuple(len(column) - column.null_count for column in table.columns)
 
 
 def changes(dest: Place) -> Counter[str]:

@@ -92,7 +92,7 @@ class Base:
         ).values():
             [row] = plan.rows(was["shard"]).slice(int(was["key"]) % size, 1).to_pylist()
             try:
-                now = prove(source.read(row).data, row["source"], policy, "both")
+                now = prove(source.read(row).image, row["source"], policy, "both")
             except BadImage:
                 return False
             # Another version of an encoder writes the same pixels as other bytes.
@@ -214,7 +214,7 @@ class Base:
     def _try_first(self, source: Source, plan: Plan, policy: Policy) -> None:
         for row in plan.rows(plan.first_shard).slice(0, NUM_TRIED).to_pylist():
             try:
-                stored = prove(source.read(row).data, row["source"], policy)
+                stored = prove(source.read(row).image, row["source"], policy)
             except BadImage:
                 continue
             self.check_kinds({stored.channels}, {stored.dtype})

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from shards.conversion.listing import MAX_CLASSES, class_order
-from shards.errors import UserError
+from shards.errors import UserError, did_you_mean
 from shards.format import layout
 from shards.format.label_table import LabelTable, read_labels, write_labels
 from shards.format.layout import Manifest
@@ -215,6 +215,7 @@ def _id_columns(
         if wanted not in listed.columns:
             raise UserError(
                 f"'{listed.where}' has no column '{wanted}' ({flag}). It has: {', '.join(listed.columns)}."
+                + did_you_mean(wanted, listed.columns)
             )
         return bool(key_column), wanted
     lowered = {name.lower(): name for name in reversed(list(listed.columns))}

@@ -76,7 +76,7 @@ class Survey:
     def _read(self, source: Source, seed: int, seen: Callable[[int], None] | None) -> Listing:
         num_images = num_bytes = 0
         all_jpeg = True
-        classes = set(source.classes)
+        classes: set[str] = set()
         digest = np.zeros(2, np.uint64)
         for batch in source.entries():
             if not batch.num_rows:
@@ -96,6 +96,8 @@ class Survey:
                 self._add(batch, _keys(seed, names, source.units(batch)))
             if seen:
                 seen(num_images)
+        # Some sources know them only now, when they have been read.
+        classes.update(source.classes)
         text = "".join(f"{int(part):016x}" for part in digest)
         return Listing(num_images, num_bytes, class_order(classes), text, all_jpeg)
 

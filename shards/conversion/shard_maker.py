@@ -108,12 +108,13 @@ class _Work:
 
     def _sample(self, row: dict[str, Any], picture: Picture) -> tuple[Sample, dict[str, Any]]:
         maker, name = self._maker, row["source"]
-        stored = prove(picture.data, name, maker.policy, self._depth(row["position"]))
+        stored = prove(picture.image, name, maker.policy, self._depth(row["position"]))
         mask = None
         if picture.mask is not None:
-            mask = prove_mask(picture.mask, row["mask"] or name, stored, maker.policy)
+            laid = maker.source.mask_orientation
+            mask = prove_mask(picture.mask, row["mask"] or name, stored, maker.policy, laid)
         if stored.sample is not None:
-            self.statistics.add(stored.sample)
+            self.statistics.add(stored.sample, stored.sample_known)
         label = row["label"]
         extra = {column.name: row[column.name] for column in self._extra}
         facts = {key: value for key, value in (extra | picture.facts).items() if _is_known(value)}

@@ -116,6 +116,7 @@ def settings_for(
     after: dict[str, Any] | None = None,
 ) -> Settings:
     """The settings of a conversion; the source counts by its own name, wherever it lies."""
+    laid = source.mask_orientation
     return Settings(
         source=source.name,
         kind=source.kind,
@@ -125,7 +126,7 @@ def settings_for(
         samples_per_shard=samples_per_shard or default_samples_per_shard(listing.num_images),
         dedupe=dedupe,
         store=dataclasses.asdict(policy),
-        source_settings=source.settings(),
+        source_settings=source.settings() | ({} if laid == "auto" else {"mask_orientation": laid}),
         after=after or {},
     )
 

@@ -31,7 +31,7 @@ def estimate(source: Source, plan: Plan, policy: Policy, todo: int) -> Estimate:
         if isinstance(found, BadImage):
             continue
         try:
-            stored = prove(found.data, row["source"], policy)
+            stored = prove(found.image, row["source"], policy)
         except BadImage:
             continue
         sizes.append(len(stored.data) + _PER_SAMPLE_BYTES)

@@ -22,7 +22,8 @@ _NULL = 0x6E756C6C
 def read_columns(file: str | os.PathLike | IO[bytes], columns: list[str] | None = None) -> pa.Table:
     """These columns of a Parquet file, or all."""
     with pq.ParquetFile(file) as parquet:
-        return parquet.read(columns)
+        # Arrow's threads that read from a Python file can abort the process when it ends.
+        return parquet.read(columns, use_threads=False)
 
 
 def integers(column: pa.ChunkedArray, null: int = 0) -> npt.NDArray[Any]:

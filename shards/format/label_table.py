@@ -83,7 +83,7 @@ def _read(place: Place, manifest: Manifest) -> LabelTable:
     check_seal(data)
     with pq.ParquetFile(io.BytesIO(data)) as parquet:
         about = json.loads(parquet.schema_arrow.metadata[_ABOUT])
-        labels = integers(parquet.read(["label"])["label"], -1).astype(np.int64)
+        labels = integers(parquet.read(["label"], use_threads=False)["label"], -1).astype(np.int64)
     # The labels of a folder that has grown since are those of its first samples.
     if len(labels) != manifest.num_samples_at(about["options_sha256"]):
         raise UserError(

@@ -8,7 +8,7 @@ Format: github.com/apache/parquet-format, README.md and parquet.thrift.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,27 +44,27 @@ class Page:
 
 
 class Column:
-    """The column `path` (`image`, or `image.bytes` within a struct) in all files that have it in the same form; picklable.
+    """The column at `path` (("image",), or ("image", "bytes") within a struct) in all files that have it in the same form; picklable.
 
     Raises UserError where the file is no Parquet, encrypted or damaged.
     """
 
-    def __init__(self, place: Place, name: str, path: str):
-        self.path = path
+    def __init__(self, place: Place, name: str, path: Sequence[str]):
+        self.path = tuple(path)
         footer = _footer(place, name)
-        self._schema = _pruned(footer, path.split("."))
+        self._schema = _pruned(footer, path)
         self._version = footer[1]
 
     def pages(self, place: Place, name: str) -> Iterator[Page]:
         """The column's pages in a file, in their order. Raise UserError where the file is damaged or the column of another form."""
         footer = _footer(place, name)
         try:
-            schema = _pruned(footer, self.path.split("."))
+            schema = _pruned(footer, self.path)
         except KeyError:
             schema = []
         if schema != self._schema:
             raise UserError(
-                f"'{place / name}' has the column '{self.path.split('.')[0]}' not at all or in another form than the other files; "
+                f"'{place / name}' has the column '{self.path[0]}' not at all or in another form than the other files; "
                 "convert it by itself."
             )
         first = 0
@@ -83,11 +83,11 @@ class Column:
             )
 
     def _chunk(self, group: Struct) -> Struct:
-        wanted = [part.encode() for part in self.path.split(".")]
+        wanted = [part.encode() for part in self.path]
         for chunk in _get(group, 1)[1]:
             if _get(_get(chunk, 3), 3)[1] == wanted:
                 return _get(chunk, 3)
-        raise KeyError(f"no column {self.path}")
+        raise KeyError(f"no column {'.'.join(self.path)}")
 
     def values(self, page: bytes, num_rows: int, dictionary: bytes, codec: int) -> pa.ChunkedArray:
         """The values of a page, binary; `page` is its bytes, `dictionary` those of its dictionary page, with their headers.
@@ -97,7 +97,7 @@ class Column:
         meta: Struct = {
             1: (I32, 6),  # BYTE_ARRAY
             2: (LIST, (I32, [0, 3])),
-            3: (LIST, (thrift.BINARY, [part.encode() for part in self.path.split(".")])),
+            3: (LIST, (thrift.BINARY, [part.encode() for part in self.path])),
             4: (I32, codec),
             5: (I64, num_rows),
             6: (I64, len(page) + len(dictionary)),  # uncompressed; nobody looks
@@ -148,7 +148,7 @@ def _get(fields: Struct, number: int) -> Any:
     return fields[number][1]
 
 
-def _pruned(footer: Struct, path: list[str]) -> list[Struct]:
+def _pruned(footer: Struct, path: Sequence[str]) -> list[Struct]:
     """The schema's elements for one column only: the root, what is above the column, and the column. KeyError where it is missing."""
     elements = _get(footer, 2)[1]
     kept: list[Struct] = [elements[0] | {5: (I32, 1)}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -51,6 +52,22 @@ def rows_of(place: Place, manifest: Manifest, ids: set[int], columns: list[str])
     return found
 
 
+def given_columns(place: Place, manifest: Manifest) -> dict[str, str]:
+    """Columns of the lists that the images came from whose values stand under another name: theirs -> that of the sample table."""
+    found: dict[str, str] = {}
+    for number in range(len(manifest.identities)):
+        try:
+            with place.open(layout.plan_name(number)) as file:
+                settings = json.loads((pq.read_schema(file).metadata or {}).get(b"settings", b"{}"))
+        except FileNotFoundError:
+            continue
+        columns = settings.get("source_settings", {}).get("columns", {})
+        for role, own in (("path", "source"), ("label", "label"), ("group", "group")):
+            if role in columns:
+                found.setdefault(columns[role], own)
+    return found
+
+
 def rows_in_use(table: pa.Table, place: Place, manifest: Manifest) -> pa.Table:
     """The rows of a table that was read whole, `shard` among its columns. Raise UserError where they are not the manifest's."""
     if _ends_with_appended(table["shard"], manifest):
@@ -75,7 +92,7 @@ def is_given_up(place: Place, manifest: Manifest) -> bool:
     try:
         with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
             return parquet.metadata.num_rows > manifest.num_samples and _ends_with_appended(
-                parquet.read(["shard"])["shard"], manifest
+                parquet.read(["shard"], use_threads=False)["shard"], manifest
             )
     except Exception:  # a damaged table raises many kinds, and verify tells of them
         return False

@@ -14,6 +14,12 @@ from shards.storage.atomic_files import RangeFile
 BLOCK = 512
 _END = tarfile.EOFHeaderError  # pyright: ignore[reportAttributeAccessIssue] (its stub lacks them)
 _NOTHING = tarfile.EmptyHeaderError  # pyright: ignore[reportAttributeAccessIssue]
+_SPECIAL = {
+    tarfile.SYMTYPE: "symbolic links",
+    tarfile.FIFOTYPE: "pipes",
+    tarfile.CHRTYPE: "devices",
+    tarfile.BLKTYPE: "devices",
+}
 _GZIP, _XZ, _BZ2, _ZSTD = b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd"
 # The WebDataset convention: the key ends before the first dot of the last part, the extension is all after it, in lower case.
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
@@ -21,11 +27,15 @@ _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A file in a tar: `offset` is of its first byte. Its name is a name only, and never a path on a disk."""
+    """A file in a tar: `offset` is of its first byte. Its name is a name only, and never a path on a disk.
+
+    special: what it is where it is no file whose bytes lie in the archive, such as "symbolic links"; "" for all others.
+    """
 
     name: str
     offset: int
     size: int
+    special: str = ""
 
 
 class Cut(Exception):
@@ -39,11 +49,42 @@ class Cut(Exception):
 
 
 def members(file: IO[bytes], size: int) -> Iterator[TarMember]:
-    """The regular files of a tar of `size` bytes, in their order; links, folders and devices are passed over.
+    """All that a tar of `size` bytes holds but folders, in its order. A hard link has the bytes of the file before it that it names.
 
     Raises Cut where the archive is damaged or cut short, after all files that are whole.
     """
+    # Made for the first hard link: most archives have none, and some a million files.
+    files: dict[str, TarMember] | None = None
+    for info, name in _headers(file, size):
+        if info.isdir():
+            continue
+        if info.isreg() and not info.issparse():
+            member = TarMember(name, info.offset_data, info.size)
+            if files is not None:
+                files[_place(name)] = member
+            yield member
+        elif info.islnk():
+            if files is None:
+                files = {
+                    _place(before): TarMember(before, known.offset_data, known.size)
+                    for known, before in _headers(file, size, info.offset)
+                    if known.isreg() and not known.issparse()
+                }
+            target = files.get(_place(_text(info.linkname)))
+            if target:
+                files[_place(name)] = replace(target, name=name)
+                yield files[_place(name)]
+            else:
+                yield TarMember(name, info.offset_data, 0, "hard links to files that are not in the tar")
+        else:
+            special = "sparse files" if info.issparse() else _SPECIAL.get(info.type, "members of other types")
+            yield TarMember(name, info.offset_data, 0, special)
+
+
+def _headers(file: IO[bytes], size: int, end: int | None = None) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """The header of each member, with its name, up to the byte `end` or to the end of the tar. Raises Cut as `members`."""
     offset = 0
+    file.seek(0)
     try:
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
     except Exception as error:  # on damaged input tarfile raises many kinds
@@ -52,7 +93,7 @@ def members(file: IO[bytes], size: int) -> Iterator[TarMember]:
         raise Cut(0, "", _beginning(file, error)) from error
     tar.offset = 0
     tar.pax_headers = {}
-    while True:
+    while end is None or offset < end:
         file.seek(offset)
         try:
             info = tarfile.TarInfo.fromtarfile(tar)
@@ -66,10 +107,10 @@ def members(file: IO[bytes], size: int) -> Iterator[TarMember]:
         name = _text(info.name)
         if tar.offset <= offset:  # a negative size would go in circles
             raise Cut(offset, name, "damaged (a negative size)")
-        if info.isreg() and not info.issparse():
-            if info.offset_data + info.size > size:
-                raise Cut(offset, name, "cut short")
-            yield TarMember(name, info.offset_data, info.size)
+        if info.isreg() and not info.issparse() and info.offset_data + info.size > size:
+            raise Cut(offset, name, "cut short")
+        info.offset = offset
+        yield info, name
         if tar.offset > size:
             raise Cut(offset, name, "cut short")
         offset = tar.offset
@@ -119,14 +160,31 @@ def _beginning(file: IO[bytes], error: Exception) -> str:
     return f"no tar archive ({error})"
 
 
+def _place(name: str) -> str:
+    """A name without what leads nowhere, for comparison: `./a//b` is `a/b`."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
 def _text(name: str) -> str:
     """The name in UTF-8; what is none is written as \\xe4."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """The sample's key and the extension; None for hidden files, for those without a dot, and for metadata (`__x__`)."""
+    """The sample's key and the extension; None for what is hidden or in a hidden folder, without a dot, or metadata (`__x__`)."""
     found = _NAME.fullmatch(name)
-    if not found or "__MACOSX/" in name or re.fullmatch(r"__[^/]*__", name):
+    if not found or is_hidden(name):
         return None
     return found[1], found[2].lower()
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a member counts as little as a hidden file on a disk, or one in a hidden folder; so does metadata (`__x__`)."""
+    if not name.startswith(".") and "/." not in name and "__" not in name:
+        return False
+    parts = name.split("/")
+    return (
+        any(part.startswith(".") and part not in (".", "..") for part in parts)
+        or "__MACOSX" in parts[:-1]
+        or bool(re.fullmatch(r"__[^/]*__", name))
+    )

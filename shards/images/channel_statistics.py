@@ -21,9 +21,9 @@ class Statistics:
     """Histograms of the pixels that `shards.images.pixels.sampled` takes of each image, by (dtype, number of channels).
 
     Integers are counted exactly, so the order of adding changes nothing. float32 values are counted by their upper 16 bits (sign,
-    exponent, 7 bits of fraction): mean, std and percentiles are then right to about 0.4 % of the value. NaN and infinities are left
-    out. A percentile is the smallest value that so many of the pixels do not exceed. An image counts with the pixels of its grid:
-    256 to 1,024 unless it is small or thin, whatever its size.
+    exponent, 7 bits of fraction): mean, std and percentiles are then right to about 0.4 % of the value. NaN, infinities and what is
+    declared to be no data are left out. A percentile is the smallest value that so many of the pixels do not exceed. An image counts
+    with the pixels of its grid: 256 to 1,024 unless it is small or thin, whatever its size.
     """
 
     def __init__(self):
@@ -31,24 +31,30 @@ class Statistics:
         self._held: dict[int, list[npt.NDArray[np.uint8]]] = {}  # by number of channels
         self._held_bytes = 0
 
-    def add(self, sample: npt.NDArray) -> None:
-        """Count pixels (k, C), uint8, uint16 or float32; the array must not change afterwards."""
-        if sample.dtype == np.uint8:
+    def add(self, sample: npt.NDArray, known: npt.NDArray[np.bool_] | None = None) -> None:
+        """Count pixels (k, C), uint8, uint16 or float32; the array must not change afterwards.
+
+        `known`: which of the values are data, (k, C); None for all.
+        """
+        if sample.dtype == np.uint8 and known is None:
             self._held.setdefault(sample.shape[1], []).append(sample)
             self._held_bytes += sample.size
             if self._held_bytes >= _HELD_BYTES:
                 self._count_held()
             return
-        counts = self._of((sample.dtype.name, sample.shape[1]), _FLOAT_BINS)
+        num_bins = 256 if sample.dtype == np.uint8 else _FLOAT_BINS
+        counts = self._of((sample.dtype.name, sample.shape[1]), num_bins)
         if sample.dtype == np.float32:
             sample = np.ascontiguousarray(sample)
             values = (sample.view(np.uint32) >> 16).astype(np.int64)
             values[~np.isfinite(sample)] = -1  # counted nowhere
         else:
             values = sample.astype(np.int64)
+        if known is not None:
+            values[~known] = -1
         for channel in range(sample.shape[1]):
             column = values[:, channel]
-            counts[channel] += np.bincount(column[column >= 0], minlength=_FLOAT_BINS)
+            counts[channel] += np.bincount(column[column >= 0], minlength=num_bins)
 
     def _count_held(self) -> None:
         for channels, samples in self._held.items():
@@ -155,7 +161,7 @@ def _summary(dtype: str, counts: npt.NDArray[np.int64]) -> dict[str, Any]:
         for percent in PERCENTILES:
             at = int(np.searchsorted(below, total * percent / 100))
             percentiles[f"p{percent}"].append(round(float(values[order[min(at, len(order) - 1)]]), 6))
-    return {"mean": means, "std": stds, "pixels": int(counts[0].sum())} | percentiles
+    return {"mean": means, "std": stds, "pixels": int(counts.sum(axis=1).max())} | percentiles
 
 
 def _values(dtype: str, num_bins: int) -> npt.NDArray[np.float64]:

@@ -11,6 +11,31 @@ from PIL import Image
 
 from shards.images.pixels import BadImage, damage
 
+_BRANDS = (
+    ((b"avif", b"avis"), "an AVIF image"),
+    ((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"), "an HEIC image"),
+    ((b"crx ",), "a raw image (CR3)"),
+)
+_BEGINS = (
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000 image"),
+    (b"\xff\x4f\xff\x51", "a JPEG 2000 image"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL image"),
+    (b"\xff\x0a", "a JPEG XL image"),
+    (b"8BPS", "a Photoshop file"),
+    (b"%PDF", "a PDF file"),
+    (b"%!PS", "a PostScript file"),
+    (b"\x76\x2f\x31\x01", "an OpenEXR image"),
+    (b"\0\0\x01\0", "an icon (ICO)"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself"),
+)
+_TEXTS = (
+    (b"<!doctype html", "a web page (HTML)"),
+    (b"<html", "a web page (HTML)"),
+    (b"<svg", "an SVG drawing"),
+    (b"<?xml", "an XML file"),
+)
 JPEG_MAGIC = b"\xff\xd8"
 # Chroma samplings (h x v of each component) that TurboJPEG and nvJPEG both name: 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1.
 _COMMON_CHROMA = {b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11", b"\x12\x11\x11", b"\x41\x11\x11"}
@@ -103,7 +128,28 @@ def unreadable(data: bytes) -> BadImage:
         return BadImage(f"a JPEG of {header.bits} bits; only 8 are supported")
     if header and not (header.width and header.height):
         return BadImage(f"no pixels ({header.width} x {header.height})")
+    known = other_format(data)
+    if known:
+        way_out = "; turn it into JPEG or PNG first" if "image" in known else ""
+        return BadImage(f"{known}, which is not read{way_out}")
     return BadImage("not readable as JPEG, PNG, WebP, BMP, TIFF, GIF or NumPy array")
+
+
+def other_format(data: bytes) -> str:
+    """What a file is that is none of the formats read, by its first bytes, with its article; "" where that is not known."""
+    if data[4:8] == b"ftyp":
+        # ISO 14496-12: the major brand, a version, then further brands.
+        end = min(int.from_bytes(data[:4], "big"), 64)
+        brands = {data[8:12], *(data[at : at + 4] for at in range(16, end, 4))}
+        for names, known in _BRANDS:
+            if not brands.isdisjoint(names):
+                return known
+        return "a film or another file of the MP4 family"
+    text = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for begin, known in _TEXTS:
+        if text.startswith(begin):
+            return known
+    return next((known for begin, known in _BEGINS if data.startswith(begin)), "")
 
 
 def decode_jpeg(image: Image.Image, data: bytes, *, mend: bool) -> tuple[npt.NDArray | None, list[str]]:

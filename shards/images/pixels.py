@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,25 @@ NPY_MAGIC = b"\x93NUMPY"
 DTYPES = ("uint8", "uint16", "float32")
 SAMPLE_SIDE = 32  # an image gives at most so many rows and columns to the statistics
 _ADDRESS = re.compile(r"<[^>]* at 0x[0-9a-f]+>")
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """Pixels that a source has read itself. values: (H, W, C) uint8, uint16 or float32.
+
+    known: bool (H, W, C), where there is data; None for everywhere. fill: what stands in each channel where there is none, or None.
+    alpha: whether the last channel is declared as transparency.
+    """
+
+    values: npt.NDArray
+    known: npt.NDArray[np.bool_] | None = None
+    fill: tuple[float | None, ...] = ()
+    alpha: bool = False
+
+    def without_last(self) -> Pixels:
+        """All but the last channel."""
+        known = None if self.known is None else self.known[:, :, :-1]
+        return Pixels(np.ascontiguousarray(self.values[:, :, :-1]), known, self.fill[:-1])
 
 
 class BadImage(Exception):
@@ -103,8 +123,30 @@ def checked(pixels: npt.NDArray) -> npt.NDArray:
     raise BadImage(f"numbers of type {dtype}, which uint8, uint16 and float32 cannot hold without loss")
 
 
-def to_8_bit(pixels: npt.NDArray) -> npt.NDArray[np.uint8]:
-    """uint16 from 0..65535, or float32 from 0..1, scaled to 0..255 and rounded; BadImage for floats beyond 0..1."""
+def declared(values: npt.NDArray, nodata: float | None, white_is_zero: bool = False) -> Pixels:
+    """Pixels (H, W, C) of a file that declares `nodata` to be none; where larger values are darker (`white_is_zero`), turned over."""
+    known = None
+    if nodata is not None:
+        known = (
+            ~np.isnan(values)
+            if np.isnan(nodata)
+            else values != np.asarray(nodata).astype(np.result_type(values, np.float32))
+        )
+    fill = nodata
+    if white_is_zero and values.dtype.kind == "u":
+        largest = np.iinfo(values.dtype).max
+        values = largest - values
+        fill = None if nodata is None else largest - nodata
+    return Pixels(values, known, (fill,) * values.shape[2] if nodata is not None else ())
+
+
+def to_8_bit(pixels: npt.NDArray, known: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.uint8]:
+    """uint16 from 0..65535, or float32 from 0..1, scaled to 0..255 and rounded; BadImage for floats beyond 0..1.
+
+    `known`: where there is data, (H, W, C); elsewhere 0 is given.
+    """
+    if known is not None:
+        pixels = np.where(known, pixels, pixels.dtype.type(0))
     if pixels.dtype == np.uint16:
         return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     if pixels.dtype == np.float32:
@@ -151,14 +193,46 @@ def read_deep(data: bytes, image: Image.Image | None, max_pixels: int) -> npt.ND
 
 def resized(pixels: npt.NDArray, width: int, height: int) -> npt.NDArray:
     """(H, W, C) scaled with Pillow's antialiased Lanczos filter, channel by channel, in 32-bit floats; the dtype stays."""
-    planes = []
-    for channel in range(pixels.shape[2]):
-        plane = Image.fromarray(pixels[:, :, channel].astype(np.float32))
-        planes.append(np.asarray(plane.resize((width, height), Image.Resampling.LANCZOS)))
-    stacked = np.stack(planes, axis=2)
-    if pixels.dtype == np.float32:
+    return _typed(
+        np.stack([_lanczos(plane, width, height) for plane in np.moveaxis(pixels, 2, 0)], axis=2),
+        pixels.dtype,
+    )
+
+
+def resized_known(data: Pixels, width: int, height: int) -> Pixels:
+    """As `resized`, but what holds no data has no part in any value: the weights of the other pixels are brought to a sum of one.
+
+    Where less than half of the weight is known there is no data: the fill, or what `resized` gives where there is no such value.
+    """
+    if data.known is None:
+        return Pixels(resized(data.values, width, height), None, data.fill, data.alpha)
+    planes, knowns = [], []
+    for channel in range(data.values.shape[2]):
+        plane, known = data.values[:, :, channel], data.known[:, :, channel]
+        weight = _lanczos(known, width, height)
+        inside = weight >= 0.5
+        fill = data.fill[channel] if data.fill else None
+        if fill is None and np.isnan(plane).any():
+            fill = np.nan
+        if fill is None:
+            planes.append(_lanczos(plane, width, height))
+        else:
+            sums = _lanczos(np.where(known, plane, plane.dtype.type(0)), width, height)
+            planes.append(np.where(inside, sums / np.where(inside, weight, 1), np.float32(fill)))
+        knowns.append(inside)
+    values = _typed(np.stack(planes, axis=2), data.values.dtype)
+    return Pixels(values, np.stack(knowns, axis=2), data.fill, data.alpha)
+
+
+def _lanczos(plane: npt.NDArray, width: int, height: int) -> npt.NDArray[np.float32]:
+    image = Image.fromarray(plane.astype(np.float32))
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+
+
+def _typed(stacked: npt.NDArray, dtype: np.dtype) -> npt.NDArray:
+    if dtype == np.float32:
         return stacked
-    return np.clip(np.rint(stacked), 0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
+    return np.clip(np.rint(stacked), 0, np.iinfo(dtype).max).astype(dtype)
 
 
 def turned(pixels: npt.NDArray, orientation: int) -> npt.NDArray:

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from shards.images.alpha import ALPHA_WORDS, deep_alpha, has_alpha, refuse_alpha, tile_alpha, upright_8_bit
+from shards.images.color_profile import in_srgb, jpeg_profile
 from shards.images.jpeg import (
     JPEG_MAGIC,
     JpegHeader,
@@ -26,28 +28,28 @@ from shards.images.pillow import TURNS, as_damage, encode, orientation, strict_p
 from shards.images.pixels import (
     NPY_MAGIC,
     BadImage,
+    Pixels,
+    declared,
     pixels_hash,
     read_deep,
     read_npy,
-    resized,
+    resized_known,
     sampled,
     to_8_bit,
     turned,
     write_npy,
 )
 from shards.images.png import check_png, png_colour, png_depth
+from shards.images.pnm import deep_pnm
 from shards.images.policy import Policy
 from shards.images.tiff import TIFF_MAGIC, TiffHeader, tiff_header
 
 # No format that runs an interpreter (EPS) or hides several images; the content decides, not the file's name.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _EXT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _STORE = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
-_SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",)}
-_ALPHA_REFUSED = "has an alpha channel, which the policy refuses"
-_ALPHA_WORDS = {"white": "alpha on white", "black": "alpha on black", "drop": "alpha dropped"}
+_SUFFIXES = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png",), "WEBP": (".webp",)}
 _DEFAULT = Policy()
-
 
 Depth = Literal["pixels", "small", "both"]
 
@@ -59,7 +61,8 @@ class Stored:
     data: encoded bytes; ext: jpg, png, webp (8 bit, 1 or 3 channels) or npy ((H, W, C) uint8, uint16 or float32); width, height:
     pixels; how: "kept", or "re-encoded: " and the reasons; pixels_hash: of the pixels before a lossy encoder saw them; sample:
     (k, channels) pixels for statistics; file_size: (width, height) before turning and scaling; turn: EXIF orientation that was baked
-    in, 0 for none; small_hash: of the JPEG decoded at an eighth of its size. What `prove` was not asked for is None.
+    in, 0 for none; small_hash: of the JPEG decoded at an eighth of its size; sample_known: bool (k, channels), which values of the
+    sample are data, None for all. What `prove` was not asked for is None.
     """
 
     data: bytes
@@ -74,9 +77,12 @@ class Stored:
     file_size: tuple[int, int]
     turn: int = 0
     small_hash: str | None = None
+    sample_known: npt.NDArray[np.bool_] | None = None
 
 
-def prove(data: bytes | npt.NDArray, name: str, policy: Policy = _DEFAULT, depth: Depth = "pixels") -> Stored:
+def prove(
+    data: bytes | npt.NDArray | Pixels, name: str, policy: Policy = _DEFAULT, depth: Depth = "pixels"
+) -> Stored:
     """Decode the image as far as anything can be wrong with it, and return what to store; what `policy` keeps is kept byte for byte.
 
     Args:
@@ -129,7 +135,8 @@ def _prove_simple(data: bytes, header: JpegHeader, name: str, policy: Policy, de
         stored = _stored(data, "jpg", pixels, _kept("JPEG", name), size, 0)
     else:
         with as_damage():
-            stored = _changed(_as_image(pixels), "JPEG", [], policy, size, 0)
+            image, words = in_srgb(_as_image(pixels), jpeg_profile(data))
+            stored = _changed(image, "JPEG", words, policy, size, 0)
     return replace(stored, small_hash=small_hash) if small_hash else stored
 
 
@@ -143,6 +150,10 @@ def _prove_opened(image: Image.Image, data: bytes, name: str, policy: Policy) ->
     check_size(*image.size, policy)
     tiff = tiff_header(data) if kind == "TIFF" else None
     reasons = _check_frames(image, kind, tiff, policy)
+    if kind == "PPM":
+        deep = np.asarray(image)[:, :, None] if image.mode == "F" else deep_pnm(data)
+        if deep is not None:
+            return _finish(deep, policy, reasons, image.size, 0)
     if (tiff and not tiff.plain) or (kind == "PNG" and png_depth(data) > 8):
         return _prove_deep(data, image, tiff, reasons, policy)
     file_size = image.size
@@ -163,19 +174,32 @@ def _prove_opened(image: Image.Image, data: bytes, name: str, policy: Policy) ->
         done = turn if turn in TURNS else 0
     if image.mode == "CMYK" and policy.cmyk == "refuse":
         raise BadImage("CMYK, which the policy refuses")
-    if _has_alpha(image) and policy.alpha == "keep":
+    profile = image.info.get("icc_profile")
+    if has_alpha(image) and policy.alpha == "keep":
+        image, words = in_srgb(image, profile)
+        reasons += words
         image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
         return _finish(turned(np.asarray(image), turn), policy, [*reasons, "alpha kept"], file_size, done)
-    if _has_alpha(image) and policy.alpha == "refuse":
-        raise BadImage(_ALPHA_REFUSED)
-    if _has_alpha(image):
-        reasons.append(_ALPHA_WORDS[policy.alpha])
+    if has_alpha(image):
+        refuse_alpha(policy)
+        reasons.append(ALPHA_WORDS[policy.alpha])
     if not reasons and _keeps(policy, kind, file_size):
         pixels = np.asarray(image) if pixels is None else pixels
         return _stored(data, _EXT[kind], pixels, _kept(kind, name), file_size, 0)
     if pixels is not None:  # decoded, but not by Pillow
         image = _as_image(pixels)
-    return _changed(_upright_8_bit(image, turn, policy.alpha), kind, reasons, policy, file_size, done)
+    image, words = in_srgb(image, profile)
+    reasons += words
+    stored = _changed(upright_8_bit(image, turn, policy.alpha), kind, reasons, policy, file_size, done)
+    return _without_nodata(stored, tiff) if tiff and image.mode in ("L", "RGB") else stored
+
+
+def _without_nodata(stored: Stored, tiff: TiffHeader) -> Stored:
+    """Leave what an 8-bit TIFF declares to be no data out of the sample that is counted."""
+    if tiff.nodata is None or stored.sample is None:
+        return stored
+    known = stored.sample != (255 - tiff.nodata if tiff.white_is_zero else tiff.nodata)
+    return stored if known.all() else replace(stored, sample_known=known)
 
 
 def _keeps(policy: Policy, kind: str, file_size: tuple[int, int]) -> bool:
@@ -205,12 +229,15 @@ def _as_image(pixels: npt.NDArray) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def prove_pixels(pixels: npt.NDArray, policy: Policy = _DEFAULT) -> Stored:
+def prove_pixels(pixels: npt.NDArray | Pixels, policy: Policy = _DEFAULT) -> Stored:
     """What to store of pixels (H, W, C), uint8, uint16 or float32: 8 bit of 1 or 3 channels as an image file, all else as npy.
 
     Raise BadImage as `prove` does.
     """
-    return _finish(pixels, policy, [], (pixels.shape[1], pixels.shape[0]), 0)
+    data = pixels if isinstance(pixels, Pixels) else Pixels(pixels)
+    height, width, _ = data.values.shape
+    data, reasons = tile_alpha(data, policy) if data.alpha else (data, [])
+    return _finish(data, policy, reasons, (width, height), 0)
 
 
 def _check_frames(image: Image.Image, kind: str, tiff: TiffHeader | None, policy: Policy) -> list[str]:
@@ -239,8 +266,8 @@ def _prove_deep(
 ) -> Stored:
     alpha = tiff.alpha if tiff else png_colour(data) in (4, 6)
     turn = tiff.orientation if tiff else orientation(image) if image else 0
-    if alpha and policy.alpha == "refuse":
-        raise BadImage(_ALPHA_REFUSED)
+    if alpha:
+        refuse_alpha(policy)
     if not tiff:
         check_png(data)
     # Pillow would turn a TIFF while it reads it.
@@ -251,39 +278,42 @@ def _prove_deep(
         pixels = turned(pixels, turn)
     else:
         turn = 0
-    if alpha and policy.alpha == "drop":
-        reasons = [*reasons, _ALPHA_WORDS["drop"]]
-        pixels = pixels[:, :, :-1]
-    elif alpha and policy.alpha != "keep" and policy.deep == "8bit":
-        reasons = [*reasons, _ALPHA_WORDS[policy.alpha], "scaled to 8 bits"]
-        flat = _upright_8_bit(Image.fromarray(to_8_bit(pixels)), 0, policy.alpha)
-        pixels = _with_channels(np.asarray(flat))
-    return _finish(pixels, policy, reasons, file_size, turn)
+    made = declared(pixels, tiff.nodata, tiff.white_is_zero) if tiff else Pixels(pixels)
+    if alpha:
+        made, words = deep_alpha(made, policy)
+        reasons = [*reasons, *words]
+    return _finish(made, policy, reasons, file_size, turn)
 
 
 def _finish(
-    pixels: npt.NDArray, policy: Policy, reasons: list[str], file_size: tuple[int, int], turn: int
+    pixels: npt.NDArray | Pixels, policy: Policy, reasons: list[str], file_size: tuple[int, int], turn: int
 ) -> Stored:
     """What to store of upright pixels (H, W, C)."""
-    height, width, channels = pixels.shape
+    data = pixels if isinstance(pixels, Pixels) else Pixels(pixels)
+    height, width, channels = data.values.shape
     check_size(width, height, policy)
     reasons = list(reasons)
-    if pixels.dtype != np.uint8:
+    if data.values.dtype != np.uint8:
         if policy.deep == "refuse":
-            raise BadImage(f"{pixels.dtype}, more than 8 bits a channel, which the policy refuses")
+            raise BadImage(f"{data.values.dtype}, more than 8 bits a channel, which the policy refuses")
         if policy.deep == "8bit":
-            pixels = to_8_bit(pixels)
+            data = Pixels(to_8_bit(data.values, data.known), data.known, (0,) * channels)
             reasons.append("scaled to 8 bits")
     if policy.short_side and min(width, height) > policy.short_side:
         reasons.append("scaled down")
-        pixels = resized(pixels, *_scaled((width, height), policy.short_side))
-    if pixels.dtype != np.uint8 or channels not in (1, 3) or policy.store == "npy":
+        data = resized_known(data, *_scaled((width, height), policy.short_side))
+    values, sample_known = data.values, None
+    if data.known is not None and not data.known.all():
+        sample_known = sampled(data.known)
+    if values.dtype != np.uint8 or channels not in (1, 3) or policy.store == "npy":
         how = "re-encoded: " + ", ".join([*reasons, "as array"])
-        return _stored(write_npy(pixels), "npy", pixels, how, file_size, turn)
-    wanted = _STORE.get(policy.store, "PNG")
-    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
-    how = "re-encoded: " + ", ".join([*reasons, f"as {wanted}"])
-    return _encoded(image, wanted, how, policy, file_size, turn)
+        stored = _stored(write_npy(values), "npy", values, how, file_size, turn)
+    else:
+        how = "re-encoded: " + ", ".join([*reasons, f"as {_STORE.get(policy.store, 'PNG')}"])
+        stored = _encoded(_as_image(values), _STORE.get(policy.store, "PNG"), how, policy, file_size, turn)
+        if sample_known is not None and stored.channels > channels:
+            sample_known = np.repeat(sample_known, stored.channels, axis=1)
+    return stored if sample_known is None else replace(stored, sample_known=sample_known)
 
 
 def _encoded(
@@ -303,7 +333,7 @@ def _reasons(image: Image.Image, kind: str, data: bytes, turn: int) -> list[str]
         reasons.append("EXIF rotation")
     elif turn < 0:
         reasons.append("unreadable EXIF")
-    if _has_alpha(image):
+    if has_alpha(image):
         pass  # what becomes of it is the policy's
     elif image.mode == "P":
         reasons.append("palette to RGB")
@@ -358,21 +388,6 @@ def _scaled(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _upright_8_bit(image: Image.Image, turn: int, alpha: str) -> Image.Image:
-    if _has_alpha(image):
-        gray = image.mode in ("1", "L", "LA", "La")
-        image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
-        if alpha != "drop":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, alpha), image)
-        image = image.convert("RGB")
-        image = image.getchannel(0) if gray else image
-    elif image.mode == "1":
-        image = image.convert("L")
-    elif image.mode not in ("L", "RGB"):
-        image = image.convert("RGB")
-    return image.transpose(TURNS[turn]) if turn in TURNS else image
-
-
 def _kept(kind: str, name: str) -> str:
     if name.endswith(_SUFFIXES[kind]):
         return "kept"
@@ -383,7 +398,3 @@ def _kept(kind: str, name: str) -> str:
         if suffix in (*_SUFFIXES[kind], ".parquet")
         else f"kept: {kind} named {suffix or 'without extension'}"
     )
-
-
-def _has_alpha(image: Image.Image) -> bool:
-    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info

@@ -13,6 +13,7 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 # TIFF 6.0, section 8
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES = (256, 257, 258, 262, 274, 277)
 _SUBFILE, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 254, 338, 339
+_GDAL_NODATA = 42113  # gdal.org/en/stable/drivers/raster/gtiff.html: a number as text
 _COLOURS = {2: 3, 5: 4, 6: 3, 8: 3}  # samples that a photometric interpretation needs; 1 for the others
 _NO_PAGE = 1 | 4  # NewSubfileType: a smaller copy (an overview), a transparency mask
 _MAX_PAGES = 10_000
@@ -21,7 +22,8 @@ _MAX_PAGES = 10_000
 @dataclass(frozen=True, slots=True)
 class TiffHeader:
     """size: (width, height) as the file lays it; bits: of the widest sample; plain: unsigned colours that Pillow reads whole, with at
-    most an alpha channel; alpha: has one; pages: images that are not overviews or masks of another."""
+    most an alpha channel; alpha: has one; pages: images that are not overviews or masks of another; white_is_zero: larger values are
+    darker; nodata: the value that GDAL declares to be none, or None."""
 
     size: tuple[int, int]
     bits: int
@@ -29,6 +31,8 @@ class TiffHeader:
     alpha: bool
     orientation: int
     pages: int
+    white_is_zero: bool
+    nodata: float | None
 
 
 def tiff_header(data: bytes) -> TiffHeader:
@@ -52,7 +56,15 @@ def tiff_header(data: bytes) -> TiffHeader:
     unsigned = set(_numbers(first, _SAMPLE_FORMAT, 1)) <= {1, 4}
     size = first.get(_WIDTH, 0), first.get(_HEIGHT, 0)
     plain = bits <= 8 and unsigned and (num_extra <= 0 or alpha)
-    return TiffHeader(size, bits, plain, alpha, first.get(_ORIENTATION, 1), max(1, pages))
+    turn, white_is_zero = first.get(_ORIENTATION, 1), first.get(_PHOTOMETRIC, 1) == 0
+    return TiffHeader(size, bits, plain, alpha, turn, max(1, pages), white_is_zero, _nodata(first))
+
+
+def _nodata(tags: dict) -> float | None:
+    try:
+        return float(str(tags[_GDAL_NODATA]).strip(" \0"))
+    except (KeyError, ValueError):
+        return None
 
 
 def _numbers(tags: dict, tag: int, default: int) -> tuple[int, ...]:

@@ -93,11 +93,13 @@ def inspect(folder: Where) -> Overview:
     given = read_labels(place, manifest)
     with place.open(layout.TABLE) as file, pq.ParquetFile(file) as parquet:
         names = parquet.schema_arrow.names
-        table = rows_in_use(parquet.read(columns=["shard", *_COLUMNS, "duplicate_of"]), place, manifest)
+        table = rows_in_use(
+            parquet.read(["shard", *_COLUMNS, "duplicate_of"], use_threads=False), place, manifest
+        )
         extra = []
         for name in names:
             if name not in layout.SCHEMA.names:
-                column = parquet.read(columns=[name])[name].slice(0, manifest.num_samples)
+                column = parquet.read([name], use_threads=False)[name].slice(0, manifest.num_samples)
                 extra.append((name, str(column.type), column.null_count, _values(column)))
     kinds = zip(*(table[name].to_pylist() for name in ("ext", "channels", "dtype")), strict=True)
     return Overview(

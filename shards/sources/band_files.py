@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shards.errors import UserError
-from shards.images.pixels import BadImage
+from shards.images.pixels import BadImage, Pixels
 from shards.sources.file_set import is_folder
 from shards.sources.image_folder import mask_folder
 from shards.sources.raster_reader import RASTER_SUFFIXES, Header, RasterScene, read_header, read_tile
@@ -43,14 +43,16 @@ class BandFiles:
         self.name = self.place.name
         self._bands = bands
         self._whole = whole
-        self._others: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
+        self._seen: list[str] = []
 
     def settings(self) -> list[Any]:
         return self._bands
 
     def scenes(self) -> Iterator[RasterScene]:
         self.place.check_folder("SOURCE")
-        self._others.clear()
+        self.others.clear()
+        self._seen.clear()
         # By folder, then by scene. A folder's files may come before and after those of the folders in it, but not later.
         held: dict[str, dict[str, dict[int, tuple[str, int]]]] = {}
         for name, size in self.place.walk():
@@ -61,7 +63,12 @@ class BandFiles:
                 yield from self._finished(held.pop(other))
             found = self._split(name)
             if found is None:
-                self._others[posixpath.basename(name)] += 1 if len(self._others) < _SHOWN else 0
+                suffix = os.path.splitext(name)[1].lower()
+                if suffix in RASTER_SUFFIXES:
+                    suffix = "rasters of other bands"
+                self.others[suffix or "without extension"] += 1
+                if len(self._seen) < _SHOWN:
+                    self._seen.append(posixpath.basename(name))
                 continue
             scene, band = found
             files = held.setdefault(folder, {}).setdefault(scene, {})
@@ -99,7 +106,7 @@ class BandFiles:
         return None
 
     def nothing(self) -> str:
-        seen = ", ".join(f"'{name}'" for name in self._others)
+        seen = ", ".join(f"'{name}'" for name in self._seen)
         return (
             f"'{self.place.url}' holds no raster whose name ends with a band of --bands ({', '.join(self._bands)})"
             f"{f', only files such as {seen}' if seen else ''}. Rasters with all bands in one file need numbers, such as --bands "
@@ -136,10 +143,12 @@ class BandFiles:
             check_grid(first, header, f"'{name}'")
         return replace(first, dtypes=tuple(header.dtypes[0] for header in headers))
 
-    def read(self, files: tuple[str, ...], window: list[int]) -> tuple[npt.NDArray, npt.NDArray[np.bool_]]:
+    def read(self, files: tuple[str, ...], window: list[int]) -> tuple[Pixels, npt.NDArray[np.bool_]]:
         self._compared(files)
         bands, known = zip(*(read_tile(self.place, name, [1], window) for name in files), strict=True)
-        return np.concatenate(bands, axis=2), np.any(known, axis=0)
+        values = np.concatenate([band.values for band in bands], axis=2)
+        in_bands = np.concatenate([band.known for band in bands], axis=2)
+        return Pixels(values, in_bands, tuple(band.fill[0] for band in bands)), np.any(known, axis=0)
 
 
 def _open(where: str, options: SourceOptions) -> RasterSource:

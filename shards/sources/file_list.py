@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shards.errors import UserError, nearest
+from shards.errors import UserError, did_you_mean
 from shards.format import layout
 from shards.images.mask_images import read_mask
 from shards.images.pixels import BadImage
 from shards.sources.file_set import IMAGE_SUFFIXES, names_file, split_url
 from shards.sources.source import ENTRIES, Picture, Source, SourceKind, entry_batch, read_file
 from shards.sources.source_options import NO_COLUMN, ListOptions
-from shards.sources.table_reader import TABLE_SUFFIXES, ListFile, class_text, has_point, open_list
+from shards.sources.table_reader import TABLE_SUFFIXES, ListFile, class_text, has_point, known_text, open_list
 from shards.storage.local import LocalPlace
 from shards.storage.opening import open_place
 from shards.storage.place import Place
+from shards.storage.remote import Refused, RemotePlace, Unreachable
 from shards.units import plural
 
 # Where no column is named: the first of these that the list has, in any case of letters.
@@ -130,6 +131,7 @@ class ListSource(Source):
                     columns["label"], self._where, self._columns["label"], self._row_word, rows.first_lines
                 )
                 num_unlabelled += columns["label"].null_count
+            columns |= {role: known_text(columns[role]) for role in ("mask", "group") if role in columns}
             paths = columns.pop("path")
             if paths.null_count:
                 line = rows.first_lines[paths.is_null().to_pylist().index(True)]
@@ -199,17 +201,80 @@ class ListSource(Source):
 
     def read(self, row: dict[str, Any]) -> Picture:
         """The file's bytes, and its mask's."""
-        place, name = find_file(row["source"], self._root)
-        if place.local is None and place is not self._root:
-            try:
-                data = place.read(name)
-            except FileNotFoundError:  # nor is its folder there, in a store that knows files only
-                raise BadImage("cannot be read: there is no such file") from None
-        elif place is not self._root and not row["bytes"] and not place.is_there():
+        data = read_listed(row["source"], self._root, row["bytes"])
+        if not row["mask"]:
+            return Picture(data)
+        mask = row["mask"]
+        if "://" not in mask:
+            return Picture(data, read_mask(*find_file(mask, self._root)))
+        try:
+            return Picture(data, read_listed(mask, self._root))
+        except BadImage as error:
+            raise BadImage(f"its mask '{mask}' {error.reason}") from error
+
+
+class _Web:
+    """What this process knows of the web servers that lists name: one that is gone stops no other, and is not waited for again."""
+
+    def __init__(self):
+        self._gone: set[str] = set()
+        self._num_in_a_row = 0
+        self._good: tuple[Place, str] | None = None
+
+    def read(self, place: Place, name: str) -> bytes:
+        """A file; BadImage where its server refuses it or does not answer. Raise UserError where no server answers any more."""
+        host = place.url.split("/")[2]
+        if isinstance(place, RemotePlace):
+            place.tries = TRIES_OF_GONE if host in self._gone else None
+        try:
+            data = place.read(name)
+        except Refused as error:
+            raise BadImage(f"cannot be read: {error.reason}") from error
+        except Unreachable as error:
+            self._gone.add(host)
+            self._num_in_a_row += 1
+            if self._num_in_a_row % MANY_IN_A_ROW == 0 and not self._others_answer():
+                raise
+            raise BadImage(f"cannot be read: {error.reason}") from error
+        self._num_in_a_row = 0
+        self._gone.discard(host)
+        self._good = place, name
+        return data
+
+    def _others_answer(self) -> bool:
+        try:
+            return self._good is not None and bool(self._good[0].exists(self._good[1]))
+        except UserError:
+            return False
+
+
+TRIES_OF_GONE = 2  # for a server that has not answered before
+MANY_IN_A_ROW = 20  # files without an answer, after which it may be this machine that is cut off
+_web = _Web()
+
+
+def read_listed(path: str, root: Place, planned_bytes: int = 0) -> bytes:
+    """A file that a table names, by its path below `root` or its URL.
+
+    Raise BadImage where it cannot be read, UserError where the source has gone away: the root, or the net.
+    """
+    place, name = find_file(path, root)
+    web = place.local is None and place.url.startswith(("http://", "https://"))
+    try:
+        if web and place is not root:
+            return _web.read(place, name)
+        if place.local is None and place is not root:
+            return place.read(name)
+        if place is not root and not planned_bytes and not place.is_there():
             raise BadImage("cannot be read: its folder is not there")
-        else:
-            data = read_file(place, name, row["bytes"])
-        return Picture(data, read_mask(*find_file(row["mask"], self._root)) if row["mask"] else None)
+        return read_file(place, name, planned_bytes)
+    except FileNotFoundError:  # nor is its folder there, in a store that knows files only
+        raise BadImage("cannot be read: there is no such file") from None
+    except Refused as error:
+        # In a store with credentials these are wrong for all files.
+        if not web:
+            raise
+        raise BadImage(f"cannot be read: {error.reason}") from error
 
 
 def find_file(path: str, root: Place) -> tuple[Place, str]:
@@ -278,7 +343,7 @@ def choose(listed: ListFile, role: str, wanted: str) -> str | None:
         if wanted not in known:
             raise UserError(
                 f"'{listed.where}' has no column '{wanted}' (--{role}-column). It has: {', '.join(known)}."
-                + (nearest(wanted, known) if len(known) > 12 else "")
+                + did_you_mean(wanted, known)
             )
         return wanted
     lowered = {name.lower(): name for name in reversed(known)}

@@ -5,13 +5,56 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from shards.errors import UserError
 from shards.storage.opening import open_place
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".npy"),
+)
+# Images all the same, but of kinds that are not read.
+UNREAD_SUFFIXES = (
+    *(
+        ".heic",
+        ".heif",
+        ".avif",
+        ".jxl",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".psd",
+        ".svg",
+        ".eps",
+        ".exr",
+        ".hdr",
+        ".tga",
+        ".ico",
+        ".dcm",
+    ),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
+)
+UNREAD_WAY_OUT = "turn these into JPEG or PNG first"
+_SHOWN_KINDS = 12
+_IMAGE_FOLDERS = {"image", "images", "img", "imgs", "photos", "jpegimages", "leftimg8bit"}
+_MASK_FOLDERS = {
+    *(
+        "mask",
+        "masks",
+        "label",
+        "labels",
+        "annotation",
+        "annotations",
+        "gt",
+        "gtfine",
+        "ground_truth",
+        "groundtruth",
+    ),
+    *("seg", "segmentation", "segmentations", "segmentationclass", "labelids"),
+}
 SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
@@ -19,10 +62,13 @@ class FileSet:
     """The files with the ending `suffix` in the folder `where`, the one file `where`, or those that its `*` or `{000..012}` name.
 
     place, pattern: the folder, and what is looked for in it; name: what the source is called; searches: whether files in it and below
-    count that are not named one by one, so that DEST must not be there. Raises UserError where the folder is missing.
+    count that are not named one by one, so that DEST must not be there; others: after `sizes`, the further files of a folder whose
+    files of this kind are all meant, by their endings. Raises UserError where the folder is missing.
     """
 
     def __init__(self, where: str, suffix: str):
+        self.others: Counter[str] = Counter()
+        self._all_of = ""
         if names_file(where, suffix) or names_files(where):
             folder, self.pattern = _split_pattern(where)
             self.name = self.pattern
@@ -34,6 +80,7 @@ class FileSet:
             self.pattern = f"*{suffix}"
             self.name = self.place.name
             self.searches = True
+            self._all_of = suffix
 
     def sizes(self) -> Iterator[tuple[str, int]]:
         """Each file's name in `place` and its bytes; UserError where there is none."""
@@ -43,8 +90,12 @@ class FileSet:
                 yield name, self._size(name)
             return
         found = False
+        self.others.clear()
         for name, size in self._below():
-            if any(_matches(name, one) for one in names):
+            if self._all_of and not name.lower().endswith(self._all_of):
+                if not name.startswith("."):
+                    self.others[os.path.splitext(name)[1].lower() or "without extension"] += 1
+            elif self._all_of or any(_matches(name, one) for one in names):
                 found = True
                 yield name, self._size(name) if size is None else size
         if not found:
@@ -125,6 +176,34 @@ def looks_like_splits(classes: list[str]) -> bool:
     return bool(classes) and {name.lower() for name in classes} <= SPLITS
 
 
+class MaskFolders:
+    """Notices folders that are named as images and their masks, both of them taken as images."""
+
+    def __init__(self):
+        self._images = self._masks = ""
+
+    def see(self, name: str) -> None:
+        """Take the name of an image."""
+        if self._images and self._masks:
+            return
+        folders = name.split("/")[:-1]
+        for depth, folder in enumerate(folders, 1):
+            if folder.lower() in _IMAGE_FOLDERS:
+                self._images = self._images or "/".join(folders[:depth])
+            elif folder.lower() in _MASK_FOLDERS:
+                self._masks = self._masks or "/".join(folders[:depth])
+
+    def warnings(self, where: str) -> list[str]:
+        """A sentence where there are both; `where`: the source, or "" where masks cannot be told apart by options."""
+        if not (self._images and self._masks):
+            return []
+        text = f"the folders '{self._images}' and '{self._masks}' look like images and their masks, and both are taken as images"
+        if where:
+            folders = (shlex.quote(f"{where.rstrip('/')}/{folder}") for folder in (self._images, self._masks))
+            text += ": fastssl shard {} ... --masks {}".format(*folders)
+        return [f"{text}."]
+
+
 def looks_like_split_files(names: list[str]) -> list[str]:
     """The splits that files are named after, such as `train-00000.parquet` and `test-00000.parquet`; none for one at most."""
     firsts = {re.split(r"[-_.]", name.rpartition("/")[2])[0] for name in names}
@@ -151,13 +230,25 @@ def holds_only(where: str, suffix: str) -> bool:
     return place.local is None or not any((place.local / name).is_dir() for name in names)
 
 
+def told_kinds(others: Counter[str], examples: Mapping[str, str] | None = None) -> str:
+    """How many files of which kinds, the most frequent first: `9 .txt, 2 .heic`; `examples`: names for kinds of several words."""
+    shown = others.most_common(_SHOWN_KINDS)
+    words = [
+        f"{count:,} {kind}" + (f" (such as '{examples[kind]}')" if examples and " " in kind else "")
+        for kind, count in shown
+    ]
+    left = others.total() - sum(count for _, count in shown)
+    more = f" and {left:,} of {len(others) - len(shown):,} further kinds" if left else ""
+    return ", ".join(words) + more
+
+
 _WAYS_OUT = {
     ".arrow": "save a Hugging Face data set with its `to_parquet`",
     **dict.fromkeys((".tar", ".parquet"), "tars and Parquet files in folders below are named by a pattern"),
     **dict.fromkeys(
         (".zip", ".gz", ".tgz", ".xz", ".zst", ".7z"), "unpack archives, or give them as plain .tar"
     ),
-    **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".gif"), "turn these into JPEG or PNG first"),
+    **dict.fromkeys(UNREAD_SUFFIXES, UNREAD_WAY_OUT),
 }
 
 
@@ -171,7 +262,7 @@ def nothing_found(
     """What to say of a folder without images; `others` counts what it holds, by suffix; `example`: a file below, for a pattern."""
     if not others:
         return f"'{where}' is empty: it holds no {what} and no other files (hidden ones do not count)."
-    seen = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+    seen = told_kinds(others)
     noun = "file" if others.total() == 1 else "files"
     text = f"'{where}' holds no {what}, only {others.total()} other {noun} ({seen}); {what} are files named {', '.join(suffixes)}."
     for way_out in dict.fromkeys(

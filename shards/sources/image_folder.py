@@ -13,11 +13,21 @@ import pyarrow as pa
 from shards.errors import UserError
 from shards.images.mask_images import MaskFolder
 from shards.sources import source
-from shards.sources.file_set import IMAGE_SUFFIXES, names_file, names_files, nothing_found
+from shards.sources.file_set import (
+    IMAGE_SUFFIXES,
+    UNREAD_SUFFIXES,
+    UNREAD_WAY_OUT,
+    MaskFolders,
+    names_file,
+    names_files,
+    nothing_found,
+    told_kinds,
+)
 from shards.sources.source import Picture, Source, SourceKind, entry_batch, read_file
 from shards.sources.source_options import SourceOptions
 from shards.storage.opening import open_place
 from shards.storage.place import Place
+from shards.units import plural
 
 
 class FolderSource(Source):
@@ -34,6 +44,8 @@ class FolderSource(Source):
         self.name = place.name
         self._others: Counter[str] = Counter()
         self._example = ""
+        self._num_masks = 0
+        self._folders = MaskFolders()
 
     def settings(self) -> dict[str, Any]:
         """The rule by which masks are found, where there are any."""
@@ -43,10 +55,11 @@ class FolderSource(Source):
         """See `Source.entries`; also raises UserError for a name that is not valid UTF-8."""
         self.place.check_folder("SOURCE")
         self._others.clear()
+        self._folders = MaskFolders()
         names: list[str] = []
         sizes: list[int] = []
         found = False
-        for name, size in self.place.walk():
+        for name, size in self._files():
             suffix = os.path.splitext(name)[1].lower()
             if suffix not in IMAGE_SUFFIXES:
                 self._others[suffix or "without extension"] += 1
@@ -54,6 +67,7 @@ class FolderSource(Source):
                     self._example = "*/" * name.count("/") + f"*{suffix}"
                 continue
             found = True
+            self._folders.see(name)
             names.append(name)
             sizes.append(size)
             if len(names) == source.BATCH_ROWS:
@@ -65,6 +79,16 @@ class FolderSource(Source):
             self.masks.check()
         if not found:
             raise UserError(nothing_found(self.place.url, self._others, example=self._example))
+
+    def _files(self) -> Iterator[tuple[str, int]]:
+        """All files but those of the masks, where these lie among the images."""
+        if not (self.masks and self.masks.lies_in(self.place)):
+            yield from self.place.walk()
+            return
+        found = list(self.place.walk())
+        masks = self.masks.among([name for name, _ in found])
+        self._num_masks = len(masks)
+        yield from ((name, size) for name, size in found if name not in masks)
 
     def _batch(self, names: list[str], sizes: list[int]) -> pa.RecordBatch:
         labels = [folder_label(name) for name in names]
@@ -81,12 +105,30 @@ class FolderSource(Source):
 
     def describe(self) -> list[str]:
         """What lies in the folder beside the images."""
-        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in self._others.most_common(5))
-        return [f"Other files are left out, by their names: {kinds}."] if kinds else []
+        others = Counter({kind: n for kind, n in self._others.items() if kind not in UNREAD_SUFFIXES})
+        masks = (
+            [f"{plural(self._num_masks, 'file')} among the images are their masks."]
+            if self._num_masks
+            else []
+        )
+        return masks + (
+            [f"Other files are left out, by their names: {told_kinds(others)}."] if others else []
+        )
+
+    def left_out(self) -> str:
+        """See `Source.left_out`."""
+        return told_kinds(self._others)
 
     def warnings(self) -> list[str]:
-        """Masks without image and images without mask."""
-        return self.masks.warnings() if self.masks else []
+        """Images of kinds that are not read, and images without mask."""
+        unread = Counter({kind: n for kind, n in self._others.items() if kind in UNREAD_SUFFIXES})
+        found = (
+            [f"images of kinds that are not read are left out: {told_kinds(unread)}; {UNREAD_WAY_OUT}."]
+            if unread
+            else []
+        )
+        found += self._folders.warnings(self.place.url)
+        return found + (self.masks.warnings() if self.masks else [])
 
 
 def folder_label(name: str) -> str | None:

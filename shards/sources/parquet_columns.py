@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from shards.errors import UserError
+from shards.errors import UserError, did_you_mean
 from shards.sources.file_list import USUAL, is_binary
 from shards.sources.source_options import ListOptions
 from shards.sources.table_reader import ParquetFile
@@ -52,6 +51,7 @@ def choose_image(table: ParquetFile, images: list[str], options: ListOptions) ->
             )
         raise UserError(
             f"'{table.where}' has no column '{wanted}' (--path-column). It has: {', '.join(table.columns)}."
+            + did_you_mean(wanted, table.columns)
         )
     if wanted:
         return wanted
@@ -69,10 +69,9 @@ def choose_image(table: ParquetFile, images: list[str], options: ListOptions) ->
     return found[0]
 
 
-def class_names(place: Place, name: str, label: str) -> list[str]:
-    """The names of a Hugging Face `ClassLabel`; none where the file tells none."""
-    with place.open(name) as file:
-        about = pq.read_schema(file).metadata or {}
+def class_names(schema: pa.Schema, label: str) -> list[str]:
+    """The names of a Hugging Face `ClassLabel`; none where a file's schema tells none."""
+    about = schema.metadata or {}
     try:
         names = json.loads(about[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, ValueError, TypeError):

@@ -17,7 +17,7 @@ from shards.format.columns import hash_values
 from shards.format.parquet_pages import Column, Page
 from shards.images.pixels import BadImage
 from shards.sources import source
-from shards.sources.file_list import NO_MASKS, choose, extra_columns, find_file, is_binary, unlabelled
+from shards.sources.file_list import NO_MASKS, choose, extra_columns, is_binary, read_listed, unlabelled
 from shards.sources.file_set import (
     FileSet,
     holds_only,
@@ -25,11 +25,12 @@ from shards.sources.file_set import (
     names_file,
     names_files,
     split_url,
+    told_kinds,
 )
 from shards.sources.parquet_columns import choose_image, class_names, has_path, holds_images, is_image
 from shards.sources.source import Picture, Source, SourceKind, entry_batch, read_file
 from shards.sources.source_options import NO_COLUMN, ListOptions, SourceOptions
-from shards.sources.table_reader import UNREADABLE, ParquetFile, as_text, class_text
+from shards.sources.table_reader import UNREADABLE, ParquetFile, as_text, class_text, has_point, known_text
 from shards.storage.opening import open_place
 from shards.storage.place import Place
 from shards.units import human_size, plural
@@ -91,7 +92,10 @@ class ImageTableSource(Source):
         self.extra_schema = pa.schema(fields)
         self._left_out = [name for name in images if name not in self._columns.values()]
         self._left_out += [old for old in names if old not in self._extra]
-        self.classes = class_names(self.place, first, self._columns.get("label", ""))
+        self.classes: list[str] = []
+        # Files whose labels are numbers: one that tells the names of its classes, one that does not.
+        self._named = self._numbered = ""
+        self._later: dict[str, str] = {}  # columns that the first file has not -> a file that has them
         self._num_files = self._largest_bytes = 0
         self._split_files: list[str] = []
         self._unlabelled: list[str] = []
@@ -101,8 +105,8 @@ class ImageTableSource(Source):
         assert kind is not None, "Parquet says all types"
         return kind
 
-    def _leaf(self, name: str) -> str:
-        return f"{name}.bytes" if pa.types.is_struct(self._kind(name)) else name
+    def _leaf(self, name: str) -> tuple[str, ...]:
+        return (name, "bytes") if pa.types.is_struct(self._kind(name)) else (name,)
 
     def settings(self) -> dict[str, Any]:
         """Which files and columns."""
@@ -124,11 +128,16 @@ class ImageTableSource(Source):
         found = []
         if self._left_out:
             found.append(f"columns of binary data are left out: {', '.join(self._left_out)}.")
+        if self._later:
+            told = ", ".join(f"{column} ('{name}')" for column, name in self._later.items())
+            found.append(f"columns that '{self._table.where}' does not have are left out: {told}.")
         if self._largest_bytes > _LARGE_PAGE_BYTES:
             found.append(
                 f"pages of the table have up to {human_size(self._largest_bytes)}, and each process needs some four times that: where "
                 "memory is short, use fewer --workers, or write the table with row groups of 100 rows."
             )
+        if self.files.others:
+            found.append(f"files beside the tables are left out: {told_kinds(self.files.others)}.")
         if self._split_files:
             found.append(
                 f"files of {', '.join(self._split_files)} are put together. To keep them apart, convert each: fastssl shard "
@@ -136,9 +145,15 @@ class ImageTableSource(Source):
             )
         return found
 
+    def left_out(self) -> str:
+        """See `Source.left_out`."""
+        return told_kinds(self.files.others)
+
     def entries(self) -> Iterator[pa.RecordBatch]:
         """See `Source.entries`. Reads all columns but those of images, and of these the headers of the pages."""
         num_rows = num_unlabelled = self._num_files = self._largest_bytes = 0
+        self._named = self._numbered = ""
+        self._later.clear()
         names = []
         for name, _ in self.files.sizes():
             self._num_files += 1
@@ -158,10 +173,10 @@ class ImageTableSource(Source):
         windows = {
             role: self._windows(column.pages(self.place, name)) for role, column in self._pages.items()
         }
-        for first, table in self._rows(name):
+        for first, table, schema in self._rows(name):
             num_rows = table.num_rows
             taken = {role: [next(rows) for _ in range(num_rows)] for role, rows in windows.items()}
-            known = {new: table[old] for old, new in self._extra.items()}
+            known = {new: self._fitted(name, table, old) for old, new in self._extra.items()}
             if self._path:
                 known[self._path] = as_text(table[self._columns[_IMAGE]].field("path"), name, self._path)
             columns = {
@@ -175,13 +190,15 @@ class ImageTableSource(Source):
                 columns["mask"] = [f"{source}.{_MASK}" for source in columns["source"]]
                 columns["mask_window"] = [window for window, _ in taken[_MASK]]
             if "label" in self._columns:
-                columns["label"] = self._labels(name, table[self._columns["label"]], first)
+                columns["label"] = self._labels(name, table[self._columns["label"]], first, schema)
             if "group" in self._columns:
-                columns["group"] = as_text(table[self._columns["group"]], name, self._columns["group"])
+                columns["group"] = known_text(
+                    as_text(table[self._columns["group"]], name, self._columns["group"])
+                )
             yield entry_batch(columns, self.extra_schema)
 
-    def _rows(self, name: str) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """The columns that are not images, in batches, each with its first row's number."""
+    def _rows(self, name: str) -> Iterator[tuple[int, pa.RecordBatch, pa.Schema]]:
+        """The columns that are not images, in batches, each with its first row's number and the schema of the file."""
         roles = [column for role, column in self._columns.items() if role not in self._leaves]
         wanted = [*roles, *self._extra]
         if self._path:
@@ -196,25 +213,64 @@ class ImageTableSource(Source):
                     raise UserError(
                         f"'{self.place / name}' has no column '{missing[0]}', which '{self._table.where}' has; convert it by itself."
                     )
+                for column in parquet.schema_arrow.names:
+                    if column not in self._table.columns and not column.startswith("__index_level_"):
+                        self._later.setdefault(column, name)
                 for batch in parquet.iter_batches(source.BATCH_ROWS, columns=wanted, use_threads=False):
                     batch.validate(full=True)  # text that is no UTF-8
-                    yield first, batch
+                    yield first, batch, parquet.schema_arrow
                     first += batch.num_rows
         except UNREADABLE as error:
             raise UserError(
                 f"'{self.place / name}' cannot be read from row {first:,} on ({error})."
             ) from error
 
-    def _labels(self, name: str, values: pa.Array, first: int) -> pa.Array:
+    def _fitted(self, name: str, table: pa.RecordBatch, column: str) -> pa.Array:
+        """A further column in the type that the first file has it in."""
+        wanted = self._kind(column)
+        try:
+            return table[column].cast(wanted)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise UserError(
+                f"'{self.place / name}': the column '{column}' holds {table[column].type}, and in '{self._table.where}' {wanted}; "
+                "write both as one type, or convert the files one by one."
+            ) from None
+
+    def _classes(self, name: str, schema: pa.Schema) -> list[str]:
+        """The names of the classes that a file's numbers stand for; each file has its own, and they are joined by name."""
+        label = self._columns.get("label", "")
+        if not label or not (
+            pa.types.is_integer(schema.field(label).type) or has_point(schema.field(label).type)
+        ):
+            return []
+        classes = class_names(schema, label)
+        if classes:
+            self._named = self._named or name
+        else:
+            self._numbered = self._numbered or name
+        if self._named and self._numbered:
+            raise UserError(
+                f"'{self.place / self._named}' tells the names of its classes, and '{self.place / self._numbered}' has numbers alone "
+                "as labels, which may mean others: convert them one by one, or write the names into both."
+            )
+        self.classes = list(dict.fromkeys([*self.classes, *classes]))
+        return classes
+
+    def _labels(self, name: str, values: pa.Array, first: int, schema: pa.Schema) -> pa.Array:
+        classes = self._classes(name, schema)
         rows = range(first, first + len(values))
         labels = class_text(values, self.place / name, self._columns["label"], "row", rows)
-        if not self.classes:
+        if not classes:
             return labels
-        numbers = labels.cast(pa.int64()).to_pylist()
-        known = range(len(self.classes))  # -1 stands for none
-        return pa.array(
-            [self.classes[i] if i is not None and i in known else None for i in numbers], pa.string()
-        )
+        numbers = [None if text is None else int(text) for text in labels.to_pylist()]
+        for row, number in zip(rows, numbers, strict=True):
+            if number is not None and not -1 <= number < len(classes):
+                raise UserError(
+                    f"'{self.place / name}', row {row}: the label is {number}, but the file names {len(classes)} classes, "
+                    f"0 to {len(classes) - 1}."
+                )
+        # -1 stands for none.
+        return pa.array([None if i in (None, -1) else classes[i] for i in numbers], pa.string())
 
     def _windows(self, pages: Iterator[Page]) -> Iterator[tuple[list[int], int]]:
         """For each row: where it lies (its index in the page, then all that `_page` needs), and about how many bytes it has."""
@@ -236,7 +292,7 @@ class ImageTableSource(Source):
             path = row[self._path] if self._path else None
             if not path:
                 raise BadImage("its cell is empty")
-            data = read_file(*find_file(path, self.place), 0)
+            data = read_listed(path, self.place)
         return Picture(
             data, self._cell(_MASK, row["path"], row["mask_window"]) if row["mask_window"] else None
         )

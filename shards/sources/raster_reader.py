@@ -19,7 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shards.errors import UserError
-from shards.images.pixels import BadImage
+from shards.images.mask_images import NO_INDEX, indices_of, is_index
+from shards.images.pixels import BadImage, Pixels
 from shards.images.raster_cells import CellCache
 from shards.sources.file_set import names_file, nothing_found, split_url
 from shards.storage.opening import open_place
@@ -40,7 +41,6 @@ RASTER_SUFFIXES = (
     ".webp",
     ".bmp",
 )
-NO_INDEX = 255  # in the padding of a mask without nodata value: what losses ignore by convention
 _OPEN = 32  # rasters held open by a process: tiles come in random order
 # The folder is not listed at each opening; 128 MB of decoded blocks are held, not 5 % of the memory by each process.
 _GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": True, "GDAL_CACHEMAX": 128}
@@ -100,6 +100,11 @@ class Scenes(Protocol):
         """All scenes in any order. Raise UserError where the folder is missing."""
         ...
 
+    @property
+    def others(self) -> Counter[str]:
+        """After `scenes`: files that belong to no scene, by their endings."""
+        ...
+
     def nothing(self) -> str:
         """After `scenes`: why there is no scene."""
         ...
@@ -116,7 +121,7 @@ class Scenes(Protocol):
         """What the scene's header says, with the types of the bands taken. Raise BadImage where it cannot be used."""
         ...
 
-    def read(self, files: tuple[str, ...], window: list[int]) -> tuple[npt.NDArray, npt.NDArray[np.bool_]]:
+    def read(self, files: tuple[str, ...], window: list[int]) -> tuple[Pixels, npt.NDArray[np.bool_]]:
         """As `raster_reader.read_tile`."""
         ...
 
@@ -134,19 +139,19 @@ class RasterFiles:
         self.place = open_place(folder if self._one else where)
         self.name = self._one or self.place.name
         self.searched = None if self._one else self.place
-        self._others: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
 
     def settings(self) -> list[Any]:
         return self._bands
 
     def scenes(self) -> Iterator[RasterScene]:
-        self._others.clear()
+        self.others.clear()
         for name, size in self._files():
             suffix = os.path.splitext(name)[1].lower()
             if suffix in RASTER_SUFFIXES:
                 yield RasterScene(name, name, (name,), size)
             else:
-                self._others[suffix or "without extension"] += 1
+                self.others[suffix or "without extension"] += 1
 
     def _files(self) -> Iterator[tuple[str, int]]:
         if not self._one:
@@ -159,7 +164,7 @@ class RasterFiles:
         yield self._one, size
 
     def nothing(self) -> str:
-        return nothing_found(self.place.url, self._others, "rasters", RASTER_SUFFIXES)
+        return nothing_found(self.place.url, self.others, "rasters", RASTER_SUFFIXES)
 
     def columns(self, scene: RasterScene, count: int) -> dict[str, Any]:
         return {}
@@ -175,7 +180,7 @@ class RasterFiles:
         taken = self._bands or range(1, header.num_bands + 1)
         return replace(header, dtypes=tuple(header.dtypes[band - 1] for band in taken))
 
-    def read(self, files: tuple[str, ...], window: list[int]) -> tuple[npt.NDArray, npt.NDArray[np.bool_]]:
+    def read(self, files: tuple[str, ...], window: list[int]) -> tuple[Pixels, npt.NDArray[np.bool_]]:
         return read_tile(self.place, files[0], self._bands, window)
 
 
@@ -208,32 +213,59 @@ def _crs_text(crs: Any) -> str:
 
 def read_tile(
     place: Place, name: str, bands: list[int], window: list[int]
-) -> tuple[npt.NDArray, npt.NDArray[np.bool_]]:
-    """The pixels (H, W, C) of a window (first column, first row, width, height), and which hold data, (H, W).
+) -> tuple[Pixels, npt.NDArray[np.bool_]]:
+    """The pixels of a window (first column, first row, width, height) as the file has them, and which hold data in any band, (H, W).
 
     What sticks out to the right or below is filled with the raster's nodata value, or 0, and holds no data. Nor does a pixel all of
-    whose bands are masked, by nodata value, alpha, mask band or NaN. `bands`: from 1, none for all.
+    whose bands are masked, by nodata value, alpha, mask band or NaN. `bands`: from 1, none for all. Where larger values are darker
+    (MinIsWhite), unsigned ones are turned over, as whoever shows the file does.
     """
     with _reading(place, name):
         raster, key = _raster(place, name)
-        pixels, known = CELLS.read(raster, key, bands or list(raster.indexes), _inside(raster, window), True)
+        taken = bands or list(raster.indexes)
+        pixels, known = CELLS.read(raster, key, taken, _inside(raster, window), True)
+        nodata = [raster.nodatavals[band - 1] for band in taken]
+        alpha = not bands and has_alpha(raster)
+        turned_over = (
+            pixels.dtype.kind == "u" and raster.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+        )
     assert known is not None, "it was asked for"
     if pixels.dtype.kind == "f":
         known &= ~np.isnan(pixels).all(axis=2)
-    fill = 0 if raster.nodata is None else raster.nodata
-    return _padded(pixels, window, fill), _padded(known[:, :, None], window, False)[:, :, 0]
+    known = _padded(known[:, :, None], window, False)[:, :, 0]
+    pixels = _padded(pixels, window, 0 if nodata[0] is None else nodata[0])
+    in_bands = np.repeat(known[:, :, None], pixels.shape[2], axis=2)
+    for band, value in enumerate(nodata):
+        if value is not None and not np.isnan(value):
+            in_bands[:, :, band] &= pixels[:, :, band] != value
+    if turned_over:
+        largest = np.iinfo(pixels.dtype).max
+        pixels, nodata = largest - pixels, [None if value is None else largest - value for value in nodata]
+    return Pixels(pixels, in_bands, tuple(nodata), alpha), known
+
+
+def has_alpha(raster: Any) -> bool:
+    """Whether the last band of a raster is declared to be its transparency."""
+    from rasterio.enums import ColorInterp
+
+    return raster.count > 1 and raster.colorinterp[-1] == ColorInterp.alpha
 
 
 def read_mask_tile(place: Place, name: str, window: list[int]) -> npt.NDArray:
-    """The first band (H, W) of a window of a mask; what sticks out is its nodata value, or 255."""
+    """The first band (H, W) of a window of a mask; what sticks out is its nodata value, or 255.
+
+    A nodata value that is no class index, such as -9999 or NaN, is 255, too.
+    """
     try:
         with _reading(place, name):
             raster, key = _raster(place, name)
             pixels, _ = CELLS.read(raster, key, [1], _inside(raster, window), False)
+            nodata = raster.nodatavals[0]
     except BadImage as error:
         raise BadImage(f"its mask '{name}': {error.reason}") from error
-    fill = NO_INDEX if raster.nodata is None else raster.nodata
-    return _padded(pixels, window, fill)[:, :, 0]
+    pixels = indices_of(pixels[:, :, 0], nodata)
+    fill = NO_INDEX if nodata is None or not is_index(nodata) else nodata
+    return _padded(pixels[:, :, None], window, fill)[:, :, 0]
 
 
 def _inside(raster: Any, window: list[int]) -> list[int]:

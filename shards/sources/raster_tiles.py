@@ -14,7 +14,7 @@ from shards.errors import UserError
 from shards.images.mask_images import MaskFolder
 from shards.images.pixels import BadImage, checked
 from shards.sources import source
-from shards.sources.file_set import names_file
+from shards.sources.file_set import names_file, told_kinds
 from shards.sources.image_folder import folder_label, mask_folder
 from shards.sources.raster_reader import (
     Header,
@@ -94,7 +94,7 @@ class RasterSource(Source):
         """See `Source.entries`. Reads the header of every scene."""
         self._clear()
         held: list[pa.RecordBatch] = []
-        for scene in self._scenes.scenes():
+        for scene in self._images():
             held += self._scene(scene)
             if sum(batch.num_rows for batch in held) >= source.BATCH_ROWS // 4:
                 yield from _joined(held)
@@ -104,6 +104,15 @@ class RasterSource(Source):
             raise UserError(self._nothing())
         if self._masks:
             self._masks.check()
+
+    def _images(self) -> Iterator[RasterScene]:
+        """All scenes but the masks, where these lie among them."""
+        if not (self._masks and self._masks.lies_in(self.place)):
+            yield from self._scenes.scenes()
+            return
+        found = list(self._scenes.scenes())
+        masks = self._masks.among([scene.path for scene in found])
+        yield from (scene for scene in found if scene.path not in masks)
 
     def _nothing(self) -> str:
         where, size = self.place.url, self._options.tile
@@ -182,12 +191,20 @@ class RasterSource(Source):
             f"{count:,} of {bands} x {dtype}" for (bands, dtype), count in sorted(self._kinds.items())
         )
         size, share = self._options.tile, f"{self._options.nodata_max:.0%}"
+        others = (
+            [f"Other files are left out: {told_kinds(self._scenes.others)}."] if self._scenes.others else []
+        )
         if not size:
-            return [f"Scenes, whole: {kinds}; more than {share} without data: quarantined."]
+            return [f"Scenes, whole: {kinds}; more than {share} without data: quarantined.", *others]
         return [
             f"Rasters: {kinds}. {plural(self._num_tiles, 'tile')} of {size} x {size}, one every {self._stride} pixels, "
-            f"{_EDGES[self._options.edge]}; more than {share} without data: quarantined."
+            f"{_EDGES[self._options.edge]}; more than {share} without data: quarantined.",
+            *others,
         ]
+
+    def left_out(self) -> str:
+        """See `Source.left_out`."""
+        return told_kinds(self._scenes.others)
 
     def warnings(self) -> list[str]:
         """Scenes that cannot be used, those too small, and differing bands."""
@@ -224,7 +241,8 @@ class RasterSource(Source):
             if self._masks and row["mask"]
             else None
         )
-        return Picture(checked(pixels), mask, {"nodata_share": round(share, 6)})
+        facts = {"nodata_share": round(share, 6)}
+        return Picture(checked(pixels.values), mask, facts, pixels.known, pixels.fill, pixels.alpha)
 
     def read_all(self, rows: Sequence[dict[str, Any]]) -> Iterator[Picture | BadImage]:
         """As `Source.read_all`. Tiles lie shuffled: those that come next are read scene by scene and row by row, at most `AHEAD_BYTES`
@@ -248,7 +266,7 @@ class RasterSource(Source):
 
 
 def _num_bytes(found: Picture | BadImage) -> int:
-    parts = () if isinstance(found, BadImage) else (found.data, found.mask)
+    parts = () if isinstance(found, BadImage) else (found.data, found.mask, found.known)
     return sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
 
 
@@ -296,7 +314,7 @@ def _check_mask(scene: Header, mask: Header, name: str) -> None:
 
 def check_grid(scene: Header, other: Header, what: str) -> None:
     """Raise BadImage where a raster of a scene's size lies elsewhere on Earth; `what` names it."""
-    if scene.crs and other.crs and scene.crs != other.crs:
+    if scene.crs and other.crs and not _same_reference(scene.crs, other.crs):
         raise BadImage(f"{what} is in another reference system")
     if scene.transform and other.transform:
         # Far corners less than a tenth of a pixel apart.
@@ -305,6 +323,19 @@ def check_grid(scene: Header, other: Header, what: str) -> None:
         pixel = float(np.hypot(ours[0, 0], ours[1, 0]))
         if max(np.abs((ours - theirs) @ corner).max(), np.abs((ours - theirs)[:, 2]).max()) > 0.1 * pixel:
             raise BadImage(f"{what} lies elsewhere: the transforms differ")
+
+
+def _same_reference(one: str, other: str) -> bool:
+    """Whether two texts mean one reference system: `EPSG:32633` and its WKT, under whatever name."""
+    if one == other:
+        return True
+    from rasterio.crs import CRS
+    from rasterio.errors import CRSError
+
+    try:
+        return bool(CRS.from_user_input(one) == CRS.from_user_input(other))
+    except CRSError:
+        return False
 
 
 def _lists(values: npt.NDArray) -> pa.ListArray:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shards.errors import UserError
-from shards.images.pixels import BadImage
+from shards.images.pixels import BadImage, Pixels
 
 if TYPE_CHECKING:
     from shards.sources.source_options import SourceOptions
@@ -38,19 +38,32 @@ ENTRIES = pa.schema(
 
 @dataclass
 class Picture:
-    """What a source gives of one entry: encoded bytes, or pixels (H, W, C); `facts` are those known only now."""
+    """What a source gives of one entry: encoded bytes, or pixels (H, W, C); `facts` are those known only now.
+
+    known, fill, alpha: of pixels, as in `Pixels`.
+    """
 
     data: bytes | npt.NDArray
     mask: bytes | npt.NDArray | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    known: npt.NDArray[np.bool_] | None = None
+    fill: tuple[float | None, ...] = ()
+    alpha: bool = False
+
+    @property
+    def image(self) -> bytes | Pixels:
+        """What `prove` takes."""
+        if isinstance(self.data, bytes):
+            return self.data
+        return Pixels(self.data, self.known, self.fill, self.alpha)
 
 
 class Source:
     """Images to convert. Workers get it pickled, so it holds names and options, no open files.
 
     kind: its key in `source_kinds.SOURCES`; name: its own name wherever it lies; extra_schema: the columns beyond ENTRIES, typed,
-    which are kept in the table and in each sample's JSON; classes: those that count even where no entry has them; searched: the folder
-    all of whose files may be entries, so that the shards must not lie in it, or None.
+    which are kept in the table and in each sample's JSON; classes: those that count even where no entry has them, known after
+    `entries`; searched: the folder all of whose files may be entries, so that the shards must not lie in it, or None.
     """
 
     kind: str
@@ -58,6 +71,8 @@ class Source:
     searched: Place | None = None
     extra_schema: pa.Schema = pa.schema([])
     classes: Sequence[str] = ()
+    mask_orientation: str = "auto"
+    """As `prove_mask` takes it."""
     noun = "image"
     """What an entry is called on the screen."""
 
@@ -96,6 +111,10 @@ class Source:
     def warnings(self) -> list[str]:
         """After `entries`: what was left out and why, a sentence each."""
         return []
+
+    def left_out(self) -> str:
+        """After `entries`: how many files of which kinds are no entries, as in `9 .txt, 2 .heic`; "" for none."""
+        return ""
 
     def locate(self, source: str) -> str:
         """Where an entry stands in the source, such as its lines in a list; for messages."""

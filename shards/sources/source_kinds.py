@@ -52,7 +52,9 @@ def open_source(where: str, options: SourceOptions | None = None) -> Source:
         raise UserError(f"--mask-suffix '{options.mask_suffix}' needs --masks FOLDER.")
     kind = next(kind for kind in SOURCES.values() if kind.matches(where, options))
     _check_options(kind, where, options)
-    return kind.open(where, options)
+    source = kind.open(where, options)
+    source.mask_orientation = options.mask_orientation
+    return source
 
 
 def _check_options(kind: SourceKind, where: str, options: SourceOptions) -> None:

@@ -10,6 +10,7 @@ import tyro
 
 from shards.errors import UserError, nearest
 
+MASK_ORIENTATIONS = ("auto", "file", "shown")
 MAX_TILE = 16_384  # pixels a side
 MAX_BANDS = 65_535
 LABELS_FROM = ("auto", "sample", "folder", "folder:1", "tar", "none")
@@ -107,5 +108,13 @@ class SourceOptions:
     """Folder of masks (class indices) with the images' relative names; for segmentation."""
     mask_suffix: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     """What follows an image's name in its mask's name, such as _mask."""
+    mask_orientation: Annotated[str, tyro.conf.arg(metavar="auto|file|shown")] = "auto"
+    """How masks lie whose photos EXIF turns: as the file does, or as the photo is shown. auto: by the size; where that is the
+    same both ways, the photo is quarantined."""
     only: Annotated[str, tyro.conf.arg(metavar="IDS|SPLIT")] = ""
     """Of a finished shard folder as SOURCE: the samples to take, as a file (one sample_id a line, or Parquet) or a split's name."""
+
+    def __post_init__(self) -> None:
+        if self.mask_orientation not in MASK_ORIENTATIONS:
+            hint = nearest(self.mask_orientation, MASK_ORIENTATIONS)
+            raise UserError(f"There is no --mask-orientation '{self.mask_orientation}'.{hint}")

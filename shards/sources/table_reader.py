@@ -27,7 +27,8 @@ _MAX_CELL = 1 << 24
 _INT = r"^-?(0|[1-9][0-9]{0,17})$"
 _FLOAT = r"^-?((0|[1-9][0-9]{0,14})|(0|[1-9][0-9]*)?\.[0-9]+|(0|[1-9][0-9]*)\.?[0-9]*[eE][-+]?[0-9]+|nan|NaN|NAN|inf)$"
 _BOOL = r"^(true|false|True|False|TRUE|FALSE)$"
-_NAN = ["nan", "NaN", "NAN"]
+# As pandas, R and others write a missing value; None, null and N/A may as well be names.
+UNKNOWN = ["", "nan", "NaN", "NAN", "<NA>", "NaT"]
 _KINDS = ((_BOOL, pa.bool_()), (_INT, pa.int64()), (_FLOAT, pa.float64()))
 _pc: Any = pyarrow.compute  # its functions are made at run time
 
@@ -285,8 +286,13 @@ def class_text(values: pa.Array, where: str, name: str, row_word: str, rows: Seq
                 f"'{where}', {row_word} {rows[odd[0]]}: {numbers[odd[0]]:g} in the column '{name}' is no label; a class is a whole "
                 "number or a name. Choose another --label-column, or make classes of the numbers first."
             )
-    text = as_text(values, where, name)
-    return _pc.if_else(_pc.is_in(text, pa.array(_NAN)), pa.scalar(None, pa.string()), text)
+    return known_text(as_text(values, where, name))
+
+
+def known_text(text: pa.Array) -> pa.Array:
+    """Return text without white space around it; null where nothing is left, and for what programs write of a missing value."""
+    text = _pc.utf8_trim_whitespace(text)
+    return _pc.if_else(_pc.is_in(text, pa.array(UNKNOWN)), pa.scalar(None, pa.string()), text)
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

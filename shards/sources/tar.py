@@ -5,62 +5,46 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import IO, Any
 
 import pyarrow as pa
 from xxhash import xxh3_64_intdigest
 
 from shards.errors import UserError
-from shards.format.tar_reader import Archive, Cut, TarMember, split_name
+from shards.format.tar_reader import Archive, Cut, TarMember, is_hidden, split_name
+from shards.format.tar_samples import SIDES, Gathering, TarImage, TarSample, are_one, images_of
 from shards.images.pixels import BadImage
 from shards.sources import source
-from shards.sources.file_set import IMAGE_SUFFIXES, FileSet, holds_only, names_file, names_files
+from shards.sources.file_set import (
+    IMAGE_SUFFIXES,
+    FileSet,
+    MaskFolders,
+    holds_only,
+    names_file,
+    names_files,
+    told_kinds,
+)
 from shards.sources.source import Picture, Source, SourceKind, entry_batch, read_file
 from shards.sources.source_options import SourceOptions, TarOptions
+from shards.sources.table_reader import UNKNOWN
 from shards.sources.tar_labels import LabelRule, describe
-from shards.units import plural
+from shards.units import human_size, plural
 
 _IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
-_MASKS = {"mask", "seg", "segmentation"}
-_TEXTS = ("txt", "caption")
 _MAX_LABEL_BYTES = 1 << 10
-_MAX_JSON_BYTES = 1 << 20
+_MAX_JSON_BYTES = 1 << 24
 _OWN = ("height", "width", "label", "source")  # what our JSON says itself
 _SHOWN = 3
+_HELD = source.BATCH_ROWS  # samples of a tar, among which members of one key need not be neighbours
 _MAX_INSIDE = 3  # tars, each in the other
-
-
-@dataclass
-class _Sample:
-    key: str
-    files: dict[str, TarMember] = field(default_factory=dict)
-
-    def images(self) -> list[TarMember]:
-        """Those that are no masks; .npy counts only where there are no others, since it may as well be a feature."""
-        found = {ext: file for ext, file in self.files.items() if _is_image(ext) and not _is_mask(ext)}
-        pictures = [file for ext, file in found.items() if not ext.endswith("npy")]
-        return pictures or list(found.values())
-
-    def mask(self) -> TarMember | None:
-        return next((file for ext, file in self.files.items() if _is_mask(ext)), None)
-
-
-def _is_image(ext: str) -> bool:
-    return ext.rpartition(".")[2] in _IMAGES
-
-
-def _is_mask(ext: str) -> bool:
-    return _is_image(ext) and not _MASKS.isdisjoint(ext.split(".")[:-1])
 
 
 class TarSource(Source):
     """The images in one tar, in those of a folder, or in those that a pattern with `*` or `{000..012}` names.
 
-    Files that follow each other under one key are a sample. Each of its images becomes a sample of ours, called `TAR/MEMBER`, with the
-    class that `tar_labels` finds, the mask of `.mask.png` (or `.seg.png`), and, in its JSON, all of `.json`
-    and the text of `.txt`. Tars within tars are read in place, too. Of a damaged tar all that is whole is taken; where it breaks off
-    stands in the quarantine.
+    Files of one key are a sample. Each of its images becomes a sample of ours, called `TAR/MEMBER`, with the class that `tar_labels`
+    finds, the mask of `.mask.png` (or `.seg.png`), and, in its JSON, all of `.json` and the text of `.txt`. Tars within tars are read
+    in place, too. Of a damaged tar all that is whole is taken; where it breaks off stands in the quarantine.
     """
 
     kind = "tars"
@@ -79,7 +63,9 @@ class TarSource(Source):
         self._others: Counter[str] = Counter()
         self._cut: list[str] = []
         self._again: list[str] = []
-        self._num_bad_json = 0
+        self._examples: dict[str, str] = {}
+        self._folders = MaskFolders()
+        self._num_bad_json = self._num_other_labels = 0
 
     def settings(self) -> dict[str, Any]:
         """Which tars, and where classes come from, if that was told."""
@@ -103,7 +89,7 @@ class TarSource(Source):
             yield _batch(rows)
         if not num_images:
             reason = f": {self._cut[0]}" if self._cut else ""
-            seen = ", ".join(f"{count} {ext}" for ext, count in self._others.most_common(5))
+            seen = told_kinds(self._others)
             raise UserError(
                 f"'{self.place / self.files.pattern}' holds no images{reason or (f', only {seen}' if seen else '')}. Images are files "
                 f"named {', '.join(IMAGE_SUFFIXES)}."
@@ -117,26 +103,26 @@ class TarSource(Source):
             raise UserError(f"'{self.place / tar}' cannot be read ({error.strerror or error}).") from error
 
     def _archive(self, tar: Archive) -> Iterator[dict[str, Any]]:
-        sample = _Sample("")
+        gathering = Gathering(_HELD)
         try:
             for member in tar.members():
                 split = split_name(member.name)
                 if split is None:
+                    if not is_hidden(member.name):
+                        self._note(member.special or "without extension", member.name)
                     continue
                 key, ext = split
-                if key != sample.key or ext in sample.files:
-                    yield from self._sample(tar, sample)
-                    sample = _Sample(key)
-                if ext.rpartition(".")[2] == "tar" and len(tar.names) <= _MAX_INSIDE:
+                if member.special:
+                    self._note(member.special, member.name)
+                elif ext.rpartition(".")[2] == "tar" and len(tar.names) <= _MAX_INSIDE:
                     self._num_inside += 1
                     names = [*tar.names, member.name]
                     yield from self._archive(Archive(names, tar.file, member.offset, member.size))
                 else:
-                    sample.files[ext] = member
+                    yield from self._samples(tar, gathering.add(key, ext, member))
         except Cut as cut:
             split = split_name(cut.name)
-            if not (split and split[0] == sample.key):
-                yield from self._sample(tar, sample)
+            yield from self._samples(tar, gathering.rest(split[0] if split else None))
             where = f"'{tar.name}' is {cut.reason}"
             if cut.offset:
                 within = f", in '{cut.name}'" if cut.name else ""
@@ -150,71 +136,96 @@ class TarSource(Source):
                 "bytes": tar.size - cut.offset,
             }
         else:
-            yield from self._sample(tar, sample)
+            yield from self._samples(tar, gathering.rest())
 
-    def _sample(self, tar: Archive, sample: _Sample) -> Iterator[dict[str, Any]]:
-        images, mask = sample.images(), sample.mask()
-        used = {*(image.name for image in images), *([mask.name] if mask else [])}
-        for ext, member in sample.files.items():
-            if member.name not in used and ext not in ("cls", "json", *_TEXTS):
-                self._others[f".{ext}"] += 1
-        if not images:
-            return
-        notes = [
-            sample.files.get("json"),
-            next((sample.files[ext] for ext in _TEXTS if ext in sample.files), None),
-        ]
-        spans = [number for note in notes for number in ((note.offset, note.size) if note else (0, 0))]
-        said = None
+    def _note(self, kind: str, name: str) -> None:
+        """Count a member that is left out, and keep the first name of its kind."""
+        self._others[kind] += 1
+        self._examples.setdefault(kind, name)
+
+    def _samples(self, tar: Archive, samples: list[TarSample]) -> Iterator[dict[str, Any]]:
+        found = [(sample, *images_of(sample, _IMAGES)) for sample in samples]
+        if tar.plain is None and any(images for _, images, _ in found):
+            tar.plain = not any(image.sides for _, images, _ in found for image in images)
+        for sample, images, left in found:
+            for member in left:
+                ending = member.name.rpartition(".")[2].lower()
+                alone = ending in (*SIDES, *_IMAGES) and ending != "npy"
+                self._note(f".{ending}" + alone * " of no image", member.name)
+            group = f"{tar.name}/{sample.key}" if len(images) > 1 and are_one(images) else None
+            yield from (self._image(tar, image, group) for image in images)
+
+    def _image(self, tar: Archive, image: TarImage, group: str | None) -> dict[str, Any]:
+        said, keep_label = None, False
         if self._rule.asks_sample:
-            said = self._said(tar.file, sample.files.get("cls"), notes[0])
-        if tar.plain is None:
-            tar.plain = not any(notes) and "cls" not in sample.files
-        for image in images:
-            name = f"{tar.name}/{image.name}"
-            origin, label = self._rule.label(said, image.name, tar.names, plain=tar.plain)
-            if label is not None:
-                self._origins[origin] += 1
-            # A tar may hold a name twice.
-            digest = xxh3_64_intdigest(image.name.encode())
-            if digest in tar.seen:
-                name += f"@{image.offset}"
-                self._again.append(name)
-            tar.seen.add(digest)
-            row = {
-                "source": name,
-                "path": tar.names[0],
-                "window": [image.offset, image.size, *spans],
-                "bytes": image.size,
-                "label": label,
-            }
-            if mask:
-                row |= {"mask": f"{tar.name}/{mask.name}", "mask_window": [mask.offset, mask.size]}
-            if len(images) > 1:
-                row["group"] = f"{tar.name}/{sample.key}"
-            yield row
+            said, keep_label = self._said(tar.file, image.cls, image.json)
+        file, mask = image.file, image.mask
+        self._folders.see(file.name)
+        name = f"{tar.name}/{file.name}"
+        origin, label = self._rule.label(said, file.name, tar.names, plain=bool(tar.plain))
+        if label is not None:
+            self._origins[origin] += 1
+        # A tar may hold a name twice.
+        digest = xxh3_64_intdigest(file.name.encode())
+        if digest in tar.seen:
+            name += f"@{file.offset}"
+            self._again.append(name)
+        tar.seen.add(digest)
+        notes = (image.json, image.text)
+        spans = [number for note in notes for number in ((note.offset, note.size) if note else (0, 0))]
+        row = {
+            "source": name,
+            "path": tar.names[0],
+            "window": [file.offset, file.size, *spans, *([1] if keep_label else [])],
+            "bytes": file.size,
+            "label": label,
+            "group": group,
+        }
+        if mask:
+            row |= {"mask": f"{tar.name}/{mask.name}", "mask_window": [mask.offset, mask.size]}
+        return row
 
-    def _said(self, file: IO[bytes], cls: TarMember | None, note: TarMember | None) -> str | None:
-        """The class: its name in the JSON before its number, since numbers mean other classes in other data sets."""
+    def _said(
+        self, file: IO[bytes], cls: TarMember | None, note: TarMember | None
+    ) -> tuple[str | None, bool]:
+        """The class, and whether the `label` of the JSON is something else, which must be kept.
+
+        The class is its name in the JSON before its number, since numbers mean other classes in other data sets.
+        """
+        for member, most in ((cls, _MAX_LABEL_BYTES), (note, _MAX_JSON_BYTES)):
+            if member and member.size > most:
+                self._note(f"class in a member of more than {human_size(most)}", member.name)
         facts = _facts(_content(file, note)) if note and note.size <= _MAX_JSON_BYTES else None
         self._num_bad_json += facts == {}
         named = (facts or {}).get("label")
-        if isinstance(named, str) and named:
-            return named
+        if isinstance(named, str):
+            named = named.strip()
+        if isinstance(named, str) and named not in UNKNOWN:
+            return named, False
         text = (
             _content(file, cls).decode(errors="replace").strip()
             if cls and cls.size <= _MAX_LABEL_BYTES
             else ""
         )
-        if text:
-            return text
-        return str(named) if isinstance(named, int) else None
+        text = "" if text in UNKNOWN else text
+        if named is None or isinstance(named, str):
+            return text or None, False
+        number = None
+        if isinstance(named, int) or (isinstance(named, float) and named.is_integer()):
+            number = str(named if isinstance(named, bool) else int(named))
+        keeps = number is None or bool(text and text != number)
+        self._num_other_labels += keeps
+        return text or number, keeps
 
     def describe(self) -> list[str]:
         """How many tars, and where the classes come from."""
         inside = f" and {plural(self._num_inside, 'tar')} within" if self._num_inside else ""
         read = f"Read from {plural(self._num_tars, 'tar')}{inside}, in place."
         return [read] if self._rule.kind == "none" else [read, describe(self._origins)]
+
+    def left_out(self) -> str:
+        """See `Source.left_out`."""
+        return told_kinds(self._others + self.files.others)
 
     def warnings(self) -> list[str]:
         """Tars that break off, names that come twice, members that are not kept."""
@@ -229,9 +240,17 @@ class TarSource(Source):
             )
         if self._num_bad_json:
             found.append(f"{self._num_bad_json:,} .json members hold no facts, or no JSON object: left out.")
+        if self._num_other_labels:
+            found.append(
+                f"{plural(self._num_other_labels, 'sample')} whose .json has a `label` that is not their class, such as a list: kept "
+                "in the JSON as `original_label`."
+            )
         if self._others:
-            kinds = ", ".join(f"{count:,} {ext}" for ext, count in self._others.most_common(5))
+            kinds = told_kinds(self._others, self._examples)
             found.append(f"members of other kinds are left out: {kinds}.")
+        found += self._folders.warnings("")
+        if self.files.others:
+            found.append(f"files beside the tars are left out: {told_kinds(self.files.others)}.")
         return found
 
     def read(self, row: dict[str, Any]) -> Picture:
@@ -241,15 +260,16 @@ class TarSource(Source):
             raise BadImage(
                 f"the archive is cut short or damaged (from byte {window[0]} on); what comes before is taken"
             )
-        offset, size, note_offset, note_size, text_offset, text_size = window
+        offset, size, note_offset, note_size, text_offset, text_size, *keep_label = window
         data = read_file(self.place, tar, size, offset)
         facts = {}
         if note_size:
             facts = _facts(read_file(self.place, tar, note_size, note_offset))
-            before = facts.get("source")
+            own = {key: facts[key] for key in ("label", "source") if facts.get(key) is not None}
+            if not keep_label and self._rule.asks_sample:
+                own.pop("label", None)
             facts = {key: value for key, value in facts.items() if key not in _OWN}
-            if before is not None:
-                facts["original_source"] = before
+            facts |= {f"original_{key}": value for key, value in own.items()}
         if text_size:
             facts["txt"] = read_file(self.place, tar, text_size, text_offset).decode(errors="replace")
         mask = row["mask_window"] and read_file(self.place, tar, row["mask_window"][1], row["mask_window"][0])

@@ -17,7 +17,7 @@ from shards.format.columns import hash_values
 from shards.format.equal_hashes import first_of_equal
 from shards.format.label_table import read_labels
 from shards.format.layout import Manifest
-from shards.format.sample_table import table_batches
+from shards.format.sample_table import given_columns, table_batches
 from shards.splits import assignment
 from shards.splits.assignment import NONE, SIDES, Hashes, Ids
 from shards.splits.split_lists import read_lists, sides_of_lists
@@ -106,13 +106,18 @@ def apply(place: Place, rule: SplitRule) -> Division:
         splits = tuple(lists)
         notes += more + _torn(sides, group)
     else:
-        sides, splits = _by_shares(place, rule, least, group), SIDES
-        _check_none_is_empty(rule, sides, len(least))
+        strata = _strata(place, rule, least, group)
+        sizes = np.bincount(group, minlength=len(least))
+        shares = {"val": rule.val, "test": rule.test}
+        sides = assignment.divide(least, sizes, strata, seed=rule.seed, exact=rule.exact, **shares)[group]
+        splits = SIDES
+        _check_none_is_empty(rule, sides, strata)
     fractions = np.full(len(own), np.nan)
     if rule.labelled:
         inside = np.flatnonzero((sides == _train(splits)) & (label >= 0))
         fractions[inside] = assignment.label_fractions(own[inside], label[inside], rule.labelled, rule.seed)
         notes += _about_labels(place, rule, splits, sides, label, fractions)
+    notes += _without_classes(place, rule, splits, sides, label)
     return Division(splits, sides, fractions, group, label, notes)
 
 
@@ -123,26 +128,53 @@ def read_batches(place: Place, columns: list[str]) -> Iterator[pa.RecordBatch]:
     return read_labels(place, manifest).on(batches) if "label" in columns else batches
 
 
-def _by_shares(place: Place, rule: SplitRule, least: Hashes, group: Ids) -> npt.NDArray[np.int8]:
-    sizes = np.bincount(group, minlength=len(least))
+def _strata(place: Place, rule: SplitRule, least: Hashes, group: Ids) -> Ids:
+    """The stratum of each group, (G,)."""
     strata = np.zeros(len(least), np.int64)
     if rule.stratify:
-        _check_column(place, rule.stratify, "--stratify")
-        values = [hash_values(_text(batch[rule.stratify])) for batch in read_batches(place, [rule.stratify])]
+        column = _column(place, rule.stratify, "--stratify")
+        values = [hash_values(_text(batch[column])) for batch in read_batches(place, [column])]
         known, of_sample = np.unique(np.concatenate(values), return_inverse=True)
         if len(known) > MAX_STRATA:
             raise UserError(
                 f"--stratify {rule.stratify}: the column has {len(known):,} values, more than {MAX_STRATA:,}; choose another."
             )
         strata = assignment.strata_of_groups(group, of_sample, len(least))
-    shares = {"val": rule.val, "test": rule.test}
-    sides = assignment.divide(least, sizes, strata, seed=rule.seed, exact=rule.exact, **shares)
-    return sides[group]
+    return strata
 
 
-def _check_none_is_empty(rule: SplitRule, sides: npt.NDArray[np.int8], num_groups: int) -> None:
+def _without_classes(
+    place: Place, rule: SplitRule, splits: tuple[str, ...], sides: npt.NDArray[np.int8], labels: Ids
+) -> list[str]:
+    """A sentence for each part that has no image of some class: its figures are those of the other classes."""
+    if not (rule.lists or rule.val or rule.test) or not (labels >= 0).any():
+        return []
+    classes = read_labels(place, Manifest.load(place)).classes
+    known = np.bincount(labels[labels >= 0], minlength=len(classes)) > 0
+    notes = []
+    for number, name in enumerate(splits):
+        inside = labels[(sides == number) & (labels >= 0)]
+        lacking = np.flatnonzero(known & (np.bincount(inside, minlength=len(classes)) == 0))
+        if len(lacking) and (sides == number).any():
+            shown = ", ".join(classes[i] for i in lacking[:_SHOWN]) + (
+                " ..." if len(lacking) > _SHOWN else ""
+            )
+            notes.append(
+                f"{name} has no image of {len(lacking):,} of {plural(int(known.sum()), 'class', 'classes')}: {shown}."
+            )
+    return notes
+
+
+def _check_none_is_empty(rule: SplitRule, sides: npt.NDArray[np.int8], strata: Ids) -> None:
+    num_groups = len(strata)
     for side, share in enumerate((1.0, rule.val, rule.test)):
         if share and not (sides == side).any():
+            if rule.stratify and num_groups and np.bincount(strata).max() == 1:
+                raise UserError(
+                    f"{SIDES[side]} would be empty: each value of --stratify {rule.stratify} has one image, or one group of images "
+                    "that stay together, and one of each value stays in train. Leave --stratify out, or choose a column of fewer "
+                    "values."
+                )
             raise UserError(
                 f"{SIDES[side]} would be empty: {len(sides):,} images in {num_groups:,} groups that stay together do not "
                 f"give a share of {share:g}. Give a larger one, or finer groups (--group-by)."
@@ -265,11 +297,9 @@ def _grouping(place: Place, rule: SplitRule) -> _Grouping:
         return _Grouping()
     with place.open(layout.TABLE) as file:
         names = pq.read_schema(file).names
-    if rule.group_by in names:
-        _check_column(place, rule.group_by, "--group-by")
-        return _ByColumn(rule.group_by)
-    if not set(rule.group_by) & set("([\\^$.*+?|"):
-        _check_column(place, rule.group_by, "--group-by")
+    known = {**given_columns(place, Manifest.load(place)), **{name: name for name in names}}
+    if rule.group_by in known or not set(rule.group_by) & set("([\\^$.*+?|"):
+        return _ByColumn(_column(place, rule.group_by, "--group-by"))
     try:
         pattern = re.compile(rule.group_by)
     except re.error as error:
@@ -284,10 +314,13 @@ def _grouping(place: Place, rule: SplitRule) -> _Grouping:
     return _ByPattern(pattern)
 
 
-def _check_column(place: Place, column: str, flag: str) -> None:
+def _column(place: Place, column: str, flag: str) -> str:
+    """The column of the sample table that a user means: by its name there, or in the list that the images came from."""
     with place.open(layout.TABLE) as file:
         schema = pq.read_schema(file)
     usable = [field.name for field in schema if not pa.types.is_nested(field.type)]
+    if column not in schema.names:
+        column = given_columns(place, Manifest.load(place)).get(column, column)
     if column not in usable:
         hint = nearest(column, usable)
         more = "" if hint.startswith(" Known") else f" Columns: {', '.join(usable)}."
@@ -295,6 +328,7 @@ def _check_column(place: Place, column: str, flag: str) -> None:
         raise UserError(
             f"{flag} '{column}': the sample table has no such column.{hint.replace('Known', 'Columns')}{more}{brackets}"
         )
+    return column
 
 
 def _groups_or_alone(groups: pa.Array, own: Hashes) -> Hashes:

@@ -12,12 +12,14 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from typing import IO, Any, TypeVar
 
 from shards.errors import UserError
 from shards.storage.atomic_files import RangeFile
 from shards.storage.lease import hold
 from shards.storage.place import Place, whole
+from shards.units import plural
 
 T = TypeVar("T")
 TRIES = 8
@@ -40,14 +42,28 @@ _HOPELESS = (TypeError, ValueError, NotImplementedError, IsADirectoryError, NotA
 
 
 class Unreachable(UserError):
-    """A store did not answer rightly, try after try."""
+    """A store did not answer rightly, try after try. `reason`: a few words, the same on every machine."""
+
+    reason = "the server does not answer"
+
+
+class Refused(UserError):
+    """A store answers that a file may not be used, or its address cannot be. `reason`: a few words, the same on every machine."""
+
+    def __init__(self, text: str, reason: str):
+        super().__init__(text)
+        self.reason = reason
 
 
 class RemotePlace(Place):
-    """A folder in a store. Failed requests and short reads are tried again, `TRIES` times in all, with growing pauses between."""
+    """A folder in a store. Failed requests and short reads are tried again, with growing pauses between.
 
-    def __init__(self, url: str):
+    tries: how often in all, None for `TRIES`.
+    """
+
+    def __init__(self, url: str, tries: int | None = None):
         self.url = url
+        self.tries = tries
         self.protocol = url.partition("://")[0]
         self._open_store()
 
@@ -76,7 +92,7 @@ class RemotePlace(Place):
         self._root = self._root.rstrip("/")
 
     def __reduce__(self):
-        return RemotePlace, (self.url,)
+        return RemotePlace, (self.url, self.tries)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}".rstrip("/") if name else self._root
@@ -84,7 +100,8 @@ class RemotePlace(Place):
     def _try(self, work: Callable[[], T], what: str) -> T:
         """The result of `work`; FileNotFoundError where there is no such thing, UserError for all else that stays wrong."""
         pause_s = FIRST_PAUSE_S
-        for attempt in range(1, TRIES + 1):
+        tries = self.tries or TRIES
+        for attempt in range(1, tries + 1):
             try:
                 return work()
             except Exception as raised:  # each store raises its own
@@ -94,17 +111,22 @@ class RemotePlace(Place):
             if isinstance(error, UserError):
                 raise error
             if isinstance(error, PermissionError) or _status(error) in (401, 403):
-                raise UserError(
-                    f"'{what}' may not be used ({_say(error)}); check the credentials."
+                status = _status(error) or 403
+                raise Refused(
+                    f"'{what}' may not be used ({_say(error)}); check the credentials.",
+                    f"the server answers {status} ({HTTPStatus(status).phrase})",
                 ) from error
             if type(error).__name__ in ("NoCredentialsError", "NoAuthTokenError"):
                 raise UserError(f"'{what}' needs credentials ({_say(error)}).") from error
             # that: half an answer
             if isinstance(error, _HOPELESS) and not isinstance(error, json.JSONDecodeError):
-                raise UserError(f"'{what}' cannot be used ({_say(error)}).") from error
-            if attempt == TRIES:
+                raise Refused(
+                    f"'{what}' cannot be used ({_say(error)}).", "its address cannot be used"
+                ) from error
+            if attempt == tries:
                 raise Unreachable(
-                    f"'{what}' failed {TRIES} times, last: {_say(error)}. Run the same command again when the store answers."
+                    f"'{what}' failed {plural(tries, 'time')}, last: {_say(error)}. Run the same command again when the store "
+                    "answers."
                 ) from error
             self._store.invalidate_cache()
             # Not all at the same moment, where many were refused together.

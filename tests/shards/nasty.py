@@ -199,6 +199,10 @@ def _cases() -> dict[str, Case]:
         ),
         "MPO (a phone's two pictures)": Case(encoded(RGB, "MPO", **TWO), "kept"),
         "PNG named .jpg": Case(PNG, "kept: PNG named .jpg"),
+        "HEIC named .jpg": Case(
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40),
+            "refused: an HEIC image, which is not read; turn it into JPEG or PNG first",
+        ),
         "text named .jpg": Case(b"hello, I am no image", "refused: not readable as JPEG, PNG, WebP"),
         "no bytes": Case(b"", "refused: empty file (0 bytes)"),
         "PNG, palette": Case(encoded(PALETTE, "PNG"), f"re-encoded: palette to RGB {AS_PNG}"),
@@ -248,6 +252,8 @@ def _cases() -> dict[str, Case]:
             {("animated", "first"): f"re-encoded: first frame, GIF to PNG, palette to RGB {AS_PNG}"},
         ),
         "BMP": Case(encoded(RGB, "BMP"), f"re-encoded: BMP to PNG {AS_PNG}"),
+        "PPM": Case(encoded(RGB, "PPM"), f"re-encoded: PPM to PNG {AS_PNG}"),
+        "PGM, 16 bits": Case(b"P5 2 1 4095 \0\1\x0f\xff", DEEP.format(1, "uint16")),
         "TIFF, two pages": Case(
             encoded(RGB, "TIFF", **TWO),
             FRAMES,
@@ -373,8 +379,8 @@ so finds each cut file and, of 300 damaged copies of 90 photographs for each kin
 
 JPEG has no checksum: Huffman codes are dense, so one flipped bit mostly leaves a valid stream of other pixels, and no
 decoder can tell. A file with a sampling of chroma that TurboJPEG does not know is decoded by Pillow, without these checks,
-and re-encoded. Colour profiles are neither applied nor removed from kept files. PNG has checksums, which are all checked;
-WebP and TIFF have none.
+and re-encoded. Colour profiles are neither applied nor removed from kept files; an image of
+8 bits that is re-encoded becomes sRGB. PNG has checksums, which are all checked; WebP and TIFF have none.
 """
 
 if __name__ == "__main__":

@@ -66,7 +66,11 @@ def test_files_that_are_no_images_by_their_names_are_told_of(told):
         (Path("photos") / f"{i}.heic").write_bytes(b"x")
     code, text = told("shard", "photos", "out")
     assert code == 0
-    assert "Other files are left out, by their names: 3 .heic." in text
+    assert (
+        "Warning: images of kinds that are not read are left out: 3 .heic; turn these into JPEG or PNG first."
+        in text
+    )
+    assert "left out 3 .heic" in text
 
 
 def test_a_list_without_a_line_of_names(told):

@@ -167,7 +167,7 @@ def test_masks_turn_as_their_images_do(orientation: int):
     mask = image.getchannel(0)
     block = exif(orientation)
     stored = prove(encoded(image, "PNG", exif=block), "a.png", Policy(store="png"))
-    turned = prove_mask(encoded(mask, "PNG"), "m.png", stored, Policy())
+    turned = prove_mask(encoded(mask, "PNG"), "m.png", stored, Policy(), "file")
     assert np.array_equal(pixels(turned), pixels(stored.data)[:, :, 0])
 
 

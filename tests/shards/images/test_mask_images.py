@@ -58,7 +58,7 @@ def test_a_mask_with_an_orientation_of_its_own_turns_once(turn: int, kind: str):
     stored = prove(encoded(image.copy(), "PNG", exif=exif(turn)), "a.png", Policy(store="png"))
     own = {"tiffinfo": {0x112: turn}} if kind == "TIFF" else {"exif": exif(turn)}
     for options in (own, {}):
-        found = prove_mask(encoded(mask.copy(), kind, **options), "m", stored, Policy())
+        found = prove_mask(encoded(mask.copy(), kind, **options), "m", stored, Policy(), "file")
         assert np.array_equal(pixels(found), pixels(stored.data)[:, :, 0])
 
 
@@ -76,7 +76,26 @@ def test_a_tiff_and_its_mask_turn_alike(turn: int, mode: str):
     stored = prove(encoded(image, "TIFF", tiffinfo={0x112: turn}), "a.tif")
     assert stored.file_size == (8, 6)
     found = read_npy(stored.data) if stored.ext == "npy" else pixels(stored.data)
-    mask = pixels(prove_mask(encoded(grey.copy(), "PNG"), "m", stored, Policy()))
+    mask = pixels(prove_mask(encoded(grey.copy(), "PNG"), "m", stored, Policy(), "file"))
     assert np.array_equal(found[:, :, 0], mask)
     upright = Image.open(io.BytesIO(encoded(grey.copy(), "TIFF", tiffinfo={0x112: turn})))
     assert np.array_equal(np.asarray(upright), mask)
+
+
+@pytest.mark.parametrize("turn", range(2, 9))
+def test_how_a_mask_of_a_turned_photo_lies_is_known_or_refused(turn: int):
+    """A mask drawn over the photo as it is shown, and one drawn over the file's pixels; orientations from 5 on swap the sides."""
+    image = picture(2, (12, 8))
+    stored = prove(encoded(image, "PNG", exif=exif(turn)), "a.png", Policy(store="png"))
+    shown = pixels(stored.data)[:, :, 0]
+    drawn = {
+        "shown": encoded(Image.fromarray(shown), "PNG"),
+        "file": encoded(image.getchannel(0), "PNG"),
+    }
+    for laid, mask in drawn.items():
+        assert np.array_equal(pixels(prove_mask(mask, "m", stored, Policy(), laid)), shown)
+        if turn < 5:
+            with pytest.raises(BadImage, match=rf"orientation {turn}\).*--mask-orientation file or shown"):
+                prove_mask(mask, "m", stored, Policy())
+        else:
+            assert np.array_equal(pixels(prove_mask(mask, "m", stored, Policy())), shown)

@@ -76,10 +76,10 @@ def test_pages_hold_what_the_column_holds(tmp_path: Path, struct: bool, codec: s
         else wanted
     )
     table = pa.table({"n": range(len(wanted)), "image": pa.array(cells), "z": ["z"] * len(wanted)})
-    path = "image.bytes" if struct else "image"
+    path = ("image", "bytes") if struct else ("image",)
     place = open_place(tmp_path)
     for (dictionary, encoding), version in itertools.product(ENCODINGS, ("1.0", "2.0")):
-        options = {"column_encoding": {path: encoding}} if encoding else {}
+        options = {"column_encoding": {".".join(path): encoding}} if encoding else {}
         pq.write_table(
             table, tmp_path / "x.parquet", compression=codec, use_dictionary=dictionary, data_page_version=version,
             row_group_size=1500, data_page_size=100_000, write_batch_size=64, **options,
