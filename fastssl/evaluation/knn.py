@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.core.nonfinite import check_features
 from shards.errors import UserError, check_least
 
 KS = (10, 20, 100, 200)
@@ -74,7 +75,8 @@ def classify(
         KNNResult keyed by the clamped k. Equal votes go to the class with the lower index.
 
     Raises:
-        UserError: fewer than two bank samples to leave one out, or an empty bank, or no k of at least 1.
+        UserError: fewer than two bank samples to leave one out, or an empty bank, or no k of at least 1; or features that are not
+            finite: their votes would all be for class 0.
     """
     if not ks or min(ks) < 1:
         raise UserError(
@@ -90,6 +92,8 @@ def classify(
         queries, query_labels = bank, bank_labels
     assert queries is not None
     assert query_labels is not None
+    for features in (bank,) if leave_one_out else (bank, queries):
+        check_features(features, "kNN")
     ks = sorted({min(k, available) for k in ks})
     bank = F.normalize(bank.to(device).float(), dim=1)
     bank_labels = bank_labels.to(device)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.core.nonfinite import check_features
+
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
@@ -42,7 +44,11 @@ def fit_ridge(
         labels: int64 (N,), of which Y is the centred one-hot form.
         num_classes: number of classes.
         strengths: the strengths to choose from.
+
+    Raises:
+        UserError: features that are not finite.
     """
+    check_features(features, "the linear probe")
     x = features.double()
     mean, scale = x.mean(dim=0), x.std(dim=0, unbiased=False)
     scale = torch.where(scale > 1e-9 * scale.max().clamp(min=1e-30), scale, torch.inf)  # constant: no weight
@@ -77,11 +83,12 @@ def probe_accuracy(
 ) -> float:
     """Return the accuracy in [0, 1] of a linear classifier fitted to the bank, features (N, D), on the queries (M, D).
 
-    Without queries: the leave-one-out accuracy on the bank.
+    Without queries: the leave-one-out accuracy on the bank. UserError for features that are not finite.
     """
     ridge = fit_ridge(bank.to(device), bank_labels.to(device), num_classes)
     if queries is None or query_labels is None:
         scores, labels = ridge.left_out, bank_labels
     else:
+        check_features(queries, "the linear probe")
         scores, labels = ridge.scores(queries.to(device)), query_labels
     return float((scores.argmax(dim=1).cpu() == labels.cpu()).double().mean())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastssl.core.nonfinite import count_unusable
 from fastssl.evaluation.features import (
     backbone_encoder,
     check_labels,
@@ -23,6 +25,7 @@ from pipelines.streaming.batch_stream import default_threads
 from pipelines.streaming.cache import Samples, fill_ahead
 from shards.dataset.shard_set import ShardSet
 from shards.splits.split_table import open_split, reopen
+from shards.units import plural
 
 
 class OnlineEvaluation:
@@ -105,7 +108,10 @@ class OnlineEvaluation:
         return float((asked == np.bincount(voters).argmax()).mean())
 
     def evaluate(self, backbone: nn.Module) -> dict[str, float]:
-        """Return accuracies in [0, 1] of the backbone as it is now: `knn_accuracy` and, if asked for, `linear_accuracy`."""
+        """Return accuracies in [0, 1] of the backbone as it is now: `knn_accuracy` and, if asked for, `linear_accuracy`.
+
+        Nothing, with a warning, where features are not finite: an evaluation never ends a run.
+        """
 
         def features(shards: ShardSet, ids, labels) -> tuple[Tensor, Tensor]:
             encode = backbone_encoder(backbone, self._device, self._bf16)
@@ -124,6 +130,13 @@ class OnlineEvaluation:
         queries = (None, None)
         if self._queries:
             queries = features(self._queries, self._query_ids, self._query_labels)
+        if bad := sum(count_unusable(part[0]) for part in (bank, queries) if part[0] is not None):
+            warnings.warn(
+                f"The features of {plural(bad, 'evaluated image')} are not finite: no accuracy is measured, and best.pt stays as it "
+                "is.",
+                stacklevel=2,
+            )
+            return {}
         result = classify(
             *bank, *queries, num_classes=len(self._bank.classes), ks=(self.k,), device=self._device
         )

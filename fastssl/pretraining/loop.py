@@ -123,10 +123,17 @@ def _loop(training: Training, loader: Loader, folder: RunFolder, online: OnlineE
             folder.save(training.state())
 
     def evaluate(epoch: int) -> None:
-        if not online or not (due(epoch, knn.every) or epoch == train.epochs):
+        if not knn.every or not (due(epoch, knn.every) or epoch == train.epochs):
+            return
+        with meters.paused():
+            # On every rank: what is not finite is neither measured nor kept as the best.
+            training.check(folder, to_save=True)
+        if not online:
             return
         with meters.paused():
             found = online.evaluate(training.method.evaluated_backbone())
+            if not found:
+                return
             if epoch:
                 folder.save_best(training.weights(), found["knn_accuracy"])
             else:

@@ -164,3 +164,14 @@ def test_too_few_samples() -> None:
 def test_impossible_settings_are_refused(name: str, value: int, least: int) -> None:
     with pytest.raises(UserError, match=f"knn.{name} is {value}, but it must be at least {least}"):
         KNNConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_features_that_are_not_finite_have_no_votes(value: float) -> None:
+    """Their similarities are NaN, whose vote is for class 0: the share of the largest class, as if something had been measured."""
+    bank, labels = _clouds(20, seed=6)
+    spoiled = bank.clone()
+    spoiled[3] = value
+    for features in ((spoiled, labels, None, None), (bank, labels, spoiled, labels)):
+        with pytest.raises(UserError, match="features of 1 of 20 images are not finite, so kNN measures"):
+            classify(*features, num_classes=4)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastssl.evaluation.linear_probe import fit_ridge, probe_accuracy
+from shards.errors import UserError
 
 NUM, DIM, CLASSES = 30, 5, 3
 
@@ -78,3 +79,11 @@ def test_constant_features_and_more_dimensions_than_samples() -> None:
     assert found.scores(wide).isfinite().all()
     assert found.weight[DIM : DIM + 20].abs().max() < 1e-12
     assert probe_accuracy(torch.ones(4, 3), torch.tensor([0, 0, 0, 1]), None, None, num_classes=2) == 0.75
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    bank, spoiled = blobs(20), blobs(20)
+    spoiled[0][3, 0] = float("nan")
+    for features in ((*spoiled, None, None), (*bank, *spoiled)):
+        with pytest.raises(UserError, match="features of 1 of 20 images are not finite, so the linear probe"):
+            probe_accuracy(*features, num_classes=CLASSES)
