@@ -13,11 +13,12 @@ from fastssl.core.nonfinite import count_unusable
 from fastssl.evaluation.features import (
     backbone_encoder,
     check_labels,
+    choose_voters,
     extract,
     labelled_ids,
     query_labels,
 )
-from fastssl.evaluation.knn import KNNConfig, classify
+from fastssl.evaluation.knn import KNNConfig, classify, num_voters
 from fastssl.evaluation.linear_probe import probe_accuracy
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.evaluation_views import eval_cache
@@ -62,12 +63,10 @@ class OnlineEvaluation:
             self._query_labels = query_labels(self._bank, self._queries)
         self._samples: dict[ShardSet, Samples] = {}
         self._own: list[tuple[Samples, np.ndarray]] = []
-        self.k = min(cfg.k, len(self._bank_ids) - (0 if self._queries else 1))
-        self.what = (
-            f"{len(self._query_ids)} test samples"
-            if self._query_ids is not None
-            else f"leave one out of {len(self._bank_ids)}"
-        )
+        voters = choose_voters(self._bank, self._bank_ids, self._queries, self._query_ids)
+        self._groups, self.what = voters.groups, voters.how
+        count = len(self._bank_ids)
+        self.k = min(cfg.k, count if self._queries else num_voters(count, self._groups))
 
     def keep_in_memory(self, training: Samples, engine: str, cache_gb: float) -> list[str]:
         """Keep the evaluated images in memory; return a line about each cache. Images that the training keeps are not kept twice.
@@ -138,12 +137,19 @@ class OnlineEvaluation:
             )
             return {}
         result = classify(
-            *bank, *queries, num_classes=len(self._bank.classes), ks=(self.k,), device=self._device
+            *bank,
+            *queries,
+            num_classes=len(self._bank.classes),
+            groups=self._groups,
+            ks=(self.k,),
+            device=self._device,
         )
         found = {"knn_accuracy": result.accuracy[self.k]}
         if self._probe:
             num_classes = len(self._bank.classes)
-            found["linear_accuracy"] = probe_accuracy(*bank, *queries, num_classes, self._device)
+            found["linear_accuracy"] = probe_accuracy(
+                *bank, *queries, num_classes, self._device, self._groups
+            )
         return found
 
     def describe(self, found: dict[str, float]) -> str:

@@ -25,7 +25,7 @@ from shards.format import layout
 from shards.format.columns import read_columns
 from shards.format.layout import Manifest
 from shards.format.sealed_parquet import check_seal, sealed
-from shards.splits.split_rules import Division, SplitRule, apply, fraction_name
+from shards.splits.split_rules import NO_GROUPS, Division, SplitRule, apply, fraction_name
 from shards.storage.cache_settings import CacheSettings
 from shards.storage.opening import Where, open_place
 from shards.storage.place import Place
@@ -171,6 +171,12 @@ def subsets(place: Place, manifest: Manifest) -> dict[str, tuple[str, str | floa
         known |= {prefix + split: (name, split) for split in entry["splits"]}
         known |= {prefix + fraction_name(share): (name, share) for share in entry["rule"]["labelled"]}
     return known
+
+
+def group_rules(place: Place, manifest: Manifest) -> list[str]:
+    """Return the rules (`--group-by`) that the splits of a folder were made with and that hold groups together, without repeats."""
+    rules = [entry["rule"].get("group_by", "") for entry in (_about(place, manifest) or {}).values()]
+    return [rule for rule in dict.fromkeys(rules) if rule not in ("", NO_GROUPS)]
 
 
 def open_split(folder: Where, split: str = "", cache: CacheSettings | None = None) -> ShardSet:
