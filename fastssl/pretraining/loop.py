@@ -72,10 +72,14 @@ def train(resolved: Resolved, *, resume: bool | Path = False) -> Summary:
     )
     loader = open_loader(shards, cfg.recipe, batch=settings.batch, seed=settings.seed, options=options)
     with RunFolder(resolved, ranks, loader.steps_per_epoch) as folder:
-        training = Training(resolved, shards, ranks, loader.steps_per_epoch, folder.newest(resume))
+        found = folder.newest(resume)
+        training = Training(resolved, shards, ranks, loader.steps_per_epoch, found)
         if training.num_chunks > 1:
             # The device never holds more than a chunk of the views.
             loader = loader.in_chunks()
+        if resume and found is None:
+            none = f"nothing to resume in '{folder.path}': the run starts at its first step"
+            loader.note = "\n".join(filter(None, [loader.note, none]))
         online = _online_evaluation(training)
         if online and cfg.data.cache == "ram":
             notes = online.keep_in_memory(loader.samples, cfg.data.engine, cfg.data.cache_gb)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastssl.models.model_config import check_architecture
 from fastssl.pretraining.run_config import from_tree
+from pipelines.loading.data_config import DataConfig
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
@@ -21,6 +22,27 @@ def data_set_of(shards: ShardSet) -> dict[str, Any]:
     # A split that was made again under its old name is a different one.
     part = {"ids_sha256": hashlib.sha256(shards.ids.tobytes()).hexdigest()} if shards.split else {}
     return whole | part
+
+
+def check_same_order(before: DataConfig, now: DataConfig, where: str) -> None:
+    """Raise UserError where the samples of an epoch would come in another order than so far: some twice, others never."""
+    was = before.order
+    if was == "auto":
+        # Of a version that did not note what it meant.
+        folders = (before.shards,) if isinstance(before.shards, str) else before.shards
+        remote = any("://" in folder and not folder.startswith("file://") for folder in folders)
+        was = "blocks" if remote else "global"
+    changed: list[tuple[str, str | int, str | int]] = [("order", was, now.order)]
+    if "blocks" in (was, now.order):
+        changed.append(("block_shards", before.block_shards, now.block_shards))
+    flags = [f"--data.{name.replace('_', '-')} {old}" for name, old, new in changed if old != new]
+    if flags:
+        told = " and ".join(f"data.{name} = {old}" for name, old, new in changed if old != new)
+        raise UserError(
+            f"'{where}' was made with {told}, and this run has "
+            f"{' and '.join(str(new) for _, old, new in changed if old != new)}: in another order an epoch takes some images twice "
+            f"and others never. Add {' '.join(flags)}, or start a new run with another --train.out."
+        )
 
 
 def check_same_run(
@@ -39,6 +61,7 @@ def check_same_run(
         )
     # Parsed again, so that settings of an older version get their present names, and new settings their defaults.
     saved = from_tree(state["config"])
+    check_same_order(saved.config.data, resolved.config.data, where)
     before, now = saved.tree(), resolved.tree()
     fixed = {("train", "batch"), ("train", "seed")}
     # They decide which state the optimizer holds, and for which weights.
