@@ -60,6 +60,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "train.", epochs=1, batch=2, seed=0, log_every=1, save_every=1, clip_grad=0)
+        if not self.out.strip():
+            raise UserError(
+                "train.out is empty, such as from a variable that is not set: name the run's folder."
+            )
+        if self.seed >= 2**63:
+            raise UserError(f"train.seed is {self.seed}, but it must be less than 2^63 = {2**63}.")
         if self.micro_batch != "auto" and (self.micro_batch < 0 or self.micro_batch == 1):
             raise UserError(
                 f"train.micro_batch is {self.micro_batch}, but it must be 0 (the whole batch), auto, or at least 2."
