@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 from fastssl.core import checkpoint, distributed
 from fastssl.core.loggers import Loggers
 from fastssl.core.meters import MetricsLog, six_digits
+from fastssl.core.own_files import check_files, keep_dead_log, write_config
 from fastssl.pretraining.run_config import leaves
 from shards.errors import UserError
 from shards.storage.atomic_files import (
@@ -119,6 +120,8 @@ class RunFolder:
 
     def _take(self) -> None:
         try:
+            if not checkpoint.list_checkpoints(self.path):
+                check_files(self.path)
             lock, checkpoints = self.path / ".lock", self.path / "checkpoints"
             new = [path for path in (lock, checkpoints) if not path.exists()] + missing_folders(self.path)
             checkpoints.mkdir(parents=True, exist_ok=True)
@@ -229,7 +232,9 @@ class RunFolder:
                 remove_unfinished(folder)
             if self._origin is not None:
                 atomic_write(self.path / ORIGIN, str(_run_of(self._origin)).encode())
-            atomic_write(self.path / "config.yaml", self._resolved.to_yaml().encode())
+            write_config(self.path / "config.yaml", self._resolved.to_yaml())
+            if not step or self._origin is not None:
+                keep_dead_log(self.path)
             if self._origin is not None:
                 self._copy_history(self._origin, step)
             self.log = MetricsLog(self.path / "metrics.jsonl", step)
