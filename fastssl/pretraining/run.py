@@ -8,6 +8,7 @@ from typing import Any
 
 from fastssl.core import distributed
 from fastssl.core.out_of_memory import bracketed_cause, is_out_of_memory
+from fastssl.core.unfailing_output import unfailing_output
 from fastssl.pretraining import loop
 from fastssl.pretraining.loop import Summary
 from fastssl.pretraining.run_config import Resolved, load_config
@@ -26,7 +27,8 @@ def pretrain(
         pretrain(overrides={"data": {"shards": "photo-shards"}, "model": {"backbone": "resnet18"}}, resume=True)
 
     `fastssl pretrain` runs this. Under torchrun every process calls it. Ctrl-C, SIGTERM and SIGUSR1 end the run after the
-    current step, with a checkpoint: `Summary.interrupted` is then the number of the signal.
+    current step, with a checkpoint: `Summary.interrupted` is then the number of the signal. A terminal that is closed, or output that
+    cannot be written, does not end it.
 
     Args:
         config: a YAML file, what `load_config` returned, or None for the defaults.
@@ -40,7 +42,8 @@ def pretrain(
     """
     resolved = load_config(config, overrides)
     try:
-        return loop.train(resolved, resume=Path(resume) if isinstance(resume, str) else resume)
+        with unfailing_output():
+            return loop.train(resolved, resume=Path(resume) if isinstance(resume, str) else resume)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
