@@ -15,7 +15,7 @@ from fastssl.evaluation.knn import num_voters
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.evaluation_views import eval_batches
 from pipelines.streaming.cache import Samples
-from shards.dataset.mixed_set import MixedShardSet, labels_by_name
+from shards.dataset.mixed_set import labels_by_name
 from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
@@ -91,13 +91,14 @@ def query_labels(bank: ShardSet, queries: ShardSet) -> np.ndarray:
     """Return the labels of all query samples as classes of the bank, joined by their names: int64 (num_samples,), -1 for none.
 
     Raises:
-        UserError: the two do not have the same classes; where the bank is a mix, it may have more of them.
+        UserError: the queries have a class that no voter has; they may lack some of the voters' classes.
     """
-    same = set(queries.classes) == set(bank.classes)
-    if not same and not (isinstance(bank, MixedShardSet) and set(queries.classes) <= set(bank.classes)):
+    unknown = [name for name in queries.classes if name not in set(bank.classes)]
+    if unknown:
+        shown = ", ".join(f"'{name}'" for name in unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise UserError(
-            f"'{bank.folder}' and '{queries.folder}' have different classes ({len(bank.classes)} and "
-            f"{len(queries.classes)}): kNN needs the same class folders in both."
+            f"'{queries.folder}' has {plural(len(unknown), 'class', 'classes')} that '{bank.folder}' does not have ({shown}): classes "
+            "are matched by their names, and nobody votes for these. Rename them, or give voters that have them."
         )
     return labels_by_name(queries, bank.classes)
 
