@@ -19,7 +19,8 @@ def check_least(settings: Any, prefix: str = "--", **least: float) -> None:
     """
     for name, low in least.items():
         value = getattr(settings, name)
-        if value is not None and value < low:
+        # `not`, so that nan is refused too.
+        if value is not None and not value >= low:
             written = name.replace("_", "-") if prefix == "--" else name
             raise UserError(f"{prefix}{written} is {value}, but it must be at least {low}.")
 

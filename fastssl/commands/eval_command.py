@@ -29,7 +29,8 @@ class EvalKNN:
     shards: SeveralShards
     """Labelled shards whose samples vote; of several folders the classes are joined by name."""
     test_shards: SeveralShards = ()
-    """Labelled shards to classify. None: each sample of --shards is classified by all the others (leave one out)."""
+    """Labelled shards to classify. None: each sample of --shards is classified by all the others (leave one out) or, where the shards
+    know groups, such as scenes, by those of other groups."""
     split: Name = ""
     """Split of --shards whose samples vote (`fastssl split`), such as train or labelled-0.01; empty: all."""
     test_split: Name = ""

@@ -14,6 +14,7 @@ from fastssl.core.distributed import choose_device
 from fastssl.evaluation.features import (
     backbone_encoder,
     check_labels,
+    choose_voters,
     extract,
     labelled_ids,
     pixel_encoder,
@@ -48,7 +49,8 @@ def evaluate_knn(
     Args:
         checkpoint: a .pt file, or the folder of a run, whose newest checkpoint is taken.
         shards: labelled shards whose samples vote: a folder or URL, or a `ShardSet`, such as `open_split(folder, "train")`.
-        test_shards: labelled shards to classify; None classifies each sample of `shards` by all the others (leave one out).
+        test_shards: labelled shards to classify; None classifies each sample of `shards` by all the others (leave
+            one out) or, where the shards know groups, such as scenes, by those of other groups; `queries` says which.
         ks: numbers of neighbours; each is clamped to the number there are.
         max_samples: samples used of each shard set; 0 for all.
         baselines: also measure raw pixels and the untrained backbone.
@@ -60,8 +62,8 @@ def evaluate_knn(
         {class: share or None}}]}; shares lie in [0, 1], and `per_class` is at the k nearest to 20.
 
     Raises:
-        UserError: no such device, no checkpoint, shards of other channels than the training's, no labels, or different classes in the
-            two shard sets.
+        UserError: no such device, no checkpoint, shards of other channels than the training's, no labels, labels of one group only, or
+            different classes in the two shard sets.
     """
     if max_samples < 0:
         raise UserError(f"max_samples is {max_samples}, but it must be at least 0 (all).")
@@ -86,6 +88,8 @@ def evaluate_knn(
         torch.from_numpy(query_labels(sets[0], found)[used]) for found, used in zip(sets, ids, strict=True)
     ]
 
+    voters = choose_voters(sets[0], ids[0], *((sets[1], ids[1]) if len(sets) == 2 else (None, None)))
+
     bf16, name = use_bf16(train.get("precision", TrainConfig.precision), place), model.backbone
     encoders = {
         f"{name}, pretrained {state['step']:,} steps": backbone_encoder(trained.to(place), place, bf16)
@@ -104,16 +108,25 @@ def evaluate_knn(
             for found, used in zip(sets, ids, strict=True)
         ]
         queries = (features[1], labels[1]) if len(sets) == 2 else (None, None)
-        result = classify(features[0], labels[0], *queries, num_classes=len(classes), ks=ks, device=place)
+        result = classify(
+            features[0],
+            labels[0],
+            *queries,
+            num_classes=len(classes),
+            groups=voters.groups,
+            ks=ks,
+            device=place,
+        )
         near = min(result.accuracy, key=lambda k: abs(k - 20))
         shares = zip(classes, result.per_class[near].tolist(), strict=True)
         per_class = {c: None if math.isnan(share) else share for c, share in shares}
         rows.append(
             {"features": what, "accuracy": result.accuracy, "per_class_k": near, "per_class": per_class}
         )
-    how = (
-        f"{len(ids[1]):,} test samples, {len(ids[0]):,} vote"
-        if len(sets) == 2
-        else f"leave one out of {len(ids[0]):,} samples"
-    )
-    return {"checkpoint": str(path), "step": state["step"], "queries": how, "classes": classes, "rows": rows}
+    return {
+        "checkpoint": str(path),
+        "step": state["step"],
+        "queries": voters.how,
+        "classes": classes,
+        "rows": rows,
+    }

@@ -19,7 +19,8 @@ USAGE = """usage: fastssl launch slurm CONFIG [options] [--section.key value ...
 
 Submit `fastssl pretrain CONFIG --resume` to Slurm, one process per GPU. Before
 its time is up the run saves, requeues itself and continues where it was; Slurm
-requeues a preempted run. Needs submitit (pip install submitit).
+requeues a preempted run. Needs submitit (pip install submitit). In a job of
+your own, torchrun passes Slurm's SIGUSR1 on with --signals-to-handle only.
   --nodes N           number of machines (1)
   --gpus N            GPUs of each machine (8)
   --hours H           time limit of one job (24)

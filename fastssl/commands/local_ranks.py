@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import IO, Any
 
-from fastssl.core.signals import STOPPING, Requests, show_cursor
+from fastssl.core.signals import HANG_UP, STOPPING, Requests, show_cursor
 from shards.cpus import available_cpus
 from shards.errors import UserError
 
@@ -178,6 +178,8 @@ class _Ranks:
     def __enter__(self) -> _Ranks:
         for number in STOPPING:
             self._before[number] = signal.signal(number, self._forward)
+        # The terminal is gone: the run goes on, as one of a single process does.
+        self._before[HANG_UP] = signal.signal(HANG_UP, signal.SIG_IGN)
         return self
 
     def __exit__(self, *exc: object) -> None:

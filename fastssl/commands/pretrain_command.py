@@ -40,6 +40,13 @@ def run(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    from fastssl.core.unfailing_output import unfailing_output
+
+    with unfailing_output(ends_process=True):
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     warnings.showwarning = _show_warning
     from fastssl.commands import local_ranks
 

@@ -61,7 +61,7 @@ class Preview:
     """Split of the shards to show (`fastssl split`); empty: all."""
     engine: EngineName = "fused"
     """Engine that makes the views."""
-    value_range: Literal["type", "percentiles"] = "type"
+    value_range: Literal["auto", "type", "percentiles"] = "auto"
     """See data.value_range."""
     bands: tuple[int, ...] = ()
     """Channels shown as red, green and blue, counted from 1; empty: the first three."""

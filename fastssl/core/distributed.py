@@ -1,6 +1,5 @@
 """The processes of a run: rank, world size, all-gather, all-reduce. A single process needs no process group."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastssl.core.rendezvous import open_store, read_environment
 from shards.errors import UserError
 
 T = TypeVar("T")
@@ -59,10 +59,10 @@ def setup(device: str = "auto", *, timeout_s: float = 600.0) -> Dist:
         timeout_s: a collective operation that waits longer fails.
 
     Raises:
-        UserError: some of torchrun's variables are missing, or there are more processes than GPUs.
+        UserError: torchrun's variables are missing or wrong, there are more processes than GPUs, or they do not find each other.
     """
     use_cuda = choose_device(device).type == "cuda"
-    rank, world, local_rank = _environment()
+    rank, world, local_rank = read_environment()
     if use_cuda:
         num_gpus = torch.cuda.device_count()
         if local_rank >= num_gpus:
@@ -75,27 +75,13 @@ def setup(device: str = "auto", *, timeout_s: float = 600.0) -> Dist:
     if world > 1:
         dist.init_process_group(
             "nccl" if use_cuda else "gloo",
+            store=open_store(rank, world, timeout_s),
             rank=rank,
             world_size=world,
             timeout=timedelta(seconds=timeout_s),
             device_id=place if use_cuda else None,
         )
     return Dist(rank, world, local_rank, place)
-
-
-def _environment() -> tuple[int, int, int]:
-    """Return (rank, world, local rank) as torchrun sets them; (0, 1, 0) if it set none."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    found = {name: os.environ[name] for name in names if name in os.environ}
-    if not found:
-        return 0, 1, 0
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise UserError(
-            f"The environment sets {', '.join(found)} but not {', '.join(missing)}: "
-            "start the processes with torchrun, or unset all of them for a single process."
-        )
-    return int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"])
 
 
 _alone = False

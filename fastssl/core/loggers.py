@@ -49,8 +49,10 @@ class Loggers:
         Args:
             run: the run's folder, where the ids of the services are kept.
             config: the run's settings by full name.
-            start: the step before the first row.
+            start: the step before the first row. 0: a new run, with ids of its own, also where the folder holds those of a dead one.
         """
+        if not start:
+            _ids_path(run).unlink(missing_ok=True)
         self._sinks: dict[str, Logger] = {}
         name = cfg.name or run.resolve().name
         for kind, make in LOGGERS.items():
@@ -91,12 +93,12 @@ class Loggers:
 
 
 class TensorBoard:
-    """TensorBoard events in a folder of the run; a resume removes those after the checkpoint."""
+    """TensorBoard events in a folder of the run; a resume hides those after the checkpoint, a new start all earlier ones."""
 
     def __init__(self, run: Path, config: dict[str, Any], start: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else 0)
         if not start:
             text = json.dumps(config, indent=1).replace("\n", "\n    ")
             self._writer.add_text("config", f"    {text}", 0)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite, and RankMe, the rank of the features, which shows collapse."""
+"""What is not finite: steps, by their loss or gradient, weights and features; and RankMe, the rank of the features."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.core.distributed import gather_keys, mean_over_ranks
+from shards.errors import UserError
 
 # Images whose features RankMe looks at: more would take seconds.
 MAX_ROWS = 2048
@@ -28,6 +30,29 @@ def rank_me(features: Tensor) -> float:
     values = torch.linalg.svdvals(features)
     shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + EPSILON
     return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def is_finite(module: nn.Module) -> bool:
+    """Return whether all weights and BatchNorm's running statistics are finite; waits for the device."""
+    # Other buffers may hold an infinity on purpose, such as a mask of attention.
+    statistics = (b for m in module.modules() if isinstance(m, _BatchNorm) for b in m.buffers())
+    tensors = [*module.parameters(), *statistics]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def count_unusable(features: Tensor) -> int:
+    """Return how many rows of features (N, D) have no finite length: they have no direction, and every vote of theirs is arbitrary."""
+    return int((~torch.linalg.vector_norm(features.float(), dim=1).isfinite()).sum())
+
+
+def check_features(features: Tensor, what: str) -> None:
+    """Raise UserError where features (N, D) are not finite, or so large that their length is not; `what` names their use."""
+    if bad := count_unusable(features):
+        raise UserError(
+            f"The features of {bad:,} of {len(features):,} images are not finite, so {what} measures nothing: the weights are "
+            "those of a run that diverged, or the images have values that are not finite. Take an earlier checkpoint, or train with a "
+            "lower --optim.lr."
+        )
 
 
 @dataclass(frozen=True)

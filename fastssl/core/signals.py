@@ -15,6 +15,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# What a terminal sends when it is closed, such as by a lost connection: a run goes on, as under nohup.
+HANG_UP = signal.SIGHUP
 # torchrun, and `timeout`, forward a signal that the terminal or the scheduler has also sent to the workers: one request, not two.
 GRACE_S = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.2
 
@@ -39,7 +41,7 @@ class Requests:
 
 
 class StopRequest:
-    """A context in which SIGINT, SIGTERM and SIGUSR1 set `signal` instead of ending the process.
+    """A context in which SIGINT, SIGTERM and SIGUSR1 set `signal` instead of ending the process, and SIGHUP does nothing.
 
     A thread answers each at once, also while the main thread is inside a long operation, where Python runs no handlers.
     """
@@ -71,6 +73,7 @@ class StopRequest:
             self._watch()
             for number in STOPPING:
                 self._before[number] = signal.signal(number, self._note)
+            self._before[HANG_UP] = signal.signal(HANG_UP, signal.SIG_IGN)
         return self
 
     def __exit__(
@@ -124,10 +127,12 @@ def _exit(number: int) -> None:
     """End this process now, with the exit code of a shell for this signal, and leave the terminal as it was."""
     if sys.stdout is not None and sys.stdout.isatty():
         show_cursor()
-    os.write(2, b"\nfastssl: interrupted.\n")
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nfastssl: interrupted.\n")
     os._exit(128 + number)
 
 
 def show_cursor() -> None:
     """Show the terminal's cursor again, which a progress bar hides as long as it runs."""
-    os.write(1, b"\x1b[?25h")
+    with contextlib.suppress(OSError):
+        os.write(1, b"\x1b[?25h")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.evaluation.knn import num_voters
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.evaluation_views import eval_batches
 from pipelines.streaming.cache import Samples
-from shards.dataset.mixed_set import MixedShardSet, labels_by_name
+from shards.dataset.mixed_set import labels_by_name
 from shards.dataset.order import epoch_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
+from shards.splits.sample_groups import sample_groups
+from shards.units import plural
 
 # Raw pixels are compared at this side at most: 3,072 numbers an image.
 MAX_PIXEL_SIDE = 32
@@ -39,17 +44,61 @@ def check_labels(shards: ShardSet, ids: np.ndarray, *, where: str = "", otherwis
         )
 
 
+@dataclass(frozen=True)
+class Voters:
+    """Who votes for whom, beyond the labels; made before the first feature, so that what cannot be measured is told at once."""
+
+    groups: Tensor | None
+    """Numbers of the bank samples' groups, int64 (N,), where each is classified by those of other groups."""
+    how: str
+    """The same in words, for a report."""
+    shared: int = 0
+    """Queries of groups that vote, too."""
+
+
+def choose_voters(
+    bank: ShardSet, ids: np.ndarray, queries: ShardSet | None, query_ids: np.ndarray | None
+) -> Voters:
+    """Return who votes for whom: for queries of their own the bank, otherwise all other samples of other groups.
+
+    Tiles of one scene know each other: where they vote for each other, a poor backbone is accurate. Warn where queries of their own
+    are of groups that vote.
+
+    Raises:
+        UserError: all labelled samples are of one group.
+    """
+    groups = sample_groups(bank)
+    if queries is None or query_ids is None:
+        if groups is None:
+            return Voters(None, f"leave one out of {len(ids):,} samples")
+        numbers = torch.from_numpy(groups.numbers(ids))
+        num_voters(len(ids), numbers)
+        return Voters(numbers, f"leave one of {int(numbers.max()) + 1:,} groups out, {len(ids):,} samples")
+    theirs = sample_groups(queries) if groups else None
+    shared = theirs.num_shared(query_ids, groups, ids) if groups and theirs else 0
+    how = f"{len(query_ids):,} test samples, {len(ids):,} vote"
+    if shared:
+        how += f"; {shared:,} are of groups that vote"
+        warnings.warn(
+            f"{shared:,} of {plural(len(query_ids), 'test sample')} are of groups, such as scenes, that vote too, so that the "
+            "accuracy is too high for images of new groups: `fastssl split` keeps groups together.",
+            stacklevel=2,
+        )
+    return Voters(None, how, shared)
+
+
 def query_labels(bank: ShardSet, queries: ShardSet) -> np.ndarray:
     """Return the labels of all query samples as classes of the bank, joined by their names: int64 (num_samples,), -1 for none.
 
     Raises:
-        UserError: the two do not have the same classes; where the bank is a mix, it may have more of them.
+        UserError: the queries have a class that no voter has; they may lack some of the voters' classes.
     """
-    same = set(queries.classes) == set(bank.classes)
-    if not same and not (isinstance(bank, MixedShardSet) and set(queries.classes) <= set(bank.classes)):
+    unknown = [name for name in queries.classes if name not in set(bank.classes)]
+    if unknown:
+        shown = ", ".join(f"'{name}'" for name in unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise UserError(
-            f"'{bank.folder}' and '{queries.folder}' have different classes ({len(bank.classes)} and "
-            f"{len(queries.classes)}): kNN needs the same class folders in both."
+            f"'{queries.folder}' has {plural(len(unknown), 'class', 'classes')} that '{bank.folder}' does not have ({shown}): classes "
+            "are matched by their names, and nobody votes for these. Rename them, or give voters that have them."
         )
     return labels_by_name(queries, bank.classes)
 

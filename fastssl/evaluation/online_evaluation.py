@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastssl.core.nonfinite import count_unusable
 from fastssl.evaluation.features import (
     backbone_encoder,
     check_labels,
+    choose_voters,
     extract,
     labelled_ids,
     query_labels,
 )
-from fastssl.evaluation.knn import KNNConfig, classify
+from fastssl.evaluation.knn import KNNConfig, classify, num_voters
 from fastssl.evaluation.linear_probe import probe_accuracy
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.evaluation_views import eval_cache
@@ -23,6 +26,7 @@ from pipelines.streaming.batch_stream import default_threads
 from pipelines.streaming.cache import Samples, fill_ahead
 from shards.dataset.shard_set import ShardSet
 from shards.splits.split_table import open_split, reopen
+from shards.units import plural
 
 
 class OnlineEvaluation:
@@ -59,12 +63,10 @@ class OnlineEvaluation:
             self._query_labels = query_labels(self._bank, self._queries)
         self._samples: dict[ShardSet, Samples] = {}
         self._own: list[tuple[Samples, np.ndarray]] = []
-        self.k = min(cfg.k, len(self._bank_ids) - (0 if self._queries else 1))
-        self.what = (
-            f"{len(self._query_ids)} test samples"
-            if self._query_ids is not None
-            else f"leave one out of {len(self._bank_ids)}"
-        )
+        voters = choose_voters(self._bank, self._bank_ids, self._queries, self._query_ids)
+        self._groups, self.what = voters.groups, voters.how
+        count = len(self._bank_ids)
+        self.k = min(cfg.k, count if self._queries else num_voters(count, self._groups))
 
     def keep_in_memory(self, training: Samples, engine: str, cache_gb: float) -> list[str]:
         """Keep the evaluated images in memory; return a line about each cache. Images that the training keeps are not kept twice.
@@ -105,7 +107,10 @@ class OnlineEvaluation:
         return float((asked == np.bincount(voters).argmax()).mean())
 
     def evaluate(self, backbone: nn.Module) -> dict[str, float]:
-        """Return accuracies in [0, 1] of the backbone as it is now: `knn_accuracy` and, if asked for, `linear_accuracy`."""
+        """Return accuracies in [0, 1] of the backbone as it is now: `knn_accuracy` and, if asked for, `linear_accuracy`.
+
+        Nothing, with a warning, where features are not finite: an evaluation never ends a run.
+        """
 
         def features(shards: ShardSet, ids, labels) -> tuple[Tensor, Tensor]:
             encode = backbone_encoder(backbone, self._device, self._bf16)
@@ -124,13 +129,27 @@ class OnlineEvaluation:
         queries = (None, None)
         if self._queries:
             queries = features(self._queries, self._query_ids, self._query_labels)
+        if bad := sum(count_unusable(part[0]) for part in (bank, queries) if part[0] is not None):
+            warnings.warn(
+                f"The features of {plural(bad, 'evaluated image')} are not finite: no accuracy is measured, and best.pt stays as it "
+                "is.",
+                stacklevel=2,
+            )
+            return {}
         result = classify(
-            *bank, *queries, num_classes=len(self._bank.classes), ks=(self.k,), device=self._device
+            *bank,
+            *queries,
+            num_classes=len(self._bank.classes),
+            groups=self._groups,
+            ks=(self.k,),
+            device=self._device,
         )
         found = {"knn_accuracy": result.accuracy[self.k]}
         if self._probe:
             num_classes = len(self._bank.classes)
-            found["linear_accuracy"] = probe_accuracy(*bank, *queries, num_classes, self._device)
+            found["linear_accuracy"] = probe_accuracy(
+                *bank, *queries, num_classes, self._device, self._groups
+            )
         return found
 
     def describe(self, found: dict[str, float]) -> str:

@@ -19,6 +19,8 @@ from fastssl.models.stochastic_depth import key_stochastic_depth
 from shards.errors import UserError, nearest
 
 RESNET10_W32 = "resnet10_w32"
+# What timm's models raise for an image that does not fit them.
+_SIZE_ERRORS = (AssertionError, RuntimeError, ValueError, IndexError, ZeroDivisionError)
 
 
 def build_backbone(cfg: ModelConfig, image_size: int, other_sizes: Sequence[int] = ()) -> nn.Module:
@@ -56,6 +58,10 @@ def build_backbone(cfg: ModelConfig, image_size: int, other_sizes: Sequence[int]
     for module in backbone.modules():
         if isinstance(getattr(module, "fused_attn", None), bool):  # as timm's attention layers call it
             module.fused_attn = cfg.attention == "sdpa"  # pyright: ignore[reportArgumentType]
+    if cfg.attention != "sdpa" and not any(hasattr(m, "fused_attn") for m in backbone.modules()):
+        warnings.warn(
+            f"model.attention has no effect on {cfg.backbone}: it has no attention of timm's.", stacklevel=2
+        )
     key_stochastic_depth(backbone)
     embed_by_product(backbone)
     if cfg.residual == "autocast":
@@ -114,13 +120,19 @@ def _build_other(cfg: ModelConfig, image_size: int, other_sizes: Sequence[int]) 
         options["img_size"] = image_size
         if other_sizes:
             options["dynamic_img_size"] = True
-    backbone = _timm_model(cfg, options)
+    try:
+        backbone = _timm_model(cfg, options)
+    except _SIZE_ERRORS as error:
+        if "img_size" not in options:
+            raise
+        raise _wrong_size(cfg, image_size, error) from error
     # A few models (MobileNetV3, for one) pool into a wider layer than the one timm calls num_features.
     backbone.num_features = getattr(backbone, "head_hidden_size", backbone.num_features)
     patch_embed = getattr(backbone, "patch_embed", None)
     if isinstance(patch_embed, PatchEmbed):
         for side in (image_size, *other_sizes):
             check_patches(side, int(patch_embed.patch_size[0]))
+    _check_size(backbone, cfg, image_size)
     _check_other_sizes(backbone, cfg, image_size, other_sizes)
     return backbone
 
@@ -140,6 +152,36 @@ def _timm_model(cfg: ModelConfig, options: dict[str, Any]) -> nn.Module:
 
 
 @torch.no_grad()
+def _check_size(backbone: nn.Module, cfg: ModelConfig, image_size: int) -> None:
+    """Raise UserError where an image of `image_size` does not go through the backbone, which would fail in the first step only."""
+    backbone.eval()
+    state = {
+        name: value.to("meta") for name, value in (*backbone.named_parameters(), *backbone.named_buffers())
+    }
+    image = torch.zeros(1, cfg.channels, image_size, image_size, device="meta")
+    try:
+        # Shapes alone, without computing anything.
+        torch.func.functional_call(backbone, state, (image,))
+    except Exception:
+        try:
+            # What cannot be done without values is no reason to refuse.
+            backbone(torch.zeros_like(image, device="cpu"))
+        except _SIZE_ERRORS as error:
+            raise _wrong_size(cfg, image_size, error) from error
+    backbone.train()
+
+
+def _wrong_size(cfg: ModelConfig, image_size: int, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    own = timm.get_pretrained_cfg(cfg.backbone)
+    side = f" to {own.input_size[-1]}, for which it is made" if own is not None else ""
+    return UserError(
+        f"{cfg.backbone} does not take images of {image_size} pixels ({reason}): set --recipe.size{side}, or choose a backbone that "
+        "takes any size, such as resnet50."
+    )
+
+
+@torch.no_grad()
 def _check_other_sizes(
     backbone: nn.Module, cfg: ModelConfig, image_size: int, other_sizes: Sequence[int]
 ) -> None:
@@ -148,7 +190,7 @@ def _check_other_sizes(
     for side in other_sizes:
         try:
             backbone(torch.zeros(1, cfg.channels, side, side))
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except _SIZE_ERRORS as error:
             raise UserError(
                 f"{cfg.backbone} takes images of {image_size} pixels but not of {side} beside them ({error}): set "
                 "--recipe.local-views 0, or choose a backbone that takes any size, such as vit_small_patch16_224 or resnet50."
@@ -180,5 +222,9 @@ def _shrink_stem(backbone: nn.Module, cfg: ModelConfig) -> None:
 
 
 def _freeze_patch_embedding(backbone: nn.Module) -> None:
-    if isinstance(backbone, VisionTransformer) and isinstance(backbone.patch_embed, PatchEmbed):
-        backbone.patch_embed.proj.requires_grad_(False)
+    """Freeze the convolution that makes patches of pixels, whatever timm calls its class: ViT, BEiT, Eva, Swin have one."""
+    patch_embed = getattr(backbone, "patch_embed", None)
+    proj = getattr(patch_embed, "proj", None)
+    # Behind a backbone, as in hybrids, it sees features.
+    if isinstance(proj, nn.Conv2d) and not hasattr(patch_embed, "backbone"):
+        proj.requires_grad_(False)

@@ -26,6 +26,7 @@ from fastssl.models.model_config import ModelConfig, architecture
 from fastssl.pretraining.step import DDPWrapper, depends_on_chunk
 from pipelines.augment.channels import fit_recipe
 from pipelines.kernels.view_params import Form
+from pipelines.streaming.shard_downloads import resolve_order
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 
@@ -68,7 +69,9 @@ def view_form(train: TrainConfig, device: torch.device) -> Form:
 
 
 def follow_shards(resolved: Resolved, shards: ShardSet) -> Resolved:
-    """Return the configuration with model.channels and the recipe's mean, std and value range taken from a data set.
+    """Return the configuration with model.channels, data.order and the recipe's mean, std and value range taken from a data set.
+
+    So the order of the samples is part of the run, wherever the shards lie when it is continued.
 
     Raises:
         UserError: see `pipelines.augment.channels.fit_recipe`; or model.channels was set to another number.
@@ -81,7 +84,10 @@ def follow_shards(resolved: Resolved, shards: ShardSet) -> Resolved:
             f"model.channels is {cfg.model.channels}, but the images of '{shards.folder}' make views of {channels}: leave it out."
         )
     model = dataclasses.replace(cfg.model, channels=channels)
-    return dataclasses.replace(resolved, config=dataclasses.replace(cfg, recipe=recipe, model=model))
+    data = dataclasses.replace(cfg.data, order=resolve_order(shards, cfg.data.order))
+    return dataclasses.replace(
+        resolved, config=dataclasses.replace(cfg, recipe=recipe, model=model, data=data)
+    )
 
 
 def build_method(resolved: Resolved, device: torch.device) -> tuple[Method, dict[str, Any]]:

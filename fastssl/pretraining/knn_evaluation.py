@@ -25,38 +25,43 @@ DECIDING = tuple(f"knn.{field.name}" for field in fields(KNNConfig) if field.nam
 
 
 class KNNEvaluation(Evaluation):
-    """Evaluates a method's backbone on labels that the training never sees; on the first rank."""
+    """Evaluates a method's backbone on labels that the training never sees; on the first rank. On the others `online` is None."""
 
     best = BestBy("knn_accuracy", DECIDING)
 
-    def __init__(self, method: Method, online: OnlineEvaluation, every: int) -> None:
+    def __init__(self, method: Method, online: OnlineEvaluation | None, every: int) -> None:
         self._method, self._online, self.every = method, online, every
 
     def evaluate(self, epoch: int) -> dict[str, float]:
+        if self._online is None:
+            return {}
         found = self._online.evaluate(self._method.evaluated_backbone())
-        if not epoch:
+        if found and not epoch:
             found["knn_chance"] = self._online.chance
         return found
 
     def describe(self, found: dict[str, float]) -> str:
-        return self._online.describe(found)
+        return self._online.describe(found) if self._online else ""
 
     def fill_caches(self, progress: Callable[[int, int], None]) -> None:
-        self._online.fill_caches(progress)
+        if self._online:
+            self._online.fill_caches(progress)
 
 
 def open_evaluation(
     cfg: RunConfig, method: Method, shards: ShardSet, ranks: Dist, dtype: torch.dtype, loader: Loader
 ) -> KNNEvaluation | None:
-    """Return the evaluation during training, where it is asked for; on the first rank only.
+    """Return the evaluation during training, where it is asked for; it measures on the first rank.
 
     With data.cache ram it keeps its images in memory too, and the loader's note says so.
 
     Raises:
         UserError: there are no labels, a split is missing, or the images do not fit in memory.
     """
-    if not cfg.knn.every or not ranks.is_main:
+    if not cfg.knn.every:
         return None
+    if not ranks.is_main:
+        return KNNEvaluation(method, None, cfg.knn.every)
     if ranks.world > 1 and not cfg.knn.max_samples:
         warnings.warn(
             "knn.max_samples is 0 (all): every process waits while the first one evaluates.", stacklevel=2

@@ -13,7 +13,7 @@ import torch
 
 from fastssl.core import distributed
 from fastssl.core.distributed import Dist, gather_keys
-from fastssl.core.nonfinite import NonFiniteMonitor, rank_me
+from fastssl.core.nonfinite import NonFiniteMonitor, is_finite, rank_me
 from fastssl.core.optimizers import (
     build_optimizer,
     learning_rate,
@@ -204,7 +204,7 @@ class MethodTrainer(Trainer):
                     f"({bad.skipped} skipped in this run so far).",
                     stacklevel=2,
                 )
-        if to_save and not all(bool(p.isfinite().all()) for p in self.method.parameters()):
+        if to_save and not is_finite(self.method):
             raise self._diverged(f"The weights are no longer finite at step {self.done}")
 
     def weights(self) -> dict[str, Any]:

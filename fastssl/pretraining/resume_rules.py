@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from fastssl.models.model_config import check_architecture
 from fastssl.pretraining.run_config import from_tree
 from fastssl.training.resume import LOOP_SETTINGS, ResumeRules, check_data_set, check_settings
+from pipelines.loading.data_config import DataConfig
 from shards.dataset.shard_set import ShardSet
+from shards.errors import UserError
 
 if TYPE_CHECKING:
     from fastssl.pretraining.run_config import Resolved, RunConfig
@@ -35,6 +37,27 @@ RULES = ResumeRules(
 )
 
 
+def check_same_order(before: DataConfig, now: DataConfig, where: str) -> None:
+    """Raise UserError where the samples of an epoch would come in another order than so far: some twice, others never."""
+    was = before.order
+    if was == "auto":
+        # Of a version that did not note what it meant.
+        folders = (before.shards,) if isinstance(before.shards, str) else before.shards
+        remote = any("://" in folder and not folder.startswith("file://") for folder in folders)
+        was = "blocks" if remote else "global"
+    changed: list[tuple[str, str | int, str | int]] = [("order", was, now.order)]
+    if "blocks" in (was, now.order):
+        changed.append(("block_shards", before.block_shards, now.block_shards))
+    flags = [f"--data.{name.replace('_', '-')} {old}" for name, old, new in changed if old != new]
+    if flags:
+        told = " and ".join(f"data.{name} = {old}" for name, old, new in changed if old != new)
+        raise UserError(
+            f"'{where}' was made with {told}, and this run has "
+            f"{' and '.join(str(new) for _, old, new in changed if old != new)}: in another order an epoch takes some images twice "
+            f"and others never. Add {' '.join(flags)}, or start a new run with another --train.out."
+        )
+
+
 def check_same_run(
     state: dict[str, Any], resolved: Resolved, shards: ShardSet, shape: dict[str, Any], where: str
 ) -> RunConfig:
@@ -47,5 +70,6 @@ def check_same_run(
     check_data_set(state["shards"], shards, where)
     # Parsed again, so that settings of an older version get their present names, and new settings their defaults.
     saved = from_tree(state["config"])
+    check_same_order(saved.config.data, resolved.config.data, where)
     check_settings(saved.tree(), resolved.tree(), RULES, where)
     return saved.config

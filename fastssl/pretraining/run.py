@@ -8,6 +8,7 @@ from typing import Any
 
 from fastssl.core import distributed
 from fastssl.core.out_of_memory import bracketed_cause, is_out_of_memory
+from fastssl.core.unfailing_output import unfailing_output
 from fastssl.pretraining.build import follow_shards, view_form
 from fastssl.pretraining.knn_evaluation import open_evaluation
 from fastssl.pretraining.method_trainer import MethodTrainer
@@ -29,7 +30,8 @@ def pretrain(
         pretrain(overrides={"data": {"shards": "photo-shards"}, "model": {"backbone": "resnet18"}}, resume=True)
 
     `fastssl pretrain` runs this. Under torchrun every process calls it. Ctrl-C, SIGTERM and SIGUSR1 end the run after the
-    current step, with a checkpoint: `Summary.interrupted` is then the number of the signal.
+    current step, with a checkpoint: `Summary.interrupted` is then the number of the signal. A terminal that is closed, or output that
+    cannot be written, does not end it.
 
     Args:
         config: a YAML file, what `load_config` returned, or None for the defaults.
@@ -43,7 +45,8 @@ def pretrain(
     """
     resolved = load_config(config, overrides)
     try:
-        return train(resolved, resume=Path(resume) if isinstance(resume, str) else resume)
+        with unfailing_output():
+            return train(resolved, resume=Path(resume) if isinstance(resume, str) else resume)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -86,7 +89,11 @@ def train(resolved: Resolved, *, resume: bool | Path = False) -> Summary:
     )
     loader = open_loader(shards, cfg.recipe, batch=settings.batch, seed=settings.seed, options=options)
     with RunFolder(cfg.train, resolved.tree(), ranks, cfg.log) as folder:
-        trainer = MethodTrainer(resolved, shards, ranks, loader.steps_per_epoch, folder.newest(resume))
+        found = folder.newest(resume)
+        if resume and found is None:
+            none = f"nothing to resume in '{folder.path}': the run starts at its first step"
+            loader.note = "\n".join(filter(None, [loader.note, none]))
+        trainer = MethodTrainer(resolved, shards, ranks, loader.steps_per_epoch, found)
         if trainer.num_chunks > 1:
             # The device never holds more than a chunk of the views.
             loader = loader.in_chunks()

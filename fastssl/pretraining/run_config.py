@@ -13,16 +13,15 @@ import contextlib
 import dataclasses
 import functools
 import io
+import math
+import os
 import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, get_type_hints
 
 from fastssl.core.config_tree import leaves, plain, to_yaml
 from fastssl.core.former_names import present_names
@@ -32,16 +31,17 @@ from fastssl.evaluation.knn import KNNConfig
 from fastssl.methods import METHODS, Method, MoCoV3, get_method
 from fastssl.methods.method_defaults import family_of
 from fastssl.models.model_config import ModelConfig
-from fastssl.pretraining.packaged_configs import find_config, is_config, packaged
+from fastssl.pretraining.config_file import PRESET, RECIPE, ConfigFile, read_config
+from fastssl.pretraining.packaged_configs import find_config, is_config
 from fastssl.pretraining.train_config import TrainConfig
 from pipelines.augment.recipe import RECIPES, Recipe, get_recipe
 from pipelines.loading.data_config import DataConfig
 from shards.errors import UserError, nearest
 
 # Read before the rest, because they decide which other keys exist and what their defaults are.
-METHOD_NAME, PRESET, BACKBONE = "method.name", "recipe.preset", "model.backbone"
+METHOD_NAME, BACKBONE = "method.name", "model.backbone"
 # `--recipe NAME` and `--method NAME`, and `recipe: NAME` and `method: NAME` in a file, are short for preset and name.
-RECIPE, METHOD = "recipe", "method"
+METHOD = "method"
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,9 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
             itself sets all that a preset given by flag would change.
         SystemExit: `--help` was given, or a value has the wrong type; tyro has printed the help or the reason.
     """
-    tree = _read_yaml(find_config(path)) if path is not None else {}
+    file = read_config(find_config(path)) if path is not None else ConfigFile()
     where = f"'{path}'" if path is not None else "the defaults"
-    named = dict(leaves(tree))
+    named = dict(leaves(file.tree))
     tokens = list(overrides or [])
     sections = {field.name for field in dataclasses.fields(RunConfig)}
     # A section may be empty: `train:` with nothing below it.
@@ -172,11 +172,19 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Resolve
 
     known = dict(leaves(plain(dataclasses.asdict(start)))).keys()
     names = [*known, METHOD_NAME, PRESET]
-    for key in named:
+    for key, value in named.items():
         if key not in known:
-            raise UserError(f"{where} has an unknown key '{key}'.{_suggest(key, names)}")
+            raise UserError(f"{where}{file.line(key)} has an unknown key '{key}'.{_suggest(key, names)}")
+        if isinstance(value, list) and not _takes_several(start, key):
+            raise UserError(
+                f"{where}{file.line(key)}: {key} is one value, but a list of {len(value)} stands there: [{', '.join(value)}]."
+            )
     _check_names(tokens, known)
-    base = _parse(start, list(_flags(named)), prog=str(path))
+    try:
+        base = _parse(start, list(_flags(named)), prog=str(path))
+    except UserError as error:
+        place = next((file.line(word.strip(":,.")) for word in str(error).split() if file.line(word)), "")
+        raise UserError(f"{where}{place}: {error}" if place else str(error)) from error
     changed = [f.name for f in dataclasses.fields(Recipe) if getattr(recipe, f.name) != getattr(own, f.name)]
     if changed and base.recipe != recipe and all(f"{RECIPE}.{name}" in named for name in changed):
         raise UserError(
@@ -241,7 +249,7 @@ def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:
         f"All settings, with the values of the file. Besides these: --{RECIPE} NAME ({', '.join(RECIPES)}) and "
         f"--{METHOD} NAME ({', '.join(METHODS)}, or my_module:MyMethod)."
     )
-    return parse(
+    found = parse(
         type(default),
         prog,
         _spell_booleans(tokens, default),
@@ -249,58 +257,18 @@ def _parse(default: RunConfig, tokens: list[str], prog: str) -> RunConfig:
         default=default,
         config=(tyro.conf.FlagConversionOff,),
     )
+    for name, value in leaves(dataclasses.asdict(found)):
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, float) and not math.isfinite(one):
+                raise UserError(f"{name} is {one}, but it must be a finite number.")
+    # A shell expands it in `--train.out ~/run`, and not in `--train.out=~/run` or in a file.
+    out = os.path.expanduser(found.train.out)
+    return dataclasses.replace(found, train=dataclasses.replace(found.train, out=out))
 
 
-def _read_yaml(path: Traversable) -> dict[str, Any]:
-    try:
-        # BaseLoader keeps every scalar a string, so that `lr: 3e-4` stays a number and `name: no` a name.
-        text = path.read_text()
-        _check_once(yaml.compose(text, Loader=yaml.BaseLoader), str(path))
-        tree = yaml.load(text, Loader=yaml.BaseLoader) or {}
-    except FileNotFoundError:
-        missing = Path(str(path))
-        here = [p.name for p in sorted(missing.parent.glob("*.yaml"))] if missing.parent.is_dir() else []
-        there = f" '{missing.parent}' holds {', '.join(here)}." if here else ""
-        if missing.stem in packaged():
-            there = f" A packaged configuration has this name: give '{missing.stem}'."
-        raise UserError(f"There is no configuration file '{path}'.{there}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' cannot be read as a configuration file: {error}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise UserError(f"'{path}'{line} is not valid YAML: {problem}.") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"'{path}' must hold sections such as 'train:', but holds one value: {tree!r}")
-    return tree
-
-
-def _check_once(
-    node: yaml.Node | None, path: str, prefix: str = "", lines: dict[str, int] | None = None
-) -> None:
-    """Raise UserError where a section, or a setting in either of its spellings, is written twice: the parser would take the last.
-
-    node: what stands in section `prefix` of the file `path`; lines: where each name was met first, to which this adds.
-    """
-    lines = {} if lines is None else lines
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        if not isinstance(key, yaml.ScalarNode):
-            continue
-        name, line, is_section = (
-            f"{prefix}{key.value}",
-            key.start_mark.line + 1,
-            isinstance(value, yaml.MappingNode),
-        )
-        # `recipe: NAME` is short for the preset.
-        names = {name, PRESET} if name == RECIPE and not is_section else {name}
-        if first := min((lines[one] for one in names & lines.keys()), default=0):
-            way_out = "put both into one" if is_section else "remove one of the two"
-            raise UserError(
-                f"'{path}', line {line}: '{name}' stands there again, after line {first}: {way_out}."
-            )
-        lines |= dict.fromkeys(names, line)
-        _check_once(value, path, f"{name}.", lines)
+def _takes_several(config: RunConfig, key: str) -> bool:
+    section, name = key.split(".", 1)
+    return "tuple" in str(get_type_hints(type(getattr(config, section)))[name])
 
 
 def _flags(named: dict[str, Any]) -> Iterator[str]:

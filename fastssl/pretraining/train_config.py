@@ -50,6 +50,8 @@ class TrainConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, "train.", batch=2, seed=0, clip_grad=0)
+        if self.seed >= 2**63:
+            raise UserError(f"train.seed is {self.seed}, but it must be less than 2^63 = {2**63}.")
         if self.micro_batch != "auto" and (self.micro_batch < 0 or self.micro_batch == 1):
             raise UserError(
                 f"train.micro_batch is {self.micro_batch}, but it must be 0 (the whole batch), auto, or at least 2."

@@ -23,8 +23,8 @@ class BestBy:
 class Evaluation(ABC):
     """Measures the model before the first step, every few epochs and after the last one.
 
-    Every rank may hold one: then all call `evaluate` at the same steps, which may reduce over ranks, and the first rank's values are
-    logged. Or only the first rank holds one: the others wait for it at their next step.
+    Every rank holds one: all call `evaluate` at the same steps, which may reduce over ranks, and the first rank's values are logged.
+    Where only the first rank measures, those of the others return nothing and wait for it at their next step.
     """
 
     every: int
@@ -33,7 +33,7 @@ class Evaluation(ABC):
 
     @abstractmethod
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """Return the values of the model as it is now, `best.metric` among them, for a row of metrics.jsonl.
+        """Return the values of the model as it is now, `best.metric` among them, for a row of metrics.jsonl; empty: none.
 
         The model's mode (train or eval) and the random generators must be as before afterwards: a run with an evaluation has the
         bits of one without.

@@ -40,7 +40,7 @@ def train(
         trainer: new, or restored from the checkpoint that `folder.newest` found.
         loader: this rank's batches, of `trainer.steps_per_epoch` steps an epoch.
         folder: the run's folder, entered.
-        evaluation: on every rank, on the first one only, or none.
+        evaluation: on every rank, or none.
 
     Raises:
         UserError: no steps are left to continue, the trainer's `check` refuses, the disk is full.
@@ -88,7 +88,11 @@ def train(
         if not evaluation or not (due(epoch, evaluation.every) or epoch == settings.epochs):
             return
         with meters.paused():
+            # What is not finite is neither measured nor kept as the best.
+            trainer.check(folder.path, to_save=True)
             found = evaluation.evaluate(epoch)
+            if not found:
+                return
             if epoch:
                 folder.save_best(trainer.weights(), found)
         screen.say(f"epoch {epoch}/{settings.epochs}  {evaluation.describe(found)}")

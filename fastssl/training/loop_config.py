@@ -27,6 +27,10 @@ class LoopConfig:
     """Save every N-th epoch's checkpoint and keep it permanently; 0: none."""
 
     def __post_init__(self) -> None:
+        if not self.out.strip():
+            raise UserError(
+                "train.out is empty, such as from a variable that is not set: name the run's folder."
+            )
         check_least(self, "train.", epochs=1, log_every=1, save_every=1)
         for name in ("save_every_steps", "keep_last", "keep_every"):
             if getattr(self, name) < 0:

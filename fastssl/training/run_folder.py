@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import IO, Any
 
 from fastssl.core import checkpoint, distributed
-from fastssl.core.config_tree import leaves, to_yaml
+from fastssl.core.config_tree import leaves
 from fastssl.core.loggers import LogConfig, Loggers
 from fastssl.core.meters import MetricsLog, six_digits
+from fastssl.core.own_files import check_files, keep_dead_log, write_config
 from fastssl.training.evaluation import BestBy
 from fastssl.training.loop_config import LoopConfig
 from shards.errors import UserError
@@ -143,6 +144,8 @@ class RunFolder:
 
     def _take(self) -> None:
         try:
+            if not checkpoint.list_checkpoints(self.path):
+                check_files(self.path, self._config)
             lock, checkpoints = self.path / ".lock", self.path / "checkpoints"
             new = [path for path in (lock, checkpoints) if not path.exists()] + missing_folders(self.path)
             checkpoints.mkdir(parents=True, exist_ok=True)
@@ -249,7 +252,9 @@ class RunFolder:
                 remove_unfinished(folder)
             if self._origin is not None:
                 atomic_write(self.path / ORIGIN, str(_run_of(self._origin)).encode())
-            atomic_write(self.path / "config.yaml", to_yaml(self._config).encode())
+            write_config(self.path / "config.yaml", self._config)
+            if not step or self._origin is not None:
+                keep_dead_log(self.path)
             if self._origin is not None:
                 self._copy_history(self._origin, step)
             self.log = MetricsLog(self.path / "metrics.jsonl", step)

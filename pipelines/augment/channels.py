@@ -7,6 +7,7 @@ green and blue: with other channels a recipe that has them is refused before the
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from shards.errors import UserError
 # What the largest number of a type is in [0, 1], before recipe.value_low and value_high.
 FULL = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
 LOW, HIGH = "p1", "p99"  # of the manifest, for data.value_range percentiles
+# Share of a type's range that is few.
+FEW = 0.05
 
 
 def num_channels(shards: ShardSet) -> int:
@@ -35,15 +38,15 @@ def num_channels(shards: ShardSet) -> int:
     )
 
 
-def fit_recipe(recipe: Recipe, shards: ShardSet, value_range: str = "type") -> Recipe:
+def fit_recipe(recipe: Recipe, shards: ShardSet, value_range: str = "auto") -> Recipe:
     """Return the recipe with mean, std and value range for the channels of a data set.
 
     Mean and std stay as they are where there are as many as channels; otherwise, or with percentiles, those that nobody changed from
     ImageNet's come from the manifest. A recipe that has its value range keeps it: evaluation uses that of the training.
 
     Args:
-        value_range: what becomes 0 and 1, where the recipe does not say. type: the range of the type (255, 65535, for floats 1);
-            percentiles: the 1st and 99th of each channel in the manifest.
+        value_range: what becomes 0 and 1, where the recipe does not say. auto: as recipe.value_range; type: the range of
+            the type (255, 65535, for floats 1); percentiles: the 1st and 99th of each channel in the manifest.
 
     Raises:
         UserError: different numbers of channels; mean or std of another number; floats beyond 0 to 1 with the range of the type;
@@ -51,6 +54,9 @@ def fit_recipe(recipe: Recipe, shards: ShardSet, value_range: str = "type") -> R
     """
     channels = num_channels(shards)
     ours = (recipe.mean, recipe.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    value_range = recipe.value_range if value_range == "auto" else value_range
+    # From here on value_low and value_high say it.
+    recipe = replace(recipe, value_range="type")
     if value_range == "percentiles" and not recipe.value_low:
         facts = _only(shards)
         low, high = (tuple(_spread(facts[name], channels)) for name in (LOW, HIGH))
@@ -61,6 +67,7 @@ def fit_recipe(recipe: Recipe, shards: ShardSet, value_range: str = "type") -> R
             return _normalised(recipe, facts, channels)
     elif not recipe.value_low:
         _check_floats(shards)
+        _warn_of_small_values(shards)
     if ours and len(recipe.mean) != channels:
         return _normalised(recipe, _joined(shards, channels), channels)
     for name in ("mean", "std", "value_low"):
@@ -109,11 +116,11 @@ def gain_and_offset(recipe: Recipe, dtype: np.dtype) -> tuple[np.ndarray, np.nda
 
 
 def _normalised(recipe: Recipe, facts: dict[str, Any], channels: int) -> Recipe:
-    """Return mean and std of the data set's channels, in the recipe's value range."""
+    """Return mean and std of the data set's channels, in the recipe's value range, to which views are clamped."""
     low = np.array(recipe.value_low or (0.0,) * channels)
     span = np.array(recipe.value_high or (1.0,) * channels) - low
-    mean = (np.array(_spread(facts["mean"], channels)) - low) / span
-    std = np.maximum(np.array(_spread(facts["std"], channels)) / span, 1e-6)
+    mean = np.clip((np.array(_spread(facts["mean"], channels)) - low) / span, 0, 1)
+    std = np.clip(np.array(_spread(facts["std"], channels)) / span, 1e-6, 1)
     return replace(recipe, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
 
 
@@ -140,6 +147,20 @@ def _joined(shards: ShardSet, channels: int) -> dict[str, Any]:
 def _spread(values: Any, channels: int) -> list[float]:
     """Return one value a channel; gray ones are repeated."""
     return [float(v) for v in values] if len(values) == channels else [float(values[0])] * channels
+
+
+def _warn_of_small_values(shards: ShardSet) -> None:
+    """Warn where 98 % of the values fill no more than `FEW` of their type's range: noise and solarising would act on all of it."""
+    for key, facts in shards.manifest.statistics.items():
+        low, high, full = min(facts[LOW]), max(facts[HIGH]), FULL[key.partition("/")[0]]
+        # Images of one value have no range to be stretched.
+        if 0 < high - low <= FEW:
+            warnings.warn(
+                f"98 % of the values of '{shards.folder}' lie between {low * full:g} and {high * full:g}, {high - low:.1%} of the "
+                f"range from 0 to {full:g} that becomes [0, 1], and noise has that scale: --data.value-range percentiles stretches "
+                "them.",
+                stacklevel=3,
+            )
 
 
 def _check_floats(shards: ShardSet) -> None:

@@ -9,6 +9,7 @@ With multi-crop a recipe makes two groups of views: `num_views` global ones of s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
@@ -86,6 +87,8 @@ class Recipe:
     """Value of each channel that becomes 0, as a share of its type's range (255, 65535, for floats 1); without: the type's 0."""
     value_high: tuple[float, ...] = ()
     """Value of each channel that becomes 1, likewise; without: the type's largest. data.value_range fills both in."""
+    value_range: Literal["type", "percentiles"] = "type"
+    """What data.value_range auto means for a preset; ignored where value_low and value_high are there."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Mean per channel that normalisation subtracts; ImageNet's give way to the data set's where it has other than 3 channels."""
     std: tuple[float, ...] = IMAGENET_STD
@@ -106,7 +109,7 @@ class Recipe:
             need(0 < low <= high <= 1, name, "two shares, 0 < least <= most <= 1")
         for name in ("crop_ratio", "erase_ratio"):
             low, high = getattr(self, name)
-            need(0 < low <= high, name, "two ratios, 0 < least <= most")
+            need(0 < low <= high < math.inf, name, "two ratios, 0 < least <= most")
         for name in (field.name for field in fields(self) if field.name.endswith("_p")):
             rule = "probabilities between 0 and 1" if name in PER_VIEW else "a probability between 0 and 1"
             need(all(0 <= p <= 1 for p in self.values(name)), name, rule)
@@ -117,20 +120,26 @@ class Recipe:
             need(len(self.values(name)) in self._counts(), name, counts)
         need(all(0 <= x <= 0.5 for x in self.values("hue")), "hue", "between 0 and 0.5 turns")
         for name in ("brightness", "contrast", "saturation"):
-            need(all(x >= 0 for x in self.values(name)), name, "at least 0")
+            need(all(0 <= x < math.inf for x in self.values(name)), name, "at least 0")
         # Above sigma 2 the extended box filter of the CPU kernel would need more than its five taps.
         need(
             0 <= self.blur_sigma[0] <= self.blur_sigma[1] <= 2,
             "blur_sigma",
             "two widths, 0 <= least <= most <= 2 pixels",
         )
-        need(0 <= self.noise_std[0] <= self.noise_std[1], "noise_std", "two widths, 0 <= least <= most")
+        need(
+            0 <= self.noise_std[0] <= self.noise_std[1] < math.inf,
+            "noise_std",
+            "two widths, 0 <= least <= most",
+        )
         level = self.erase_value
         need(isinstance(level, str) or 0 <= level <= 1, "erase_value", "mean, random, or a level in [0, 1]")
         need(
             len(self.std) == len(self.mean) > 0, "std", f"{len(self.mean)} values, as many as recipe.mean has"
         )
-        need(all(s > 0 for s in self.std), "std", "above 0 in every channel")
+        unit = "in every channel, since pixels are in [0, 1] (divide values of 8 bits by 255)"
+        need(all(0 <= m <= 1 for m in self.mean), "mean", f"between 0 and 1 {unit}")
+        need(all(0 < s <= 1 for s in self.std), "std", f"above 0 and at most 1 {unit}")
         ranges = list(zip(self.value_low, self.value_high, strict=False))
         need(
             len(self.value_low) == len(self.value_high) == len(ranges) and all(a < b for a, b in ranges),
@@ -253,8 +262,9 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         ),
         # This project's own, for overhead images.
         "satellite": _SATELLITE,
-        # As satellite, for any number of channels: without what needs red, green and blue.
-        "multispectral": replace(_SATELLITE, saturation=0.0, hue=0.0, gray_p=0.0),
+        # As satellite, for any number of channels: without what needs red, green and blue. Reflectances fill a few per cent of
+        # 16 bits, which noise of the type's range would drown.
+        "multispectral": replace(_SATELLITE, saturation=0.0, hue=0.0, gray_p=0.0, value_range="percentiles"),
         # He et al. 2016 (arXiv 1512.03385) in today's form: the shorter side to 256, the centre of 224.
         "eval": replace(_PLAIN, crop="center", hflip_p=0.0),
         # Chen, Xie, He 2021: facebookresearch/moco-v3, main_lincls.py; the augmentation of ImageNet baselines.

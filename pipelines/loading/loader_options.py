@@ -42,8 +42,9 @@ class ViewSettings:
     cache_gb: float = 0.0
     """Memory that caches may fill, in 10^9 bytes: on a machine for 'ram', of each GPU for 'gpu'; 0 is half of what is free at the
     start."""
-    value_range: Literal["type", "percentiles"] = "type"
-    """What becomes 0 and 1: the ends of the type's range (65535 for 16 bits), or the 1st and 99th percentile of each channel."""
+    value_range: Literal["auto", "type", "percentiles"] = "auto"
+    """What becomes 0 and 1: the ends of the type's range (65535 for 16 bits), or the 1st and 99th percentile of each channel. auto:
+    percentiles for the recipe multispectral, type for the others."""
     side_stream: bool = True
     """Let a GPU copy, and make views where data.augment_on is gpu, on a stream beside the step's; False does it between the steps."""
     max_bad_share: float = 0.001

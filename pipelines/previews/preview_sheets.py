@@ -45,7 +45,7 @@ class SheetOptions:
     """Engine that makes the views."""
     bands: tuple[int, ...] = ()
     """Channels shown as red, green and blue, counted from 1; empty: the first three."""
-    value_range: str = "type"
+    value_range: str = "auto"
     """As `fit_recipe`."""
     masks: bool = True
     """Draw the masks of samples that have one."""

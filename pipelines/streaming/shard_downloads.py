@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from shards.dataset.mixed_set import MixedShardSet
@@ -13,17 +15,26 @@ from shards.units import human_size
 REACH = 8
 
 
-def choose_window(shards: ShardSet, order: str, block_shards: int) -> tuple[int, str]:
-    """Return the number of shards in a block, 0 for the global order, and a note for the user.
+def resolve_order(
+    shards: ShardSet, order: Literal["auto", "global", "blocks"]
+) -> Literal["global", "blocks"]:
+    """Return the order that data.order means for these shards: auto is blocks where they are remote."""
+    if order == "auto":
+        return "blocks" if shards.near is not None else "global"
+    return order
 
-    'auto' depends only on whether the shards are remote, so that a run resumes in the same order on another machine.
+
+def choose_window(
+    shards: ShardSet, order: Literal["auto", "global", "blocks"], block_shards: int
+) -> tuple[int, str]:
+    """Return the number of shards in a block, 0 for the global order, and a note for the user.
 
     Raises:
         UserError: the cache of remote shards is too small for the order.
     """
     if order == "blocks" and isinstance(shards, MixedShardSet) and shards.weights:
         raise UserError("data.order blocks does not go with data.weights: leave one of them out.")
-    window = block_shards if order == "blocks" or (order == "auto" and shards.near is not None) else 0
+    window = block_shards if resolve_order(shards, order) == "blocks" else 0
     if shards.near is None:
         return window, ""
     total, limit = shards.near.num_bytes, shards.near.cache.limit_bytes

@@ -121,6 +121,17 @@ def apply(place: Place, rule: SplitRule) -> Division:
     return Division(splits, sides, fractions, group, label, notes)
 
 
+def group_names(place: Place, group_by: str = "") -> tuple[Hashes, npt.NDArray[np.bool_]]:
+    """Return the hash of the name of each sample's group, (N,), and whether it has a group, (N,); see `SplitRule.group_by`."""
+    group_of = _grouping(place, SplitRule(val=0.5, group_by=group_by))
+    groups, known = [], []
+    for batch in read_batches(place, ["source", *([group_of.column] if group_of.column else [])]):
+        own = hash_values(batch["source"])
+        groups.append(group_of(batch, own))
+        known.append(groups[-1] != own)
+    return np.concatenate(groups), np.concatenate(known)
+
+
 def read_batches(place: Place, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Columns of the sample table, piece by piece; `label` with the labels that were given later."""
     manifest = Manifest.load(place)

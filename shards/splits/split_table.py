@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from shards.format import layout
 from shards.format.columns import read_columns
 from shards.format.layout import Manifest
 from shards.format.sealed_parquet import check_seal, sealed
-from shards.splits.split_rules import Division, SplitRule, apply, fraction_name
+from shards.splits.split_rules import NO_GROUPS, Division, SplitRule, apply, fraction_name
 from shards.storage.cache_settings import CacheSettings
 from shards.storage.opening import Where, open_place
 from shards.storage.place import Place
@@ -173,6 +174,12 @@ def subsets(place: Place, manifest: Manifest) -> dict[str, tuple[str, str | floa
     return known
 
 
+def group_rules(place: Place, manifest: Manifest) -> list[str]:
+    """Return the rules (`--group-by`) that the splits of a folder were made with and that hold groups together, without repeats."""
+    rules = [entry["rule"].get("group_by", "") for entry in (_about(place, manifest) or {}).values()]
+    return [rule for rule in dict.fromkeys(rules) if rule not in ("", NO_GROUPS)]
+
+
 def open_split(folder: Where, split: str = "", cache: CacheSettings | None = None) -> ShardSet:
     """Open a shard folder, all of it or the samples of one split: `val`, `labelled-0.01`, or `NAME/val` for a split of another name.
 
@@ -184,7 +191,9 @@ def open_split(folder: Where, split: str = "", cache: CacheSettings | None = Non
     place = open_place(folder)
     known = subsets(place, shards.manifest)
     if not known:
-        raise UserError(f"'{place.url}' has no splits: `fastssl split {place.url} --val 0.1` makes some.")
+        raise UserError(
+            f"'{place.url}' has no splits: `fastssl split {shlex.quote(place.url)} --val 0.1` makes some."
+        )
     wanted = split.removeprefix(f"{DEFAULT}/")
     if wanted not in known:
         raise UserError(f"'{place.url}' has no split called '{split}'.{nearest(wanted, known)}")

@@ -144,13 +144,24 @@ def test_shards_that_cannot_be_tested_on(
 ) -> None:
     with pytest.raises(UserError, match=r"unlabelled' has 0 labelled samples, .* sub-folders are classes"):
         evaluate_knn(finished, unlabelled_shards)
-    for shade in ("red", "green"):
+    for shade in ("red", "gold"):
         (tmp_path / "two" / shade).mkdir(parents=True)
         for i in range(2):
             Image.new("RGB", (20, 20), shade).save(tmp_path / "two" / shade / f"{i}.png")
     convert(tmp_path / "two", tmp_path / "two-shards", workers=0)
-    with pytest.raises(UserError, match=r"have different classes \(3 and 2\)"):
+    with pytest.raises(UserError, match=r"has 1 class that .* does not have \('gold'\): classes are matched"):
         evaluate_knn(finished, shards, tmp_path / "two-shards")
+
+
+def test_a_test_set_may_lack_a_class(finished: Path, photos: Path, shards: Path, tmp_path: Path) -> None:
+    """As a small one does whose images were chosen at random: classes are matched by name."""
+    for shade in ("red", "green"):
+        shutil.copytree(photos / shade, tmp_path / "two" / shade)
+    convert(tmp_path / "two", tmp_path / "two-shards", workers=0)
+    report = evaluate_knn(finished, shards, tmp_path / "two-shards", ks=(1,), baselines=False, device="cpu")
+    assert report["classes"] == ["blue", "green", "red"]
+    # Each query votes for itself.
+    assert report["rows"][0]["per_class"] == {"blue": None, "green": 1.0, "red": 1.0}
 
 
 @pytest.mark.parametrize(

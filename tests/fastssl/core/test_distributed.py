@@ -72,6 +72,8 @@ def test_unknown_and_missing_devices_are_refused(monkeypatch: pytest.MonkeyPatch
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in zip(TORCHRUN_NAMES, ("2", "3", "2"), strict=True):
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="process 3 of this machine, which has 2 GPUs"):

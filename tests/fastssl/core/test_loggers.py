@@ -89,6 +89,22 @@ def test_wandb_gets_the_settings_and_goes_on_in_the_same_run(
     assert len(calls.of("finish")) == 2
 
 
+def test_a_new_start_in_a_used_folder_is_a_run_of_its_own_in_each_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of a run that died before its first checkpoint still holds its ids."""
+    run = types.SimpleNamespace(define_metric=lambda *args, **kwargs: None)
+    wandb = Calls("wandb", monkeypatch, init=run)
+    trackio = Calls("trackio", monkeypatch, init=None)
+    active = types.SimpleNamespace(info=types.SimpleNamespace(run_id="r1"))
+    mlflow = Calls("mlflow", monkeypatch, set_experiment=None, start_run=active, log_params=None)
+    for _ in range(2):
+        Loggers(LogConfig(wandb="moon", mlflow="moon", trackio="moon"), tmp_path, CONFIG, 0)
+    assert len({kwargs["id"] for _, kwargs in wandb.of("init")}) == 2
+    assert len({kwargs["name"] for _, kwargs in trackio.of("init")}) == 2
+    assert mlflow.of("start_run") == [((), {"run_name": tmp_path.name})] * 2
+
+
 def test_mlflow_gives_the_id_and_gets_the_settings_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

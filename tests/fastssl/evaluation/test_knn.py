@@ -164,3 +164,40 @@ def test_too_few_samples() -> None:
 def test_impossible_settings_are_refused(name: str, value: int, least: int) -> None:
     with pytest.raises(UserError, match=f"knn.{name} is {value}, but it must be at least {least}"):
         KNNConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_features_that_are_not_finite_have_no_votes(value: float) -> None:
+    """Their similarities are NaN, whose vote is for class 0: the share of the largest class, as if something had been measured."""
+    bank, labels = _clouds(20, seed=6)
+    spoiled = bank.clone()
+    spoiled[3] = value
+    for features in ((spoiled, labels, None, None), (bank, labels, spoiled, labels)):
+        with pytest.raises(UserError, match="features of 1 of 20 images are not finite, so kNN measures"):
+            classify(*features, num_classes=4)
+
+
+@pytest.mark.parametrize("chunk", [1024, 7])
+def test_neighbours_of_the_same_group_do_not_vote(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if each group were classified by a bank of all others, also where a group leaves fewer voters than k."""
+    monkeypatch.setattr(knn, "CHUNK", chunk)
+    bank, labels = _clouds(50, seed=1)
+    groups = torch.arange(50) % 9
+    groups[:20] = 0
+    for k in (1, 5, 20):
+        right = 0
+        for group in range(9):
+            inside = groups == group
+            voters = (bank[~inside].tolist(), labels[~inside].tolist())
+            predicted = _slow(*voters, bank[inside].tolist(), False, k, 4)
+            right += sum(p == t for p, t in zip(predicted, labels[inside].tolist(), strict=True))
+        assert classify(bank, labels, num_classes=4, groups=groups, ks=(k,)).accuracy == {
+            k: pytest.approx(right / 50)
+        }
+    most = int((groups != 0).sum())
+    assert list(classify(bank, labels, num_classes=4, groups=groups, ks=(100,)).accuracy) == [most]
+
+
+def test_one_group_alone_is_refused() -> None:
+    with pytest.raises(UserError, match="All 6 labelled samples are of one group"):
+        classify(*_clouds(6, seed=3), num_classes=4, groups=torch.zeros(6, dtype=torch.int64))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastssl.evaluation.linear_probe import fit_ridge, probe_accuracy
+from shards.errors import UserError
 
 NUM, DIM, CLASSES = 30, 5, 3
 
@@ -78,3 +79,28 @@ def test_constant_features_and_more_dimensions_than_samples() -> None:
     assert found.scores(wide).isfinite().all()
     assert found.weight[DIM : DIM + 20].abs().max() < 1e-12
     assert probe_accuracy(torch.ones(4, 3), torch.tensor([0, 0, 0, 1]), None, None, num_classes=2) == 0.75
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    bank, spoiled = blobs(20), blobs(20)
+    spoiled[0][3, 0] = float("nan")
+    for features in ((*spoiled, None, None), (*bank, *spoiled)):
+        with pytest.raises(UserError, match="features of 1 of 20 images are not finite, so the linear probe"):
+            probe_accuracy(*features, num_classes=CLASSES)
+
+
+def test_groups_are_left_out_together() -> None:
+    """Each sample's score is that of a classifier fitted to the other groups only."""
+    features, labels = blobs()
+    groups = torch.arange(NUM) % 7
+    groups[:8] = 7
+    strength = 0.1
+    found = fit_ridge(features, labels, CLASSES, (strength,), groups).left_out.numpy()
+    x = features.double().numpy()
+    mean, scale = x.mean(0), x.std(0)
+    for i in range(NUM):
+        rest = (groups != groups[i]).numpy()
+        weight, bias = by_numpy(x[rest], labels.numpy()[rest], strength * NUM, mean, scale)
+        np.testing.assert_allclose(found[i], (x[i] - mean) / scale @ weight + bias, rtol=1e-9, atol=1e-10)
+    alone = fit_ridge(features, labels, CLASSES, (strength,), torch.arange(NUM)).left_out
+    np.testing.assert_array_equal(alone, fit_ridge(features, labels, CLASSES, (strength,)).left_out)

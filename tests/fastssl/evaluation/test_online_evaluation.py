@@ -90,3 +90,49 @@ def test_online_knn_on_shards_of_their_own(shards: Path, unlabelled_shards: Path
     for section in ({}, {"test_shards": str(unlabelled_shards), "shards": str(shards)}):
         with pytest.raises(UserError, match=r"0 labelled samples, but kNN needs at least 2.*--knn.every 0"):
             train(resolve(unlabelled_shards, tmp_path / "none", {"knn": {"every": 1, **section}}))
+
+
+@pytest.fixture(scope="module")
+def uneven(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 pictures: 54 of one class, 6 of another."""
+    folder = tmp_path_factory.mktemp("uneven")
+    for i, path in enumerate(sorted(photos.glob("*/*"), key=lambda path: path.name)):
+        (folder / "pictures" / "ab"[i % 10 == 0]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / "pictures" / "ab"[i % 10 == 0])
+    convert(folder / "pictures", folder / "shards", workers=0)
+    return folder / "shards"
+
+
+@pytest.mark.filterwarnings("ignore:optim.lr was", "ignore:train.epochs was")
+def test_a_run_that_diverges_within_an_epoch_is_not_measured_and_keeps_its_best_weights(
+    uneven: Path, tmp_path: Path
+) -> None:
+    """The vote of NaN is for class 0, the larger one here: 90 % at once."""
+    run = tmp_path / "run"
+    knn = {"every": 1, "k": 1, "linear": False}
+    settings = {"batch": 20, "log_every": 10, "save_every_steps": 0}
+    train(resolve(uneven, run, {"knn": knn, "train": {**settings, "epochs": 1}}))
+    best, before = (run / "checkpoints/best.pt").read_bytes(), rows(run)
+    diverging = {"optim": {"lr": 1e20}, "knn": knn, "train": {**settings, "epochs": 3}}
+    with pytest.raises(UserError, match=r"loss was \w+ at step [56].*--optim\.lr"):
+        train(resolve(uneven, run, diverging), resume=True)
+    assert (run / "checkpoints/best.pt").read_bytes() == best
+    assert all(set(row) == {"step", "epoch"} for row in rows(run) if row["step"] > 3)
+    assert [row for row in rows(run) if "knn_accuracy" in row] == [
+        row for row in before if "knn_accuracy" in row
+    ]
+
+
+def test_features_that_are_not_finite_give_no_accuracy_and_the_run_goes_on(uneven: Path) -> None:
+    """Finite weights can give them too, such as large ones where bad steps are skipped."""
+    shards, cpu = ShardSet.open(uneven), torch.device("cpu")
+    recipe = RECIPES["eval"]
+    online = OnlineEvaluation(KNNConfig(every=1, k=1), recipe, shards, cpu, bf16=False)
+    for value in (float("nan"), float("inf"), 1e30):
+
+        class Diverged(torch.nn.Module):
+            def forward(self, images: torch.Tensor, value: float = value) -> torch.Tensor:
+                return images.new_full((len(images), 4), value)
+
+        with pytest.warns(UserWarning, match="60 evaluated images are not finite: no accuracy"):
+            assert online.evaluate(Diverged()) == {}

@@ -149,6 +149,48 @@ def test_stop_grad_conv1_also_serves_timm_s_own_vits_and_spares_the_rest() -> No
     assert all(p.requires_grad for p in resnet.parameters())
 
 
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"]
+)
+def test_stop_grad_conv1_serves_transformers_of_other_classes(name: str) -> None:
+    """Their patch embeddings, and they themselves, are of timm's other classes: the setting did nothing there."""
+    with torch.device("meta"):
+        backbone = build_backbone(ModelConfig(backbone=name), 224)
+        trained = build_backbone(ModelConfig(backbone=name, stop_grad_conv1=False), 224)
+    frozen = {n for n, p in backbone.named_parameters() if not p.requires_grad}
+    assert frozen - {n for n, p in trained.named_parameters() if not p.requires_grad} == {
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "told"),
+    [
+        (
+            "inception_v4",
+            32,
+            r"inception_v4 does not take images of 32 pixels \(.*\): set --recipe.size to 299, for",
+        ),
+        (
+            "crossvit_tiny_240",
+            32,
+            r"crossvit_tiny_240 does not take images of 32 pixels \(.*: set --recipe.size to 240",
+        ),
+    ],
+)
+def test_a_size_that_a_model_does_not_take_is_told_before_the_first_step(
+    name: str, size: int, told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        build_backbone(ModelConfig(backbone=name), size)
+
+
+def test_attention_of_a_convolutional_network_is_told_to_do_nothing() -> None:
+    with pytest.warns(UserWarning, match=r"model\.attention has no effect on resnet18"):
+        build_backbone(ModelConfig(backbone="resnet18", attention="explicit"), 32)
+
+
 def test_conv_stem_layout(vit_conv_small: VisionTransformer) -> None:
     layers = list(vit_conv_small.patch_embed.proj)
     assert len(layers) == 13

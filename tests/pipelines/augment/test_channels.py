@@ -20,7 +20,12 @@ from shards.images.pixels import write_npy
 from tests.pictures import photo
 
 SPECTRAL = dataclasses.replace(
-    RECIPES["multispectral"], size=24, erase_p=0.5, solarize_p=(0.3,), erase_value=0.5
+    RECIPES["multispectral"],
+    size=24,
+    erase_p=0.5,
+    solarize_p=(0.3,),
+    erase_value=0.5,
+    value_range="type",
 )
 
 
@@ -140,6 +145,25 @@ def test_percentiles_of_the_data_set_become_0_and_1(tmp_path):
     assert fit_recipe(recipe, shards) == recipe, "evaluation keeps the range of the training"
     [batch] = open_loader(shards, SPECTRAL, batch=6, seed=0, value_range="percentiles").epoch(0)
     assert batch.views[0].shape == (6, 4, 24, 24)
+
+
+def test_reflectances_in_16_bits_are_stretched_by_the_multispectral_preset(tmp_path):
+    """They fill 4 % of the type's range, in which the preset's noise would be as large as they are."""
+    draw = np.random.default_rng(0)
+    images = [draw.integers(300, 3100, (20, 24, 4), dtype=np.uint16) for _ in range(6)]
+    shards = save(tmp_path, images)
+    facts = shards.manifest.statistics["uint16/4"]
+    stretched = fit_recipe(RECIPES["multispectral"], shards)
+    assert (stretched.value_low, stretched.value_high) == (tuple(facts["p1"]), tuple(facts["p99"]))
+    assert fit_recipe(stretched, shards) == stretched
+    assert min(stretched.std) > 0.2
+    with pytest.warns(
+        UserWarning,
+        match=r"lie between 3\d\d.* and 30\d\d.*, 4\.\d% of the range from 0 to 65535 .*percentiles",
+    ):
+        told = fit_recipe(RECIPES["multispectral"], shards, "type")
+    assert told.value_low == ()
+    assert max(told.std) < 0.02 < told.noise_std[1]
 
 
 def test_three_channels_of_8_bits_stay_as_they_are(shard_set):

@@ -109,7 +109,8 @@ def test_what_fills_an_erased_rectangle():
 
 
 def test_multispectral_is_satellite_without_red_green_and_blue():
-    assert changed("multispectral", "satellite") == {"saturation": 0.0, "hue": 0.0, "gray_p": 0.0}
+    without = {"saturation": 0.0, "hue": 0.0, "gray_p": 0.0}
+    assert changed("multispectral", "satellite") == {**without, "value_range": "percentiles"}
 
 
 def test_satellite_has_all_symmetries_of_the_square_and_noise():
