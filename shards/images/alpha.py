@@ -1,4 +1,4 @@
-"""What becomes of transparency: laid on white or black, dropped, kept as a channel, or refused."""
+"""What becomes of what a file declares: transparency, several frames, CMYK."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from PIL import Image
 from shards.images.pillow import TURNS
 from shards.images.pixels import BadImage, Pixels, to_8_bit
 from shards.images.policy import Policy
+from shards.images.tiff import TiffHeader
 
 ALPHA_WORDS = {"white": "alpha on white", "black": "alpha on black", "drop": "alpha dropped"}
 
@@ -61,6 +62,35 @@ def deep_alpha(data: Pixels, policy: Policy) -> tuple[Pixels, list[str]]:
     )
 
 
-def tile_alpha(data: Pixels, policy: Policy) -> tuple[Pixels, list[str]]:
-    """As `deep_alpha`, of a raster's tile. There `white` keeps alpha as a channel: GDAL declares the fourth band of any file so."""
-    return (data, []) if policy.alpha == "white" else deep_alpha(data, policy)
+def as_declared(data: Pixels, policy: Policy) -> tuple[Pixels, list[str]]:
+    """What the policy makes of what the file of a raster's pixels declares, and the words for it. Raise BadImage for what it refuses.
+
+    Of alpha `white` keeps a channel here: GDAL declares the fourth band of any 8-bit file so.
+    """
+    words = _of_several(data.frames, policy)
+    if data.cmyk:
+        if policy.cmyk == "refuse":
+            raise BadImage("CMYK, which the policy refuses")
+        # GDAL has made it RGB, with an alpha that says nothing.
+        return data.without_last(), [*words, "CMYK to RGB"]
+    if data.alpha and policy.alpha != "white":
+        data, more = deep_alpha(data, policy)
+        words += more
+    return data, words
+
+
+def first_frame(image: Image.Image | None, kind: str, tiff: TiffHeader | None, policy: Policy) -> list[str]:
+    """The words for an image of several frames, none for one frame. Raise BadImage where the policy refuses several."""
+    if tiff:
+        frames = tiff.pages
+    elif kind != "JPEG" and getattr(image, "is_animated", False):
+        frames = getattr(image, "n_frames", 2)
+    else:
+        return []
+    return _of_several(frames, policy)
+
+
+def _of_several(frames: int, policy: Policy) -> list[str]:
+    if frames > 1 and policy.animated == "refuse":
+        raise BadImage(f"animated or several pages ({frames} frames); only one is supported")
+    return ["first frame"] if frames > 1 else []

@@ -23,13 +23,15 @@ class Pixels:
     """Pixels that a source has read itself. values: (H, W, C) uint8, uint16 or float32.
 
     known: bool (H, W, C), where there is data; None for everywhere. fill: what stands in each channel where there is none, or None.
-    alpha: whether the last channel is declared as transparency.
+    alpha: whether the last channel is declared as transparency; cmyk: whether the file is; frames: of the file, these being the first.
     """
 
     values: npt.NDArray
     known: npt.NDArray[np.bool_] | None = None
     fill: tuple[float | None, ...] = ()
     alpha: bool = False
+    cmyk: bool = False
+    frames: int = 1
 
     def without_last(self) -> Pixels:
         """All but the last channel."""

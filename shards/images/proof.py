@@ -12,7 +12,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from shards.images.alpha import ALPHA_WORDS, deep_alpha, has_alpha, refuse_alpha, tile_alpha, upright_8_bit
+from shards.images.alpha import (
+    ALPHA_WORDS,
+    as_declared,
+    deep_alpha,
+    first_frame,
+    has_alpha,
+    refuse_alpha,
+    upright_8_bit,
+)
 from shards.images.color_profile import in_srgb, jpeg_profile
 from shards.images.jpeg import (
     JPEG_MAGIC,
@@ -149,7 +157,7 @@ def _prove_opened(image: Image.Image, data: bytes, name: str, policy: Policy) ->
     kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with more behind it
     check_size(*image.size, policy)
     tiff = tiff_header(data) if kind == "TIFF" else None
-    reasons = _check_frames(image, kind, tiff, policy)
+    reasons = first_frame(image, kind, tiff, policy)
     if kind == "PPM":
         deep = np.asarray(image)[:, :, None] if image.mode == "F" else deep_pnm(data)
         if deep is not None:
@@ -236,29 +244,15 @@ def prove_pixels(pixels: npt.NDArray | Pixels, policy: Policy = _DEFAULT) -> Sto
     """
     data = pixels if isinstance(pixels, Pixels) else Pixels(pixels)
     height, width, _ = data.values.shape
-    data, reasons = tile_alpha(data, policy) if data.alpha else (data, [])
+    data, reasons = as_declared(data, policy)
     return _finish(data, policy, reasons, (width, height), 0)
-
-
-def _check_frames(image: Image.Image, kind: str, tiff: TiffHeader | None, policy: Policy) -> list[str]:
-    if tiff:
-        frames = tiff.pages
-    elif kind != "JPEG" and getattr(image, "is_animated", False):
-        frames = getattr(image, "n_frames", 2)
-    else:
-        return []
-    if frames < 2:
-        return []
-    if policy.animated == "refuse":
-        raise BadImage(f"animated or several pages ({frames} frames); only one is supported")
-    return ["first frame"]
 
 
 def _prove_tiff(data: bytes, policy: Policy) -> Stored:
     """A TIFF that Pillow cannot open: of more bands or other numbers than it knows."""
     tiff = tiff_header(data)
     check_size(*tiff.size, policy)
-    return _prove_deep(data, None, tiff, _check_frames(Image.Image(), "TIFF", tiff, policy), policy)
+    return _prove_deep(data, None, tiff, first_frame(None, "TIFF", tiff, policy), policy)
 
 
 def _prove_deep(

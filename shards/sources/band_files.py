@@ -148,7 +148,8 @@ class BandFiles:
         bands, known = zip(*(read_tile(self.place, name, [1], window) for name in files), strict=True)
         values = np.concatenate([band.values for band in bands], axis=2)
         in_bands = np.concatenate([band.known for band in bands], axis=2)
-        return Pixels(values, in_bands, tuple(band.fill[0] for band in bands)), np.any(known, axis=0)
+        fill, frames = tuple(band.fill[0] for band in bands), max(band.frames for band in bands)
+        return Pixels(values, in_bands, fill, frames=frames), np.any(known, axis=0)
 
 
 def _open(where: str, options: SourceOptions) -> RasterSource:

@@ -221,11 +221,16 @@ def read_tile(
     (MinIsWhite), unsigned ones are turned over, as whoever shows the file does.
     """
     with _reading(place, name):
+        from rasterio.enums import PhotometricInterp
+
         raster, key = _raster(place, name)
         taken = bands or list(raster.indexes)
         pixels, known = CELLS.read(raster, key, taken, _inside(raster, window), True)
         nodata = [raster.nodatavals[band - 1] for band in taken]
         alpha = not bands and has_alpha(raster)
+        cmyk = not bands and raster.count == 4 and raster.photometric == PhotometricInterp.cmyk
+        # A TIFF of several pages lists them so.
+        frames = max(1, len(raster.subdatasets)) if raster.driver == "GTiff" else 1
         turned_over = (
             pixels.dtype.kind == "u" and raster.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
         )
@@ -241,7 +246,7 @@ def read_tile(
     if turned_over:
         largest = np.iinfo(pixels.dtype).max
         pixels, nodata = largest - pixels, [None if value is None else largest - value for value in nodata]
-    return Pixels(pixels, in_bands, tuple(nodata), alpha), known
+    return Pixels(pixels, in_bands, tuple(nodata), alpha, cmyk, frames), known
 
 
 def has_alpha(raster: Any) -> bool:

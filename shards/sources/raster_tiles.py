@@ -242,7 +242,12 @@ class RasterSource(Source):
             else None
         )
         facts = {"nodata_share": round(share, 6)}
-        return Picture(checked(pixels.values), mask, facts, pixels.known, pixels.fill, pixels.alpha)
+        return Picture(
+            checked(pixels.values),
+            mask,
+            facts,
+            *(pixels.known, pixels.fill, pixels.alpha, pixels.cmyk, pixels.frames),
+        )
 
     def read_all(self, rows: Sequence[dict[str, Any]]) -> Iterator[Picture | BadImage]:
         """As `Source.read_all`. Tiles lie shuffled: those that come next are read scene by scene and row by row, at most `AHEAD_BYTES`

@@ -40,7 +40,7 @@ ENTRIES = pa.schema(
 class Picture:
     """What a source gives of one entry: encoded bytes, or pixels (H, W, C); `facts` are those known only now.
 
-    known, fill, alpha: of pixels, as in `Pixels`.
+    known, fill, alpha, cmyk, frames: of pixels, as in `Pixels`.
     """
 
     data: bytes | npt.NDArray
@@ -49,13 +49,15 @@ class Picture:
     known: npt.NDArray[np.bool_] | None = None
     fill: tuple[float | None, ...] = ()
     alpha: bool = False
+    cmyk: bool = False
+    frames: int = 1
 
     @property
     def image(self) -> bytes | Pixels:
         """What `prove` takes."""
         if isinstance(self.data, bytes):
             return self.data
-        return Pixels(self.data, self.known, self.fill, self.alpha)
+        return Pixels(self.data, self.known, self.fill, self.alpha, self.cmyk, self.frames)
 
 
 class Source:

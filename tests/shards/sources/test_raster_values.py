@@ -243,3 +243,22 @@ def test_a_reference_of_coordinates_is_more_than_its_text(tmp_path: Path, writte
     manifest = convert_tiles(tmp_path)
     assert (manifest.num_samples, manifest.num_quarantined, manifest.num_masks) == (1, 1, 1)
     assert "is in another reference system" in (tmp_path / "out" / layout.QUARANTINE).read_text()
+
+
+def test_pages_and_cmyk_are_what_the_policy_makes_of_them_in_tiles_too(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    pages = [Image.fromarray(np.full((16, 16, 3), value, np.uint8)) for value in (10, 20)]
+    pages[0].save(tmp_path / "in" / "pages.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "in" / "one.tif")
+    Image.new("CMYK", (16, 16), (10, 60, 110, 0)).save(tmp_path / "in" / "ink.tif")
+    run(tmp_path / "in", tmp_path / "a", "--tile", "16")
+    found = stored(tmp_path / "a")
+    assert set(found) == {"one.tif@0,0", "ink.tif@0,0"}
+    assert "several pages (2 frames)" in (tmp_path / "a" / layout.QUARANTINE).read_text()
+    assert found["ink.tif@0,0"].shape == (16, 16, 3)
+    assert np.abs(found["ink.tif@0,0"].astype(int) - (245, 195, 145)).max() <= 1
+    run(tmp_path / "in", tmp_path / "b", "--tile", "16", "--animated", "first", "--cmyk", "refuse")
+    found = stored(tmp_path / "b")
+    assert set(found) == {"one.tif@0,0", "pages.tif@0,0"}
+    assert (found["pages.tif@0,0"] == 10).all()
+    assert "CMYK, which the policy refuses" in (tmp_path / "b" / layout.QUARANTINE).read_text()
