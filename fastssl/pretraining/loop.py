@@ -18,6 +18,7 @@ from fastssl.core.schedules import due
 from fastssl.core.signals import StopRequest
 from fastssl.evaluation.online_evaluation import OnlineEvaluation
 from fastssl.pretraining.build import follow_shards, view_form
+from fastssl.pretraining.idle_settings import tell_idle
 from fastssl.pretraining.run_folder import RunFolder
 from fastssl.pretraining.step import tell_chunks
 from fastssl.pretraining.trainer import Training
@@ -220,8 +221,9 @@ def _greet(screen: ProgressDisplay, training: Training, loader: Loader) -> None:
         f"batch {loader.batch} on {loader.options.world} x {loader.options.device}, {name}, {plural(cfg.train.epochs, 'epoch')} of "
         f"{plural(loader.steps_per_epoch, 'step')}"
     )
-    if loader.note:
-        screen.say(loader.note)
+    for line in (loader.tell_left_out(), loader.note, *tell_idle(cfg, training.shards)):
+        if line:
+            screen.say(line)
     if training.done:
         screen.say(f"resuming after step {training.done} of {training.total}")
     if training.num_chunks > 1:
