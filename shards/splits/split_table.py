@@ -191,7 +191,9 @@ def open_split(folder: Where, split: str = "", cache: CacheSettings | None = Non
     place = open_place(folder)
     known = subsets(place, shards.manifest)
     if not known:
-        raise UserError(f"'{place.url}' has no splits: `fastssl split {shlex.quote(place.url)} --val 0.1` makes some.")
+        raise UserError(
+            f"'{place.url}' has no splits: `fastssl split {shlex.quote(place.url)} --val 0.1` makes some."
+        )
     wanted = split.removeprefix(f"{DEFAULT}/")
     if wanted not in known:
         raise UserError(f"'{place.url}' has no split called '{split}'.{nearest(wanted, known)}")
