@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= docs/benchmarks
 
-.PHONY: demo test lint interpreter gpu-check clean
+.PHONY: demo test drill lint interpreter gpu-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastssl demo
@@ -12,6 +12,11 @@ demo: $(VENV)/.installed
 # No test of equality may be skipped for want of something that this file installs (tests/needs.py).
 test: $(VENV)/.installed-dev $(VENV)/interpreter/.installed
 	FASTSSL_TEST_ALL=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# Short runs that are killed, hung up, left without a disk, a terminal or a process, against one that nobody disturbed: the same weights.
+drill: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/fastssl/pretraining/test_soak.py tests/fastssl/pretraining/test_resume.py \
+	  tests/fastssl/pretraining/test_unwritable_output.py tests/fastssl/core/test_rendezvous.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

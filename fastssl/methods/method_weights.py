@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastssl.core import checkpoint
 from fastssl.methods.method import Method
+from fastssl.models.moco_vit import heads_entries
 from shards.errors import UserError
 
 _SHOWN = 12  # hexadecimal digits of a digest
@@ -25,8 +26,11 @@ def freeze_external(method: Method) -> None:
 
 
 def own_weights(method: Method) -> dict[str, Tensor]:
-    """Return the method's state dict without the entries of its external parts."""
-    weights = method.state_dict()
+    """Return the method's state dict without the entries of its external parts, and with the heads of ViTs that need it said.
+
+    See `fastssl.models.moco_vit.heads_entries`.
+    """
+    weights = method.state_dict() | heads_entries(method)
     for key in [key for key in weights if _is_external(method, key)]:
         del weights[key]
     return weights
@@ -79,7 +83,10 @@ def load_own_weights(method: Method, state: dict[str, Any], digests: dict[str, s
                 f"{digests[name][:_SHOWN]} here. Give the file that the run began with, or start a new run with another --train.out."
             )
     external = {key: value for key, value in method.state_dict().items() if _is_external(method, key)}
-    checkpoint.load_weights(method, {**state["method"], **external}, where)
+    # Compared with the architecture already; older checkpoints do not have them.
+    heads = heads_entries(method)
+    own = {key: value for key, value in state["method"].items() if key not in heads}
+    checkpoint.load_weights(method, {**own, **external}, where)
 
 
 def _is_external(method: Method, key: str) -> bool:

@@ -27,6 +27,8 @@ class ViTShape:
     conv_stem: bool = False
 
 
+# Width of a head in all of timm's plain ViTs.
+TIMM_HEAD = 64
 # ViT-S has 12 heads, where timm and DeiT have 6; ViT-L is in the paper only. A conv stem replaces one block: depth 11.
 MOCO_VITS = {
     "moco_vit_small": ViTShape(dim=384, depth=12, num_heads=12),
@@ -85,7 +87,23 @@ def build_moco_vit(
         embed_layer=ConvStem if shape.conv_stem else PatchEmbed,
     )
     init_moco_vit(vit)
+    if shape.dim != TIMM_HEAD * shape.num_heads:
+        vit.unusual_heads = shape.num_heads  # pyright: ignore[reportArgumentType]
     return vit
+
+
+def heads_entries(module: nn.Module) -> dict[str, Tensor]:
+    """Return entries `num_heads`, int64 scalars, for the saved weights of those ViTs in a module that need their heads said.
+
+    MoCo v3's ViT-S has 12 heads and timm's 6, of the same shapes of weights: loaded into that one they would compute something else
+    without a word. With the entry a strict load fails, and the entry says what to build: `num_heads=12`.
+    """
+    found = {name: getattr(part, "unusual_heads", None) for name, part in module.named_modules()}
+    return {
+        f"{name}.num_heads".lstrip("."): torch.tensor(heads)
+        for name, heads in found.items()
+        if heads is not None
+    }
 
 
 @torch.no_grad()

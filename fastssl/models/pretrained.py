@@ -14,6 +14,7 @@ from fastssl.core.distributed import choose_device
 from fastssl.core.former_names import present_names
 from fastssl.models.backbones import build_backbone
 from fastssl.models.contract import Contract, contract_of
+from fastssl.models.moco_vit import heads_entries
 from fastssl.models.model_config import ModelConfig, architecture, check_architecture
 from shards.errors import UserError
 
@@ -56,6 +57,9 @@ def restore_backbone(state: dict[str, Any], where: str) -> tuple[nn.Module, Cont
     check_architecture(architecture(backbone, cfg), state["architecture"], where)
     prefix = f"{contract.evaluated}."
     weights = {k.removeprefix(prefix): v for k, v in state["method"].items() if k.startswith(prefix)}
+    for name in heads_entries(backbone):
+        # Compared with the architecture already; older checkpoints do not have it.
+        weights.pop(name, None)
     checkpoint.load_weights(backbone, weights, where)
     backbone.contract = contract  # pyright: ignore[reportArgumentType]
     return backbone.requires_grad_(False).eval(), contract

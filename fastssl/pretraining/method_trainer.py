@@ -36,6 +36,7 @@ from fastssl.pretraining.build import (
     spread,
 )
 from fastssl.pretraining.estimate import StepEstimate, estimate_step
+from fastssl.pretraining.idle_settings import tell_idle
 from fastssl.pretraining.micro_batch import choose_micro_batch, trial_step
 from fastssl.pretraining.replay import capture
 from fastssl.pretraining.resume_rules import check_same_run
@@ -139,7 +140,9 @@ class MethodTrainer(Trainer):
         )
 
     def remarks(self) -> Iterator[str]:
-        """Yield how a batch is taken in chunks, and what the rest of a run on a CPU takes; warn where that is more than there is."""
+        """Yield settings that do nothing, how a batch is taken in chunks, and what the rest of a run on a CPU takes; warn where that is
+        more than there is."""
+        yield from tell_idle(self.resolved.config, self.shards)
         share, steps = self.resolved.config.train.batch // self.ranks.world, self.total - self.done
         if self.num_chunks > 1:
             yield tell_chunks(self.method, share, self.num_chunks, self.cached)

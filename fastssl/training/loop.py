@@ -147,8 +147,8 @@ def train(
 
 def _greet(screen: ProgressDisplay, trainer: Trainer, loader: Loader) -> None:
     screen.say(trainer.headline(loader))
-    if loader.note:
-        screen.say(loader.note)
+    for line in filter(None, (loader.tell_left_out(), loader.note)):
+        screen.say(line)
     if trainer.done:
         screen.say(f"resuming after step {trainer.done} of {trainer.total}")
     for remark in trainer.remarks():

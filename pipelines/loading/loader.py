@@ -26,6 +26,7 @@ from shards.dataset.order import block_order, rank_positions, steps_per_epoch
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
 from shards.splits.split_table import open_mix, reopen
+from shards.units import plural
 
 Folder = str | os.PathLike | ShardSet
 
@@ -187,6 +188,16 @@ class Loader:
     def sampler(self) -> Loader:
         """Return the loader itself: Lightning calls `set_epoch` of a loader's sampler at the start of each epoch."""
         return self
+
+    def tell_left_out(self) -> str:
+        """Return a line about the samples of an epoch that fill no batch; empty where there are none."""
+        left = len(self.shards) - self.steps_per_epoch * self.batch
+        if not left:
+            return ""
+        return (
+            f"{left:,} of {plural(len(self.shards), 'image')} ({left / len(self.shards):.1%}), others in each epoch, are left out: "
+            f"they do not fill a batch of {self.batch:,}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the current epoch, the steps of it that were given, and what decides the batches; plain numbers and words.

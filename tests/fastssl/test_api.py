@@ -36,6 +36,33 @@ def test_every_public_name_is_there_and_explained() -> None:
         fastssl.pretrian  # noqa: B018
 
 
+@pytest.mark.parametrize("name", ["shards", "pipelines"])
+def test_a_package_that_hides_one_of_ours_is_named(name: str, tmp_path: Path) -> None:
+    """A folder with the user's own package of that name, from which he runs; with a plain install it comes first."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastssl"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=HANGS_S,
+    )
+    assert done.returncode == 1
+    hidden = tmp_path / name / "__init__.py"
+    assert done.stderr.splitlines()[-1].startswith(
+        f"ImportError: '{hidden}' hides fastssl's own package '{name}', which lies in '{ROOT}': rename it, or"
+    )
+
+
+def test_what_a_script_needs_comes_from_one_package() -> None:
+    from pipelines import open_loader
+    from shards import ShardSet, convert
+
+    assert (fastssl.open_loader, fastssl.ShardSet, fastssl.convert) == (open_loader, ShardSet, convert)
+
+
 def test_settings_by_full_name_by_section_and_as_flags_are_the_same(tmp_path: Path) -> None:
     path = write_yaml(tmp_path / "a.yaml", tiny("shards", tmp_path / "run"))
     flags = ["--train.batch", "12", "--recipe.preset", "satellite", "--recipe.blur-sigma", "0.1", "1.0"]

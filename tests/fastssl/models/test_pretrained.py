@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from torch.testing import assert_close
 
 from fastssl import load_backbone
 from fastssl.commands.evaluate_checkpoint import evaluate_knn
 from fastssl.core import checkpoint
 from fastssl.methods import METHODS, MoCoV3
+from fastssl.methods.method_weights import load_own_weights, own_weights
+from fastssl.methods.moco_v3 import MoCoV3Config
+from fastssl.models.backbones import build_backbone
 from fastssl.models.contract import Contract, TrainingData
+from fastssl.models.moco_vit import heads_entries
+from fastssl.models.model_config import ModelConfig
 from fastssl.pretraining.build import build_method
 from fastssl.pretraining.run import train
 from fastssl.pretraining.run_config import from_tree
@@ -27,7 +34,7 @@ VIEWS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 def branch(state: dict[str, Any], name: str = "backbone") -> torch.nn.Module:
     """The branch of the method itself, which a run would continue with, in evaluation mode."""
     method, _ = build_method(from_tree(state["config"]), torch.device("cpu"))
-    method.load_state_dict(state["method"])
+    load_own_weights(method, {"method": state["method"]}, {}, "here")
     return method.eval().get_submodule(name)
 
 
@@ -122,6 +129,33 @@ def test_a_vits_patch_heads_and_split(shards: Path, tmp_path: Path):
     assert (found.patch_size, found.num_heads, found.num_features, found.size) == (8, 12, 384, 32)
     assert_same(vit, branch(newest(tmp_path / "run")), torch.randn(2, 3, 32, 32))
     assert "heads      12" in found.describe()
+
+
+def test_weights_with_unusual_heads_do_not_load_into_a_vit_with_others() -> None:
+    """timm's ViT-S has 6 heads of the same shapes: MoCo v3's weights loaded into it, strictly, and computed something else."""
+    moco = build_backbone(ModelConfig(backbone="moco_vit_small"), 32)
+    method = MoCoV3(moco, MoCoV3Config(dim=4, hidden_dim=8))
+    saved = own_weights(method)
+    weights = {k.removeprefix("backbone."): v for k, v in saved.items() if k.startswith("backbone.")}
+    theirs = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "num_heads"'):
+        theirs.load_state_dict(weights)
+    # As docs/python.md shows it.
+    heads = int(weights.pop("num_heads"))
+    assert heads == 12
+    right = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32, num_heads=heads)
+    right.load_state_dict(weights)
+    images = torch.randn(2, 3, 32, 32)
+    assert_close(right.eval()(images), moco.eval()(images))
+    # Older checkpoints do not have the entry, and load as before.
+    for state in (saved, method.state_dict()):
+        again = MoCoV3(
+            build_backbone(ModelConfig(backbone="moco_vit_small"), 32), MoCoV3Config(dim=4, hidden_dim=8)
+        )
+        load_own_weights(again, {"method": dict(state)}, {}, "here")
+        assert torch.equal(again.backbone.blocks[0].attn.qkv.weight, moco.blocks[0].attn.qkv.weight)
+    base = build_backbone(ModelConfig(backbone="moco_vit_base"), 32)
+    assert heads_entries(base) == {}
 
 
 def test_an_old_checkpoint_tells_what_it_holds():

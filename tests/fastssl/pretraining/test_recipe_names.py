@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from fastssl.commands import preview_command
-from fastssl.pretraining import resume
+from fastssl.pretraining import resume_rules
 from fastssl.pretraining.packaged_configs import packaged
 from fastssl.pretraining.run_config import load, load_config
+from fastssl.training.resume import data_set_of
 from pipelines.augment.recipe import RECIPES, Recipe
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
@@ -83,11 +84,11 @@ def test_a_run_goes_on_with_the_same_recipe_however_it_is_written(shards: Path, 
 
     def resumed(before: str, now: str, *flags: str) -> None:
         file.write_text(before)
-        state = {"config": load(file).tree(), "architecture": {}, "shards": resume.data_set_of(data)}
+        state = {"config": load(file).tree(), "architecture": {}, "shards": data_set_of(data)}
         file.write_text(now)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            resume.check_same_run(state, load(file, list(flags)), data, {}, "step.pt")
+            resume_rules.check_same_run(state, load(file, list(flags)), data, {}, "step.pt")
 
     written_out = load(None, ["--recipe", "satellite"]).to_yaml()
     for now, flags in (

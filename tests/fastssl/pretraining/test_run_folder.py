@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from fastssl.cli import main
-from fastssl.core import checkpoint, optimizers
+from fastssl.core import checkpoint, optimizers, own_files
 from fastssl.core.meters import MetricsLog
-from fastssl.training import run_folder
 from shards.storage.atomic_files import lock_file
 from tests.fastssl.runs import SAVE_STEPS, STEPS, TOTAL, assert_same_end, differences, newest, rows
 
@@ -211,7 +210,7 @@ def test_a_run_folder_that_cannot_be_written(
     def refuse(path, content):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(run_folder, "atomic_write", refuse)
+    monkeypatch.setattr(own_files, "atomic_write", refuse)
     assert "cannot be written (Permission denied)" in told("pretrain", config())
 
 

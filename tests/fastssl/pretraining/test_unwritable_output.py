@@ -3,6 +3,7 @@
 import fcntl
 import io
 import os
+import resource
 import subprocess
 import sys
 import termios
@@ -10,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from fastssl.pretraining.loop import train
 
+from fastssl.core import checkpoint
 from fastssl.core.unfailing_output import UnfailingStream, unfailing_output
-from tests.fastssl.runs import assert_same_end, resolve, tiny, write_yaml
+from tests.fastssl.runs import assert_same_end, newest, resolve, tiny, write_yaml
 from tests.needs import HANGS_S
 
 ROOT = Path(__file__).parents[3]
@@ -24,9 +27,9 @@ def _start(run: Path, shards: Path, stdout: int, **options) -> subprocess.Popen:
         [sys.executable, "-m", "fastssl", "pretrain", str(config)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"},
-        stdin=stdout,
+        stdin=subprocess.DEVNULL if stdout == subprocess.PIPE else stdout,
         stdout=stdout,
-        stderr=stdout,
+        stderr=subprocess.STDOUT if stdout == subprocess.PIPE else stdout,
         **options,
     )
 
@@ -63,6 +66,24 @@ def test_a_terminal_that_is_closed_ends_no_run(shards: Path, finished: Path, tmp
     assert process.poll() is None, os.read(ours, 10_000)
     os.close(ours)
     assert process.wait(HANGS_S) == 0
+    assert_same_end(run, finished)
+
+
+@pytest.mark.slow
+def test_a_run_whose_disk_fills_up_ends_in_a_sentence_and_goes_on_later(
+    shards: Path, finished: Path, tmp_path: Path
+) -> None:
+    """After a first checkpoint no file may grow; the run says so, and continues with the same weights when there is room again."""
+    run = tmp_path / "run"
+    process = _start(run, shards, subprocess.PIPE)
+    while process.poll() is None and not checkpoint.list_checkpoints(run):
+        time.sleep(0.001)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    said, _ = process.communicate(timeout=HANGS_S)
+    assert process.returncode == 2, said
+    assert b"cannot be written (File too large)" in said
+    assert 0 < newest(run)["step"] < newest(finished)["step"]
+    assert train(resolve(shards, run), resume=True).interrupted == 0
     assert_same_end(run, finished)
 
 
