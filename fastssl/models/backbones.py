@@ -53,6 +53,8 @@ def build_backbone(cfg: ModelConfig, image_size: int, other_sizes: Sequence[int]
         backbone = _build_other(cfg, image_size, other_sizes)
     if cfg.stem_stride != 4:
         _shrink_stem(backbone, cfg)
+    if cfg.backbone not in MOCO_VITS:
+        _check_size(backbone, cfg, image_size)
     if cfg.stop_grad_conv1:
         _freeze_patch_embedding(backbone)
     for module in backbone.modules():
@@ -132,7 +134,6 @@ def _build_other(cfg: ModelConfig, image_size: int, other_sizes: Sequence[int]) 
     if isinstance(patch_embed, PatchEmbed):
         for side in (image_size, *other_sizes):
             check_patches(side, int(patch_embed.patch_size[0]))
-    _check_size(backbone, cfg, image_size)
     _check_other_sizes(backbone, cfg, image_size, other_sizes)
     return backbone
 

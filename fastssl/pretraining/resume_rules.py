@@ -39,14 +39,9 @@ RULES = ResumeRules(
 
 def check_same_order(before: DataConfig, now: DataConfig, where: str) -> None:
     """Raise UserError where the samples of an epoch would come in another order than so far: some twice, others never."""
-    was = before.order
-    if was == "auto":
-        # Of a version that did not note what it meant.
-        folders = (before.shards,) if isinstance(before.shards, str) else before.shards
-        remote = any("://" in folder and not folder.startswith("file://") for folder in folders)
-        was = "blocks" if remote else "global"
-    changed: list[tuple[str, str | int, str | int]] = [("order", was, now.order)]
-    if "blocks" in (was, now.order):
+    was, is_now = _meant(before), _meant(now)
+    changed: list[tuple[str, str | int, str | int]] = [("order", was, is_now)]
+    if "blocks" in (was, is_now):
         changed.append(("block_shards", before.block_shards, now.block_shards))
     flags = [f"--data.{name.replace('_', '-')} {old}" for name, old, new in changed if old != new]
     if flags:
@@ -56,6 +51,14 @@ def check_same_order(before: DataConfig, now: DataConfig, where: str) -> None:
             f"{' and '.join(str(new) for _, old, new in changed if old != new)}: in another order an epoch takes some images twice "
             f"and others never. Add {' '.join(flags)}, or start a new run with another --train.out."
         )
+
+
+def _meant(data: DataConfig) -> str:
+    """Return what data.order means; a version that did not note it stored auto."""
+    if data.order != "auto":
+        return data.order
+    folders = (data.shards,) if isinstance(data.shards, str) else data.shards
+    return "blocks" if any("://" in f and not f.startswith("file://") for f in folders) else "global"
 
 
 def check_same_run(
