@@ -140,8 +140,8 @@ class MethodTrainer(Trainer):
         )
 
     def remarks(self) -> Iterator[str]:
-        """Yield settings that do nothing, how a batch is taken in chunks, and what the rest of a run on a CPU takes; warn where that is
-        more than there is."""
+        """Yield settings that do nothing, how a batch is taken in chunks, and what the rest of a run on a CPU takes; warn where that
+        is more than there is."""
         yield from tell_idle(self.resolved.config, self.shards)
         share, steps = self.resolved.config.train.batch // self.ranks.world, self.total - self.done
         if self.num_chunks > 1:

@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from fastssl.pretraining.loop import train
 
 from fastssl.methods import METHODS
 from fastssl.pretraining.idle_settings import IDLE, tell_idle
 from fastssl.pretraining.packaged_configs import packaged
+from fastssl.pretraining.run import train
 from fastssl.pretraining.run_config import load, load_config
 from pipelines.augment.recipe import RECIPES
 from shards.dataset.shard_set import ShardSet
