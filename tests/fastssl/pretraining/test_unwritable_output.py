@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fastssl.pretraining.loop import train
+from fastssl.pretraining.run import train
 
 from fastssl.core import checkpoint
 from fastssl.core.unfailing_output import UnfailingStream, unfailing_output
