@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from fastssl.pretraining.run import train
 
 from fastssl.core import checkpoint
 from fastssl.core.unfailing_output import UnfailingStream, unfailing_output
+from fastssl.pretraining.run import train
 from tests.fastssl.runs import assert_same_end, newest, resolve, tiny, write_yaml
 from tests.needs import HANGS_S
 
