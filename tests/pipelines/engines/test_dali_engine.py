@@ -208,3 +208,25 @@ def test_multi_crop_bicubic_and_erasing():
 def test_no_image():
     with pytest.raises(RuntimeError):
         make_engine("dali", RECIPE)(memoryview(b"no image at all"), draws_of((9, 9)), [])
+
+
+def test_a_view_shows_nothing_from_outside_its_box():
+    """In a small image a region of interest of DALI's resize let 84 levels in."""
+    plain = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": (0.0,), "solarize_p": (0.0,)}
+    recipe = dataclasses.replace(RECIPES["moco_v3"], size=32, **plain, **UNNORMALISED)
+    rng, dali = np.random.default_rng(0), make_engine("dali", recipe)
+
+    def png(pixels: np.ndarray) -> memoryview:
+        return memoryview(encoded(Image.fromarray(pixels), "PNG"))
+
+    for sample in range(6):
+        pixels, size = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8), np.array([32])
+        draws = draw(recipe, 0, 0, np.array([sample]), size, size)[:, 0].copy()
+        seen, other = ([np.empty((3, 32, 32), np.float32) for _ in draws] for _ in range(2))
+        dali(png(pixels), draws, seen)
+        for view, one in enumerate(draws):
+            box = np.s_[one["top"] : one["top"] + one["height"], one["left"] : one["left"] + one["width"]]
+            changed = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            changed[box] = pixels[box]
+            dali(png(changed), draws, other)
+            np.testing.assert_array_equal(other[view], seen[view])
