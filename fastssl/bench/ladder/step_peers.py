@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -121,7 +122,10 @@ def start(
     """
     from fastssl.bench.ladder.step_rungs import views
 
-    method, _ = build_method(resolved, device)
+    with warnings.catch_warnings():
+        # The peers' attention is said for all backbones, and ResNets have none.
+        warnings.filterwarnings("ignore", "model.attention has no effect")
+        method, _ = build_method(resolved, device)
     if not isinstance(method, MoCoV3):
         raise NotImplementedError(f"this step is MoCo v3's, and the run trains {resolved.method_name}")
     optim = resolved.config.optim

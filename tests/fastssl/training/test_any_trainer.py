@@ -87,8 +87,9 @@ def test_a_run_trains_logs_saves_and_keeps_the_best(
     assert f"out: {run}" in (run / "config.yaml").read_text()
 
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == [
+    assert lines[:4] == [
         "3 classes of 60 images",
+        "4 of 60 images (6.7%), others in each epoch, are left out: they do not fill a batch of 8",
         "21 steps to go",
         f"epoch 0/3  accuracy {found[0]['accuracy']:.1%}",
     ]

@@ -140,7 +140,8 @@ def test_settings_are_those_of_the_recipe():
     assert len(set(settings)) == len(settings)
     assert set(settings) < known
     # What is left is about views and pixels, and draws nothing.
-    rest = {"size", "num_views", "local_views", "local_size", "value_low", "value_high", "eval_crop"}
+    rest = {"size", "num_views", "local_views", "local_size", "eval_crop"}
+    rest |= {"value_low", "value_high", "value_range"}
     assert known - set(settings) == rest
     assert set(PER_VIEW) <= set(settings)
 
