@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from shards.conversion.convert import convert
+
 
 def picture(seed: int, size: tuple[int, int] = (24, 16), mode: str = "RGB") -> Image.Image:
     """A smooth random picture, so that JPEG keeps it well; `size` is (width, height)."""
@@ -32,6 +34,17 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     grain = rng.normal(0, 12, (height, width, 1)) * rng.random((height, width, 1))
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(0.6)), dtype=np.float64) + grain
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def photo_shards(
+    root: Path, count: int, width: int, height: int, ending: str = "jpg", **options: Any
+) -> Path:
+    """Shards of photographs of different widths, made in `root`; `options`: of `convert`. Return their folder."""
+    (root / "source").mkdir()
+    for i in range(count):
+        photo(width + i, height, seed=i).save(root / "source" / f"{i}.{ending}")
+    convert(root / "source", root / "shards", workers=0, **options)
+    return root / "shards"
 
 
 def colours(side: int, seed: int = 0) -> Image.Image:

@@ -25,10 +25,9 @@ def check_files(run: Path, config: Mapping[str, Any]) -> None:
 
     `config`: its configuration as nested values, section by section.
     """
-    own = {CONFIG: lambda path: is_own_config(path, config), LOG: _is_own_log}
-    for name, is_own in own.items():
-        path = run / name
-        if path.exists() and not is_own(path):
+    settings, log = run / CONFIG, run / LOG
+    for path, is_own in ((settings, is_own_config(settings, config)), (log, _is_own_log(log))):
+        if path.exists() and not is_own:
             raise UserError(
                 f"'{path}' was not written by a run, and this one would replace it: choose another --train.out, such as "
                 f"'{run / 'run'}'."

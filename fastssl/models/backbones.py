@@ -155,20 +155,25 @@ def _timm_model(cfg: ModelConfig, options: dict[str, Any]) -> nn.Module:
 @torch.no_grad()
 def _check_size(backbone: nn.Module, cfg: ModelConfig, image_size: int) -> None:
     """Raise UserError where an image of `image_size` does not go through the backbone, which would fail in the first step only."""
+    try:
+        _try_size(backbone, cfg, image_size)
+    except _SIZE_ERRORS as error:
+        raise _wrong_size(cfg, image_size, error) from error
+
+
+def _try_size(backbone: nn.Module, cfg: ModelConfig, side: int) -> None:
+    """Let an image of this size go through the backbone; what a model of timm raises for a wrong one is among `_SIZE_ERRORS`."""
     backbone.eval()
     state = {
         name: value.to("meta") for name, value in (*backbone.named_parameters(), *backbone.named_buffers())
     }
-    image = torch.zeros(1, cfg.channels, image_size, image_size, device="meta")
+    image = torch.zeros(1, cfg.channels, side, side, device="meta")
     try:
         # Shapes alone, without computing anything.
         torch.func.functional_call(backbone, state, (image,))
     except Exception:
-        try:
-            # What cannot be done without values is no reason to refuse.
-            backbone(torch.zeros_like(image, device="cpu"))
-        except _SIZE_ERRORS as error:
-            raise _wrong_size(cfg, image_size, error) from error
+        # What cannot be done without values is no reason to refuse.
+        backbone(torch.zeros_like(image, device="cpu"))
     backbone.train()
 
 
@@ -187,16 +192,14 @@ def _check_other_sizes(
     backbone: nn.Module, cfg: ModelConfig, image_size: int, other_sizes: Sequence[int]
 ) -> None:
     """Raise UserError where an image of another size does not go through the backbone; no table says which models take them."""
-    backbone.eval()
     for side in other_sizes:
         try:
-            backbone(torch.zeros(1, cfg.channels, side, side))
+            _try_size(backbone, cfg, side)
         except _SIZE_ERRORS as error:
             raise UserError(
                 f"{cfg.backbone} takes images of {image_size} pixels but not of {side} beside them ({error}): set "
                 "--recipe.local-views 0, or choose a backbone that takes any size, such as vit_small_patch16_224 or resnet50."
             ) from error
-    backbone.train()
 
 
 def _unknown(name: str) -> UserError:

@@ -64,9 +64,13 @@ class GroupedBatchNorm(_BatchNorm):
             )
         channels_last = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
         normalise = _at_once if num_groups > 1 and torch.compiler.is_compiling() else _one_by_one
-        output, statistics = normalise(self, input, size)
-        if self.dealt > 1 and channels_last:
-            output = output.contiguous(memory_format=torch.channels_last)
+        if self.dealt > 1:
+            output, statistics = normalise(self, self._exchange(input, self.rows, self.dealt), size)
+            output = self._exchange(output, self.dealt, self.rows)
+            if channels_last:
+                output = output.contiguous(memory_format=torch.channels_last)
+        else:
+            output, statistics = normalise(self, input, size)
         if self.tracks and statistics is not None:
             assert self.group_statistics is not None
             assert self.num_groups is not None
@@ -75,6 +79,13 @@ class GroupedBatchNorm(_BatchNorm):
                 statistics.to(self.group_statistics.dtype), num_groups / self.num_groups
             )
         return output
+
+    def _exchange(self, rows: Tensor, outer: int, inner: int) -> Tensor:
+        """Return the rows (N, C, ...) with the samples of each block of outer * inner, read as a table, column by column.
+
+        (rows, dealt) deals a block's samples to its groups, (dealt, rows) brings them back.
+        """
+        return rows.unflatten(0, (-1, outer, inner, self.views)).transpose(1, 2).flatten(0, 3)
 
     @property
     def tracks(self) -> bool:
@@ -116,33 +127,13 @@ def _one_by_one(norm: GroupedBatchNorm, rows: Tensor, size: int) -> tuple[Tensor
     if norm.running_mean is not None:
         statistics = norm.running_mean.new_zeros(2, norm.num_features)
         mean, var = statistics.unbind()
-    dealt = norm.dealt > 1
-    groups = (
-        _deal(norm, rows).flatten(0, 1).unbind()
-        if dealt
-        else rows.split(size)
-        if len(rows) > size
-        else [rows]
-    )
+    groups = rows.split(size) if len(rows) > size else [rows]
     # With momentum 1 / number, F.batch_norm itself leaves the average over the groups so far in mean and var.
     outputs = [
         functional.batch_norm(group, mean, var, norm.weight, norm.bias, True, 1 / number, norm.eps)
         for number, group in enumerate(groups, start=1)
     ]
-    if dealt:
-        return _gather(norm, torch.stack(outputs).unflatten(0, (-1, norm.dealt))), statistics
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), statistics
-
-
-def _deal(norm: GroupedBatchNorm, rows: Tensor) -> Tensor:
-    """Return the rows (N, C, ...) by block and group: (N / (size D), D, size, C, ...), where size = rows * views and D is `dealt`."""
-    blocks = rows.unflatten(0, (-1, norm.rows, norm.dealt, norm.views))
-    return blocks.transpose(1, 2).flatten(2, 3)
-
-
-def _gather(norm: GroupedBatchNorm, groups: Tensor) -> Tensor:
-    """Return what `_deal` has dealt in its first order, (N, C, ...)."""
-    return groups.unflatten(2, (norm.rows, norm.views)).transpose(1, 2).flatten(0, 3)
 
 
 def _at_once(norm: GroupedBatchNorm, rows: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
@@ -151,8 +142,6 @@ def _at_once(norm: GroupedBatchNorm, rows: Tensor, size: int) -> tuple[Tensor, T
     The compiler fuses it like one BatchNorm, and its graph does not grow with the number of groups. Without it this is slow.
     """
     values = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    if norm.dealt > 1:
-        values = _deal(norm, values).flatten(0, 2)
     groups = values.unflatten(0, (-1, size))
     var, mean = torch.var_mean(groups, (1, *range(3, groups.ndim)), correction=0)  # (groups, C)
 
@@ -168,8 +157,6 @@ def _at_once(norm: GroupedBatchNorm, rows: Tensor, size: int) -> tuple[Tensor, T
         output = output + norm.bias.view(-1, *ones)
     num = groups[0, :, 0].numel()
     statistics = torch.stack([mean.mean(0), var.mean(0) * (num / (num - 1))]).detach()
-    if norm.dealt > 1:
-        output = _gather(norm, output.unflatten(0, (-1, norm.dealt, size)))
     return output.to(rows.dtype), statistics
 
 

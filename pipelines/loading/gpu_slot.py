@@ -73,9 +73,8 @@ class GpuSlot(Slot):
         # To be decoded by the device, and decoded by it.
         self._encoded: dict[int, np.ndarray] = {}
         self._decoded: dict[int, torch.Tensor] = {}
-        self._host, self._pixels = self._memory(0), torch.empty(0, dtype=torch.uint8, device=device)
-        # The same memory for the threads that fill it: each operation of torch would ask for Python's lock once more.
-        self._host_bytes = self._host.numpy()
+        self._take_memory(0)
+        self._pixels = torch.empty(0, dtype=torch.uint8, device=device)
         self._copied = torch.cuda.Event() if side is not None else None
         self._ids: np.ndarray = np.empty(0, dtype=np.int64)
         self._draws: np.ndarray = np.empty(0, dtype=DRAW)
@@ -102,8 +101,7 @@ class GpuSlot(Slot):
         self._end = int(sizes.sum())
         # Grows by quarters, so that batches of mixed sizes soon find it large enough.
         if len(self._host) < self._end:
-            self._host = self._memory(self._end * 5 // 4)
-            self._host_bytes = self._host.numpy()
+            self._take_memory(self._end * 5 // 4)
 
     def fill(self, i: int, sample_id: int, draws: np.ndarray) -> None:
         """As `Slot.fill`: decode, or gather what the device will decode."""
@@ -225,8 +223,7 @@ class GpuSlot(Slot):
         sizes = self._sizes(self._ids[places])
         old, total = self._host, self._end + int(sizes.sum())
         if total > len(old):
-            self._host = self._memory(total)
-            self._host_bytes = self._host.numpy()
+            self._take_memory(total)
             self._host[: self._end] = old[: self._end]
         for i, size in zip(places, sizes, strict=True):
             pixels = self._strays[i]
@@ -236,6 +233,11 @@ class GpuSlot(Slot):
 
     def _sizes(self, ids: np.ndarray) -> np.ndarray:
         return decoded_sizes(self._samples.shards, self._samples.channels, ids)
+
+    def _take_memory(self, count: int) -> None:
+        self._host = self._memory(count)
+        # The same memory for the threads that fill it: each operation of torch would ask for Python's lock once more.
+        self._host_bytes = self._host.numpy()
 
     def _memory(self, count: int) -> torch.Tensor:
         make = pinned_empty if self._side is not None else torch.empty

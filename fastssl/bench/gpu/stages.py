@@ -169,7 +169,8 @@ class CheckSetup:
     def bench(self, name: str, path: str, *flags: str) -> CheckJob:
         """Return the job that measures a ladder."""
         out = self.path(name)
-        argv = ("bench", str(self.root / path), *flags, *self.sizes.extra, "--json", str(out))
+        # Jobs run in the source tree; their commands are kept with the results, where this machine's folders mean nothing.
+        argv = ("bench", path, *flags, *self.sizes.extra, "--json", str(out))
         return CheckJob(name, argv, out)
 
 

@@ -99,13 +99,12 @@ def judge(rates: Mapping[str, float | None], switches: Switches, contention: flo
     if overlap < WELL and switches.on_gpu and contention and contention >= BESIDE:
         # Where the CPU decodes, its threads and the one that launches kernels wait for each other.
         what = "GPU" if switches.augment_on == "gpu" and not _decodes_instead(switches) else "CPU cores"
-        fewer = f"--data.threads {max(1, switches.threads * 3 // 4)}"
         if what == "GPU":
             advice = "try --data.augment-on cpu"
         elif _decodes_instead(switches):
             advice = f"try {ALL_ON_GPU}, which leave the cores to launch kernels"
         else:
-            advice = f"try {fewer}, which leaves cores to launch kernels"
+            advice = f"try --data.threads {max(1, switches.threads * 3 // 4)}, which leaves cores to launch kernels"
         sentence = (
             f"Loader and step compete for the {what} (a step takes {contention:.2f} times as long beside the loader): "
             f"{advice}; {told}."

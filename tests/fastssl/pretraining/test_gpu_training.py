@@ -13,10 +13,9 @@ from fastssl.pretraining import run_config
 from fastssl.pretraining.run import train
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.loader import open_loader
-from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet
 from tests.fastssl.tiny import Normed, Plain, make_method, make_views
-from tests.pictures import photo
+from tests.pictures import photo_shards
 
 pytestmark = pytest.mark.gpu
 
@@ -36,12 +35,7 @@ SMALL += ["--train.batch", "8", "--train.device", "cuda", "--knn.every", "0"]
 @pytest.fixture(scope="module")
 def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 16 JPEG pictures."""
-    root = tmp_path_factory.mktemp("gpu")
-    (root / "pictures").mkdir()
-    for i in range(16):
-        photo(60 + i, 48, seed=i).save(root / "pictures" / f"{i}.jpg")
-    convert(root / "pictures", root / "shards", workers=0)
-    return root / "shards"
+    return photo_shards(tmp_path_factory.mktemp("gpu"), 16, 60, 48)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")

@@ -7,22 +7,17 @@ from pathlib import Path
 import pytest
 
 from fastssl.cli import main
-from shards.conversion.convert import convert
 from shards.errors import UserError
 from shards.format import layout
 from shards.format.checksums import read_sums
 from shards.format.layout import Manifest
 from shards.storage.opening import open_place
-from tests.pictures import photo
+from tests.pictures import photo_shards
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "source").mkdir()
-    for i in range(3):
-        photo(20 + i, 16, seed=i).save(tmp_path / "source" / f"{i}.png")
-    convert(tmp_path / "source", tmp_path / "shards", workers=0)
-    return tmp_path / "shards"
+    return photo_shards(tmp_path, 3, 20, 16, "png")
 
 
 def rewritten(folder: Path, change) -> None:

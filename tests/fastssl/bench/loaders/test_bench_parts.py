@@ -14,17 +14,12 @@ from pipelines.augment.recipe import RECIPES
 from pipelines.engines.fused_engine import FusedEngine
 from shards.conversion.convert import convert
 from shards.errors import UserError
-from tests.pictures import photo
+from tests.pictures import photo, photo_shards
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("pictures")
-    (root / "source").mkdir()
-    for i in range(6):
-        photo(50 + i, 40, seed=i).save(root / "source" / f"{i}.jpg")
-    convert(root / "source", root / "shards", workers=0)
-    return root / "shards"
+    return photo_shards(tmp_path_factory.mktemp("pictures"), 6, 50, 40)
 
 
 @pytest.mark.parametrize("preset", ["moco_v3", "satellite", "byol"])

@@ -13,21 +13,15 @@ from fastssl.bench.loaders.bench_start import grow
 from fastssl.bench.loaders.first_batch import STAGES
 from pipelines.augment.recipe import Recipe
 from pipelines.loading.loader import open_loader
-from shards.conversion.convert import convert
 from shards.dataset.shard_set import ShardSet
 from shards.errors import UserError
-from tests.pictures import photo
+from tests.pictures import photo_shards
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 pictures in shards of 5."""
-    root = tmp_path_factory.mktemp("pictures")
-    (root / "source").mkdir()
-    for i in range(12):
-        photo(30 + i, 24, seed=i).save(root / "source" / f"{i}.png")
-    convert(root / "source", root / "shards", workers=0, samples_per_shard=5)
-    return root / "shards"
+    return photo_shards(tmp_path_factory.mktemp("pictures"), 12, 30, 24, "png", samples_per_shard=5)
 
 
 def test_the_data_set_has_as_many_samples_and_the_images_of_the_few(shards: Path, tmp_path: Path) -> None:
